@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""EasyDict, a console that is also a log file, durations for people, and files that may be URLs."""
+
+import hashlib
+import os
+import sys
+import tempfile
+import urllib.error
+import urllib.parse
+import urllib.request
+
+import click
+from tqdm import tqdm
+
+
+class EasyDict(dict):
+    """A dict whose keys are attributes too: d.batch_size is d['batch_size']."""
+
+    def __getattr__(self, name):
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+    __setattr__ = dict.__setitem__
+
+    def __delattr__(self, name):
+        try:
+            del self[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+
+class Logger:
+    """Duplicates stdout and stderr into a file while the context is open; the file is appended to, so that a resumed run has one log."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __enter__(self):
+        self._file = open(self.path, 'a', encoding='utf-8')  # noqa: SIM115 (lives as long as the context)
+        self._streams = sys.stdout, sys.stderr
+        sys.stdout, sys.stderr = (_Tee(stream, self._file) for stream in self._streams)
+        return self
+
+    def __exit__(self, *exc):
+        sys.stdout, sys.stderr = self._streams
+        self._file.close()
+
+
+class _Tee:
+    """A text stream that also writes to a file. Lines that rewrite themselves (progress bars) stay out of the file."""
+
+    def __init__(self, stream, file):
+        self._stream, self._file = stream, file
+
+    def write(self, text):
+        self._stream.write(text)
+        if '\r' not in text:
+            self._file.write(text)
+        return len(text)
+
+    def flush(self):
+        self._stream.flush()
+        self._file.flush()
+
+    def __getattr__(self, name):
+        return getattr(self._stream, name)
+
+
+def format_time(seconds):
+    """A duration in the two largest fitting units: 42s, 3m 07s, 5h 02m, 2d 11h."""
+    s = int(round(seconds))
+    if s < 60:
+        return f'{s}s'
+    if s < 3600:
+        return f'{s // 60}m {s % 60:02}s'
+    if s < 86400:
+        return f'{s // 3600}h {s // 60 % 60:02}m'
+    return f'{s // 86400}d {s // 3600 % 24:02}h'
+
+
+def cache_dir():
+    """Where downloads are kept: $AMBIENT_CACHE, else the user's cache folder."""
+    root = os.environ.get('XDG_CACHE_HOME') or os.path.join(os.path.expanduser('~'), '.cache')
+    return os.environ.get('AMBIENT_CACHE') or os.path.join(root, 'ambient-trainer')
+
+
+def is_url(ref):
+    """True for http:// and https:// references."""
+    return urllib.parse.urlparse(str(ref)).scheme in ('http', 'https')
+
+
+def open_url(ref, sha256=None):
+    """Local path of a file that may be a URL; URLs are downloaded once into cache_dir(), under a temporary name until whole.
+
+    sha256: expected hexadecimal digest, or its first digits; a file that differs is refused and not kept.
+    Raises click.ClickException that names the URL and the cache path."""
+    if not is_url(ref):
+        if not os.path.isfile(ref):
+            raise click.ClickException(f'{ref}: no such file')
+        _check_digest(ref, sha256, ref)
+        return str(ref)
+    name = os.path.basename(urllib.parse.urlparse(ref).path) or 'download'
+    path = os.path.join(cache_dir(), f'{hashlib.sha256(ref.encode()).hexdigest()[:12]}-{name}')
+    if not os.path.isfile(path):
+        _download(ref, path, sha256)
+    else:
+        _check_digest(path, sha256, ref)
+    return path
+
+
+def _download(url, path, sha256):
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    handle, part = tempfile.mkstemp(dir=os.path.dirname(path), prefix='.part-')
+    try:
+        with os.fdopen(handle, 'wb') as out, urllib.request.urlopen(url, timeout=60) as response:
+            size = int(response.headers.get('Content-Length') or 0) or None
+            with tqdm(total=size, unit='B', unit_scale=True, desc=os.path.basename(path), disable=None) as bar:
+                while chunk := response.read(1 << 20):
+                    out.write(chunk)
+                    bar.update(len(chunk))
+        _check_digest(part, sha256, url)
+        os.replace(part, path)
+    except (urllib.error.URLError, OSError) as err:
+        raise click.ClickException(f'cannot download {url}: {err}; fetch it elsewhere and put it at {path}') from None
+    finally:
+        if os.path.exists(part):
+            os.unlink(part)
+
+
+def file_digest(path):
+    """SHA-256 of a file, hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, 'rb') as f:
+        while chunk := f.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _check_digest(path, sha256, ref):
+    if sha256 and not (found := file_digest(path)).startswith(sha256.lower()):
+        raise click.ClickException(f'{ref}: SHA-256 is {found}, expected {sha256}; remove {path} and fetch it again')

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""State files: plain tensors and JSON types, written whole or not at all, opened without executing anything."""
+
+import contextlib
+import os
+import pickle
+import re
+
+import click
+import torch
+
+KEYS = ('options', 'progress', 'net', 'ema', 'optimizer', 'objective')
+PATTERN = re.compile(r'training-state-(\d+(?:\.\d+)?)\.pt')
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """A temporary path beside `path`, which takes its place when the block ends well and is removed when it does not."""
+    folder, name = os.path.split(os.path.abspath(path))
+    part = os.path.join(folder, f'.{name}.{os.getpid()}')
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(part)
+
+
+def save(path, state):
+    """Writes a state dict (keys as in KEYS) so that a crash at any moment leaves the old file or the new one."""
+    with replacing(path) as part, open(part, 'wb') as f:
+        torch.save(state, f)
+        f.flush()
+        os.fsync(f.fileno())
+
+
+def load(path):
+    """The state dict of a file, on the CPU. Raises click.ClickException when it is none."""
+    try:
+        state = torch.load(path, map_location='cpu', weights_only=True)
+    except FileNotFoundError:
+        raise click.ClickException(f'{path}: no such state file') from None
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, OSError) as err:
+        reason = str(err).strip().splitlines()[0][:200] if str(err).strip() else type(err).__name__
+        raise click.ClickException(f'{path}: cannot be read as a training state ({reason}); '
+                                   'give a training-state-*.pt that this program wrote') from None
+    missing = [key for key in KEYS if not isinstance(state, dict) or key not in state]
+    if missing:
+        raise click.ClickException(f'{path}: not a training state (lacks {", ".join(missing)}); '
+                                   'give a training-state-*.pt that this program wrote')
+    return state
+
+
+def states(folder):
+    """Paths of the state files in a run's folder, newest progress first."""
+    found = [(float(match[1]), name) for name in os.listdir(folder) if (match := PATTERN.fullmatch(name))]
+    return [os.path.join(folder, name) for _, name in sorted(found, reverse=True)]
+
+
+def differences(old, new, ignore=(), prefix=''):
+    """One "key: old -> new" string for each leaf in which two nested dicts of JSON types differ, except keys named in `ignore`."""
+    found = []
+    for key in sorted(set(old) | set(new)):
+        name = f'{prefix}{key}'
+        if name in ignore:
+            continue
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += differences(a, b, ignore, f'{name}.')
+        elif a != b:
+            found.append(f'{name}: {a} -> {b}')
+    return found

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the scripts' command lines share: --version, underscores as hyphens, lists of whole numbers, errors in one line."""
+
+import contextlib
+import re
+
+import click
+
+from torch_utils import misc
+
+
+class Command(click.Command):
+    """A click command in which --batch_size and --batch-size are the same option, and an unforeseen OSError is one line, not a traceback."""
+
+    def parse_args(self, ctx, args):
+        return super().parse_args(ctx, hyphens(args))
+
+    def invoke(self, ctx):
+        with one_line_errors():
+            return super().invoke(ctx)
+
+
+def hyphens(args):
+    """Option names with hyphens, values as they are: ['--batch_size=4', 'a_b'] -> ['--batch-size=4', 'a_b']."""
+    return [re.sub(r'^--[^=]+', lambda m: m[0].replace('_', '-'), arg) for arg in args]
+
+
+@contextlib.contextmanager
+def one_line_errors():
+    """Turns errors of the file system into click's one-line errors."""
+    try:
+        yield
+    except (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError) as err:
+        raise click.ClickException(f'{err.filename}: {err.strerror}') from None
+    except OSError as err:
+        raise click.ClickException(f'{err.filename or "file system"}: {err.strerror or err}') from None
+
+
+def version_option(command):
+    """Adds --version: program, commit, Python, torch, CUDA."""
+
+    def show(ctx, param, value):
+        if value and not ctx.resilient_parsing:
+            click.echo(', '.join(f'{name} {value}' for name, value in misc.versions().items()))
+            ctx.exit()
+
+    return click.option('--version', is_flag=True, expose_value=False, is_eager=True, callback=show,
+                        help='Print version, commit, Python, torch and CUDA, and leave')(command)
+
+
+class IntList(click.ParamType):
+    """"1,2,5-10" -> [1, 2, 5, 6, 7, 8, 9, 10]."""
+
+    name = 'LIST'
+
+    def convert(self, value, param, ctx):
+        if isinstance(value, list):
+            return value
+        numbers = []
+        for item in str(value).split(','):
+            match = re.fullmatch(r'\s*(\d+)(?:-(\d+))?\s*', item)
+            if not match:
+                self.fail(f'"{value}" is not a list of whole numbers such as 0-49 or 1,2,5-10', param, ctx)
+            first, last = int(match[1]), int(match[2] or match[1])
+            if last < first:
+                self.fail(f'the range "{item.strip()}" in "{value}" runs backwards; write {last}-{first}', param, ctx)
+            numbers.extend(range(first, last + 1))
+        return numbers

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rank, world, device: one process by default, torchrun's ranks when it launched us (nccl on GPUs, gloo on CPUs)."""
+
+import os
+
+import click
+import torch
+
+_launcher_pid = None
+
+
+def init():
+    """Joins the process group if torchrun launched this process; otherwise does nothing. Safe to call once at the start of a script."""
+    global _launcher_pid
+    if 'TORCHELASTIC_RUN_ID' in os.environ:
+        _launcher_pid = os.getppid()
+    if int(os.environ.get('WORLD_SIZE', 1)) == 1 or torch.distributed.is_initialized():
+        return
+    if torch.cuda.is_available():
+        if local_rank() >= torch.cuda.device_count():
+            raise click.ClickException(
+                f'--nproc_per_node={local_size()} asks for more ranks than the {torch.cuda.device_count()} GPUs of this node; ask for at most that')
+        torch.cuda.set_device(local_rank())
+    torch.distributed.init_process_group('nccl' if torch.cuda.is_available() else 'gloo')
+
+
+def shutdown():
+    """Leaves the process group, if there is one."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def rank():
+    """This process's number, 0 .. size() - 1."""
+    return int(os.environ.get('RANK', 0))
+
+
+def size():
+    """How many processes work together, over all nodes."""
+    return int(os.environ.get('WORLD_SIZE', 1))
+
+
+def local_rank():
+    """This process's number on its node."""
+    return int(os.environ.get('LOCAL_RANK', 0))
+
+
+def local_size():
+    """How many processes work together on this node."""
+    return int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+
+
+def device():
+    """This rank's GPU, or the CPU."""
+    return torch.device('cuda', local_rank()) if torch.cuda.is_available() else torch.device('cpu')
+
+
+def print0(*args, **kwargs):
+    """print() on rank 0 only, flushed at once."""
+    if rank() == 0:
+        print(*args, flush=True, **kwargs)
+
+
+def barrier():
+    """Waits for every rank."""
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+
+
+def all_sum(tensor):
+    """Sums a tensor over the ranks, in place; returns it."""
+    if torch.distributed.is_initialized():
+        torch.distributed.all_reduce(tensor)
+    return tensor
+
+
+def broadcast(value, source=0):
+    """Any JSON-like object of rank `source`, on every rank."""
+    if not torch.distributed.is_initialized():
+        return value
+    box = [value]
+    torch.distributed.broadcast_object_list(box, src=source, device=device())
+    return box[0]
+
+
+def is_orphan():
+    """True when torchrun, which launched this worker, has died: such a worker must write nothing more."""
+    return _launcher_pid is not None and os.getppid() != _launcher_pid

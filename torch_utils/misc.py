@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Random numbers that are pure functions of a key, small tensor helpers, and what `--version` prints."""
+
+import contextlib
+import hashlib
+import platform
+import subprocess
+from pathlib import Path
+
+import torch
+
+BLOCK_ROWS = 16  # rows of the global batch that are drawn together; a rank draws only the blocks that hold its rows
+
+
+def seed_of(*key):
+    """A 63-bit seed that is a pure function of the key (numbers and strings)."""
+    text = '/'.join(str(part) for part in key)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), 'little') >> 1
+
+
+def generator(*key, device='cpu'):
+    """A torch.Generator seeded by the key; the global random state is not touched."""
+    return torch.Generator(device).manual_seed(seed_of(*key))
+
+
+class Draws:
+    """randn(name, shape): this rank's rows of the global batch's standard normal draw named (seed, step, name).
+
+    first_row: global index of this rank's first row. The draw does not depend on how the rows are shared out: the global batch is
+    drawn in blocks of BLOCK_ROWS rows, each from a generator of its own, so that a rank makes only what it needs."""
+
+    def __init__(self, seed, step, first_row=0, device='cpu'):
+        self.seed, self.step, self.first_row, self.device = seed, step, first_row, torch.device(device)
+
+    def __call__(self, name, shape):
+        """float32 tensor of the shape; shape[0] counts this rank's rows."""
+        first, last = self.first_row, self.first_row + shape[0]
+        blocks = [self._block(name, b, shape[1:]) for b in range(first // BLOCK_ROWS, -(-last // BLOCK_ROWS))]
+        skip = first % BLOCK_ROWS
+        return torch.cat(blocks)[skip:skip + shape[0]]
+
+    def _block(self, name, index, shape):
+        source = generator(self.seed, self.step, name, index, device=self.device)
+        return torch.randn([BLOCK_ROWS, *shape], generator=source, device=self.device)
+
+
+@contextlib.contextmanager
+def seeded(*key, device='cpu'):
+    """Inside the context torch's own random state is a function of the key (for initialisers and dropout); outside it is as it was."""
+    source = torch.default_generator
+    if torch.device(device).type == 'cuda':
+        torch.cuda.init()
+        source = torch.cuda.default_generators[torch.device(device).index or 0]
+    before = source.get_state()
+    source.manual_seed(seed_of(*key))
+    try:
+        yield
+    finally:
+        source.set_state(before)
+
+
+def batched(values):
+    """A tensor of shape [], [N] or [N,1,1,1] as [N,1,1,1] (or [1,1,1,1])."""
+    return values.reshape(-1, 1, 1, 1)
+
+
+def as_float(value):
+    """A number for JSON: None in place of nan and infinity, which JSON does not have."""
+    value = float(value)
+    return value if value - value == 0 else None
+
+
+def git_commit():
+    """The short commit of this checkout, with "+" where files differ from it, or "unknown" outside a checkout."""
+    here = Path(__file__).resolve().parent.parent
+    try:
+        run = lambda *cmd: subprocess.run(cmd, cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+        if Path(run('git', 'rev-parse', '--show-toplevel')).resolve() != here:
+            return 'unknown'
+        dirty = run('git', 'status', '--porcelain', '--untracked-files=no')
+        return run('git', 'rev-parse', '--short=12', 'HEAD') + ('+' if dirty else '')
+    except (OSError, subprocess.CalledProcessError):
+        return 'unknown'
+
+
+def versions():
+    """{name: version} of the program and of what decides its numbers."""
+    return dict(version=VERSION, commit=git_commit(), python=platform.python_version(), torch=torch.__version__,
+                cuda=torch.version.cuda or 'none')
+
+
+VERSION = '0.1.0'
