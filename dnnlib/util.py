@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """EasyDict, a console that is also a log file, durations for people, and files that may be URLs."""
 
+import contextlib
 import hashlib
 import os
 import sys
@@ -78,6 +79,19 @@ def format_time(seconds):
     if s < 86400:
         return f'{s // 3600}h {s // 60 % 60:02}m'
     return f'{s // 86400}d {s // 3600 % 24:02}h'
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """A temporary path beside `path`, which takes its place when the block ends well and is removed when it does not."""
+    folder, name = os.path.split(os.path.abspath(path))
+    part = os.path.join(folder, f'.{name}.{os.getpid()}')
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(part)
 
 
 def cache_dir():

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """State files: plain tensors and JSON types, written whole or not at all, opened without executing anything."""
 
-import contextlib
 import os
 import pickle
 import re
@@ -9,21 +8,10 @@ import re
 import click
 import torch
 
+from dnnlib.util import replacing
+
 KEYS = ('options', 'progress', 'net', 'ema', 'optimizer', 'objective')
 PATTERN = re.compile(r'training-state-(\d+(?:\.\d+)?)\.pt')
-
-
-@contextlib.contextmanager
-def replacing(path):
-    """A temporary path beside `path`, which takes its place when the block ends well and is removed when it does not."""
-    folder, name = os.path.split(os.path.abspath(path))
-    part = os.path.join(folder, f'.{name}.{os.getpid()}')
-    try:
-        yield part
-        os.replace(part, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(part)
 
 
 def save(path, state):

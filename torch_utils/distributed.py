@@ -83,6 +83,15 @@ def broadcast(value, source=0):
     return box[0]
 
 
+def all_values(value):
+    """[value of rank 0, value of rank 1, ...]: one JSON-like object of each rank, on every rank."""
+    if not torch.distributed.is_initialized():
+        return [value]
+    found = [None] * size()
+    torch.distributed.all_gather_object(found, value)
+    return found
+
+
 def is_orphan():
     """True when torchrun, which launched this worker, has died: such a worker must write nothing more."""
     return _launcher_pid is not None and os.getppid() != _launcher_pid

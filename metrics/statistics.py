@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mean and covariance of features, gathered batch by batch and rank by rank in float64, and the .npz files that hold them."""
+
+import dataclasses
+import os
+import zipfile
+import zlib
+
+import click
+import numpy as np
+import torch
+
+import dnnlib
+from torch_utils import distributed
+
+
+@dataclasses.dataclass(frozen=True)
+class Statistics:
+    """mean [D] and unbiased covariance cov [D,D], float64, and what is known of where they come from (None where it is not)."""
+
+    mean: np.ndarray
+    cov: np.ndarray
+    num_images: int | None = None
+    detector: str | None = None
+    detector_sha256: str | None = None
+    source: str | None = None
+    split: str | None = None
+    shape: tuple | None = None  # (C, H, W) of the images
+
+
+class Moments:
+    """Running count, mean and scatter sum (x - mean)(x - mean)^T of the features seen so far.
+
+    Deviations are taken from a mean at once (Chan, Golub and LeVeque 1979), never as a difference of large sums, so that the
+    covariance of few samples in many dimensions keeps its exact rank to rounding."""
+
+    def __init__(self, dim, device='cpu'):
+        self.count = 0
+        self.mean = torch.zeros(dim, dtype=torch.float64, device=device)
+        self.scatter = torch.zeros(dim, dim, dtype=torch.float64, device=device)
+
+    def add(self, features):
+        """Takes in features [n,D] of any float dtype."""
+        if features.ndim != 2 or features.shape[1] != len(self.mean):
+            raise ValueError(f'features of shape {list(features.shape)}, expected [n, {len(self.mean)}]')
+        if not len(features):
+            return
+        part = Moments.__new__(Moments)
+        features = features.to(self.mean)
+        part.count, part.mean = len(features), features.mean(0)
+        centred = features - part.mean
+        part.scatter = centred.T @ centred
+        self.merge(part)
+
+    def merge(self, other):
+        """Takes in all that another Moments has seen."""
+        total = self.count + other.count
+        if not total:
+            return
+        step = other.mean - self.mean
+        self.scatter += other.scatter
+        self.scatter.addr_(step, step, alpha=self.count * other.count / total)
+        self.mean += step * (other.count / total)
+        self.count = total
+
+    def all_reduce(self):
+        """Merges the ranks, in place: afterwards every rank holds the moments of all features. Call it once."""
+        device = distributed.device()
+        own, mean = self.count, self.mean.to(device)
+        self.count = int(distributed.all_sum(torch.tensor(own, device=device)))
+        if self.count == own and distributed.size() == 1:
+            return
+        overall = distributed.all_sum(mean * (own / max(self.count, 1)))
+        step = mean - overall
+        scatter = distributed.all_sum(self.scatter.to(device).addr(step, step, alpha=own))
+        self.mean, self.scatter = overall.to(self.mean), scatter.to(self.scatter)
+
+    def covariance(self):
+        """Unbiased covariance [D,D], float64; zero for a single sample."""
+        return self.scatter / max(self.count - 1, 1)
+
+    def statistics(self, **facts):
+        """The Statistics of what was seen; facts: its further fields."""
+        return Statistics(self.mean.cpu().numpy(), self.covariance().cpu().numpy(), num_images=self.count, **facts)
+
+
+def save_statistics(stats, path):
+    """Writes `mu` and `sigma` under their published names, and the facts that are known, to an .npz file."""
+    facts = {name: getattr(stats, name) for name in FACTS}
+    known = {name: np.array(value) for name, value in facts.items() if value is not None}
+    with dnnlib.replacing(path) as part, open(part, 'wb') as f:
+        np.savez(f, mu=stats.mean, sigma=stats.cov, **known)
+
+
+def load_statistics(path, name=None):
+    """Reads an .npz of statistics, ours or a published one (`mu`, `sigma` alone).
+
+    name: what errors call the file. Raises click.ClickException where it is none."""
+    name = name or path
+    found = _read_arrays(path, name)
+    if not {'mu', 'sigma'} <= found.keys():
+        raise click.ClickException(f'{name}: has no mu and sigma; images go with --ref-path, statistics are made by "ref"')
+    mean, cov = (np.asarray(found.pop(key), dtype=np.float64) for key in ('mu', 'sigma'))
+    if mean.ndim != 1 or cov.shape != (len(mean), len(mean)):
+        raise click.ClickException(f'{name}: mu {list(mean.shape)} and sigma {list(cov.shape)} do not fit together')
+    if not (np.isfinite(mean).all() and np.isfinite(cov).all()):
+        raise click.ClickException(f'{name}: mu or sigma is not finite')
+    facts = {key: value.tolist() for key, value in found.items()}
+    if 'shape' in facts:
+        facts['shape'] = tuple(facts['shape'])
+    return Statistics(mean, cov, **facts)
+
+
+def _read_arrays(path, name):
+    """{key: array} of the keys that we know; published files may hold more."""
+    if not os.path.isfile(path):
+        raise click.ClickException(f'{name}: no such file')
+    try:
+        with np.load(path, allow_pickle=False) as data:
+            return {key: data[key] for key in data.files if key in ('mu', 'sigma', *FACTS)}
+    except (ValueError, TypeError, AttributeError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as err:
+        reason = (str(err) or type(err).__name__).splitlines()[0]
+        raise click.ClickException(f'{name}: not a readable .npz of statistics ({reason})') from None
+
+
+FACTS = tuple(field.name for field in dataclasses.fields(Statistics)[2:])

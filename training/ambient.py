@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Closed forms of diffusion on images that already carry noise of level sigma_n (Daras et al. 2024); x = x_0 + sigma * noise.
+
+Levels are noise stds in network units: numbers, [N] or [N,1,1,1]; results have the dtype of the images."""
+
+import math
+
+import torch
+
+from torch_utils import misc
+
+
+def column(level, like):
+    """A level as [N,1,1,1] (or [1,1,1,1]) of the images' dtype and device: whatever its shape, it scales its own image only."""
+    return misc.batched(torch.as_tensor(level, dtype=like.dtype, device=like.device))
+
+
+def add_noise(y, sigma_n, sigma, noise):
+    """Takes images from level sigma_n up to sigma: y + sqrt(sigma^2 - sigma_n^2) noise.
+
+    y, noise: [N,C,H,W]; sigma >= sigma_n. The difference of squares is factored, so that nothing cancels near sigma_n."""
+    sigma_n, sigma = column(sigma_n, y), column(sigma, y)
+    return y + ((sigma - sigma_n) * (sigma + sigma_n)).sqrt() * noise
+
+
+def predict_at(D, x, sigma, level):
+    """E[x_level | x_sigma] from D = E[x_0 | x_sigma]: (1 - r) D + r x with r = level^2 / sigma^2 (double Tweedie).
+
+    D, x: [N,C,H,W]; 0 <= level <= sigma, sigma > 0. level = 0 returns D and level = sigma returns x, to the bit."""
+    sigma, level = column(sigma, x), column(level, x)
+    signal = ((sigma - level) / sigma) * ((sigma + level) / sigma)  # 1 - r without cancellation
+    return signal * D + (level / sigma).square() * x
+
+
+def reverse_step(x, D, sigma, sigma_next, noise):
+    """One Euler-Maruyama step of the reverse-time VE diffusion from sigma down to sigma_next.
+
+    x' = x + 2 (sigma_next - sigma) (x - D) / sigma + sqrt(2 (sigma - sigma_next) sigma) noise; x, D, noise: [N,C,H,W]."""
+    sigma, sigma_next = column(sigma, x), column(sigma_next, x)
+    descent = 2 * (sigma - sigma_next).clamp(min=0)  # a step of no length may round below zero
+    return x - descent / sigma * (x - D) + (descent * sigma).sqrt() * noise
+
+
+def snr_db(sigma, sigma_data=None):
+    """Signal-to-noise ratio of level sigma in decibels, as a float.
+
+    By default the papers' 10 log10(1 + 1 / sigma^2), 14.15 dB at 0.2; with sigma_data 10 log10(sigma_data^2 / sigma^2)."""
+    if sigma == 0:
+        return math.inf
+    return 10 * math.log10(1 + sigma ** -2 if sigma_data is None else (sigma_data / sigma) ** 2)

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From pairs to batches: draws the pairs of the global batch, gathers this rank's rows ahead of time, puts micro-batches on the device."""
+
+import collections
+import concurrent.futures
+from typing import NamedTuple
+
+import torch
+
+from training.loss import Batch
+
+AHEAD = 2  # global batches prepared in the background while one is in use
+
+
+class HostBatch(NamedTuple):
+    """This rank's rows of one global batch, in host memory, and where the stream of pairs stood after them."""
+
+    images: torch.Tensor        # float32 [n,C,H,W] at level sigma_n
+    sigma_n: torch.Tensor       # float32 [n]
+    sigma: torch.Tensor         # float32 [n]
+    class_labels: torch.Tensor | None
+    raw_idx: torch.Tensor       # int64 [n]
+    stream_state: dict
+
+
+class Feed:
+    """Batches of a run, in the order of its pair stream.
+
+    stream: a PairStream over positions of `indices`. store: ImageStore. indices: int64 [M], rows of the store that this stream may use.
+    rows: slice of the global batch that is this rank's. workers: 0 prepares each batch when it is asked for; more prepare in the background.
+    What is fed does not depend on the number of ranks or workers: every rank draws all pairs and gathers its own."""
+
+    def __init__(self, stream, store, indices, sigma_n, labels, rows, device, workers):
+        self.stream, self.store, self.indices, self.rows, self.device = stream, store, indices, rows, torch.device(device)
+        self._sigma_n = torch.as_tensor(sigma_n, dtype=torch.float32)
+        self._labels = labels
+        self._pool = concurrent.futures.ThreadPoolExecutor(1) if workers else None  # one thread: the stream is drawn in order
+        self._ahead = collections.deque()
+
+    def next(self):
+        """The next HostBatch."""
+        if self._pool is None:
+            return self._prepare()
+        while len(self._ahead) <= AHEAD:
+            self._ahead.append(self._pool.submit(self._prepare))
+        return self._ahead.popleft().result()
+
+    def close(self):
+        """Stops the background thread."""
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+    def _prepare(self):
+        positions, sigma = self.stream.next()
+        index = self.indices[positions[self.rows]]
+        where = torch.from_numpy(index)
+        labels = None if self._labels is None else self._labels[where]
+        batch = HostBatch(self.store.gather(index), self._sigma_n[where], torch.from_numpy(sigma[self.rows]).float(),
+                          labels, torch.from_numpy(self.store.raw_idx[index]), self.stream.state())
+        if self.device.type != 'cuda':
+            return batch
+        return HostBatch(*[x.pin_memory() if torch.is_tensor(x) else x for x in batch])
+
+
+def micro_batches(host, size, device, draws_of):
+    """Splits a HostBatch into Batches of `size` rows on the device, each with its keyed draws: yields (Batch, draws).
+
+    draws_of(first local row) -> randn(name, shape). The noise of a row is the same however the batch is split."""
+    for first in range(0, len(host.images), size):
+        part = [x[first:first + size].to(device, non_blocking=True) if torch.is_tensor(x) else x for x in host[:-1]]
+        images, sigma_n, sigma, labels, raw_idx = part
+        draws = draws_of(first)
+        yield Batch(images=images, sigma_n=sigma_n.reshape(-1, 1, 1, 1), sigma=sigma.reshape(-1, 1, 1, 1),
+                    noise=draws('noise', images.shape), class_labels=labels, augment_labels=None, raw_idx=raw_idx), draws

@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Seeds to images: one random generator a seed, so that an image is a function of its seed and of nothing else in the batch."""
+
+from typing import NamedTuple
+
+import torch
+
+from training import images, registry, samplers
+
+CPU_CHUNK = 8  # rows per network call on the CPU, where PyTorch's results depend on the batch size; so they are always as many
+
+
+class Samples(NamedTuple):
+    """What generate_images yields; the three lists are aligned."""
+
+    seeds: list  # [n] whole numbers, as given
+    images: torch.Tensor  # [n,C,H,W] float64, network units
+    labels: torch.Tensor | None  # [n] int64 class of each image, None for unconditional networks
+
+
+class SeededDraws:
+    """Random tensors whose row i comes from a generator of its own, seeded with seeds[i] mod 2^32."""
+
+    def __init__(self, seeds, device='cpu'):
+        self.device = torch.device(device)
+        self.generators = [torch.Generator(self.device).manual_seed(int(seed) % 2 ** 32) for seed in seeds]
+
+    def randn(self, shape, dtype=torch.float32):
+        """Standard normal [n, *shape]."""
+        return torch.stack([torch.randn(shape, generator=g, dtype=dtype, device=self.device) for g in self.generators])
+
+    def randn_like(self, x):
+        """Standard normal of x's shape and dtype."""
+        return self.randn(x.shape[1:], x.dtype)
+
+    def randint(self, high):
+        """int64 [n], uniform over 0 .. high - 1."""
+        return torch.stack([torch.randint(high, [], generator=g, device=self.device) for g in self.generators])
+
+
+@torch.no_grad()
+def generate_images(net, seeds, *, schedule=samplers.edm, stepper=samplers.heun, num_steps=18, batch=64, class_idx=None,
+                    device=None, rank=0, world=1):
+    """Yields Samples for this rank's share of the seeds, in order, `batch` at a time.
+
+    net: a denoiser in eval mode. schedule(num_steps) -> levels and stepper: pieces of samplers.py with their options bound.
+    class_idx: the class of every image; None draws one per seed. device: where to sample, by default where the network is.
+    rank, world: this process takes every world-th seed. The images depend on neither of these nor on `batch`: bit for bit on the
+    CPU at equal threads, to rounding of the network on a GPU. No autograd graph is kept.
+    Raises ValueError for a class that the network does not have and for levels that the schedule refuses."""
+    assert not getattr(net, 'training', False), 'sampling needs the network in eval mode'
+    assert batch >= 1, f'batch must be 1 or more, got {batch}'
+    check_class(net, class_idx)
+    device = torch.device(device) if device is not None else network_device(net)
+    sigmas = noise_levels(net, schedule, num_steps)
+    mine = list(seeds)[rank::world]
+    for first in range(0, len(mine), batch):
+        yield _sample(net, mine[first:first + batch], sigmas, stepper, class_idx, device)
+
+
+def _sample(net, seeds, sigmas, stepper, class_idx, device):
+    # The order of the draws is the published one: latents, class, then one draw a step.
+    draws = SeededDraws(seeds, device)
+    latents = draws.randn([net.img_channels, *resolution(net)])
+    labels = draws.randint(net.label_dim) if net.label_dim else None
+    if class_idx is not None:
+        labels = torch.full_like(labels, class_idx)
+    x = latents.to(torch.float64) * sigmas[0]
+    x = stepper(ConditionedDenoiser(net, labels), x, sigmas, draws.randn_like)
+    return Samples(seeds, x, labels)
+
+
+class ConditionedDenoiser:
+    """A network with its class labels bound: (x, sigma) -> D, in chunks of one fixed size on the CPU."""
+
+    def __init__(self, net, labels=None):
+        self.net = net
+        self.class_labels = None
+        if labels is not None:
+            self.class_labels = torch.nn.functional.one_hot(labels, net.label_dim).to(torch.float32)  # [N, label_dim]
+
+    def __call__(self, x, sigma):
+        sigma = sigma.to(x.device, torch.float32)
+        if x.device.type != 'cpu':
+            return self.net(x, sigma, self.class_labels)
+        rows = range(0, len(x), CPU_CHUNK)
+        return torch.cat([self._chunk(x, sigma, first) for first in rows])
+
+    def _chunk(self, x, sigma, first):
+        rows = slice(first, first + CPU_CHUNK)
+        labels = None if self.class_labels is None else _padded(self.class_labels[rows])
+        return self.net(_padded(x[rows]), sigma, labels)[:len(x[rows])]
+
+    def round_sigma(self, sigma):
+        """The network's nearest level, for networks that know discrete levels only; sigma on the CPU in and out."""
+        if not hasattr(self.net, 'round_sigma'):
+            return sigma
+        return self.net.round_sigma(sigma.to(network_device(self.net))).to(sigma)
+
+
+def _padded(rows):
+    """The rows, with rows of zeros up to CPU_CHUNK."""
+    return torch.cat([rows, rows.new_zeros([CPU_CHUNK - len(rows), *rows.shape[1:]])])
+
+
+def noise_levels(net, schedule, num_steps):
+    """The schedule's levels within the network's range, rounded to levels that it knows; float64 [num_steps + 1], ending in 0."""
+    chosen = registry.parameters(schedule)
+    limits = {}
+    if 'sigma_min' in chosen:
+        limits['sigma_min'] = max(chosen['sigma_min'], net.sigma_min)
+    if 'sigma_max' in chosen:
+        limits['sigma_max'] = min(chosen['sigma_max'], net.sigma_max)
+    levels = schedule(num_steps, **limits)
+    return torch.cat([ConditionedDenoiser(net).round_sigma(levels[:-1]), levels[-1:]])
+
+
+def check_class(net, class_idx):
+    """Raises ValueError if the network has no such class."""
+    if class_idx is None:
+        return
+    if not net.label_dim:
+        raise ValueError(f'got class {class_idx}, but the network is unconditional: it has no classes')
+    if not 0 <= class_idx < net.label_dim:
+        raise ValueError(f'got class {class_idx}, but the network has classes 0 to {net.label_dim - 1}')
+
+
+def resolution(net):
+    """[H, W] of a network's images."""
+    size = net.img_resolution
+    return [size, size] if isinstance(size, int) else list(size)
+
+
+def network_device(net):
+    """Where the network's parameters are; the CPU for a denoiser that has none."""
+    parameters = net.parameters() if hasattr(net, 'parameters') else ()
+    return next((p.device for p in parameters), torch.device('cpu'))
+
+
+def to_uint8(images):
+    """Network units [-1,1] to 8-bit grey levels, as published: x * 127.5 + 128, clipped, truncated."""
+    return (images * 127.5 + 128).clip(0, 255).to(torch.uint8)
+
+
+def to_physical(images, units):
+    """Network units to the data's own, x * scale + offset; as they are where units is None.
+
+    images: [N,C,H,W]. units: {"scale", "offset"}, each a number or one per channel."""
+    if units is None:
+        return images
+    scale, offset = (images.new_tensor(units[key]).reshape(-1, 1, 1) for key in ('scale', 'offset'))  # [1 or C,1,1]
+    return images * scale + offset
+
+
+def sample_grid(net, count, path, **options):
+    """Writes one picture of the images of seeds 0 .. count - 1. options: those of generate_images, on one rank."""
+    parts = list(generate_images(net, range(count), **options))
+    images.write_grid(path, pictures(torch.cat([part.images for part in parts]), net.units))
+
+
+def pictures(batch, units=None):
+    """Images in network units as pictures, uint8 [N,1 or 3,H,W] in NumPy: data that is not 8-bit shows its first channel."""
+    if images.is_picture(batch.shape[1], units):
+        return to_uint8(batch).cpu().numpy()
+    return images.as_pictures(batch.cpu().numpy())
