@@ -29,7 +29,8 @@ def load(path):
     except FileNotFoundError:
         raise click.ClickException(f'{path}: no such state file') from None
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, OSError) as err:
-        reason = str(err).strip().splitlines()[0][:200] if str(err).strip() else type(err).__name__
+        foreign = isinstance(err, pickle.UnpicklingError)
+        reason = 'it holds more than tensors and plain values, or is cut off' if foreign else (str(err).splitlines() or ['empty'])[0][:200]
         raise click.ClickException(f'{path}: cannot be read as a training state ({reason}); '
                                    'give a training-state-*.pt that this program wrote') from None
     missing = [key for key in KEYS if not isinstance(state, dict) or key not in state]

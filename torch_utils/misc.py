@@ -85,7 +85,7 @@ def git_commit():
 
 def versions():
     """{name: version} of the program and of what decides its numbers."""
-    return dict(version=VERSION, commit=git_commit(), python=platform.python_version(), torch=torch.__version__,
+    return dict(version=VERSION, commit=git_commit(), python=platform.python_version(), torch=str(torch.__version__),
                 cuda=torch.version.cuda or 'none')
 
 

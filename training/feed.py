@@ -26,13 +26,13 @@ class HostBatch(NamedTuple):
 class Feed:
     """Batches of a run, in the order of its pair stream.
 
-    stream: a PairStream over positions of `indices`. store: ImageStore. indices: int64 [M], rows of the store that this stream may use.
-    rows: slice of the global batch that is this rank's. workers: 0 prepares each batch when it is asked for; more prepare in the background.
+    stream: a PairStream over positions of `items`. store: ImageStore. items: int64 [M], those of the store that may be used.
+    sigma_n [N], raw_idx [N], labels [N, label_dim] or None: of every item of the store. rows: slice of the global batch that is this rank's. workers: 0 prepares each batch when it is asked for; more prepare in the background.
     What is fed does not depend on the number of ranks or workers: every rank draws all pairs and gathers its own."""
 
-    def __init__(self, stream, store, indices, sigma_n, labels, rows, device, workers):
-        self.stream, self.store, self.indices, self.rows, self.device = stream, store, indices, rows, torch.device(device)
-        self._sigma_n = torch.as_tensor(sigma_n, dtype=torch.float32)
+    def __init__(self, stream, store, items, *, sigma_n, raw_idx, labels, rows, device, workers):
+        self.stream, self.store, self.items, self.rows, self.device = stream, store, items, rows, torch.device(device)
+        self._sigma_n, self._raw_idx = torch.as_tensor(sigma_n, dtype=torch.float32), torch.as_tensor(raw_idx)
         self._labels = labels
         self._pool = concurrent.futures.ThreadPoolExecutor(1) if workers else None  # one thread: the stream is drawn in order
         self._ahead = collections.deque()
@@ -52,11 +52,10 @@ class Feed:
 
     def _prepare(self):
         positions, sigma = self.stream.next()
-        index = self.indices[positions[self.rows]]
-        where = torch.from_numpy(index)
+        where = torch.from_numpy(self.items[positions[self.rows]])
         labels = None if self._labels is None else self._labels[where]
-        batch = HostBatch(self.store.gather(index), self._sigma_n[where], torch.from_numpy(sigma[self.rows]).float(),
-                          labels, torch.from_numpy(self.store.raw_idx[index]), self.stream.state())
+        batch = HostBatch(self.store.gather(where), self._sigma_n[where], torch.from_numpy(sigma[self.rows]).float(),
+                          labels, self._raw_idx[where], self.stream.state())
         if self.device.type != 'cuda':
             return batch
         return HostBatch(*[x.pin_memory() if torch.is_tensor(x) else x for x in batch])

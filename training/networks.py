@@ -72,6 +72,9 @@ class GroupNorm(nn.Module):
     def __init__(self, num_channels, num_groups=32, min_channels_per_group=4, eps=1e-5):
         super().__init__()
         self.num_groups, self.eps = min(num_groups, num_channels // min_channels_per_group), eps
+        if not self.num_groups or num_channels % self.num_groups:
+            raise ValueError(f'a layer of {num_channels} channels cannot be normalised in {self.num_groups} groups; choose model_channels '
+                             '(--cbase) and channel_mult (--cres) that give multiples of 32, or fewer than 128 channels in multiples of 4')
         self.weight = nn.Parameter(torch.ones(num_channels))
         self.bias = nn.Parameter(torch.zeros(num_channels))
 

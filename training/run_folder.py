@@ -28,7 +28,7 @@ class RunFolder:
 
     def numbered(self, stem, kimg, ending=''):
         """"stem-000500.ending"; three decimals where the run's tick is fractional."""
-        return self.file(f'{stem}-{kimg:010.3f}{ending}' if self.fractional else f'{stem}-{round(kimg):06d}{ending}')
+        return self.file(f'{stem}-{kimg:010.3f}{ending}' if self.fractional else f'{stem}-{int(kimg):06d}{ending}')
 
     def write_options(self, options):
         with replacing(self.file('options.json')) as part, open(part, 'w', encoding='utf-8') as f:
@@ -71,17 +71,17 @@ def create(outdir, name):
             number += 1
 
 
-def load_state(path, options):
-    """The state in a file, refused unless its run's options equal `options` but for MAY_CHANGE."""
+def load_state(path, options, free=()):
+    """The state in a file, refused unless its run's options equal `options` but for MAY_CHANGE and the keys in `free`."""
     state = checkpoint.load(path)
-    found = checkpoint.differences(state['options'], options, ignore=MAY_CHANGE)
+    found = checkpoint.differences(state['options'], options, ignore=(*MAY_CHANGE, *free))
     if found:
         raise click.ClickException(f'--resume={path}: the state was trained with other options ({"; ".join(found[:6])}); '
                                    'give the same options, or start a new run from its weights with --transfer')
     return state
 
 
-def latest_state(outdir, options):
+def latest_state(outdir, options, free=()):
     """(path, state) of the newest whole state under outdir with these options, or (None, None)."""
     if not os.path.isdir(outdir):
         return None, None
@@ -90,7 +90,7 @@ def latest_state(outdir, options):
     candidates = [path for folder in folders for path in checkpoint.states(folder)]
     for path in sorted(candidates, key=os.path.getmtime, reverse=True):
         try:
-            return path, load_state(path, options)
+            return path, load_state(path, options, free)
         except click.ClickException as err:
             distributed.print0(f'--resume=latest passes over: {err.message}')
     return None, None

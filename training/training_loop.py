@@ -49,11 +49,22 @@ def build_objective(options, net):
     noise = registry.build(o['noise'], NOISE, '--noise')
     weight = registry.build(o['weight'], WEIGHTS, '--weight', sigma_data=net.sigma_data)
     penalty = registry.build(o['penalty'], PENALTIES, '--penalty', sigma_data=net.sigma_data)
+    probe_pieces(o, weight, penalty)
     terms = {'denoise': AmbientLoss(weight, penalty)}
     if o['consistency']:
         c = dict(o['consistency'])
         terms['consistency'] = ConsistencyTerm(noise, weight, batch_fraction=c.pop('batch_size') / options['batch'], **c)
     return noise, Objective(terms)
+
+
+def probe_pieces(specs, weight, penalty):
+    """Functions check their options when they are first called: call them once, before anything is made."""
+    one = torch.ones(1, 1, 1, 1)
+    for slot, call in [('weight', lambda: weight(one)), ('penalty', lambda: penalty(one, one))]:
+        try:
+            call()
+        except ValueError as err:
+            raise click.ClickException(f'--{slot}={specs[slot]}: {err}') from None
 
 
 class Run:
@@ -97,20 +108,22 @@ class Run:
         corruption = Corruption(**c)
         dataset = ImageDataset(data['path'], use_labels=data['use_labels'], keep=data['keep'], xflip=data['xflip'])
         sigma_n = corruption.levels(dataset.raw_idx, dataset.native_sigma, dataset.image_shape)
-        cache = dict(cache_gib=data['cache_gib'], workers=data['workers'])
-        store = ImageStore(dataset, corruption, sigma_n, **cache)
+        store = ImageStore(dataset, corruption, sigma_n, cache_gib=data['cache_gib'], workers=data['workers'] or None)
         labels = torch.from_numpy(dataset.labels(np.arange(len(dataset)))) if self.net.label_dim else None
         train, held_out = validation.split(dataset.raw_idx, self.options['val'].get('share', 0), self.options['seed'])
         pairing = self.options['objective']['pairing']
         self.stream = PairStream(sigma_n[train], self.noise, pairing, batch=self.options['batch'], seed=self.options['seed'])
         rows = slice(self.first_row, self.first_row + self.rank_batch)
-        self.feed = Feed(self.stream, store, train, sigma_n, labels, rows, self.device, data['workers'])
-        share = float((sigma_n[train] > 0).mean())
-        self.data_line = (f'{len(train)} training images of shape {"x".join(map(str, dataset.image_shape))}, '
-                          f'{share:.4%} of them noisy; {store.summary()}')
+        self.feed = Feed(self.stream, store, train, sigma_n=sigma_n, raw_idx=dataset.raw_idx, labels=labels, rows=rows,
+                         device=self.device, workers=data['workers'])
+        noisy = int((sigma_n[train] > 0).sum())
+        self.data_line = (f'{len(train)} training images of shape {"x".join(map(str, dataset.image_shape))}: {len(train) - noisy} clean, '
+                          f'{noisy} noisy ({noisy / len(train):.2%}); {store.nbytes / 2**30:.2f} GiB '
+                          f'{"mapped from disk" if store.mapped else "in memory"}; {self.stream.acceptance():.1%} of the images passed '
+                          f'are used by --pairing={pairing}')
         self.validation = None
         if self.options['val']:
-            self.validation = validation.build(self.options, self.noise, dataset, store, held_out, sigma_n, labels, cache)
+            self.validation = validation.build(self.options, self.noise, store, dataset, held_out, sigma_n, labels)
         self.augment = AugmentPipe(p=self.options['augment']) if self.options['augment'] else None
 
     def _setup_step(self):
@@ -177,7 +190,7 @@ class Run:
         bad = (~torch.isfinite(norm)).float()
         self.optimizer.grad_scale, self.optimizer.found_inf = None, bad
         self.optimizer.step()
-        self.ema.update(self.net, p.nimg + o['batch'], o['batch'])
+        self.ema.update(self.net, p.nimg, o['batch'])
         self.skipped_in_row = (self.skipped_in_row + bad) * bad
         self.stats.report('Grad/norm', norm)
         self.stats.report('Grad/skipped', bad)
@@ -200,10 +213,9 @@ class Run:
                                        'or use --precision=bf16 or fp32; the last saved state is as it was')
         stats = self.stats.flush()
         rate = tick_nimg / max(tick_seconds, 1e-9)
-        seen = self.stream.counts(p.stream)
         fields = {'nimg': p.nimg, 'Progress/kimg': p.nimg / 1e3, 'Progress/tick': p.tick, 'Progress/step': p.step,
                   **{name: s['mean'] for name, s in stats.items() if s['mean'] is not None},
-                  'Pairs/accepted': seen['used'] / max(seen['passed'], 1), 'Pairs/passed': seen['passed'],
+                  'Pairs/passed': p.stream['cursor'], 'Pairs/accepted': p.stream['used'] / p.stream['cursor'],
                   'Optimizer/lr': self.optimizer.param_groups[0]['lr'],
                   'Timing/seconds': round(p.seconds, 3), 'Timing/img_per_sec': round(rate, 2)}
         fields |= {f'Resources/{k}': v for k, v in memory_gib(self.device).items()}
@@ -278,8 +290,7 @@ def transfer_weights(ref, net):
 
 def training_loop(options, run_dir, device, writers=(), state=None, state_path=None):
     """Trains until options['duration_kimg'], in the folder run_dir; continues from `state` where one is given."""
-    fractional = options['tick_kimg'] % 1 != 0 or options['batch'] % 1000 != 0 and options['tick_kimg'] < 1
-    run = Run(options, RunFolder(run_dir, fractional), device, writers)
+    run = Run(options, RunFolder(run_dir, fractional=options['tick_kimg'] % 1 != 0), device, writers)
     distributed.print0(run.data_line)
     if state is not None:
         run.restore(state, state_path)

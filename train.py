@@ -1,0 +1,337 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Trains a diffusion model on images of which each knows how noisy it already is.
+
+python train.py --outdir=runs --data=cifar.zip --sigma=0.2 --corruption_probability=0.9
+torchrun --standalone --nproc_per_node=8 train.py --outdir=runs --data=cifar.zip --sigma=0.2 --corruption_probability=0.9"""
+
+import json
+import math
+import os
+
+import click
+import torch
+
+from dnnlib import EasyDict, Logger
+from torch_utils import checkpoint, distributed, misc
+from torch_utils.command_line import Command, version_option
+from training import run_folder
+from training.corruption import PROTOCOLS, Corruption
+from training.dataset import ImageDataset
+from training.networks import ARCHS
+from training.noise import NOISE
+from training.pairs import PAIRINGS
+from training.penalty import PENALTIES
+from training.preconditioning import PRECONDS, build_network
+from training.registry import Spec
+from training.training_loop import PRECISIONS, build_objective, training_loop
+from training.weighting import WEIGHTS
+
+# Noise distribution and weight that each preconditioning was published with.
+PUBLISHED = {'edm': ('lognormal', 'edm'), 'iddpm': ('iddpm_levels', 'snr'), 've': ('loguniform', 'snr'), 'vp': ('vp_uniform', 'snr')}
+
+
+class Number(click.ParamType):
+    """A finite number within bounds; the bounds of click let nan through."""
+
+    name = 'NUMBER'
+
+    def __init__(self, above=None, least=None, most=None):
+        self.above, self.least, self.most = above, least, most
+
+    def convert(self, value, param, ctx):
+        bounds = [f'above {self.above}' if self.above is not None else '', f'{self.least} or more' if self.least is not None else '',
+                  f'{self.most} or less' if self.most is not None else '']
+        try:
+            number = float(value)
+            inside = math.isfinite(number) and not (self.above is not None and number <= self.above
+                                                    or self.least is not None and number < self.least
+                                                    or self.most is not None and number > self.most)
+        except ValueError:
+            inside = False
+        if not inside:
+            self.fail(f'"{value}" is not a number that is {" and ".join(filter(None, bounds)) or "finite"}', param, ctx)
+        return number
+
+
+def ints(ctx, param, value):
+    """'1,2,2' -> [1, 2, 2]."""
+    try:
+        return None if value is None else [int(item) for item in value.split(',')]
+    except ValueError:
+        raise click.BadParameter(f'"{value}" is not a list of whole numbers such as 1,2,2,2') from None
+
+
+SHARE, POSITIVE, NOT_NEGATIVE = Number(least=0, most=1), Number(above=0), Number(least=0)
+COUNT, WHOLE = click.IntRange(min=1), click.IntRange(min=0)
+
+
+@click.command(cls=Command, context_settings={'max_content_width': 130})
+# What every run needs.
+@click.option('--outdir', metavar='DIR', required=True, help='Where runs go; this one gets the next numbered folder in it')
+@click.option('--data', metavar='ZIP|DIR', required=True, help='Training images, as dataset_tool.py writes them')
+@click.option('--cond', metavar='BOOL', type=bool, default=False, show_default=True, help='Class-conditional, by the labels of the data')
+@click.option('--arch', type=click.Choice(list(ARCHS)), default='ddpmpp', show_default=True, help='Network architecture')
+@click.option('--precond', type=click.Choice(list(PRECONDS)), default='edm', show_default=True, help='Preconditioning')
+# Imperfect data.
+@click.option('--sigma', metavar='FLOAT', type=float, default=0.0, show_default=True,
+              help='Noise std that corrupted images carry, in network units ([-1,1] for 8-bit data)')
+@click.option('--corruption-probability', metavar='FLOAT', type=float, default=0.0, show_default=True,
+              help='Share of the images that is corrupted; the count is exact')
+@click.option('--dataset-keep-percentage', metavar='FLOAT', type=float, default=1.0, show_default=True,
+              help='Share of the images that is used at all, from 0 to 1 (1 = all)')
+@click.option('--corruption-seed', metavar='INT', type=WHOLE, default=0, show_default=True, help='Key of who is noisy, and with which noise')
+@click.option('--corruption-protocol', type=click.Choice(PROTOCOLS), default='fixed', show_default=True,
+              help='published: membership and noise of the ambient-laws code, image for image')
+# The objective, one slot each.
+@click.option('--noise', type=Spec(NOISE), help='Noise-level distribution p(sigma)  [default: as published for --precond]')
+@click.option('--weight', type=Spec(WEIGHTS), help='Loss weight w(sigma)  [default: as published for --precond]')
+@click.option('--penalty', type=Spec(PENALTIES), default='squared', show_default=True, help='What an error costs')
+@click.option('--pairing', type=Spec(PAIRINGS), default='skip', show_default=True, help='Which levels a noisy image is seen at')
+@click.option('--consistency-coeff', metavar='FLOAT', type=NOT_NEGATIVE, default=0.0, show_default=True,
+              help='Factor of the consistency loss, which reaches below sigma_n; 0 = off')
+@click.option('--consistency-batch-size', metavar='INT', type=COUNT, default=32, show_default=True,
+              help='Images of each global batch that the consistency loss looks at; the sum is divided by --batch, as published')
+@click.option('--num-consistency-steps', metavar='INT', type=click.IntRange(min=2), default=6, show_default=True,
+              help='Noise levels of its reverse chain, both ends counted')
+@click.option('--num-primes', metavar='INT', type=COUNT, default=6, show_default=True, help='Chains an image, whose mean is compared')
+@click.option('--with-weight', metavar='BOOL', type=bool, default=False, show_default=True, help='Multiply the consistency loss by --weight')
+@click.option('--with-grad', metavar='BOOL', type=bool, default=True, show_default=True, help='Differentiate through its chains')
+# Hyperparameters.
+@click.option('--duration', metavar='MIMG', type=POSITIVE, default=200, show_default=True, help='Training length in million images (pairs used)')
+@click.option('--batch', metavar='INT', type=COUNT, default=512, show_default=True, help='Global batch size')
+@click.option('--batch-gpu', metavar='INT', type=COUNT, help='Rows a rank works on at a time; smaller accumulates gradients  [default: all]')
+@click.option('--cbase', metavar='INT', type=COUNT, help='Channels of the first level  [default: of --arch]')
+@click.option('--cres', metavar='LIST', callback=ints, help='Channels of each level, in multiples of --cbase  [default: of --arch]')
+@click.option('--blocks', metavar='INT', type=COUNT, help='Residual blocks a level  [default: of --arch]')
+@click.option('--attn', metavar='LIST', callback=ints, help='Heights of the levels that attend  [default: of --arch]')
+@click.option('--sigma-data', metavar='FLOAT', type=POSITIVE, help='Std of the data, for network and loss (--precond=edm)  [default: 0.5]')
+@click.option('--lr', metavar='FLOAT', type=POSITIVE, default=1e-3, show_default=True, help='Learning rate')
+@click.option('--lr-rampup', metavar='MIMG', type=NOT_NEGATIVE, default=10, show_default=True, help='Million images over which it rises from 0')
+@click.option('--weight-decay', metavar='FLOAT', type=NOT_NEGATIVE, default=0.0, show_default=True, help='L2 weight decay of Adam')
+@click.option('--ema', metavar='MIMG', type=NOT_NEGATIVE, default=0.5, show_default=True, help='Half-life of the weight average, in million images')
+@click.option('--dropout', metavar='FLOAT', type=Number(least=0, most=0.99), default=0.13, show_default=True, help='Dropout probability')
+@click.option('--augment', metavar='FLOAT', type=SHARE, default=0.12, show_default=True,
+              help='Augmentation probability; noisy images get exact symmetries only')
+@click.option('--xflip', metavar='BOOL', type=bool, default=False, show_default=True, help='Each image a second time, mirrored with its noise')
+@click.option('--seed', metavar='INT', type=WHOLE, help='Random seed  [default: a random one, printed]')
+# Speed.
+@click.option('--precision', type=click.Choice(list(PRECISIONS)), help='Arithmetic of the network  [default: fp32]')
+@click.option('--fp16', metavar='BOOL', type=bool, default=False, show_default=True, help='As published: --precision=fp16, kept in config.json')
+@click.option('--ls', metavar='FLOAT', type=POSITIVE, default=1, show_default=True, help='Loss scaling, taken out of the gradients again')
+@click.option('--bench', metavar='BOOL', type=bool, default=True, show_default=True, help='Let cuDNN choose its algorithms by timing them')
+@click.option('--compile', 'compile_net', metavar='BOOL', type=bool, default=False, show_default=True, help='torch.compile the network')
+@click.option('--cache', metavar='BOOL', type=bool, default=True, show_default=True,
+              help='False: decoded images lie in a file that all ranks map, whatever their size')
+@click.option('--cache-gib', metavar='FLOAT', type=NOT_NEGATIVE, default=8, show_default=True,
+              help='Memory of a node for decoded images; more than this is mapped from disk')
+@click.option('--workers', metavar='INT', type=WHOLE, default=1, show_default=True,
+              help='Threads that decode the data; 0: all cores decode, and batches are not prepared ahead')
+@click.option('--threads', metavar='INT', type=COUNT, help='CPU threads of each rank  [default: PyTorch\'s]')
+# Input and output.
+@click.option('--expr-id', metavar='STR', help='Name of the run\'s folder; --resume=latest continues runs of the same name')
+@click.option('--desc', metavar='STR', help='Text to add to the folder\'s name where no --expr-id is given')
+@click.option('--nosubdir', is_flag=True, help='Write into --outdir itself')
+@click.option('--tick', metavar='KIMG', type=POSITIVE, default=50, show_default=True, help='Thousand images between lines of statistics')
+@click.option('--snap', metavar='TICKS', type=WHOLE, default=50, show_default=True, help='Ticks between network snapshots; 0: none')
+@click.option('--dump', metavar='TICKS', type=WHOLE, default=500, show_default=True, help='Ticks between training states; 0: none')
+@click.option('--samples', metavar='INT', type=WHOLE, default=64, show_default=True, help='Images in the grid drawn at each snapshot; 0: none')
+@click.option('--val', metavar='DATA|SHARE', help='Held-out images: a data set, or a share of --data such as 0.05')
+@click.option('--transfer', metavar='REF', help='Start from the weights of a network: snapshot folder, .pt state, Hugging Face name')
+@click.option('--resume', metavar='latest|PT', help='Continue exactly: the newest state of this run under --outdir, or this state file')
+@click.option('--tensorboard', is_flag=True, help='Mirror the statistics to TensorBoard, in the run\'s folder')
+@click.option('--wandb', metavar='PROJECT', help='Mirror the statistics to Weights & Biases')
+@click.option('-n', '--dry-run', is_flag=True, help='Print the configuration, and write nothing')
+@version_option
+def main(**options):
+    """Train a diffusion model on clean and noisy images.
+
+    \b
+    python train.py --outdir=runs --data=cifar.zip --sigma=0.2 --corruption_probability=0.9
+    torchrun --standalone --nproc_per_node=8 train.py --outdir=runs --data=cifar.zip --cond=1 --arch=ddpmpp"""
+    o = EasyDict(options)
+    if o.threads:
+        torch.set_num_threads(o.threads)
+    distributed.init()
+    try:
+        config = setup(o)
+        print_config(config, o)
+        if not o.dry_run:
+            launch(config, o)
+    finally:
+        distributed.shutdown()
+
+
+def setup(o):
+    """Options -> the nested dict of JSON types that the run is made from."""
+    check_batch(o)
+    Corruption(o.sigma, o.corruption_probability, o.corruption_seed, o.corruption_protocol)  # refuses values out of range
+    dataset = ImageDataset(o.data, use_labels=o.cond, keep=o.dataset_keep_percentage, xflip=o.xflip)
+    noise, weight = PUBLISHED[o.precond]
+    consistency = dict(coeff=o.consistency_coeff, batch_size=o.consistency_batch_size, steps=o.num_consistency_steps - 1,
+                       samples=o.num_primes, weighted=o.with_weight, grad=o.with_grad)
+    return dict(
+        expr_id=o.expr_id,
+        seed=distributed.broadcast(o.seed if o.seed is not None else misc.seed_of(os.urandom(8).hex()) % 2**31),
+        data=dict(path=o.data, use_labels=o.cond, keep=o.dataset_keep_percentage, xflip=o.xflip,
+                  cache_gib=o.cache_gib if o.cache else 0.0, workers=o.workers),
+        corruption=dict(sigma=o.sigma, probability=o.corruption_probability, seed=o.corruption_seed, protocol=o.corruption_protocol),
+        val=validation_options(o),
+        network=network_config(o, dataset),
+        objective=dict(noise=o.noise or noise, weight=o.weight or weight, penalty=o.penalty, pairing=o.pairing,
+                       consistency=consistency if o.consistency_coeff else None),
+        augment=o.augment,
+        optimizer=dict(lr=o.lr, betas=[0.9, 0.999], eps=1e-8, weight_decay=o.weight_decay),
+        lr_rampup_kimg=o.lr_rampup * 1e3,
+        ema=dict(halflife_kimg=o.ema * 1e3, rampup_ratio=0.05),
+        batch=o.batch, batch_gpu=o.batch_gpu or o.batch // distributed.size(), loss_scale=o.ls,
+        precision=choose_precision(o), bench=o.bench, compile=o.compile_net,
+        duration_kimg=o.duration * 1e3, tick_kimg=o.tick, snapshot_ticks=o.snap, state_ticks=o.dump, samples=o.samples,
+        transfer=o.transfer, desc=o.desc, ranks=distributed.size(), versions=misc.versions())
+
+
+def check_batch(o):
+    """Refuses batch sizes that do not go into equal whole parts."""
+    world = distributed.size()
+    if o.batch < world:
+        raise click.ClickException(f'--batch={o.batch} is smaller than the {world} ranks; use at least --batch={world}, or fewer ranks')
+    if o.batch % world:
+        raise click.ClickException(f'--batch={o.batch} is not divisible by the {world} ranks; try --batch={o.batch // world * world}')
+    part = o.batch // world
+    if o.batch_gpu and part % o.batch_gpu:
+        good = max(n for n in range(1, min(o.batch_gpu, part) + 1) if part % n == 0)
+        raise click.ClickException(f'--batch={o.batch} is not divisible by {world} ranks x --batch-gpu={o.batch_gpu}; try --batch-gpu={good}')
+    if o.consistency_coeff and o.consistency_batch_size > o.batch:
+        raise click.ClickException(f'--consistency-batch-size={o.consistency_batch_size} is larger than --batch={o.batch}; use at most that')
+
+
+def choose_precision(o):
+    """fp32 unless told otherwise; fp16 is for GPUs."""
+    if o.fp16 and o.precision not in (None, 'fp16'):
+        raise click.ClickException(f'--fp16=1 and --precision={o.precision} exclude each other; give one of them')
+    precision = 'fp16' if o.fp16 else o.precision or 'fp32'
+    if precision == 'fp16' and not torch.cuda.is_available():
+        raise click.ClickException('--precision=fp16 needs a GPU, and there is none here; use fp32 or bf16')
+    return precision
+
+
+def validation_options(o):
+    """{}, {"share": 0.05} or {"path": ...}."""
+    if o.val is None:
+        return {}
+    try:
+        share = float(o.val)
+    except ValueError:
+        return dict(path=ImageDataset(o.val, use_labels=o.cond).path)
+    if not 0 < share < 1:
+        raise click.ClickException(f'--val={o.val}: a share must lie between 0 and 1; or give a data set')
+    return dict(share=share)
+
+
+def network_config(o, dataset):
+    """config.json of the network: published constructor arguments."""
+    height, width = dataset.resolution
+    config = dict(img_resolution=height if height == width else [height, width], img_channels=dataset.image_shape[0],
+                  label_dim=dataset.label_dim, use_fp16=o.fp16, **ARCHS[o.arch], dropout=o.dropout)
+    given = dict(model_channels=o.cbase, channel_mult=o.cres, num_blocks=o.blocks, attn_resolutions=o.attn, sigma_data=o.sigma_data)
+    config |= {key: value for key, value in given.items() if value is not None}
+    if o.augment:
+        config['augment_dim'] = 9
+    if o.precond != 'edm':
+        config['precond'] = o.precond
+        if o.sigma_data is not None:
+            raise click.ClickException(f'--sigma-data={o.sigma_data} goes with --precond=edm; --precond={o.precond} has no such constant')
+    if dataset.units is not None:
+        config['units'] = dataset.units
+    return config
+
+
+def print_config(config, o):
+    """What will be trained, on rank 0: the configuration, the size of the network, the network evaluations an image."""
+    with torch.device('meta'):
+        net = build_network(config['network'])
+    _, objective = build_objective(config, net)
+    params = sum(p.numel() for p in (*net.parameters(), *objective.parameters()))
+    if o.dry_run:
+        distributed.print0(json.dumps(config, indent=2))
+    distributed.print0(f'{type(net.model).__name__} with {params / 1e6:.2f} M parameters, {type(net).__name__}; '
+                       f'{evaluations_per_image(config):.3g} network evaluations an image and step; seed {config["seed"]}')
+
+
+def evaluations_per_image(config):
+    """Network evaluations (forward passes of one image) that a training pair costs on average."""
+    c = config['objective']['consistency']
+    return 1 if c is None else 1 + c['batch_size'] / config['batch'] * c['samples'] * (c['steps'] + 1)
+
+
+def launch(config, o):
+    """Makes or finds the run's folder, and trains in it."""
+    state_path, state = find_state(config, o)
+    run_dir = distributed.broadcast(choose_folder(config, o, state_path))
+    writers = []
+    if distributed.rank() == 0:
+        run_folder.RunFolder(run_dir, fractional=False).write_options(config)
+        writers = open_writers(o, run_dir, config)
+        with Logger(os.path.join(run_dir, 'log.txt')):
+            training_loop(config, run_dir, distributed.device(), writers, state, state_path)
+            print(f'Done: {run_dir}', flush=True)
+    else:
+        training_loop(config, run_dir, distributed.device(), writers, state, state_path)
+
+
+def find_state(config, o):
+    """(path, content) of the state to continue from, the same on every rank; (None, None) for a fresh start."""
+    if o.resume is None:
+        return None, None
+    if o.transfer:
+        raise click.ClickException('--resume and --transfer exclude each other: one continues a run, the other starts a new one')
+    free = ('seed',) if o.seed is None else ()  # a continued run keeps its seed
+    path, state = (run_folder.latest_state(o.outdir, config, free) if o.resume == 'latest'
+                   else (o.resume, run_folder.load_state(o.resume, config, free)))
+    # Rank 0 decides, because a state may appear while the ranks look.
+    chosen = distributed.broadcast(path)
+    if chosen != path:
+        path, state = chosen, chosen and checkpoint.load(chosen)
+    if state is not None:
+        config['seed'] = state['options']['seed']
+    return path, state
+
+
+def choose_folder(config, o, state_path):
+    """The run's folder, made by rank 0; None on the others."""
+    if distributed.rank() != 0:
+        return None
+    if state_path:
+        return os.path.dirname(os.path.abspath(state_path))
+    if o.nosubdir:
+        if os.path.exists(os.path.join(o.outdir, 'options.json')):
+            raise click.ClickException(f'--outdir={o.outdir} holds a run already; continue it with --resume=latest, or choose another folder')
+        os.makedirs(o.outdir, exist_ok=True)
+        return o.outdir
+    kind = 'cond' if o.cond else 'uncond'
+    stem = os.path.splitext(os.path.basename(os.path.normpath(o.data)))[0]
+    name = o.expr_id or '-'.join(filter(None, [stem, kind, o.arch, o.precond, f'batch{o.batch}', config['precision'], o.desc]))
+    return run_folder.create(o.outdir, name)
+
+
+def open_writers(o, run_dir, config):
+    """Callables (fields, nimg) that mirror stats.jsonl elsewhere."""
+    writers = []
+    if o.tensorboard:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise click.ClickException('--tensorboard needs the package tensorboard: pip install tensorboard') from None
+        board = SummaryWriter(run_dir)
+        writers.append(lambda fields, nimg: [board.add_scalar(k, v, nimg) for k, v in fields.items() if v is not None] and board.flush())
+    if o.wandb:
+        try:
+            import wandb
+        except ImportError:
+            raise click.ClickException('--wandb needs the package wandb: pip install wandb') from None
+        project = wandb.init(project=o.wandb, name=os.path.basename(run_dir), dir=run_dir, config=config)
+        writers.append(lambda fields, nimg: project.log({**fields, 'nimg': nimg}))
+    return writers
+
+
+if __name__ == '__main__':
+    main()
