@@ -79,7 +79,8 @@ COUNT, WHOLE = click.IntRange(min=1), click.IntRange(min=0)
               help='Share of the images that is corrupted; the count is exact')
 @click.option('--dataset-keep-percentage', metavar='FLOAT', type=float, default=1.0, show_default=True,
               help='Share of the images that is used at all, from 0 to 1 (1 = all)')
-@click.option('--corruption-seed', metavar='INT', type=WHOLE, default=0, show_default=True, help='Key of who is noisy, and with which noise')
+@click.option('--corruption-seed', metavar='INT', type=WHOLE, default=0, show_default=True,
+              help='Key of who is noisy, and with which noise')
 @click.option('--corruption-protocol', type=click.Choice(PROTOCOLS), default='fixed', show_default=True,
               help='published: membership and noise of the ambient-laws code, image for image')
 # The objective, one slot each.
@@ -94,29 +95,36 @@ COUNT, WHOLE = click.IntRange(min=1), click.IntRange(min=0)
 @click.option('--num-consistency-steps', metavar='INT', type=click.IntRange(min=2), default=6, show_default=True,
               help='Noise levels of its reverse chain, both ends counted')
 @click.option('--num-primes', metavar='INT', type=COUNT, default=6, show_default=True, help='Chains an image, whose mean is compared')
-@click.option('--with-weight', metavar='BOOL', type=bool, default=False, show_default=True, help='Multiply the consistency loss by --weight')
+@click.option('--with-weight', metavar='BOOL', type=bool, default=False, show_default=True,
+              help='Multiply the consistency loss by --weight')
 @click.option('--with-grad', metavar='BOOL', type=bool, default=True, show_default=True, help='Differentiate through its chains')
 # Hyperparameters.
-@click.option('--duration', metavar='MIMG', type=POSITIVE, default=200, show_default=True, help='Training length in million images (pairs used)')
+@click.option('--duration', metavar='MIMG', type=POSITIVE, default=200, show_default=True,
+              help='Training length in million images (pairs used)')
 @click.option('--batch', metavar='INT', type=COUNT, default=512, show_default=True, help='Global batch size')
-@click.option('--batch-gpu', metavar='INT', type=COUNT, help='Rows a rank works on at a time; smaller accumulates gradients  [default: all]')
+@click.option('--batch-gpu', metavar='INT', type=COUNT,
+              help='Rows a rank works on at a time; smaller accumulates gradients  [default: all]')
 @click.option('--cbase', metavar='INT', type=COUNT, help='Channels of the first level  [default: of --arch]')
 @click.option('--cres', metavar='LIST', callback=ints, help='Channels of each level, in multiples of --cbase  [default: of --arch]')
 @click.option('--blocks', metavar='INT', type=COUNT, help='Residual blocks a level  [default: of --arch]')
 @click.option('--attn', metavar='LIST', callback=ints, help='Heights of the levels that attend  [default: of --arch]')
 @click.option('--sigma-data', metavar='FLOAT', type=POSITIVE, help='Std of the data, for network and loss (--precond=edm)  [default: 0.5]')
 @click.option('--lr', metavar='FLOAT', type=POSITIVE, default=1e-3, show_default=True, help='Learning rate')
-@click.option('--lr-rampup', metavar='MIMG', type=NOT_NEGATIVE, default=10, show_default=True, help='Million images over which it rises from 0')
+@click.option('--lr-rampup', metavar='MIMG', type=NOT_NEGATIVE, default=10, show_default=True,
+              help='Million images over which it rises from 0')
 @click.option('--weight-decay', metavar='FLOAT', type=NOT_NEGATIVE, default=0.0, show_default=True, help='L2 weight decay of Adam')
-@click.option('--ema', metavar='MIMG', type=NOT_NEGATIVE, default=0.5, show_default=True, help='Half-life of the weight average, in million images')
+@click.option('--ema', metavar='MIMG', type=NOT_NEGATIVE, default=0.5, show_default=True,
+              help='Half-life of the weight average, in million images')
 @click.option('--dropout', metavar='FLOAT', type=Number(least=0, most=0.99), default=0.13, show_default=True, help='Dropout probability')
 @click.option('--augment', metavar='FLOAT', type=SHARE, default=0.12, show_default=True,
               help='Augmentation probability; noisy images get exact symmetries only')
-@click.option('--xflip', metavar='BOOL', type=bool, default=False, show_default=True, help='Each image a second time, mirrored with its noise')
+@click.option('--xflip', metavar='BOOL', type=bool, default=False, show_default=True,
+              help='Each image a second time, mirrored with its noise')
 @click.option('--seed', metavar='INT', type=WHOLE, help='Random seed  [default: a random one, printed]')
 # Speed.
 @click.option('--precision', type=click.Choice(list(PRECISIONS)), help='Arithmetic of the network  [default: fp32]')
-@click.option('--fp16', metavar='BOOL', type=bool, default=False, show_default=True, help='As published: --precision=fp16, kept in config.json')
+@click.option('--fp16', metavar='BOOL', type=bool, default=False, show_default=True,
+              help='As published: --precision=fp16, kept in config.json')
 @click.option('--ls', metavar='FLOAT', type=POSITIVE, default=1, show_default=True, help='Loss scaling, taken out of the gradients again')
 @click.option('--bench', metavar='BOOL', type=bool, default=True, show_default=True, help='Let cuDNN choose its algorithms by timing them')
 @click.option('--compile', 'compile_net', metavar='BOOL', type=bool, default=False, show_default=True, help='torch.compile the network')
@@ -199,9 +207,11 @@ def check_batch(o):
     part = o.batch // world
     if o.batch_gpu and part % o.batch_gpu:
         good = max(n for n in range(1, min(o.batch_gpu, part) + 1) if part % n == 0)
-        raise click.ClickException(f'--batch={o.batch} is not divisible by {world} ranks x --batch-gpu={o.batch_gpu}; try --batch-gpu={good}')
+        raise click.ClickException(f'--batch={o.batch} is not divisible by {world} ranks x --batch-gpu={o.batch_gpu}; '
+                                   f'try --batch-gpu={good}')
     if o.consistency_coeff and o.consistency_batch_size > o.batch:
-        raise click.ClickException(f'--consistency-batch-size={o.consistency_batch_size} is larger than --batch={o.batch}; use at most that')
+        raise click.ClickException(f'--consistency-batch-size={o.consistency_batch_size} is larger than --batch={o.batch}; '
+                                   'use at most that')
 
 
 def choose_precision(o):
@@ -304,7 +314,8 @@ def choose_folder(config, o, state_path):
         return os.path.dirname(os.path.abspath(state_path))
     if o.nosubdir:
         if os.path.exists(os.path.join(o.outdir, 'options.json')):
-            raise click.ClickException(f'--outdir={o.outdir} holds a run already; continue it with --resume=latest, or choose another folder')
+            raise click.ClickException(f'--outdir={o.outdir} holds a run already; continue it with --resume=latest, '
+                                       'or choose another folder')
         os.makedirs(o.outdir, exist_ok=True)
         return o.outdir
     kind = 'cond' if o.cond else 'uncond'

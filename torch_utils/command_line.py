@@ -10,7 +10,7 @@ from torch_utils import misc
 
 
 class Command(click.Command):
-    """A click command in which --batch_size and --batch-size are the same option, and an unforeseen OSError is one line, not a traceback."""
+    """A click command in which --batch_size is --batch-size, and in which an error of the file system is one line, not a traceback."""
 
     def parse_args(self, ctx, args):
         return super().parse_args(ctx, hyphens(args))

@@ -18,8 +18,8 @@ def init():
         return
     if torch.cuda.is_available():
         if local_rank() >= torch.cuda.device_count():
-            raise click.ClickException(
-                f'--nproc_per_node={local_size()} asks for more ranks than the {torch.cuda.device_count()} GPUs of this node; ask for at most that')
+            raise click.ClickException(f'--nproc_per_node={local_size()} asks for more ranks than this node has GPUs '
+                                       f'({torch.cuda.device_count()}); ask for at most that')
         torch.cuda.set_device(local_rank())
     torch.distributed.init_process_group('nccl' if torch.cuda.is_available() else 'gloo')
 

@@ -209,8 +209,8 @@ class Run:
         """Gathers the statistics of a tick, writes one line to stats.jsonl and one to the console. Synchronises once."""
         p = self.progress
         if int(self.skipped_in_row) >= MAX_SKIPPED:
-            raise click.ClickException(f'{MAX_SKIPPED} updates in a row had non-finite gradients (step {p.step}, {p.nimg / 1e3:g} kimg): lower --lr, '
-                                       'or use --precision=bf16 or fp32; the last saved state is as it was')
+            raise click.ClickException(f'{MAX_SKIPPED} updates in a row had non-finite gradients (step {p.step}, {p.nimg / 1e3:g} kimg): '
+                                       'lower --lr, or use --precision=bf16 or fp32; the last saved state is as it was')
         stats = self.stats.flush()
         rate = tick_nimg / max(tick_seconds, 1e-9)
         fields = {'nimg': p.nimg, 'Progress/kimg': p.nimg / 1e3, 'Progress/tick': p.tick, 'Progress/step': p.step,
@@ -285,7 +285,8 @@ def transfer_weights(ref, net):
         raise click.ClickException(f'--transfer={ref}: none of its tensors fits this network; use its architecture (see its config.json)')
     net.load_state_dict(fitting, strict=False)
     left = sorted(set(own) - set(fitting))
-    distributed.print0(f'Transferred {len(fitting)} of {len(own)} tensors from {ref}' + (f'; as initialised: {", ".join(left[:8])}' if left else ''))
+    rest = f'; as initialised: {", ".join(left[:8])}' if left else ''
+    distributed.print0(f'Transferred {len(fitting)} of {len(own)} tensors from {ref}{rest}')
 
 
 def training_loop(options, run_dir, device, writers=(), state=None, state_path=None):
@@ -306,7 +307,8 @@ def training_loop(options, run_dir, device, writers=(), state=None, state_path=N
         done = p.nimg >= total_nimg
         if time.time() - last_line > HEARTBEAT_SEC:
             rate = (p.nimg - tick_start_nimg) / (time.time() - tick_start)
-            distributed.print0(f'    step {p.step}  kimg {p.nimg / 1e3:.3f}  img/s {rate:.1f}  eta {format_time((total_nimg - p.nimg) / rate)}')
+            left = format_time((total_nimg - p.nimg) / rate)
+            distributed.print0(f'    step {p.step}  kimg {p.nimg / 1e3:.3f}  img/s {rate:.1f}  eta {left}')
             last_line = time.time()
         if not done and p.nimg < tick_start_nimg + tick_nimg:
             continue
