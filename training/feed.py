@@ -28,7 +28,8 @@ class Feed:
 
     stream: a PairStream over positions of `items`. store: ImageStore. items: int64 [M], those of the store that may be used.
     sigma_n [N], raw_idx [N], labels [N, label_dim] or None: of every item of the store.
-    rows: slice of the global batch that is this rank's. workers: 0 prepares each batch when it is asked for; more prepare in the background.
+    rows: slice of the global batch that is this rank's.
+    workers: 0 prepares each batch when it is asked for; more prepare in the background.
     What is fed does not depend on the number of ranks or workers: every rank draws all pairs and gathers its own."""
 
     def __init__(self, stream, store, items, *, sigma_n, raw_idx, labels, rows, device, workers):
