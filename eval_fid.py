@@ -9,7 +9,6 @@ import json
 import os
 
 import click
-import torch
 
 import dnnlib
 from dnnlib.util import file_digest
@@ -65,7 +64,8 @@ def main(ctx, **options):
             raise click.ClickException(f'--{early[0].replace("_", "-")}: the options of "{word}" go after that word')
         return
     check_options(options)
-    in_process_group(evaluate_images, dnnlib.EasyDict(options))
+    distributed.init()
+    evaluate_images(dnnlib.EasyDict(options))
 
 
 @main.command('ref', cls=command_line.Command)
@@ -78,7 +78,8 @@ def ref(**options):
     """Writes the statistics of reference images, all of them."""
     if not options['dest'].endswith('.npz'):
         raise click.ClickException(f'--dest={options["dest"]}: must end in .npz')
-    in_process_group(write_reference, dnnlib.EasyDict(options))
+    distributed.init()
+    write_reference(dnnlib.EasyDict(options))
 
 
 def check_options(options):
@@ -88,15 +89,6 @@ def check_options(options):
     if (options['ref_stats'] is None) == (options['ref_path'] is None):
         raise click.ClickException('pass one of --ref-stats=NPZ (statistics) and --ref-path=PATH (images), '
                                    f'got {"none" if options["ref_stats"] is None else "both"}')
-
-
-def in_process_group(function, options):
-    """function(options) as one of torchrun's ranks, or alone."""
-    distributed.init()
-    try:
-        function(options)
-    finally:
-        distributed.shutdown()
 
 
 def evaluate_images(o):
@@ -157,20 +149,7 @@ def choose_count(o, found):
 
 def make_detector(o):
     """The detector on its device; one rank a node fetches its weights."""
-    return first_on_node(DETECTORS[o.detector], weights=o.detector_weights, device=pick_device(o.device))
-
-
-def pick_device(name):
-    """The device that --device names, on this rank."""
-    try:
-        device = torch.device(name) if name else distributed.device()
-    except RuntimeError:
-        raise click.ClickException(f'--device={name}: no such device; choose cpu or cuda') from None
-    if device.type == 'cuda' and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
-        raise click.ClickException(f'--device={name}: this machine has {torch.cuda.device_count()} usable GPUs; try --device=cpu')
-    if device.type not in ('cpu', 'cuda'):
-        raise click.ClickException(f'--device={name}: float64 is needed; choose cpu or cuda')
-    return distributed.device() if name == 'cuda' else device
+    return first_on_node(DETECTORS[o.detector], weights=o.detector_weights, device=distributed.pick_device(o.device))
 
 
 def first_on_node(function, *args, **kwargs):

@@ -63,10 +63,7 @@ def main(**options):
     if options['threads']:
         torch.set_num_threads(options['threads'])
     distributed.init()
-    try:
-        run(**options)
-    finally:
-        distributed.shutdown()
+    run(**options)
 
 
 def run(network, outdir, seeds, subdirs, format, grid, weights, precision, device, threads, class_idx, batch, steps, **sampler):
@@ -74,7 +71,7 @@ def run(network, outdir, seeds, subdirs, format, grid, weights, precision, devic
     seeds = list(dict.fromkeys(seeds))  # a seed that was named twice is one image
     check_writable(outdir)
     grid = grid_path(grid, outdir)
-    net = hub.load_network(network, device=pick_device(device), weights=weights)
+    net = hub.load_network(network, device=distributed.pick_device(device), weights=weights)
     if precision:
         net.compute_dtype = PRECISIONS[precision]
     format = pick_format(format, net)
@@ -177,14 +174,6 @@ def grid_path(grid, outdir):
         raise click.ClickException(f'--grid={grid}: the picture is a PNG; give a name that ends in .png')
     check_writable(os.path.dirname(os.path.abspath(path)))
     return path
-
-
-def pick_device(device):
-    """The device asked for, or this rank's."""
-    try:
-        return torch.empty(0, device=device).device if device else distributed.device()
-    except (RuntimeError, AssertionError) as err:
-        raise click.ClickException(f'--device={device}: {str(err).splitlines()[0]}') from None
 
 
 def pick_format(format, net):

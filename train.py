@@ -4,6 +4,8 @@
 python train.py --outdir=runs --data=cifar.zip --sigma=0.2 --corruption_probability=0.9
 torchrun --standalone --nproc_per_node=8 train.py --outdir=runs --data=cifar.zip --sigma=0.2 --corruption_probability=0.9"""
 
+import contextlib
+import importlib.util
 import json
 import math
 import os
@@ -161,18 +163,17 @@ def main(**options):
     if o.threads:
         torch.set_num_threads(o.threads)
     distributed.init()
-    try:
-        config = setup(o)
-        print_config(config, o)
-        if not o.dry_run:
-            launch(config, o)
-    finally:
-        distributed.shutdown()
+    config = setup(o)
+    state_path, state = find_state(config, o)
+    print_config(config, o)
+    if not o.dry_run:
+        launch(config, o, state_path, state)
 
 
 def setup(o):
     """Options -> the nested dict of JSON types that the run is made from."""
     check_batch(o)
+    check_mirrors(o)
     Corruption(o.sigma, o.corruption_probability, o.corruption_seed, o.corruption_protocol)  # refuses values out of range
     dataset = ImageDataset(o.data, use_labels=o.cond, keep=o.dataset_keep_percentage, xflip=o.xflip)
     noise, weight = PUBLISHED[o.precond]
@@ -213,6 +214,13 @@ def check_batch(o):
     if o.consistency_coeff and o.consistency_batch_size > o.batch:
         raise click.ClickException(f'--consistency-batch-size={o.consistency_batch_size} is larger than --batch={o.batch}; '
                                    'use at most that')
+
+
+def check_mirrors(o):
+    """Refuses mirrors of the statistics whose packages are not there."""
+    for package, wanted in [('tensorboard', o.tensorboard), ('wandb', o.wandb)]:
+        if wanted and importlib.util.find_spec(package) is None:
+            raise click.ClickException(f'--{package} needs the package {package}: pip install {package}')
 
 
 def choose_precision(o):
@@ -274,19 +282,33 @@ def evaluations_per_image(config):
     return 1 if c is None else 1 + c['batch_size'] / config['batch'] * c['samples'] * (c['steps'] + 1)
 
 
-def launch(config, o):
+def launch(config, o, state_path, state):
     """Makes or finds the run's folder, and trains in it."""
-    state_path, state = find_state(config, o)
-    run_dir = distributed.broadcast(choose_folder(config, o, state_path))
-    writers = []
-    if distributed.rank() == 0:
-        run_folder.RunFolder(run_dir, fractional=False).write_options(config)
-        writers = open_writers(o, run_dir, config)
+    run_dir = distributed.from_rank0(choose_folder, config, o, state_path)
+    if distributed.rank() != 0:
+        training_loop(config, run_dir, distributed.device(), (), state, state_path)
+        return
+    run_folder.RunFolder(run_dir, fractional=False).write_options(config)
+    writers = open_writers(o, run_dir, config)
+    try:
         with Logger(os.path.join(run_dir, 'log.txt')):
             training_loop(config, run_dir, distributed.device(), writers, state, state_path)
             print(f'Done: {run_dir}', flush=True)
-    else:
-        training_loop(config, run_dir, distributed.device(), writers, state, state_path)
+    except click.ClickException:
+        take_back(run_dir)
+        raise
+
+
+def take_back(run_dir):
+    """Removes the folder of a run that was refused before it began (its data are read only now), so that it can be started again."""
+    names = os.listdir(run_dir)
+    if 'stats.jsonl' in names or any(map(checkpoint.PATTERN.fullmatch, names)):
+        return
+    for name in names:
+        if name in ('options.json', 'log.txt') or name.startswith('events.out.tfevents'):
+            os.unlink(os.path.join(run_dir, name))
+    with contextlib.suppress(OSError):
+        os.rmdir(run_dir)  # with --nosubdir other things may lie in it
 
 
 def find_state(config, o):
@@ -308,13 +330,12 @@ def find_state(config, o):
 
 
 def choose_folder(config, o, state_path):
-    """The run's folder, made by rank 0; None on the others."""
-    if distributed.rank() != 0:
-        return None
+    """The run's folder; made unless it is there."""
     if state_path:
         return os.path.dirname(os.path.abspath(state_path))
     if o.nosubdir:
-        if os.path.exists(os.path.join(o.outdir, 'options.json')):
+        fresh = o.resume == 'latest' and not checkpoint.states(o.outdir)  # the run that is there ended before its first state
+        if os.path.exists(os.path.join(o.outdir, 'options.json')) and not fresh:
             raise click.ClickException(f'--outdir={o.outdir} holds a run already; continue it with --resume=latest, '
                                        'or choose another folder')
         os.makedirs(o.outdir, exist_ok=True)
@@ -329,17 +350,11 @@ def open_writers(o, run_dir, config):
     """Callables (fields, nimg) that mirror stats.jsonl elsewhere."""
     writers = []
     if o.tensorboard:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise click.ClickException('--tensorboard needs the package tensorboard: pip install tensorboard') from None
+        from torch.utils.tensorboard import SummaryWriter
         board = SummaryWriter(run_dir)
         writers.append(lambda fields, nimg: [board.add_scalar(k, v, nimg) for k, v in fields.items() if v is not None] and board.flush())
     if o.wandb:
-        try:
-            import wandb
-        except ImportError:
-            raise click.ClickException('--wandb needs the package wandb: pip install wandb') from None
+        import wandb
         project = wandb.init(project=o.wandb, name=os.path.basename(run_dir), dir=run_dir, config=config)
         writers.append(lambda fields, nimg: project.log({**fields, 'nimg': nimg}))
     return writers

@@ -15,7 +15,8 @@ import numpy as np
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
-from training.corruption import Corruption  # noqa: E402 (the checkout need not be installed)
+from torch_utils.command_line import Command, version_option  # noqa: E402 (the checkout need not be installed)
+from training.corruption import Corruption  # noqa: E402
 from training.dataset import ImageDataset, ImageStore  # noqa: E402
 from training.generation import to_uint8  # noqa: E402
 
@@ -48,10 +49,11 @@ def write_noisy(data, options, dest):
     np.savez(dest, images=images.numpy().transpose(0, 2, 3, 1))
 
 
-@click.command()
+@click.command(cls=Command)
 @click.option('--outdir', default='demo', show_default=True, metavar='DIR', help='Where everything goes')
 @click.option('--seed', default=0, show_default=True, metavar='INT', help='Seed of the training run')
 @click.option('--duration', default=0.14, show_default=True, metavar='MIMG', help='Training length in million images')
+@version_option
 def main(outdir, seed, duration):
     """Train on 898 digits, 90 % of them noisy at sigma 0.4, and compare what comes out with the other half."""
     start = time.time()

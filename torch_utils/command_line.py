@@ -3,21 +3,28 @@
 
 import contextlib
 import re
+import time
 
 import click
 
-from torch_utils import misc
+from torch_utils import distributed, misc
+
+PATIENCE_SEC = 5  # what torchrun needs, amply, to end the other ranks after the first has failed
 
 
 class Command(click.Command):
-    """A click command in which --batch_size is --batch-size, and in which an error of the file system is one line, not a traceback."""
+    """A click command in which --batch_size is --batch-size, an error is one line, once for all ranks, and the ranks part at the end."""
 
     def parse_args(self, ctx, args):
-        return super().parse_args(ctx, hyphens(args))
+        with rank0_first(), one_line_errors():
+            return super().parse_args(ctx, hyphens(args))
 
     def invoke(self, ctx):
-        with one_line_errors():
-            return super().invoke(ctx)
+        try:
+            with rank0_first(), one_line_errors():
+                return super().invoke(ctx)
+        finally:
+            distributed.shutdown()
 
 
 def hyphens(args):
@@ -26,10 +33,29 @@ def hyphens(args):
 
 
 @contextlib.contextmanager
-def one_line_errors():
-    """Turns errors of the file system into click's one-line errors."""
+def rank0_first():
+    """An error that all ranks meet is shown once: by rank 0, after which torchrun ends the others. Theirs alone is shown a little later.
+
+    The waiting comes before the process group is left: rank 0 would fail for its lack, and torchrun end this rank unheard."""
     try:
         yield
+    except click.ClickException as err:
+        if not distributed.rank():
+            raise
+        time.sleep(PATIENCE_SEC)
+        err.show()
+        raise SystemExit(err.exit_code) from None
+
+
+@contextlib.contextmanager
+def one_line_errors():
+    """Turns errors of the file system, and of usage (which click shows with three lines of its own), into one-line errors."""
+    try:
+        yield
+    except click.UsageError as err:
+        plain = click.ClickException(err.format_message())
+        plain.exit_code = err.exit_code
+        raise plain from None
     except (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError) as err:
         raise click.ClickException(f'{err.filename}: {err.strerror}') from None
     except OSError as err:

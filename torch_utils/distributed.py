@@ -55,6 +55,19 @@ def device():
     return torch.device('cuda', local_rank()) if torch.cuda.is_available() else torch.device('cpu')
 
 
+def pick_device(name=None):
+    """The device that --device names, on this rank; without a name its GPU, or the CPU. Raises click.ClickException."""
+    try:
+        chosen = torch.device(name) if name else device()
+    except RuntimeError:
+        raise click.ClickException(f'--device={name}: no such device; choose cpu or cuda') from None
+    if chosen.type == 'cuda' and (not torch.cuda.is_available() or (chosen.index or 0) >= torch.cuda.device_count()):
+        raise click.ClickException(f'--device={name}: this machine has {torch.cuda.device_count()} usable GPUs; try --device=cpu')
+    if chosen.type not in ('cpu', 'cuda'):
+        raise click.ClickException(f'--device={name}: float64 is needed; choose cpu or cuda')
+    return device() if name == 'cuda' else chosen
+
+
 def print0(*args, **kwargs):
     """print() on rank 0 only, flushed at once."""
     if rank() == 0:
@@ -81,6 +94,20 @@ def broadcast(value, source=0):
     box = [value]
     torch.distributed.broadcast_object_list(box, src=source, device=device())
     return box[0]
+
+
+def from_rank0(function, *args):
+    """function(*args) of rank 0, on every rank; what is the user's mistake or the file system's there is raised on all of them."""
+    found, error = None, None
+    if rank() == 0:
+        try:
+            found = function(*args)
+        except (click.ClickException, OSError) as err:
+            error = err
+    found, error = broadcast((found, error))
+    if error is not None:
+        raise error
+    return found
 
 
 def all_values(value):

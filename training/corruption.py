@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""(image, raw_idx) -> the image at its level sigma_n: who is noisy, how noisy, and the one fixed noise an image carries for ever.
+"""(image, raw_idx) -> the image at its level sigma_n: who is noisy, how noisy, and the one fixed noise an image carries for ever;
+and which images carry a wrong label.
 
 An image is seen through one noisy copy only: fresh noise in another epoch, worker, rank or flip would give the clean image
 away."""
@@ -11,6 +12,7 @@ import numpy as np
 
 PROTOCOLS = ('fixed', 'published')
 _MEMBERSHIP = 2 ** 64 - 1  # the second key word of the membership draw; no raw_idx reaches it
+_LABELS = 2 ** 64 - 2      # and that of the label draws
 
 
 class Corruption:
@@ -82,6 +84,60 @@ class Corruption:
             noise = noise[..., ::-1] if mirrored[k] else noise
             out[k] += noise * noise.dtype.type(added[k])
         return out
+
+
+class LabelCorruption:
+    """Which images carry a wrong class label, and which one: fixed per image, of an exact count (Chen et al. 2024).
+
+    rate: share of the images that is relabelled. seed: key of the choice. groups: lists of classes that are confused only within a list,
+    such as [[0, 1], [3, 5, 7]]; None: any class for any other. The new class is drawn by its frequency among the images.
+    Raises click.ClickException for values out of range."""
+
+    def __init__(self, rate=0.0, seed=0, groups=None):
+        if not 0 <= rate <= 1:
+            raise click.ClickException(f'--label-corruption={rate}: must lie between 0 and 1')
+        if not 0 <= seed < 2 ** 64:
+            raise click.ClickException(f'--label-corruption-seed={seed}: must lie between 0 and 2^64 - 1')
+        listed = [c for group in groups or [] for c in group]
+        if len(listed) != len(set(listed)) or min(listed, default=0) < 0:
+            raise click.ClickException(f'--label-corruption-groups={groups}: classes are whole numbers from 0, each in one group at most')
+        self.rate, self.seed, self.groups = float(rate), int(seed), groups
+
+    def apply(self, classes, raw_idx):
+        """Class numbers int [N] -> int64 [N], in which exactly round(rate x images) images have another class than before.
+
+        raw_idx: int [N]; items of one image (its x-flip) share label and fate. A higher rate relabels more images, and changes no other."""
+        classes = np.asarray(classes)
+        images, first, inverse = np.unique(np.asarray(raw_idx), return_index=True, return_inverse=True)
+        return self._relabel(images, classes[first].astype(np.int64))[inverse.reshape(-1)]
+
+    def _relabel(self, images, own):
+        prior = np.bincount(own)
+        likely = self._alternatives(prior)
+        count, can = round(self.rate * len(own)), np.flatnonzero(likely.sum(1)[own])
+        if len(can) < count:
+            raise click.ClickException(f'--label-corruption={self.rate:g} asks for {count} of {len(own)} images, but only {len(can)} have '
+                                       'a class that can be taken for another one; lower it, or widen --label-corruption-groups')
+        # Two uniforms of each image whatever else is kept: who is relabelled, and as what.
+        who, what = _generator(self.seed, _LABELS).random((images[-1] + 1, 2))[images].T
+        chosen = can[np.argsort(who[can], kind='stable')[:count]]
+        labels = own.copy()
+        for c in np.unique(own[chosen]):
+            rows = chosen[own[chosen] == c]
+            steps = np.cumsum(likely[c])
+            labels[rows] = np.searchsorted(steps / steps[-1], what[rows], side='right')
+        return labels
+
+    def _alternatives(self, prior):
+        """How often each class [row] is to be taken for each other one [column]: the frequencies, without itself and other groups."""
+        group = np.zeros(len(prior), np.int64)
+        if self.groups is not None:
+            group = -1 - np.arange(len(prior))  # a class in no group is alone
+            for number, members in enumerate(self.groups):
+                if max(members, default=0) >= len(prior):
+                    raise click.ClickException(f'--label-corruption-groups={self.groups}: the data has the classes 0 to {len(prior) - 1}')
+                group[list(members)] = number
+        return prior * (group[:, None] == group) * (1 - np.eye(len(prior), dtype=np.int64))
 
 
 def _generator(seed, word):

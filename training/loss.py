@@ -45,12 +45,17 @@ class AmbientLoss(torch.nn.Module):
         self.weight, self.penalty = weight, penalty
 
     def forward(self, net, batch, randn=None, seen=None):
-        """{'denoise': [N]}. seen: the Evaluation, where the caller has it already. This term draws nothing from randn."""
+        """{'denoise': [N]}, and 'log_weight' where the weight is learned.
+
+        seen: the Evaluation, where the caller has it already. This term draws nothing from randn."""
         x, D = seen or evaluate(net, batch)
         y_hat = ambient.predict_at(D, x, batch.sigma, level=batch.sigma_n)  # E[y | x]
         sigma = ambient.column(batch.sigma, x)
         loss = self.weight(sigma) * self.penalty(y_hat - batch.images, sigma)
-        return {'denoise': loss.flatten(1).sum(1)}
+        terms = {'denoise': loss.flatten(1).sum(1)}
+        if hasattr(self.weight, 'offset'):  # a learned weight lambda / exp(u) comes with a term u, once for every cost in the sum
+            terms['log_weight'] = self.weight.offset(sigma).expand_as(loss).flatten(1).sum(1)
+        return terms
 
 
 class ConsistencyTerm(torch.nn.Module):
@@ -74,7 +79,8 @@ class ConsistencyTerm(torch.nn.Module):
         sigma, sigma_prime, chain_noise = self._draw(batch.sigma, x, randn, rows)
         error = consistency_error(net, x[rows], sigma, sigma_prime, D[rows], chain_noise, grad=self.grad,
                                   class_labels=_take(batch.class_labels, rows), augment_labels=_take(batch.augment_labels, rows))
-        value = self.weight(sigma) * error.square() if self.weighted else error.square()
+        # Detached: a learned weight would grow just to shrink this term, which adds no u of its own.
+        value = self.weight(sigma).detach() * error.square() if self.weighted else error.square()
         # Rows are whole, the share of the batch need not be: the factor keeps coeff's meaning for every size of micro-batch.
         scale = self.coeff * self.batch_fraction * len(x) / len(rows)
         return {'consistency': value.new_zeros(len(x)).index_put((rows,), scale * value.flatten(1).sum(1))}

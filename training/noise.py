@@ -18,7 +18,11 @@ def normal_cdf(z):
 class NoiseDistribution:
     """A law p(sigma). A piece needs cdf and icdf; sf and isf are worth giving where 1 - cdf would lose the upper tail.
 
+    stratified: the stream of pairs is to spread its uniforms with stratify(), so that every batch covers the law evenly.
     All methods take and return tensors of any shape, elementwise, in the dtype and on the device of the input."""
+
+    def __init__(self, stratified=False):
+        self.stratified = stratified
 
     def cdf(self, sigma):
         """P(level <= sigma)."""
@@ -65,10 +69,59 @@ def _uniform(shape, generator):
     return torch.rand(shape, generator=generator, dtype=torch.float64, device=generator.device).clamp(min=TINY)
 
 
+def stratify(u):
+    """Independent uniforms [n], n a power of two -> uniforms that are each as before, and together evenly spread.
+
+    Every run of 2^k entries that starts at a multiple of 2^k has exactly one in each interval of length 2^-k, and every other run
+    is nearly as even: so batches of any size are stratified, and the sequence does not depend on their size. It is van der
+    Corput's (the binary digits of the place, mirrored), shifted at random in all digits and jittered within its finest interval."""
+    n = len(u)
+    assert n & (n - 1) == 0, f'{n} uniforms are no power of two'
+    place, mirrored = torch.arange(n, device=u.device), torch.zeros(n, dtype=torch.int64, device=u.device)
+    for _ in range(n.bit_length() - 1):
+        mirrored, place = 2 * mirrored + place % 2, place // 2
+    # The whole part of n u is uniform over the intervals and its fraction is uniform within one, independently.
+    scaled = u * n
+    return ((mirrored ^ scaled[0].long()) + scaled.frac()) / n
+
+
+class Cosine(NoiseDistribution):
+    """sigma = tan(pi t / 2) with t uniform: the density of ln sigma is sech(ln sigma) / pi.
+
+    It is the cosine schedule alpha = cos(pi t / 2) in continuous time (Salimans & Ho 2022). min, max: where the law is cut off; the
+    defaults leave out 0.006 % at each end. IDDPM's offset s = 0.008 is min = tan(pi/2 s / (1 + s)) = 0.0125."""
+
+    def __init__(self, min=1e-4, max=1e4, stratified=False):
+        super().__init__(stratified)
+        _require(0 <= min < max, f'min={min},max={max} must satisfy 0 <= min < max')
+        self.min, self.max = min, max
+        self._below, self._beyond = math.atan(min) / (math.pi / 2), math.atan(1 / max) / (math.pi / 2)  # shares cut off
+        self._kept = 1 - self._below - self._beyond
+
+    def cdf(self, sigma):
+        return ((sigma.atan() / (math.pi / 2) - self._below) / self._kept).clamp(0, 1)
+
+    def icdf(self, u):
+        return self._level(u, 1 - u)
+
+    def sf(self, sigma):
+        return ((sigma.reciprocal().atan() / (math.pi / 2) - self._beyond) / self._kept).clamp(0, 1)
+
+    def isf(self, q):
+        return self._level(1 - q, q)
+
+    def _level(self, u, q):
+        """The level with cdf u and sf q, from the smaller of the two, which has kept its digits."""
+        lower = (math.pi / 2) * (self._below + u * self._kept)
+        upper = (math.pi / 2) * (self._beyond + q * self._kept)
+        return torch.where(lower < upper, lower.tan(), upper.tan().reciprocal()).clamp(self.min, self.max)
+
+
 class LogNormal(NoiseDistribution):
     """ln sigma ~ N(mean, std^2), EDM's law (Karras et al. 2022, table 1)."""
 
-    def __init__(self, mean=-1.2, std=1.2):
+    def __init__(self, mean=-1.2, std=1.2, stratified=False):
+        super().__init__(stratified)
         _require(math.isfinite(mean), f'mean={mean} must be finite')
         _require(0 < std < math.inf, f'std={std} must be positive')
         self.mean, self.std = mean, std
@@ -86,10 +139,20 @@ class LogNormal(NoiseDistribution):
         return (self.mean - torch.special.ndtri(q) * self.std).exp()
 
 
+class LogitNormal(LogNormal):
+    """t = sigmoid(z), z ~ N(mean, std^2), in the convention x_t = (1 - t) x_0 + t noise of rectified flow (Esser et al. 2024).
+
+    There sigma = t / (1 - t) = exp(z), so this is the log-normal law under the parameters of that paper, whose best are 0 and 1."""
+
+    def __init__(self, mean=0.0, std=1.0, stratified=False):
+        super().__init__(mean, std, stratified)
+
+
 class LogUniform(NoiseDistribution):
     """ln sigma uniform between ln min and ln max, the VE law."""
 
-    def __init__(self, min=0.02, max=100.0):
+    def __init__(self, min=0.02, max=100.0, stratified=False):
+        super().__init__(stratified)
         _require(0 < min < max < math.inf, f'min={min},max={max} must satisfy 0 < min < max')
         self.min, self.max = min, max
 
@@ -103,7 +166,8 @@ class LogUniform(NoiseDistribution):
 class VPUniform(NoiseDistribution):
     """sigma(t) = sqrt(exp(beta_d t^2 / 2 + beta_min t) - 1) with t uniform between eps_t and 1, the VP law."""
 
-    def __init__(self, beta_d=19.9, beta_min=0.1, eps_t=1e-5):
+    def __init__(self, beta_d=19.9, beta_min=0.1, eps_t=1e-5, stratified=False):
+        super().__init__(stratified)
         _require(0 < beta_d < math.inf, f'beta_d={beta_d} must be positive')
         _require(0 <= beta_min < math.inf, f'beta_min={beta_min} must not be negative')
         _require(0 <= eps_t < 1, f'eps_t={eps_t} must be in [0, 1)')
@@ -119,18 +183,14 @@ class VPUniform(NoiseDistribution):
         return (t * (self.beta_d / 2 * t + self.beta_min)).expm1().sqrt()
 
 
-class IDDPMLevels(NoiseDistribution):
-    """Uniform over the `steps` noise levels of IDDPM's cosine schedule, in EDM's form (Karras et al. 2022, appendix C.3.4).
+class Levels(NoiseDistribution):
+    """Uniform over given levels; one that is given twice is twice as likely.
 
-    1 + u_j^2 = product over i = j+1 .. steps of 1 / max(abar(i-1) / abar(i), c1), abar(i) = sin^2(pi i / (2 steps (c2 + 1)))."""
+    sigmas: such as 0.1|0.2|0.5 on the command line, or numbers. None: NCSN's ten, geometric from 0.01 to 1 (Song & Ermon 2019)."""
 
-    def __init__(self, steps=1000, c1=1e-3, c2=8e-3):
-        _require(steps >= 1, f'steps={steps} must be at least 1')
-        _require(0 < c1 < 1, f'c1={c1} must be in (0, 1)')
-        _require(c2 >= 0, f'c2={c2} must not be negative')
-        abar = (torch.arange(steps + 1, dtype=torch.float64) * (math.pi / 2 / steps / (c2 + 1))).sin().square()
-        growth = -(abar[:-1] / abar[1:]).clamp(min=c1).log()
-        self.levels = growth.flip(0).cumsum(0).expm1().sqrt()  # [steps], ascending: u_{steps-1} .. u_0
+    def __init__(self, sigmas=None, stratified=False):
+        super().__init__(stratified)
+        self.levels = _read_levels(sigmas)  # float64 [n], ascending
         self._copies = {}
 
     def cdf(self, sigma):
@@ -159,9 +219,38 @@ class IDDPMLevels(NoiseDistribution):
         return self._copies[key]
 
 
+def _read_levels(sigmas):
+    """Levels as the user gives them -> float64 [n], ascending."""
+    if sigmas is None:
+        return torch.logspace(-2, 0, 10, dtype=torch.float64)
+    items = sigmas.split('|') if isinstance(sigmas, str) else sigmas if isinstance(sigmas, (list, tuple)) else [sigmas]
+    try:
+        levels = torch.tensor([float(item) for item in items], dtype=torch.float64)
+    except ValueError:
+        levels = torch.zeros(0)
+    fine = len(levels) and bool(((levels > 0) & levels.isfinite()).all())
+    _require(fine, f'sigmas={sigmas} must be positive numbers with | between them, such as 0.1|0.2|0.5')
+    return levels.sort().values
+
+
+class IDDPMLevels(Levels):
+    """Uniform over the `steps` noise levels of IDDPM's cosine schedule, in EDM's form (Karras et al. 2022, appendix C.3.4).
+
+    1 + u_j^2 = product over i = j+1 .. steps of 1 / max(abar(i-1) / abar(i), c1), abar(i) = sin^2(pi i / (2 steps (c2 + 1)))."""
+
+    def __init__(self, steps=1000, c1=1e-3, c2=8e-3, stratified=False):
+        _require(steps >= 1, f'steps={steps} must be at least 1')
+        _require(0 < c1 < 1, f'c1={c1} must be in (0, 1)')
+        _require(c2 >= 0, f'c2={c2} must not be negative')
+        abar = (torch.arange(steps + 1, dtype=torch.float64) * (math.pi / 2 / steps / (c2 + 1))).sin().square()
+        growth = -(abar[:-1] / abar[1:]).clamp(min=c1).log()
+        super().__init__(growth.flip(0).cumsum(0).expm1().sqrt().tolist(), stratified)  # u_{steps-1} .. u_0
+
+
 def _require(holds, text):
     if not holds:
         raise ValueError(text)
 
 
-NOISE = {'iddpm_levels': IDDPMLevels, 'lognormal': LogNormal, 'loguniform': LogUniform, 'vp_uniform': VPUniform}
+NOISE = {'cosine': Cosine, 'iddpm_levels': IDDPMLevels, 'levels': Levels, 'logit_normal': LogitNormal, 'lognormal': LogNormal,
+         'loguniform': LogUniform, 'vp_uniform': VPUniform}

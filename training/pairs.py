@@ -12,7 +12,7 @@ import torch
 
 from torch_utils import distributed, misc
 from training import registry
-from training.noise import TINY
+from training.noise import TINY, stratify
 
 # Places of the list that are worked on together, whatever the batch size: as many as PyTorch works on without waking its threads,
 # which the training step needs itself.
@@ -206,8 +206,8 @@ class PairStream:
 
     def uniforms(self, name, number):
         """BLOCK uniforms in (0, 1), float64."""
-        source = self._generator(name, number).random(BLOCK)
-        return torch.from_numpy(np.maximum(source, TINY))
+        source = torch.from_numpy(self._generator(name, number).random(BLOCK))
+        return (stratify(source) if self.noise.stratified else source).clamp(min=TINY)
 
     def cached(self, make, number):
         """make(self, number), remembered for the number of the last call: blocks are asked for batch after batch."""

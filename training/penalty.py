@@ -1,5 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Penalties rho(e): what an error costs, elementwise, before the weight and the sum over an image."""
+"""Penalties rho(e): what an error [N,C,H,W] costs, before the weight and the sum over an image; sigma [N,1,1,1] is its noise level.
+
+Only `squared` is least at the conditional mean. The others are robust: they aim between mean and median, wherever the two differ.
+
+Their c is in units of the network's residual: rho = s^2 H_c(e / s), s = c_out(sigma) of EDM, which equals H_{cs}(e) because
+H_c(e) = 2c (sqrt(e^2 + c^2) - c) has the degree 2 in (e, c). H_c is e^2 for |e| << c and 2c|e| far out; its slope stays below 2c."""
+
+import math
+
+import torch
 
 
 def squared(error, sigma):
@@ -7,4 +16,56 @@ def squared(error, sigma):
     return error.square()
 
 
-PENALTIES = {'squared': squared}
+def pseudo_huber(error, sigma, c=0.1, schedule='snr', sigma_data=0.5):
+    """s^2 H_c(e / s), elementwise: outlying pixels pull at most like 2c s (Khrapov et al. 2024, scaled to tend to e^2).
+
+    c, schedule: see threshold()."""
+    knee = threshold(sigma, c, schedule) * residual_scale(sigma, sigma_data)
+    return _huber(error.square(), knee)
+
+
+def smooth(error, sigma, c=0.1, schedule='snr', sigma_data=0.5):
+    """s^2 H_c(e / s) / c, elementwise: the published "smooth" loss, e^2 / c near 0 and 2s|e| far out (smooth_l1 of diffusers).
+
+    The levels of a schedule weigh differently here, because small errors cost 1 / c; pseudo_huber does not have that."""
+    bend = threshold(sigma, c, schedule)
+    return _huber(error.square(), bend * residual_scale(sigma, sigma_data)) / bend
+
+
+def pseudo_huber_norm(error, sigma, c=0.00054, schedule='constant', sigma_data=0.5):
+    """s^2 H_C(||e|| / s) of the whole image, C = c sqrt(its size): [N,1,1,1]; it is images that are outliers here, not pixels.
+
+    Improved consistency training (Song & Dhariwal 2024) has this c, and H without its factor 2c, which an optimizer like Adam
+    does not notice; with it the form tends to the squared error, and its levels keep their shares under a schedule."""
+    size = math.prod(error.shape[1:])
+    knee = threshold(sigma, c, schedule) * math.sqrt(size) * residual_scale(sigma, sigma_data)
+    return _huber(error.square().flatten(1).sum(1).reshape(knee.shape), knee)
+
+
+def _huber(squares, knee):
+    """2c (sqrt(e^2 + c^2) - c) of e^2, in the form that does not cancel."""
+    return 2 * knee * squares / ((squares + knee.square()).sqrt() + knee)
+
+
+def residual_scale(sigma, sigma_data):
+    """s = c_out(sigma) = sigma sigma_data / sqrt(sigma^2 + sigma_data^2): what a residual of 1 of EDM's network is in x_0."""
+    if not 0 < sigma_data < math.inf:
+        raise ValueError(f'sigma_data={sigma_data} must be positive')
+    return sigma * (sigma_data / (sigma.square() + sigma_data ** 2).sqrt())
+
+
+def threshold(sigma, c, schedule):
+    """c at each level, of the shape of sigma. constant: c. Otherwise 1 at sigma = 0, like a squared error, and c at infinity.
+
+    snr: (1 - c) / (1 + sigma)^2 + c. exponential: c^t, t = (2 / pi) atan(sigma) being the time of the cosine schedule."""
+    if not 0 < c < math.inf:
+        raise ValueError(f'c={c} must be positive')
+    if schedule not in SCHEDULES:
+        raise ValueError(f'schedule={schedule} must be one of {", ".join(SCHEDULES)}')
+    return SCHEDULES[schedule](sigma, c)
+
+
+SCHEDULES = {'constant': lambda sigma, c: torch.full_like(sigma, c),
+             'exponential': lambda sigma, c: c ** (sigma.atan() / (math.pi / 2)),
+             'snr': lambda sigma, c: (1 - c) * (1 + sigma) ** -2 + c}
+PENALTIES = {'pseudo_huber': pseudo_huber, 'pseudo_huber_norm': pseudo_huber_norm, 'smooth': smooth, 'squared': squared}

@@ -45,10 +45,11 @@ class RunFolder:
             self.log_bytes = f.tell()
 
     def rewind_log(self, log_bytes):
-        """Drops the lines that were written after the state which the run continues from."""
-        self.log_bytes = log_bytes
+        """Drops the lines that were written after the state which the run continues from (all, where there is none: 0 bytes)."""
+        path = self.file('stats.jsonl')
         with contextlib.suppress(FileNotFoundError):
-            os.truncate(self.file('stats.jsonl'), log_bytes)
+            os.truncate(path, min(log_bytes, os.path.getsize(path)))  # a state may have come here without its log
+        self.log_bytes = log_bytes
 
 
 def stop_if_orphan():

@@ -2,6 +2,7 @@
 """The loop: setup, restore, step, report, save. Time is counted in pairs used (nimg); a step sees one global batch."""
 
 import contextlib
+import inspect
 import os
 import time
 
@@ -131,7 +132,11 @@ class Run:
         self.train_step = TrainStep(inner, self.objective)
         if torch.distributed.is_initialized():
             ids = [self.device] if self.device.type == 'cuda' else None
-            self.train_step = torch.nn.parallel.DistributedDataParallel(self.train_step, device_ids=ids, broadcast_buffers=False)
+            ddp = torch.nn.parallel.DistributedDataParallel
+            # Buffers are constants. PyTorch 2.13 gave the switch another name.
+            known = inspect.signature(ddp).parameters
+            switch = 'forward_sync_buffers' if 'forward_sync_buffers' in known else 'broadcast_buffers'
+            self.train_step = ddp(self.train_step, device_ids=ids, **{switch: False})
         self.params = [p for p in (*self.net.parameters(), *self.objective.parameters()) if p.requires_grad]
         self.optimizer = torch.optim.Adam(self.params, fused=True, **self.options['optimizer'])
         self.ema = HalfLifeEMA(self.net, **self.options['ema'])
@@ -295,7 +300,10 @@ def training_loop(options, run_dir, device, writers=(), state=None, state_path=N
     distributed.print0(run.data_line)
     if state is not None:
         run.restore(state, state_path)
-    total_nimg, tick_nimg = options['duration_kimg'] * 1e3, options['tick_kimg'] * 1e3
+    elif distributed.rank() == 0:
+        run.folder.rewind_log(0)  # of a run that ended before its first state
+    # Rounded, because 0.24 * 1e3 is a little more than 240: that would be a step too many.
+    total_nimg, tick_nimg = round(options['duration_kimg'] * 1e3), round(options['tick_kimg'] * 1e3)
     p = run.progress
     tick_start_nimg, tick_start = p.nimg, time.time()
     last_line = time.time()

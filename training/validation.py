@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Held-out loss that two evaluations of one state agree on: fixed noise, fixed levels, clean and noisy images apart."""
 
+import click
 import numpy as np
 import torch
 
@@ -16,6 +17,9 @@ def split(raw_idx, share, seed):
     """(training items, held-out items), int64: round(share * images) images are held out, with both of an image's x-flips."""
     images = np.unique(raw_idx)
     chosen = np.random.Generator(np.random.Philox(key=misc.seed_of(seed, 'held out'))).permutation(images)[:round(share * len(images))]
+    if share and not 0 < len(chosen) < len(images):
+        raise click.ClickException(f'--val={share}: holds out {len(chosen)} of {len(images)} images; '
+                                   'choose a share that leaves some on both sides')
     held_out = np.isin(raw_idx, chosen)
     return np.flatnonzero(~held_out), np.flatnonzero(held_out)
 
@@ -29,7 +33,7 @@ def build(options, noise, store, dataset, held_out, sigma_n, labels):
         if corrupt['protocol'] == 'fixed':
             corrupt['seed'] += 1
         corruption = Corruption(**corrupt)
-        dataset = ImageDataset(options['val']['path'], use_labels=data['use_labels'])
+        dataset = check_alike(dataset, ImageDataset(options['val']['path'], use_labels=data['use_labels']))
         sigma_n = corruption.levels(dataset.raw_idx, dataset.native_sigma, dataset.image_shape)
         store = ImageStore(dataset, corruption, sigma_n, cache_gib=data['cache_gib'], workers=data['workers'] or None)
         labels = torch.from_numpy(dataset.labels(np.arange(len(dataset)))) if data['use_labels'] else None
@@ -38,6 +42,16 @@ def build(options, noise, store, dataset, held_out, sigma_n, labels):
         held_out = held_out[~dataset.flip[held_out]]  # an image once
     middles = (torch.arange(LEVELS, dtype=torch.float64) + 0.5) / LEVELS
     return Validation(store, held_out, sigma_n, labels, noise.icdf(middles).tolist(), options['batch_gpu'], options['seed'])
+
+
+def check_alike(training, held_out):
+    """Returns the held-out ImageDataset, which must have the form of the training data."""
+    for name in ('image_shape', 'label_dim', 'units'):
+        expected, found = getattr(training, name), getattr(held_out, name)
+        if found != expected:
+            raise click.ClickException(f'--val={held_out.path}: its {name} is {found}, that of the training data {expected}; '
+                                       'convert the two alike with dataset_tool.py')
+    return held_out
 
 
 class Validation:

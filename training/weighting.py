@@ -1,7 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights w(sigma) on the squared x_0 error; sigma [N,1,1,1] is the noise std in network units, the result has its shape."""
+"""Weights w(sigma) on the squared x_0 error; sigma [N,1,1,1] is the noise std in network units, the result has its shape.
+
+The signal-to-noise ratio is signal^2 / sigma^2. signal=1 is the convention of the papers and gives their numbers; signal=sigma_data is
+EDM's, under which a threshold on the ratio means the same for data of every std. docs/weights.md has each weight on every prediction."""
+
+import math
 
 import torch
+
+GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 
 
 def edm(sigma, sigma_data=0.5):
@@ -15,15 +22,72 @@ def snr(sigma, signal=1.0):
     return (_positive('signal', signal) / sigma).square()
 
 
+def min_snr(sigma, gamma=5.0, signal=1.0):
+    """min(snr, gamma), snr = signal^2 / sigma^2 (Hang et al. 2023, who write 1 / sigma^2 and take gamma = 5).
+
+    The same threshold in EDM's convention is gamma sigma_data^2, up to a constant factor: gamma=1.25,signal=0.5."""
+    return snr(sigma, signal).clamp(max=_positive('gamma', gamma))
+
+
+def soft_min_snr(sigma, gamma=4.0, signal=1.0):
+    """snr gamma / (snr + gamma), snr = signal^2 / sigma^2: min_snr with a smooth knee (Crowson et al. 2024).
+
+    The paper's gamma = 4 is 1 / sigma_data^2, for which this is 1 / (sigma^2 + sigma_data^2)."""
+    return 1 / ((sigma / _positive('signal', signal)).square() + 1 / _positive('gamma', gamma))
+
+
+def truncated_snr(sigma, signal=1.0):
+    """max(snr, 1), snr = signal^2 / sigma^2: the ratio, but never less than uniform (Salimans & Ho 2022)."""
+    return snr(sigma, signal).clamp(min=1)
+
+
+def p2(sigma, k=1.0, gamma=1.0, signal=1.0):
+    """snr / (k + snr)^gamma, snr = signal^2 / sigma^2 (Choi et al. 2022, who take k = 1 and gamma = 0.5 or 1)."""
+    if not (0 <= gamma < math.inf):
+        raise ValueError(f'gamma={gamma} must be 0 or more')
+    ratio = snr(sigma, signal)
+    return ratio * (_positive('k', k) + ratio) ** -gamma
+
+
 def uniform(sigma):
     """1 at every level."""
     return torch.ones_like(sigma)
 
 
+class LearnedWeight(torch.nn.Module):
+    """EDM's weight over exp(u(sigma)), u learned along with the network (Karras et al. 2024, equations 14 to 16 and 21).
+
+    The loss is lambda / exp(u) cost + u, so that exp(u) becomes the mean of lambda cost and every level counts the same. forward()
+    gives the factor, and offset() the u that the loss must add, once for every cost that it sums; who adds no u must detach the factor.
+    u is linear in `channels` waves of c_noise = ln(sigma) / 4 and starts at 0, at EDM's weight; EDM2 keeps its norm at 1 instead.
+    The linear map is all the state: frequencies (normal quantiles) and phases (multiples of the golden ratio) are fixed."""
+
+    def __init__(self, sigma_data=0.5, channels=128):
+        super().__init__()
+        self.sigma_data = _positive('sigma_data', sigma_data)
+        if channels < 1:
+            raise ValueError(f'channels={channels} must be at least 1')
+        place = torch.arange(channels, dtype=torch.float64)
+        self.register_buffer('frequencies', torch.special.ndtri((place + 0.5) / channels).float(), persistent=False)
+        self.register_buffer('phases', (place * GOLDEN_RATIO).frac().float(), persistent=False)
+        self.linear = torch.nn.Parameter(torch.zeros(channels))
+
+    def offset(self, sigma):
+        """u(sigma), of the shape of sigma."""
+        c_noise = (sigma.log() / 4).unsqueeze(-1).to(self.linear.dtype)
+        waves = (2 * math.pi * (c_noise * self.frequencies + self.phases)).cos()  # [..., channels], variance 1/2
+        return (waves @ self.linear * math.sqrt(2 / len(self.linear))).to(sigma.dtype)
+
+    def forward(self, sigma):
+        """lambda(sigma) / exp(u(sigma))."""
+        return edm(sigma, self.sigma_data) * (-self.offset(sigma)).exp()
+
+
 def _positive(name, value):
-    if not value > 0:
+    if not 0 < value < math.inf:
         raise ValueError(f'{name}={value} must be positive')
     return value
 
 
-WEIGHTS = {'edm': edm, 'snr': snr, 'uniform': uniform}
+WEIGHTS = {'edm': edm, 'learned': LearnedWeight, 'min_snr': min_snr, 'p2': p2, 'snr': snr, 'soft_min_snr': soft_min_snr,
+           'truncated_snr': truncated_snr, 'uniform': uniform}
