@@ -7,7 +7,6 @@ torchrun --standalone --nproc_per_node=8 train.py --outdir=runs --data=cifar.zip
 import contextlib
 import importlib.util
 import json
-import math
 import os
 
 import click
@@ -15,52 +14,35 @@ import torch
 
 from dnnlib import EasyDict, Logger
 from torch_utils import checkpoint, distributed, misc
-from torch_utils.command_line import Command, version_option
+from torch_utils.command_line import Command, Number, groups, ints, version_option
 from training import run_folder
-from training.corruption import PROTOCOLS, Corruption
+from training.assembly import PRECISIONS, build_cep, build_objective
+from training.conditioning import CEP
+from training.corruption import PROTOCOLS, Corruption, LabelCorruption
 from training.dataset import ImageDataset
+from training.ema import exponent
 from training.networks import ARCHS
 from training.noise import NOISE
 from training.pairs import PAIRINGS
 from training.penalty import PENALTIES
 from training.preconditioning import PRECONDS, build_network
 from training.registry import Spec
-from training.training_loop import PRECISIONS, build_objective, training_loop
+from training.training_loop import training_loop
 from training.weighting import WEIGHTS
 
 # Noise distribution and weight that each preconditioning was published with.
 PUBLISHED = {'edm': ('lognormal', 'edm'), 'iddpm': ('iddpm_levels', 'snr'), 've': ('loguniform', 'snr'), 'vp': ('vp_uniform', 'snr')}
 
 
-class Number(click.ParamType):
-    """A finite number within bounds; the bounds of click let nan through."""
-
-    name = 'NUMBER'
-
-    def __init__(self, above=None, least=None, most=None):
-        self.above, self.least, self.most = above, least, most
-
-    def convert(self, value, param, ctx):
-        bounds = [f'above {self.above}' if self.above is not None else '', f'{self.least} or more' if self.least is not None else '',
-                  f'{self.most} or less' if self.most is not None else '']
-        try:
-            number = float(value)
-            inside = math.isfinite(number) and not (self.above is not None and number <= self.above
-                                                    or self.least is not None and number < self.least
-                                                    or self.most is not None and number > self.most)
-        except ValueError:
-            inside = False
-        if not inside:
-            self.fail(f'"{value}" is not a number that is {" and ".join(filter(None, bounds)) or "finite"}', param, ctx)
-        return number
-
-
-def ints(ctx, param, value):
-    """'1,2,2' -> [1, 2, 2]."""
+def lengths(ctx, param, value):
+    """'0.05,0.10' -> [0.05, 0.1]; widths that a power-function average can have."""
     try:
-        return None if value is None else [int(item) for item in value.split(',')]
-    except ValueError:
-        raise click.BadParameter(f'"{value}" is not a list of whole numbers such as 1,2,2,2') from None
+        found = [float(item) for item in value.split(',')] if value else []
+        for sigma_rel in found:
+            exponent(sigma_rel)
+    except ValueError as err:
+        raise click.BadParameter(f'"{value}": {err}') from None
+    return sorted(set(found))
 
 
 SHARE, POSITIVE, NOT_NEGATIVE = Number(least=0, most=1), Number(above=0), Number(least=0)
@@ -100,6 +82,14 @@ COUNT, WHOLE = click.IntRange(min=1), click.IntRange(min=0)
 @click.option('--with-weight', metavar='BOOL', type=bool, default=False, show_default=True,
               help='Multiply the consistency loss by --weight')
 @click.option('--with-grad', metavar='BOOL', type=bool, default=True, show_default=True, help='Differentiate through its chains')
+# Conditions.
+@click.option('--label-dropout', metavar='FLOAT', type=SHARE, default=0.0, show_default=True,
+              help='Share of the labels that is left out, for classifier-free guidance')
+@click.option('--label-corruption', metavar='RATE', type=SHARE, default=0.0, show_default=True,
+              help='Share of the images that gets a wrong class; the count is exact')
+@click.option('--label-corruption-groups', metavar='GROUPS', callback=groups,
+              help='Classes that are confused with each other only, such as 0,1/3,5,7  [default: all with all]')
+@click.option('--cep', type=Spec(CEP), help='Condition-embedding perturbation  [default: none]')
 # Hyperparameters.
 @click.option('--duration', metavar='MIMG', type=POSITIVE, default=200, show_default=True,
               help='Training length in million images (pairs used)')
@@ -117,6 +107,11 @@ COUNT, WHOLE = click.IntRange(min=1), click.IntRange(min=0)
 @click.option('--weight-decay', metavar='FLOAT', type=NOT_NEGATIVE, default=0.0, show_default=True, help='L2 weight decay of Adam')
 @click.option('--ema', metavar='MIMG', type=NOT_NEGATIVE, default=0.5, show_default=True,
               help='Half-life of the weight average, in million images')
+@click.option('--power-ema', metavar='LIST', callback=lengths, default='', help='Widths of power-function averages to store at each '
+              'snapshot, such as 0.05,0.10; checkpoint_tool.py makes any other from two of them  [default: none]')
+@click.option('--clip', metavar='FLOAT', type=NOT_NEGATIVE, default=0.0, show_default=True, help='Largest norm of the gradient; 0 = any')
+@click.option('--gns', metavar='BOOL', type=bool, default=False, show_default=True,
+              help='Report the gradient noise scale; needs several ranks, or --batch-gpu below --batch')
 @click.option('--dropout', metavar='FLOAT', type=Number(least=0, most=0.99), default=0.13, show_default=True, help='Dropout probability')
 @click.option('--augment', metavar='FLOAT', type=SHARE, default=0.12, show_default=True,
               help='Augmentation probability; noisy images get exact symmetries only')
@@ -189,10 +184,11 @@ def setup(o):
         network=network_config(o, dataset),
         objective=dict(noise=o.noise or noise, weight=o.weight or weight, penalty=o.penalty, pairing=o.pairing,
                        consistency=consistency if o.consistency_coeff else None),
+        label_corruption=label_corruption(o), cep=o.cep,
         augment=o.augment,
         optimizer=dict(lr=o.lr, betas=[0.9, 0.999], eps=1e-8, weight_decay=o.weight_decay),
         lr_rampup_kimg=o.lr_rampup * 1e3,
-        ema=dict(halflife_kimg=o.ema * 1e3, rampup_ratio=0.05),
+        ema=dict(halflife_kimg=o.ema * 1e3, rampup_ratio=0.05), power_ema=o.power_ema, clip=o.clip, gns=o.gns,
         batch=o.batch, batch_gpu=o.batch_gpu or o.batch // distributed.size(), loss_scale=o.ls,
         precision=choose_precision(o), bench=o.bench, compile=o.compile_net,
         duration_kimg=o.duration * 1e3, tick_kimg=o.tick, snapshot_ticks=o.snap, state_ticks=o.dump, samples=o.samples,
@@ -207,6 +203,8 @@ def check_batch(o):
     if o.batch % world:
         raise click.ClickException(f'--batch={o.batch} is not divisible by the {world} ranks; try --batch={o.batch // world * world}')
     part = o.batch // world
+    if o.gns and world == 1 and (o.batch_gpu or part) == part:
+        raise click.ClickException('--gns=1 compares the gradients of parts of a batch: use several ranks, or a --batch-gpu below --batch')
     if o.batch_gpu and part % o.batch_gpu:
         good = max(n for n in range(1, min(o.batch_gpu, part) + 1) if part % n == 0)
         raise click.ClickException(f'--batch={o.batch} is not divisible by {world} ranks x --batch-gpu={o.batch_gpu}; '
@@ -221,6 +219,17 @@ def check_mirrors(o):
     for package, wanted in [('tensorboard', o.tensorboard), ('wandb', o.wandb)]:
         if wanted and importlib.util.find_spec(package) is None:
             raise click.ClickException(f'--{package} needs the package {package}: pip install {package}')
+
+
+def label_corruption(o):
+    """{} or the arguments of LabelCorruption."""
+    if not o.label_corruption:
+        return {}
+    if not o.cond:
+        raise click.ClickException(f'--label-corruption={o.label_corruption:g} changes class labels; train with --cond=1')
+    found = dict(rate=o.label_corruption, seed=o.corruption_seed, groups=o.label_corruption_groups)
+    LabelCorruption(**found)
+    return found
 
 
 def choose_precision(o):
@@ -253,6 +262,12 @@ def network_config(o, dataset):
                   label_dim=dataset.label_dim, use_fp16=o.fp16, **ARCHS[o.arch], dropout=o.dropout)
     given = dict(model_channels=o.cbase, channel_mult=o.cres, num_blocks=o.blocks, attn_resolutions=o.attn, sigma_data=o.sigma_data)
     config |= {key: value for key, value in given.items() if value is not None}
+    if o.label_dropout:
+        if not o.cond:
+            raise click.ClickException(f'--label-dropout={o.label_dropout:g} leaves out labels; train with --cond=1')
+        config['label_dropout'] = o.label_dropout
+    if o.cep:
+        build_cep(o.cep, dataset.label_dim)
     if o.augment:
         config['augment_dim'] = 9
     if o.precond != 'edm':

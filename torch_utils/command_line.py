@@ -2,6 +2,7 @@
 """What the scripts' command lines share: --version, underscores as hyphens, lists of whole numbers, errors in one line."""
 
 import contextlib
+import math
 import re
 import time
 
@@ -92,3 +93,39 @@ class IntList(click.ParamType):
                 self.fail(f'the range "{item.strip()}" in "{value}" runs backwards; write {last}-{first}', param, ctx)
             numbers.extend(range(first, last + 1))
         return numbers
+
+
+class Number(click.ParamType):
+    """A finite number within bounds; the bounds of click let nan through."""
+
+    name = 'NUMBER'
+
+    def __init__(self, above=None, least=None, most=None):
+        self.above, self.least, self.most = above, least, most
+
+    def convert(self, value, param, ctx):
+        bounds = [f'above {self.above}' if self.above is not None else '', f'{self.least} or more' if self.least is not None else '',
+                  f'{self.most} or less' if self.most is not None else '']
+        try:
+            number = float(value)
+            inside = math.isfinite(number) and not (self.above is not None and number <= self.above
+                                                    or self.least is not None and number < self.least
+                                                    or self.most is not None and number > self.most)
+        except ValueError:
+            inside = False
+        if not inside:
+            self.fail(f'"{value}" is not a number that is {" and ".join(filter(None, bounds)) or "finite"}', param, ctx)
+        return number
+
+
+def ints(ctx, param, value):
+    """'1,2,2' -> [1, 2, 2]."""
+    try:
+        return None if value is None else [int(item) for item in value.split(',')]
+    except ValueError:
+        raise click.BadParameter(f'"{value}" is not a list of whole numbers such as 1,2,2,2') from None
+
+
+def groups(ctx, param, value):
+    """'0,1/3,5,7' -> [[0, 1], [3, 5, 7]]."""
+    return None if value is None else [ints(ctx, param, part) for part in value.split('/')]

@@ -12,6 +12,7 @@ class Collector:
     def __init__(self, device='cpu'):
         self.device = torch.device(device)
         self._sums = {}  # name -> float64 [3]: how many, sum, sum of squares
+        self._tables = {}  # name -> (labels, float64 [len(labels), 3])
 
     def report(self, name, values, mask=None):
         """Adds values (a tensor of any shape, or a number) under a name; where a mask of the same shape is given, only those it marks.
@@ -23,14 +24,39 @@ class Collector:
         self._add(name, torch.where(finite, x, 0.0), chosen & finite)
         self._add(f'{name}/nonfinite', (~finite).double(), chosen)
 
-    def _add(self, name, x, chosen):
-        moments = torch.stack([chosen.double(), x * chosen, x * x * chosen]).sum(dim=1)
+    def report_groups(self, name, values, group, labels):
+        """Adds values under `name` and under "name/label", label = labels[group]; "a/b" counts under "a" too, as a folder does.
+
+        values: [N]; group: int64 [N], below len(labels). One pass over the values, however many groups there are."""
+        x = torch.as_tensor(values, device=self.device).detach().flatten().double()
+        finite = torch.isfinite(x)
+        x = torch.where(finite, x, 0.0)
+        moments = torch.stack([finite.double(), x, x * x], dim=1)  # [N,3]
+        if name not in self._tables:
+            self._tables[name] = labels, torch.zeros([len(labels), 3], dtype=torch.float64, device=self.device)
+        self._tables[name][1].index_add_(0, group, moments)
+        self._add(f'{name}/nonfinite', (~finite).double(), torch.ones_like(finite))
+
+    def _unfold(self):
+        """Adds each group of the tables to the names that it counts under."""
+        for name, (labels, table) in self._tables.items():
+            for label, moments in zip(labels, table):
+                parts = label.split('/')
+                for depth in range(len(parts) + 1):
+                    self._accumulate('/'.join([name, *parts[:depth]]), moments)
+        self._tables.clear()
+
+    def _accumulate(self, name, moments):
         self._sums[name] = self._sums[name] + moments if name in self._sums else moments
+
+    def _add(self, name, x, chosen):
+        self._accumulate(name, torch.stack([chosen.double(), x * chosen, x * x * chosen]).sum(dim=1))
 
     def flush(self):
         """{name: {num, mean, std}} over all ranks since the last flush; names that got no value have num 0 and mean None.
 
         Counters of non-finite values appear only where they are not zero."""
+        self._unfold()
         names = sorted(self._sums)
         if not names:
             return {}

@@ -12,7 +12,7 @@ from dnnlib.util import replacing
 from torch_utils import checkpoint, distributed
 
 # What a continued run may be told anew; whatever else differs is refused by name.
-MAY_CHANGE = ('duration_kimg', 'tick_kimg', 'snapshot_ticks', 'state_ticks', 'batch_gpu', 'precision', 'compile', 'bench', 'samples',
+MAY_CHANGE = ('duration_kimg', 'tick_kimg', 'snapshot_ticks', 'state_ticks', 'batch_gpu', 'precision', 'compile', 'bench', 'samples', 'gns',
               'data.workers', 'data.cache_gib', 'versions', 'ranks', 'transfer', 'desc')
 
 

@@ -4,33 +4,24 @@
 import contextlib
 import inspect
 import os
+import re
 import time
 
 import click
-import numpy as np
 import psutil
 import torch
 
 from dnnlib import EasyDict, format_time
 from torch_utils import checkpoint, distributed, misc, training_stats
-from training import hub, registry, validation
+from training import assembly, gradients, hub, posthoc
 from training.augment import AugmentPipe
-from training.corruption import Corruption
-from training.dataset import ImageDataset, ImageStore
-from training.ema import HalfLifeEMA
-from training.feed import Feed, micro_batches
+from training.feed import micro_batches
 from training.generation import sample_grid
-from training.loss import AmbientLoss, ConsistencyTerm, Objective
-from training.noise import NOISE
-from training.pairs import PairStream
-from training.penalty import PENALTIES
-from training.preconditioning import build_network
 from training.run_folder import RunFolder, stop_if_orphan
-from training.weighting import WEIGHTS
 
+GROUPS = [f'{kind}/q{quartile}' for kind in ('clean', 'noisy') for quartile in (1, 2, 3, 4)]  # losses are reported by these
+SHOWN = r'Loss/[^/]+|Loss/denoise/(clean|noisy)'  # losses of the console's line; stats.jsonl has them all
 HEARTBEAT_SEC = 60     # a line at least this often, so that nobody wonders whether a run hangs
-MAX_SKIPPED = 100      # updates skipped in a row for non-finite gradients before the run is stopped
-PRECISIONS = {'fp32': torch.float32, 'tf32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
 
 
 class TrainStep(torch.nn.Module):
@@ -44,34 +35,10 @@ class TrainStep(torch.nn.Module):
         return self.objective(self.net, batch, randn)
 
 
-def build_objective(options, net):
-    """(noise distribution, Objective) from options['objective'] for this network."""
-    o = options['objective']
-    noise = registry.build(o['noise'], NOISE, '--noise')
-    weight = registry.build(o['weight'], WEIGHTS, '--weight', sigma_data=net.sigma_data)
-    penalty = registry.build(o['penalty'], PENALTIES, '--penalty', sigma_data=net.sigma_data)
-    probe_pieces(o, weight, penalty)
-    terms = {'denoise': AmbientLoss(weight, penalty)}
-    if o['consistency']:
-        c = dict(o['consistency'])
-        terms['consistency'] = ConsistencyTerm(noise, weight, batch_fraction=c.pop('batch_size') / options['batch'], **c)
-    return noise, Objective(terms)
-
-
-def probe_pieces(specs, weight, penalty):
-    """Functions check their options when they are first called: call them once, before anything is made."""
-    one = torch.ones(1, 1, 1, 1)
-    for slot, call in [('weight', lambda: weight(one)), ('penalty', lambda: penalty(one, one))]:
-        try:
-            call()
-        except ValueError as err:
-            raise click.ClickException(f'--{slot}={specs[slot]}: {err}') from None
-
-
 class Run:
     """Everything of one run on this rank."""
 
-    def __init__(self, options, folder, device, writers=()):
+    def __init__(self, options, folder, device, writers=(), resuming=False):
         """options: the nested dict of JSON types that train.py makes (and options.json holds). writers: callables (fields, nimg)."""
         self.options, self.device, self.writers = options, device, writers
         self.folder = folder
@@ -79,11 +46,13 @@ class Run:
         self.rank_batch = options['batch'] // distributed.size()
         self.first_row = distributed.rank() * self.rank_batch
         self._setup_numerics()
-        self._setup_network()
-        self._setup_data()
+        self._setup_network(resuming)
+        rows = slice(self.first_row, self.first_row + self.rank_batch)
+        self.data = assembly.load_data(options, self.net, self.noise, rows, device)
         self._setup_step()
         self.stats = training_stats.Collector(device)
-        self.skipped_in_row = torch.zeros([], device=device)
+        self.guard = gradients.Guard(device)
+        self.scale = gradients.LossScale(options['loss_scale'], dynamic=options['precision'] == 'fp16', device=device)
 
     # ---- setup
 
@@ -94,37 +63,13 @@ class Run:
         torch.backends.cuda.matmul.allow_tf32 = tf32
         torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
 
-    def _setup_network(self):
-        with misc.seeded(self.options['seed'], 'init'):
-            net = build_network(self.options['network'])
-        self.net = net.to(self.device).train()
-        self.net.compute_dtype = PRECISIONS[self.options['precision']]
-        if self.options['transfer']:
-            transfer_weights(self.options['transfer'], self.net)
-        self.noise, self.objective = build_objective(self.options, self.net)
+    def _setup_network(self, resuming):
+        self.net = assembly.build_net(self.options, self.device)
+        if self.options['transfer'] and not resuming:
+            assembly.transfer_weights(self.options['transfer'], self.net)
+        self.noise, self.objective = assembly.build_objective(self.options, self.net)
         self.objective.to(self.device)
-
-    def _setup_data(self):
-        data, c = self.options['data'], self.options['corruption']
-        corruption = Corruption(**c)
-        dataset = ImageDataset(data['path'], use_labels=data['use_labels'], keep=data['keep'], xflip=data['xflip'])
-        sigma_n = corruption.levels(dataset.raw_idx, dataset.native_sigma, dataset.image_shape)
-        store = ImageStore(dataset, corruption, sigma_n, cache_gib=data['cache_gib'], workers=data['workers'] or None)
-        labels = torch.from_numpy(dataset.labels(np.arange(len(dataset)))) if self.net.label_dim else None
-        train, held_out = validation.split(dataset.raw_idx, self.options['val'].get('share', 0), self.options['seed'])
-        pairing = self.options['objective']['pairing']
-        self.stream = PairStream(sigma_n[train], self.noise, pairing, batch=self.options['batch'], seed=self.options['seed'])
-        rows = slice(self.first_row, self.first_row + self.rank_batch)
-        self.feed = Feed(self.stream, store, train, sigma_n=sigma_n, raw_idx=dataset.raw_idx, labels=labels, rows=rows,
-                         device=self.device, workers=data['workers'])
-        noisy = int((sigma_n[train] > 0).sum())
-        self.data_line = (f'{len(train)} training images of shape {"x".join(map(str, dataset.image_shape))}: {len(train) - noisy} clean, '
-                          f'{noisy} noisy ({noisy / len(train):.2%}); {store.nbytes / 2**30:.2f} GiB '
-                          f'{"mapped from disk" if store.mapped else "in memory"}; {self.stream.acceptance():.1%} of the images passed '
-                          f'are used by --pairing={pairing}')
-        self.validation = None
-        if self.options['val']:
-            self.validation = validation.build(self.options, self.noise, store, dataset, held_out, sigma_n, labels)
+        self.quartiles = self.noise.icdf(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)).float().to(self.device)
         self.augment = AugmentPipe(p=self.options['augment']) if self.options['augment'] else None
 
     def _setup_step(self):
@@ -137,20 +82,33 @@ class Run:
             known = inspect.signature(ddp).parameters
             switch = 'forward_sync_buffers' if 'forward_sync_buffers' in known else 'broadcast_buffers'
             self.train_step = ddp(self.train_step, device_ids=ids, **{switch: False})
+        self.noise_scale = self._noise_scale() if self.options['gns'] else None
         self.params = [p for p in (*self.net.parameters(), *self.objective.parameters()) if p.requires_grad]
         self.optimizer = torch.optim.Adam(self.params, fused=True, **self.options['optimizer'])
-        self.ema = HalfLifeEMA(self.net, **self.options['ema'])
+        self.averages = assembly.build_averages(self.options, self.net)
+        self.ema = self.averages['halflife']
+
+    def _noise_scale(self):
+        """Compares ranks where there are several, otherwise the first round of a step with all of them."""
+        batch = self.options['batch']
+        if distributed.size() == 1:
+            return gradients.NoiseScale(self.options['batch_gpu'], batch)
+        found = gradients.NoiseScale(self.rank_batch, batch)
+        self.train_step.register_comm_hook(None, found.hook)
+        return found
 
     # ---- restore
 
     def restore(self, state, path):
         """Continues from a state file's content; says what was restored."""
         hub.load_weights(self.net, state['net'], path)
-        hub.load_weights(self.ema.module, next(iter(state['ema'].values())), path)
+        for name, average in self.averages.items():
+            hub.load_weights(average.module, state['ema'][name], path)
         self.objective.load_state_dict(state['objective'])
         self.optimizer.load_state_dict(state['optimizer'])
         self.progress = EasyDict(state['progress'])
-        self.stream.restore(self.progress.stream)
+        self.scale.restore(self.progress.loss_scale)
+        self.data.stream.restore(self.progress.stream)
         if distributed.rank() == 0:
             self.folder.rewind_log(self.progress.log_bytes)
         distributed.print0(f'Restored network, EMA, optimizer, objective and data position from {path} ({self.progress.nimg / 1e3:g} kimg)')
@@ -160,7 +118,7 @@ class Run:
     def step(self):
         """One update on one global batch. Nothing here waits for the device."""
         p, o = self.progress, self.options
-        host = self.feed.next()
+        host = self.data.feed.next()
         draws_of = lambda row: misc.Draws(o['seed'], p.step, self.first_row + row, self.device)
         rounds = -(-self.rank_batch // o['batch_gpu'])
         self.optimizer.zero_grad(set_to_none=True)
@@ -171,7 +129,10 @@ class Run:
             with self._sync(i == rounds - 1), misc.seeded(o['seed'], p.step, 'dropout', distributed.rank(), i, device=self.device):
                 terms = self.train_step(batch, draws)
                 total = sum(term.sum() for term in terms.values())
-                (total * (o['loss_scale'] / self.rank_batch)).backward()
+                (total * (self.scale.value / self.rank_batch)).backward()
+            if i == 0 and self.noise_scale is not None and distributed.size() == 1:
+                part = self.rank_batch / o['batch_gpu']  # the gradient of the round's own mean
+                self.noise_scale.note_part([p.grad for p in self.params if p.grad is not None], part)
             self._report_terms(terms, batch)
         self._update()
         p.nimg += o['batch']
@@ -189,33 +150,50 @@ class Run:
         for group in self.optimizer.param_groups:
             group['lr'] = o['optimizer']['lr'] * min(p.nimg / max(o['lr_rampup_kimg'] * 1e3, 1e-8), 1)
         grads = [param.grad for param in self.params if param.grad is not None]
-        if o['loss_scale'] != 1:
-            torch._foreach_mul_(grads, 1 / o['loss_scale'])
+        factor = 1 / self.scale.value
+        if self.scale.dynamic or o['loss_scale'] != 1:
+            torch._foreach_mul_(grads, factor)
         norm = torch.nn.utils.get_total_norm(grads)
-        bad = (~torch.isfinite(norm)).float()
+        bad = self.guard.note_update(norm)
+        if self.noise_scale is not None:
+            signal, spread = self.noise_scale.estimates(norm / factor)
+            self.stats.report('GNS/signal', signal * factor.square())
+            self.stats.report('GNS/spread', spread * factor.square())
+        if o['clip']:
+            gradients.clip(grads, norm, o['clip'])
         self.optimizer.grad_scale, self.optimizer.found_inf = None, bad
         self.optimizer.step()
-        self.ema.update(self.net, p.nimg, o['batch'])
-        self.skipped_in_row = (self.skipped_in_row + bad) * bad
+        self.scale.update(bad)
+        for average in self.averages.values():
+            average.update(self.net, p.nimg, o['batch'])
         self.stats.report('Grad/norm', norm)
         self.stats.report('Grad/skipped', bad)
 
     def _report_terms(self, terms, batch):
-        """Each term under its own name; the denoising term for clean and noisy rows apart. All are sums over C, H, W."""
-        noisy = batch.sigma_n.flatten() > 0
+        """Each term under its own name, for clean and noisy rows apart, and by quartile of p(sigma). All are sums over C, H, W."""
+        self.guard.note_terms(terms, batch, self.progress.step)
+        group = torch.bucketize(batch.sigma.flatten(), self.quartiles) + 4 * (batch.sigma_n.flatten() > 0)
         for name, values in terms.items():
-            self.stats.report(f'Loss/{name}', values)
-        self.stats.report('Loss/denoise/clean', terms['denoise'], mask=~noisy)
-        self.stats.report('Loss/denoise/noisy', terms['denoise'], mask=noisy)
+            self.stats.report_groups(f'Loss/{name}', values, group, GROUPS)
+
+    def stop_if_spoiled(self):
+        """Ends a run whose updates have been skipped over and over: says where the non-finite values come from, and saves the state."""
+        if not self.guard.must_stop(self.progress.step):
+            return
+        lines = [f'rank {rank}, term {term}, {line}' for rank, found in enumerate(distributed.all_values(self.guard.culprits()))
+                 for term, line in found.items()]
+        self.save_state()
+        distributed.barrier()
+        where = f'the last non-finite losses: {"; ".join(lines[:8])}' if lines else 'all losses were finite'
+        raise click.ClickException(
+            f'{gradients.MAX_SKIPPED} updates in a row were skipped for non-finite gradients, up to step {self.progress.step}; {where}. '
+            'The weights before them are saved: lower --lr, set --clip, or use --precision=bf16 or fp32, and start from them with --transfer')
 
     # ---- report
 
     def report(self, tick_seconds, tick_nimg):
         """Gathers the statistics of a tick, writes one line to stats.jsonl and one to the console. Synchronises once."""
         p = self.progress
-        if int(self.skipped_in_row) >= MAX_SKIPPED:
-            raise click.ClickException(f'{MAX_SKIPPED} updates in a row had non-finite gradients (step {p.step}, {p.nimg / 1e3:g} kimg): '
-                                       'lower --lr, or use --precision=bf16 or fp32; the last saved state is as it was')
         stats = self.stats.flush()
         rate = tick_nimg / max(tick_seconds, 1e-9)
         fields = {'nimg': p.nimg, 'Progress/kimg': p.nimg / 1e3, 'Progress/tick': p.tick, 'Progress/step': p.step,
@@ -223,6 +201,10 @@ class Run:
                   'Pairs/passed': p.stream['cursor'], 'Pairs/accepted': p.stream['used'] / p.stream['cursor'],
                   'Optimizer/lr': self.optimizer.param_groups[0]['lr'],
                   'Timing/seconds': round(p.seconds, 3), 'Timing/img_per_sec': round(rate, 2)}
+        if self.noise_scale is not None:
+            fields['GNS/batch'] = stats['GNS/spread']['mean'] / stats['GNS/signal']['mean']
+        if self.scale.dynamic:
+            fields['Grad/loss_scale'] = self.scale.state()[0]
         fields |= {f'Resources/{k}': v for k, v in memory_gib(self.device).items()}
         if distributed.rank() == 0:
             self.folder.log({k: misc.as_float(v) if isinstance(v, float) else v for k, v in fields.items()})
@@ -230,7 +212,7 @@ class Run:
                 write(fields, p.nimg)
         left = max(self.options['duration_kimg'] * 1e3 - p.nimg, 0) / max(rate, 1e-9)
         losses = '  '.join(f'{name.removeprefix("Loss/")} {s["mean"]:.5g}' for name, s in stats.items()
-                           if name.startswith('Loss/') and s['mean'] is not None and not name.endswith('/nonfinite'))
+                           if re.fullmatch(SHOWN, name) and s['mean'] is not None)
         skipped = round(stats['Grad/skipped']['mean'] * stats['Grad/skipped']['num'] / distributed.size())
         warning = f'  SKIPPED {skipped} updates (non-finite gradients)' if skipped else ''
         distributed.print0(f'tick {p.tick}  kimg {p.nimg / 1e3:.3f}  time {format_time(p.seconds)}  {losses}  img/s {rate:.1f}  '
@@ -238,9 +220,9 @@ class Run:
 
     def validate(self):
         """Held-out loss of the EMA into stats.jsonl, if asked for."""
-        if self.validation is None:
+        if self.data.validation is None:
             return
-        fields = self.validation(self.ema.module, self.objective.terms['denoise'], self.device)
+        fields = self.data.validation(self.ema.module, self.objective.terms['denoise'], self.device)
         if distributed.rank() == 0:
             self.folder.log({'nimg': self.progress.nimg, **fields})
             for write in self.writers:
@@ -257,6 +239,9 @@ class Run:
         stop_if_orphan()
         kimg = self.progress.nimg / 1e3
         hub.save_network(self.ema.module, self.folder.numbered('network-snapshot', kimg), card=hub.model_card(self.options, kimg))
+        for average in list(self.averages.values())[1:]:
+            path = self.folder.numbered('ema-snapshot', kimg, f'-{average.sigma_rel:.3f}.safetensors')
+            posthoc.write_average(path, average, self.progress.nimg)
         if self.options['samples']:
             sample_grid(self.ema.module, self.options['samples'], self.folder.numbered('samples', kimg, '.png'))
 
@@ -265,9 +250,9 @@ class Run:
         if distributed.rank() != 0:
             return
         stop_if_orphan()
-        self.progress.log_bytes = self.folder.log_bytes
+        self.progress.log_bytes, self.progress.loss_scale = self.folder.log_bytes, self.scale.state()
         state = dict(options=self.options, progress=dict(self.progress), net=self.net.state_dict(),
-                     ema={'halflife': self.ema.module.state_dict()}, optimizer=self.optimizer.state_dict(),
+                     ema={name: average.state_dict() for name, average in self.averages.items()}, optimizer=self.optimizer.state_dict(),
                      objective=self.objective.state_dict())
         checkpoint.save(self.folder.numbered('training-state', self.progress.nimg / 1e3, '.pt'), state)
 
@@ -281,23 +266,10 @@ def memory_gib(device):
     return found
 
 
-def transfer_weights(ref, net):
-    """Copies every tensor of another network that has the same name and shape; says what was left as initialised."""
-    source = hub.load_network(ref).state_dict()
-    own = net.state_dict()
-    fitting = {name: tensor for name, tensor in source.items() if name in own and own[name].shape == tensor.shape}
-    if not fitting:
-        raise click.ClickException(f'--transfer={ref}: none of its tensors fits this network; use its architecture (see its config.json)')
-    net.load_state_dict(fitting, strict=False)
-    left = sorted(set(own) - set(fitting))
-    rest = f'; as initialised: {", ".join(left[:8])}' if left else ''
-    distributed.print0(f'Transferred {len(fitting)} of {len(own)} tensors from {ref}{rest}')
-
-
 def training_loop(options, run_dir, device, writers=(), state=None, state_path=None):
     """Trains until options['duration_kimg'], in the folder run_dir; continues from `state` where one is given."""
-    run = Run(options, RunFolder(run_dir, fractional=options['tick_kimg'] % 1 != 0), device, writers)
-    distributed.print0(run.data_line)
+    run = Run(options, RunFolder(run_dir, fractional=options['tick_kimg'] % 1 != 0), device, writers, resuming=state is not None)
+    distributed.print0(run.data.line)
     if state is not None:
         run.restore(state, state_path)
     elif distributed.rank() == 0:
@@ -312,6 +284,7 @@ def training_loop(options, run_dir, device, writers=(), state=None, state_path=N
     while p.nimg < total_nimg:
         stop_if_orphan()
         run.step()
+        run.stop_if_spoiled()
         done = p.nimg >= total_nimg
         if time.time() - last_line > HEARTBEAT_SEC:
             rate = (p.nimg - tick_start_nimg) / (time.time() - tick_start)
@@ -335,6 +308,6 @@ def training_loop(options, run_dir, device, writers=(), state=None, state_path=N
         p.seconds += time.time() - tick_start - seconds
         tick_start_nimg, tick_start, last_line = p.nimg, time.time(), time.time()
 
-    run.feed.close()
+    run.data.feed.close()
     distributed.barrier()
     return run

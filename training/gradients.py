@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Between backward() and the optimizer: loss scaling, non-finite values, clipping, gradient noise. Nothing here waits for the device
+but the questions that are said to."""
+
+import torch
+
+MAX_SKIPPED = 50        # updates skipped in a row before a run is stopped
+ASK_EVERY = 10          # steps between looks at a GPU's counter; on the CPU looking costs nothing
+GROW_AFTER = 2000       # good updates after which a dynamic loss scale doubles
+ROWS = 8                # images named when a loss is not finite
+
+
+class LossScale:
+    """Factor of the loss, taken out of the gradients again. dynamic: halved at each overflow, doubled after GROW_AFTER good updates.
+
+    The gradients of fp16 need it, because their small values would be 0; other precisions keep the factor they are given."""
+
+    def __init__(self, initial, dynamic, device):
+        self.dynamic = dynamic
+        self.value = torch.tensor(float(initial), device=device)
+        self._good = torch.zeros([], device=device)
+
+    def update(self, bad):
+        """bad: 1.0 where the last gradients were not finite, else 0.0 (a 0-dim tensor)."""
+        if self.dynamic:
+            self._good = (self._good + 1) * (1 - bad)
+            grow = self._good >= GROW_AFTER
+            self.value = torch.where(bad > 0, self.value / 2, torch.where(grow, self.value * 2, self.value))
+            self._good = torch.where(grow, torch.zeros_like(self._good), self._good)
+
+    def state(self):
+        """[value, good updates since it changed], for the state file; waits for the device."""
+        return [float(self.value), float(self._good)]
+
+    def restore(self, state):
+        self.value.fill_(state[0])
+        self._good.fill_(state[1])
+
+
+class Guard:
+    """Counts updates that non-finite gradients would have spoiled, and remembers where the last non-finite loss came from."""
+
+    def __init__(self, device):
+        self.device = device
+        self._in_row = torch.zeros([], device=device)
+        self._seen = {}  # term -> float64 [ROWS, 4]: is non-finite, sigma, raw_idx, step
+
+    def note_terms(self, terms, batch, step):
+        """Looks through the terms of a micro-batch, {name: [N]}, for values that are not finite."""
+        for name, values in terms.items():
+            bad = ~torch.isfinite(values.detach())
+            flag, row = bad.double().topk(min(ROWS, len(values)))
+            found = [flag, batch.sigma.flatten()[row].double(), batch.raw_idx[row].double(), torch.full_like(flag, step)]
+            found = torch.stack(found, dim=1)
+            before = self._seen.get(name)
+            usable = before is not None and before.shape == found.shape
+            self._seen[name] = torch.where(bad.any(), found, before if usable else torch.zeros_like(found))
+
+    def note_update(self, norm):
+        """1.0 if a gradient norm says that the update must be skipped, else 0.0: a 0-dim tensor for the optimizer's found_inf."""
+        bad = (~torch.isfinite(norm)).float()
+        self._in_row = (self._in_row + bad) * bad
+        return bad
+
+    def must_stop(self, step):
+        """True when MAX_SKIPPED updates in a row were skipped, or will have been before the next look. The same on every rank.
+
+        Waits for the device every ASK_EVERY steps."""
+        every = ASK_EVERY if self.device.type == 'cuda' else 1
+        return step % every == 0 and int(self._in_row) > MAX_SKIPPED - every
+
+    def culprits(self):
+        """{term: one line} of this rank's last non-finite losses: step, noise levels, images. Waits for the device."""
+        lines = {}
+        for name, table in self._seen.items():
+            rows = [row for row in table.tolist() if row[0]]
+            if rows:
+                images = ', '.join(f'{int(raw_idx)} at sigma {sigma:.4g}' for _, sigma, raw_idx, _ in rows)
+                lines[name] = f'step {int(rows[0][3])}, images {images}'
+        return lines
+
+
+def clip(grads, norm, limit):
+    """Scales gradients in place so that their norm is at most `limit`."""
+    torch._foreach_mul_(grads, (limit / (norm + 1e-6)).clamp(max=1))
+
+
+class NoiseScale:
+    """Gradient noise scale tr(Sigma) / |G|^2 (McCandlish et al. 2018, appendix A.1) from the gradients of a part and of the whole batch.
+
+    small, large: images behind a part's gradient and behind the whole one. Both estimates are unbiased, and averaged before they are
+    divided. parts: squared norms of the parts' gradients, each the mean over its images."""
+
+    def __init__(self, small, large):
+        self.small, self.large = small, large
+        self.parts, self._local = [], 0
+
+    def note_part(self, gradients, factor=1.0):
+        """Adds |factor g|^2 of the gradients of one part."""
+        norms = torch._foreach_norm(gradients)
+        self.parts.append((torch.stack(norms) * factor).square().sum())
+
+    def estimates(self, norm):
+        """(|G|^2, tr(Sigma)) of this step, from the parts' mean and the norm of the whole gradient; forgets the parts."""
+        part, whole = torch.stack(self.parts).mean(), norm.square()
+        self.parts.clear()
+        signal = (self.large * whole - self.small * part) / (self.large - self.small)
+        spread = (part - whole) / (1 / self.small - 1 / self.large)
+        return signal, spread
+
+    def hook(self, group, bucket):
+        """DistributedDataParallel's communication hook: looks at this rank's own gradients, then averages them as usual."""
+        self._local = self._local + bucket.buffer().square().sum()
+        if bucket.is_last():
+            self.parts.append(self._local)
+            self._local = 0
+        world = torch.distributed.get_world_size()
+        reduced = torch.distributed.all_reduce(bucket.buffer().div_(world), async_op=True).get_future()
+        return reduced.then(lambda done: done.value()[0])
