@@ -30,7 +30,8 @@ class Store:
 
 def make_feed(workers=1, rows=slice(0, 8), store=None, labels=None):
     stream = PairStream(SIGMA_N[ITEMS], NOISE['lognormal'](), 'skip', batch=8, seed=1)
-    return Feed(stream, store or Store(), ITEMS, sigma_n=SIGMA_N, raw_idx=np.arange(20) + 100, labels=labels, rows=rows, device='cpu', workers=workers)
+    return Feed(stream, store or Store(), ITEMS, sigma_n=SIGMA_N, raw_idx=np.arange(20) + 100, labels=labels, rows=rows,
+                device='cpu', workers=workers)
 
 
 def test_rows_belong_together():

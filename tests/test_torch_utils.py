@@ -147,7 +147,8 @@ def test_differences_by_name():
     old = {'a': 1, 'b': {'c': [1, 2], 'd': None, 'e': {'f': 0.5}}, 'gone': 3}
     new = {'a': 1.0, 'b': {'c': [1, 3], 'd': {'x': 1}, 'e': {'f': 0.25}}, 'new': 4}
     assert checkpoint.differences(old, old) == []
-    assert checkpoint.differences(old, new) == ['b.c: [1, 2] -> [1, 3]', "b.d: None -> {'x': 1}", 'b.e.f: 0.5 -> 0.25', 'gone: 3 -> None', 'new: None -> 4']
+    assert checkpoint.differences(old, new) == ['b.c: [1, 2] -> [1, 3]', "b.d: None -> {'x': 1}", 'b.e.f: 0.5 -> 0.25',
+                                                'gone: 3 -> None', 'new: None -> 4']
     assert checkpoint.differences(old, new, ignore=('b', 'gone')) == ['new: None -> 4']
     assert checkpoint.differences(old, new, ignore=('b.e.f', 'b.c', 'new', 'gone')) == ["b.d: None -> {'x': 1}"]
 
@@ -175,7 +176,8 @@ def test_underscores_are_hyphens_in_names_alone():
     assert command_line.hyphens(['--a_b=c_d', 'e_f', '--g_h', '-x_y']) == ['--a-b=c_d', 'e_f', '--g-h', '-x_y']
 
 
-@pytest.mark.parametrize('text, numbers', [('3', [3]), ('0-3', [0, 1, 2, 3]), ('1,2,5-7', [1, 2, 5, 6, 7]), ('4-4', [4]), ('2, 1', [2, 1])])
+@pytest.mark.parametrize('text, numbers', [('3', [3]), ('0-3', [0, 1, 2, 3]), ('1,2,5-7', [1, 2, 5, 6, 7]), ('4-4', [4]),
+                                           ('2, 1', [2, 1])])
 def test_lists_of_numbers(text, numbers):
     assert invoke(f'--seeds={text}').output == f'None {numbers}\n'
 
@@ -194,7 +196,8 @@ def test_file_system_errors_are_one_line(path, reason):
 
 def test_version():
     output = invoke('--version').output
-    assert all(word in output for word in (misc.VERSION, 'commit', 'python', f'torch {torch.__version__}', 'cuda')) and output.count('\n') == 1
+    assert all(word in output for word in (misc.VERSION, 'commit', 'python', f'torch {torch.__version__}', 'cuda'))
+    assert output.count('\n') == 1
 
 
 # --- distributed

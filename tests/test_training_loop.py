@@ -83,7 +83,7 @@ def test_accumulated_gradient_is_that_of_the_whole_batch(tmp_path, flags, tolera
     """--batch-gpu only splits the work."""
     whole, parts = (steps(tiny.make_run(tmp_path, '--dropout=0', *flags, f'--batch-gpu={size}'), 1) for size in (16, 4))
     difference = (gradients(whole) - gradients(parts)).norm() / gradients(whole).norm()
-    assert 0 < gradients(whole).norm() and difference < tolerance
+    assert gradients(whole).norm() > 0 and difference < tolerance
 
 
 @pytest.mark.parametrize('augment', [0, 0.5])
@@ -238,7 +238,8 @@ def finished(tmp_path_factory):
     """Folder of ten steps with snapshots, grids and states at each tick, and held-out loss."""
     outdir = tmp_path_factory.mktemp('finished')
     data = tiny.make_zip(outdir / 'tiny.zip')
-    tiny.call(f'--outdir={outdir}', f'--data={data}', *tiny.FLAGS, '--duration=0.00016', '--samples=2', '--snap=1', '--dump=1', '--val=0.25')
+    tiny.call(f'--outdir={outdir}', f'--data={data}', *tiny.FLAGS, '--duration=0.00016', '--samples=2', '--snap=1', '--dump=1',
+              '--val=0.25')
     return tiny.only_folder(outdir)
 
 

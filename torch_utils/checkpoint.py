@@ -28,7 +28,7 @@ def load(path):
         state = torch.load(path, map_location='cpu', weights_only=True)
     except FileNotFoundError:
         raise click.ClickException(f'{path}: no such state file') from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, OSError) as err:
+    except Exception as err:  # a damaged pickle may raise almost anything
         foreign = isinstance(err, pickle.UnpicklingError)
         reason = 'it holds more than tensors and plain values, or is cut off' if foreign else (str(err).splitlines() or ['empty'])[0][:200]
         raise click.ClickException(f'{path}: cannot be read as a training state ({reason}); '
