@@ -246,6 +246,8 @@ def validation_options(o):
     """{}, {"share": 0.05} or {"path": ...}."""
     if o.val is None:
         return {}
+    if not o.snap:
+        raise click.ClickException(f'--val={o.val} is evaluated at snapshots, and --snap=0 makes none; raise --snap')
     try:
         share = float(o.val)
     except ValueError:
@@ -330,8 +332,8 @@ def find_state(config, o):
     """(path, content) of the state to continue from, the same on every rank; (None, None) for a fresh start."""
     if o.resume is None:
         return None, None
-    if o.transfer:
-        raise click.ClickException('--resume and --transfer exclude each other: one continues a run, the other starts a new one')
+    if o.transfer and o.resume != 'latest':
+        raise click.ClickException('--resume=FILE and --transfer exclude each other: one continues a run, the other starts a new one')
     free = ('seed',) if o.seed is None else ()  # a continued run keeps its seed
     path, state = (run_folder.latest_state(o.outdir, config, free) if o.resume == 'latest'
                    else (o.resume, run_folder.load_state(o.resume, config, free)))

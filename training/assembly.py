@@ -83,7 +83,8 @@ def transfer_weights(ref, net):
     net.load_state_dict(fitting, strict=False)
     left = sorted(set(own) - set(fitting))
     rest = f'; as initialised: {", ".join(left[:8])}' if left else ''
-    distributed.print0(f'Transferred {len(fitting)} of {len(own)} tensors from {ref}{rest}')
+    few = 'Warning: another architecture? ' if 2 * len(fitting) < len(own) else ''
+    distributed.print0(f'{few}Transferred {len(fitting)} of {len(own)} tensors from {ref}{rest}')
 
 
 class Data(NamedTuple):

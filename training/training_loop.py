@@ -187,7 +187,7 @@ class Run:
         where = f'the last non-finite losses: {"; ".join(lines[:8])}' if lines else 'all losses were finite'
         raise click.ClickException(
             f'{gradients.MAX_SKIPPED} updates in a row were skipped for non-finite gradients, up to step {self.progress.step}; {where}. '
-            'The weights before them are saved: lower --lr, set --clip, or use --precision=bf16 or fp32, and start from them with --transfer')
+            'The weights before them are saved; lower --lr, set --clip or use --precision=bf16 or fp32, with --transfer from that state')
 
     # ---- report
 
