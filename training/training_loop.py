@@ -14,12 +14,13 @@ from dnnlib import EasyDict, format_time
 from torch_utils import checkpoint, distributed, misc, training_stats
 from training import hub, registry, validation
 from training.augment import AugmentPipe
+from training.consistency import CHAINS, ConsistencyTerm
 from training.corruption import Corruption
 from training.dataset import ImageDataset, ImageStore
 from training.ema import HalfLifeEMA
 from training.feed import Feed, micro_batches
 from training.generation import sample_grid
-from training.loss import AmbientLoss, ConsistencyTerm, Objective
+from training.loss import AmbientLoss, Objective
 from training.noise import NOISE
 from training.pairs import PairStream
 from training.penalty import PENALTIES
@@ -52,8 +53,11 @@ def build_objective(options, net):
     probe_pieces(o, weight, penalty)
     terms = {'denoise': AmbientLoss(weight, penalty)}
     if o['consistency']:
-        c = dict(o['consistency'])
-        terms['consistency'] = ConsistencyTerm(noise, weight, batch_fraction=c.pop('batch_size') / options['batch'], **c)
+        plan = registry.build(o['consistency'], CHAINS, '--consistency')
+        try:
+            terms['consistency'] = ConsistencyTerm(plan, noise, weight, options['batch'])
+        except ValueError as err:
+            raise click.ClickException(f'--consistency={o["consistency"]}: {err}') from None
     return noise, Objective(terms)
 
 
@@ -135,6 +139,8 @@ class Run:
         self.params = [p for p in (*self.net.parameters(), *self.objective.parameters()) if p.requires_grad]
         self.optimizer = torch.optim.Adam(self.params, fused=True, **self.options['optimizer'])
         self.ema = HalfLifeEMA(self.net, **self.options['ema'])
+        if 'consistency' in self.objective.terms:
+            self.objective.terms['consistency'].set_teacher(self.ema.module)
 
     # ---- restore
 
