@@ -44,26 +44,28 @@ DATA = {'gaussian': MixtureData([[0.0, 0.0]], 0.5),
         'mixture': MixtureData([[0.6, 0.6], [-0.6, 0.6], [0.6, -0.6], [-0.6, -0.6]], 0.1)}
 
 
-def measure(data, step, steps, pair, factor, points, samples, seed=0, chains=200_000):
-    """(U, its standard error, the mean form's variance term Var / K): sums over the two coordinates, means over the points.
+def values(data, step, steps, pair, factor, points, samples, seed=0, chains=200_000):
+    """(U, Var / K) of every point, each [points], summed over the two coordinates. The factor multiplies the denoiser in every call.
 
-    The mean form is U + Var / K, identically; the factor multiplies the denoiser wherever it is called.
-    At the truth the error falls with the number of chains (samples, K) and not only with that of points."""
+    The mean form is U + Var / K, identically. Points and noises are the same for every factor, so that differences are paired."""
     generator, chunk = torch.Generator().manual_seed(seed), max(1, chains // samples)
-    normal = lambda *shape: torch.randn(shape, generator=generator, dtype=torch.float32)
+    normal = lambda *shape: torch.randn(shape, generator=generator)
     net = lambda x, sigma, **labels: factor * data.denoise(x, sigma)
-    sigma, sigma_prime = (torch.full([1, 1, 1, 1], level) for level in pair)
-    values, spreads = [], []
+    found = []
     for first in range(0, points, chunk):
         n = min(chunk, points - first)
+        sigma, sigma_prime = (torch.full([n, 1, 1, 1], level) for level in pair)
         x = data.draw(n, generator).float() + sigma * normal(n, 2, 1, 1)
-        D, noise = net(x, sigma), [normal(n, samples, 2, 1, 1) for _ in range(steps)]
-        column = lambda level, n=n: level.expand(n, 1, 1, 1)
-        error = consistency_error(net, x, column(sigma), column(sigma_prime), D, noise, step=step)
-        values.append(u_statistic(error).flatten(1).sum(1))
-        spreads.append(error.var(1).flatten(1).sum(1) / samples)
-    value, spread = torch.cat(values), torch.cat(spreads)
-    return value.mean().item(), (value.std() / points ** 0.5).item(), spread.mean().item()
+        noise = [normal(n, samples, 2, 1, 1) for _ in range(steps)]
+        error = consistency_error(net, x, sigma, sigma_prime, net(x, sigma), noise, step=step)
+        found.append(torch.stack([u_statistic(error), error.var(1) / samples]).flatten(2).sum(2))
+    return torch.cat(found, 1)
+
+
+def measure(*args, **kwargs):
+    """(U, its standard error, Var / K): means over the points of values(...)."""
+    u, spread = values(*args, **kwargs)
+    return u.mean().item(), (u.std() / len(u) ** 0.5).item(), spread.mean().item()
 
 
 def main():

@@ -192,7 +192,7 @@ def report_digits(arms, seeds, kimg):
 @click.option('--arms', default=','.join(ARMS), help='Names, or specifications of --consistency, separated by semicolons')
 @click.option('--seeds', type=int)
 @click.option('--steps', default=1500, help='Training steps of the mixture')
-@click.option('--kimg', default=40.0, help='Training length of the digits')
+@click.option('--kimg', default=16.0, help='Training length of the digits')
 def main(toy, arms, seeds, steps, kimg):
     """Trains every arm and prints a table."""
     torch.set_num_threads(1)
