@@ -18,6 +18,7 @@ from torch_utils.command_line import Command, Number, groups, ints, version_opti
 from training import run_folder
 from training.assembly import PRECISIONS, build_cep, build_objective
 from training.conditioning import CEP
+from training.consistency import CHAINS
 from training.corruption import PROTOCOLS, Corruption, LabelCorruption
 from training.dataset import ImageDataset
 from training.ema import exponent
@@ -26,12 +27,13 @@ from training.noise import NOISE
 from training.pairs import PAIRINGS
 from training.penalty import PENALTIES
 from training.preconditioning import PRECONDS, build_network
-from training.registry import Spec
+from training.registry import Spec, build
 from training.training_loop import training_loop
 from training.weighting import WEIGHTS
 
 # Noise distribution and weight that each preconditioning was published with.
 PUBLISHED = {'edm': ('lognormal', 'edm'), 'iddpm': ('iddpm_levels', 'snr'), 've': ('loguniform', 'snr'), 'vp': ('vp_uniform', 'snr')}
+PUBLISHED_CONSISTENCY = dict(estimator='mean', steps=5, samples=6, batch_size=32, weighted=False, stop='no', grad=True)
 
 
 def lengths(ctx, param, value):
@@ -72,16 +74,15 @@ COUNT, WHOLE = click.IntRange(min=1), click.IntRange(min=0)
 @click.option('--weight', type=Spec(WEIGHTS), help='Loss weight w(sigma)  [default: as published for --precond]')
 @click.option('--penalty', type=Spec(PENALTIES), default='squared', show_default=True, help='What an error costs')
 @click.option('--pairing', type=Spec(PAIRINGS), default='skip', show_default=True, help='Which levels a noisy image is seen at')
-@click.option('--consistency-coeff', metavar='FLOAT', type=NOT_NEGATIVE, default=0.0, show_default=True,
-              help='Factor of the consistency loss, which reaches below sigma_n; 0 = off')
-@click.option('--consistency-batch-size', metavar='INT', type=COUNT, default=32, show_default=True,
-              help='Images of each global batch that the consistency loss looks at; the sum is divided by --batch, as published')
-@click.option('--num-consistency-steps', metavar='INT', type=click.IntRange(min=2), default=6, show_default=True,
-              help='Noise levels of its reverse chain, both ends counted')
-@click.option('--num-primes', metavar='INT', type=COUNT, default=6, show_default=True, help='Chains an image, whose mean is compared')
-@click.option('--with-weight', metavar='BOOL', type=bool, default=False, show_default=True,
-              help='Multiply the consistency loss by --weight')
-@click.option('--with-grad', metavar='BOOL', type=bool, default=True, show_default=True, help='Differentiate through its chains')
+@click.option('--consistency', type=Spec(CHAINS), help='Consistency loss, which reaches below sigma_n  [default: none]')
+@click.option('--consistency-coeff', metavar='FLOAT', type=NOT_NEGATIVE,
+              help='As published: factor of the consistency loss with euler chains; 0 = off  [default: 0]')
+@click.option('--consistency-batch-size', metavar='INT', type=COUNT, help='As published: its batch_size  [default: 32]')
+@click.option('--num-consistency-steps', metavar='INT', type=click.IntRange(min=2),
+              help='As published: noise levels of a chain, both ends counted, so steps + 1  [default: 6]')
+@click.option('--num-primes', metavar='INT', type=COUNT, help='As published: its samples  [default: 6]')
+@click.option('--with-weight', metavar='BOOL', type=bool, help='As published: its weighted  [default: False]')
+@click.option('--with-grad', metavar='BOOL', type=bool, help='As published: its grad  [default: True]')
 # Conditions.
 @click.option('--label-dropout', metavar='FLOAT', type=SHARE, default=0.0, show_default=True,
               help='Share of the labels that is left out, for classifier-free guidance')
@@ -172,8 +173,6 @@ def setup(o):
     Corruption(o.sigma, o.corruption_probability, o.corruption_seed, o.corruption_protocol)  # refuses values out of range
     dataset = ImageDataset(o.data, use_labels=o.cond, keep=o.dataset_keep_percentage, xflip=o.xflip)
     noise, weight = PUBLISHED[o.precond]
-    consistency = dict(coeff=o.consistency_coeff, batch_size=o.consistency_batch_size, steps=o.num_consistency_steps - 1,
-                       samples=o.num_primes, weighted=o.with_weight, grad=o.with_grad)
     return dict(
         expr_id=o.expr_id,
         seed=distributed.broadcast(o.seed if o.seed is not None else misc.seed_of(os.urandom(8).hex()) % 2**31),
@@ -183,7 +182,7 @@ def setup(o):
         val=validation_options(o),
         network=network_config(o, dataset),
         objective=dict(noise=o.noise or noise, weight=o.weight or weight, penalty=o.penalty, pairing=o.pairing,
-                       consistency=consistency if o.consistency_coeff else None),
+                       consistency=consistency_spec(o)),
         label_corruption=label_corruption(o), cep=o.cep,
         augment=o.augment,
         optimizer=dict(lr=o.lr, betas=[0.9, 0.999], eps=1e-8, weight_decay=o.weight_decay),
@@ -209,9 +208,19 @@ def check_batch(o):
         good = max(n for n in range(1, min(o.batch_gpu, part) + 1) if part % n == 0)
         raise click.ClickException(f'--batch={o.batch} is not divisible by {world} ranks x --batch-gpu={o.batch_gpu}; '
                                    f'try --batch-gpu={good}')
-    if o.consistency_coeff and o.consistency_batch_size > o.batch:
-        raise click.ClickException(f'--consistency-batch-size={o.consistency_batch_size} is larger than --batch={o.batch}; '
-                                   'use at most that')
+
+
+def consistency_spec(o):
+    """--consistency, or the published options in its form; None where the term is off."""
+    published = dict(coeff=o.consistency_coeff, batch_size=o.consistency_batch_size, samples=o.num_primes, weighted=o.with_weight,
+                     grad=o.with_grad, steps=o.num_consistency_steps and o.num_consistency_steps - 1)
+    given = {key: value for key, value in published.items() if value is not None}
+    if o.consistency and given:
+        raise click.ClickException(f'--consistency={o.consistency} and the published options (--consistency-coeff and companions) '
+                                   'exclude each other; give one form')
+    if not given.get('coeff'):
+        return o.consistency
+    return 'euler:' + ','.join(f'{key}={value}' for key, value in (PUBLISHED_CONSISTENCY | given).items())
 
 
 def check_mirrors(o):
@@ -295,8 +304,8 @@ def print_config(config, o):
 
 def evaluations_per_image(config):
     """Network evaluations (forward passes of one image) that a training pair costs on average."""
-    c = config['objective']['consistency']
-    return 1 if c is None else 1 + c['batch_size'] / config['batch'] * c['samples'] * (c['steps'] + 1)
+    spec = config['objective']['consistency']
+    return 1 if spec is None else 1 + build(spec, CHAINS, '--consistency').evaluations(config['batch'])
 
 
 def launch(config, o, state_path, state):

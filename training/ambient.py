@@ -41,6 +41,17 @@ def reverse_step(x, D, sigma, sigma_next, noise):
     return x - descent / sigma * (x - D) + (descent * sigma).sqrt() * noise
 
 
+def bridge_step(x, D, sigma, sigma_next, noise):
+    """One step from sigma down to sigma_next on the Brownian bridge between x and D, as if x_0 were D for certain.
+
+    x' = D + (sigma_next / sigma)^2 (x - D) + sigma_next sqrt(1 - (sigma_next / sigma)^2) noise; x, D, noise: [N,C,H,W].
+    Its mean is that of the reverse process for every step length; its variance lacks what x_0 varies by given x."""
+    sigma, sigma_next = column(sigma, x), column(sigma_next, x)
+    keep = sigma_next / sigma
+    fresh = (((sigma - sigma_next) / sigma) * ((sigma + sigma_next) / sigma)).clamp(min=0)  # 1 - keep^2 without cancellation
+    return D + keep.square() * (x - D) + sigma_next * fresh.sqrt() * noise
+
+
 def snr_db(sigma, sigma_data=None):
     """Signal-to-noise ratio of level sigma in decibels, as a float.
 

@@ -9,11 +9,12 @@ import torch
 
 from torch_utils import distributed, misc
 from training import conditioning, hub, registry, validation
+from training.consistency import CHAINS, ConsistencyTerm
 from training.corruption import Corruption, LabelCorruption
 from training.dataset import ImageDataset, ImageStore
 from training.ema import HalfLifeEMA, PowerFunctionEMA
 from training.feed import Feed
-from training.loss import AmbientLoss, ConsistencyTerm, Objective
+from training.loss import AmbientLoss, Objective
 from training.noise import NOISE
 from training.pairs import PairStream
 from training.penalty import PENALTIES
@@ -54,8 +55,11 @@ def build_objective(options, net):
     probe('--penalty', o['penalty'], lambda: penalty(one, one))
     terms = {'denoise': AmbientLoss(weight, penalty)}
     if o['consistency']:
-        c = dict(o['consistency'])
-        terms['consistency'] = ConsistencyTerm(noise, weight, batch_fraction=c.pop('batch_size') / options['batch'], **c)
+        plan = registry.build(o['consistency'], CHAINS, '--consistency')
+        try:
+            terms['consistency'] = ConsistencyTerm(plan, noise, weight, options['batch'])
+        except ValueError as err:
+            raise click.ClickException(f'--consistency={o["consistency"]}: {err}') from None
     return noise, Objective(terms)
 
 

@@ -3,36 +3,12 @@
 
 Terms are sums over C, H, W; whoever calls takes the mean over the batch. Everything runs in the dtype of the images."""
 
-from typing import NamedTuple
-
 import torch
 
-from training import ambient, noise, penalty
+from training import ambient, penalty
+from training.batch import Batch, Evaluation, evaluate
 
-
-class Batch(NamedTuple):
-    """What one step looks at; levels are noise stds in network units, sigma >= sigma_n."""
-
-    images: torch.Tensor  # [N,C,H,W], each already at level sigma_n
-    sigma_n: torch.Tensor  # [N,1,1,1], 0 for clean images
-    sigma: torch.Tensor  # [N,1,1,1], the level to denoise from; pairs.py chose it
-    noise: torch.Tensor  # [N,C,H,W], unit normal, fresh in every step
-    class_labels: torch.Tensor | None = None  # [N,label_dim]
-    augment_labels: torch.Tensor | None = None  # [N,augment_dim]
-    raw_idx: torch.Tensor | None = None  # [N] int64, which images these are
-
-
-class Evaluation(NamedTuple):
-    """The images at level sigma, and the denoiser's answer; shared by the terms of an objective."""
-
-    x: torch.Tensor  # [N,C,H,W]
-    D: torch.Tensor  # [N,C,H,W], estimates E[x_0 | x]
-
-
-def evaluate(net, batch):
-    """Takes the images up from sigma_n to sigma and calls the denoiser, once."""
-    x = ambient.add_noise(batch.images, batch.sigma_n, batch.sigma, batch.noise)
-    return Evaluation(x, net(x, batch.sigma, class_labels=batch.class_labels, augment_labels=batch.augment_labels))
+__all__ = ['AmbientLoss', 'Batch', 'Evaluation', 'Objective', 'evaluate']
 
 
 class AmbientLoss(torch.nn.Module):
@@ -56,88 +32,6 @@ class AmbientLoss(torch.nn.Module):
         if hasattr(self.weight, 'offset'):  # a learned weight lambda / exp(u) comes with a term u, once for every cost in the sum
             terms['log_weight'] = self.weight.offset(sigma).expand_as(loss).flatten(1).sum(1)
         return terms
-
-
-class ConsistencyTerm(torch.nn.Module):
-    """Asks D(x, sigma) to be the mean of D(x', sigma') over the reverse process from x, sigma' < sigma: a signal below sigma_n.
-
-    noise: the law that sigma' is drawn from, truncated to (0, sigma). weight: (sigma) -> w, applied if `weighted`.
-    coeff: factor of the whole term. batch_fraction: share of the batch that the term looks at.
-    steps: Euler-Maruyama steps from sigma to sigma'. samples: independent chains an image; the square of their mean is
-    biased up by their variance / samples. grad: differentiate through the chains."""
-
-    def __init__(self, noise, weight, coeff=1.0, batch_fraction=1.0, steps=5, samples=6, weighted=False, grad=True):
-        super().__init__()
-        _check_consistency(coeff, batch_fraction, steps, samples)
-        self.noise, self.weight, self.coeff, self.batch_fraction = noise, weight, coeff, batch_fraction
-        self.steps, self.samples, self.weighted, self.grad = steps, samples, weighted, grad
-
-    def forward(self, net, batch, randn, seen=None):
-        """{'consistency': [N]}, zero on the rows that are not looked at. seen: the Evaluation, where there is one already."""
-        x, D = seen or evaluate(net, batch)
-        rows = self._rows(len(x), x.device)
-        sigma, sigma_prime, chain_noise = self._draw(batch.sigma, x, randn, rows)
-        error = consistency_error(net, x[rows], sigma, sigma_prime, D[rows], chain_noise, grad=self.grad,
-                                  class_labels=_take(batch.class_labels, rows), augment_labels=_take(batch.augment_labels, rows))
-        # Detached: a learned weight would grow just to shrink this term, which adds no u of its own.
-        value = self.weight(sigma).detach() * error.square() if self.weighted else error.square()
-        # Rows are whole, the share of the batch need not be: the factor keeps coeff's meaning for every size of micro-batch.
-        scale = self.coeff * self.batch_fraction * len(x) / len(rows)
-        return {'consistency': value.new_zeros(len(x)).index_put((rows,), scale * value.flatten(1).sum(1))}
-
-    def _rows(self, n, device):
-        """Evenly spread rows of a micro-batch of n: the same share of every rank and accumulation round, never none."""
-        count = max(1, round(self.batch_fraction * n))
-        return torch.arange(count, device=device) * n // count
-
-    def _draw(self, sigma, x, randn, rows):
-        """(sigma, sigma', noise of each step) of the rows; drawn for all rows, so that a row's draw is its own.
-
-        sigma' has a draw of its own. The published code reuses the normal that made sigma, so that there sigma' = sigma for every
-        row but the clamped ones, and most of the chains have no length."""
-        sigma = ambient.column(sigma, x)
-        u = noise.normal_cdf(randn('consistency_sigma', [len(x), 1, 1, 1]).to(x))
-        sigma_prime = self.noise.below(sigma, u)
-        shape = [len(x), self.samples, *x.shape[1:]]
-        return sigma[rows], sigma_prime[rows], [randn(f'consistency_noise_{i}', shape)[rows].to(x) for i in range(self.steps)]
-
-
-def consistency_error(net, x, sigma, sigma_prime, D, chain_noise, *, grad=True, class_labels=None, augment_labels=None):
-    """mean over K chains of D(x', sigma'), less D(x, sigma): [N,C,H,W], zero in expectation for the true denoiser.
-
-    x, D: [N,C,H,W]; sigma, sigma_prime: [N,1,1,1]; chain_noise: one [N,K,C,H,W] a step. Labels go to every call of the net.
-    The levels of a chain are evenly spaced in sigma^(1/7), as EDM's sampling schedule is."""
-    samples = chain_noise[0].shape[1]
-    repeat = lambda t: None if t is None else t.repeat_interleave(samples, dim=0)  # [N,...] -> [N K,...]
-    denoise = lambda x, sigma: net(x, sigma, class_labels=repeat(class_labels), augment_labels=repeat(augment_labels))
-    x_prime, last = repeat(x), repeat(ambient.column(sigma_prime, x))
-    with torch.set_grad_enabled(grad and torch.is_grad_enabled()):
-        levels = _levels(repeat(ambient.column(sigma, x)), last, len(chain_noise))
-        for now, then, unit in zip(levels[:-1], levels[1:], chain_noise):
-            x_prime = ambient.reverse_step(x_prime, denoise(x_prime, now), now, then, unit.flatten(0, 1))
-    return denoise(x_prime, last).unflatten(0, (-1, samples)).mean(1) - D
-
-
-def _levels(first, last, steps, rho=7):
-    """steps + 1 levels from first down to last, each [N,1,1,1]; the ends are exact."""
-    start, end = first ** (1 / rho), last ** (1 / rho)
-    between = ((start + (end - start) * (i / steps)) ** rho for i in range(1, steps))
-    # Rounding must not take a level beyond an end: the square root of that step would be noise of a visible size.
-    return [first, *(level.clamp(min=last, max=first) for level in between), last]
-
-
-def _take(labels, rows):
-    return None if labels is None else labels[rows]
-
-
-def _check_consistency(coeff, batch_fraction, steps, samples):
-    """The term's own limits, one line each."""
-    for holds, text in [(0 <= coeff < float('inf'), f'coeff={coeff} must be 0 or more'),
-                        (0 < batch_fraction <= 1, f'batch_fraction={batch_fraction} must be in (0, 1]'),
-                        (steps >= 1, f'steps={steps} must be at least 1'),
-                        (samples >= 1, f'samples={samples} must be at least 1')]:
-        if not holds:
-            raise ValueError(text)
 
 
 class Objective(torch.nn.Module):

@@ -87,6 +87,8 @@ class Run:
         self.optimizer = torch.optim.Adam(self.params, fused=True, **self.options['optimizer'])
         self.averages = assembly.build_averages(self.options, self.net)
         self.ema = self.averages['halflife']
+        if 'consistency' in self.objective.terms:
+            self.objective.terms['consistency'].set_teacher(self.ema.module)
 
     def _noise_scale(self):
         """Compares ranks where there are several, otherwise the first round of a step with all of them."""
