@@ -40,7 +40,7 @@ KWARGS = {case['name']: case.get('kwargs', {}) for case in json.loads((DATA / 'a
 
 
 def make_term(batch=8, law=None, chain=Euler, **options):
-    options = dict(estimator='mean', steps=2, samples=2, stop='no', grad=True, batch_size=0) | options
+    options = dict(estimator='mean', coeff=1.0, steps=2, samples=2, stop='no', grad=True, batch_size=0) | options
     return ConsistencyTerm(chain(**options), law or LogNormal(), weighting.edm, batch)
 
 

@@ -44,7 +44,7 @@ class Consistency:
     estimator: str = 'u'
     steps: int = 20
     samples: int = 2
-    coeff: float = 1.0
+    coeff: float = 0.1
     below: str = 'sigma'
     stop: str = 'upper'
     teacher: str = 'net'
