@@ -23,7 +23,7 @@ from training.dataset import ImageDataset
 from training.ema import exponent
 from training.networks import ARCHS
 from training.noise import NOISE
-from training.pairs import PAIRINGS
+from training.pairs import PAIRINGS, with_inverse_weight
 from training.penalty import PENALTIES
 from training.preconditioning import PRECONDS, build_network
 from training.registry import Spec
@@ -40,6 +40,8 @@ def lengths(ctx, param, value):
         found = [float(item) for item in value.split(',')] if value else []
         for sigma_rel in found:
             exponent(sigma_rel)
+            if round(sigma_rel, 3) != sigma_rel:
+                raise ValueError(f'sigma_rel={sigma_rel} has more than the three decimals that its files are named by')
     except ValueError as err:
         raise click.BadParameter(f'"{value}": {err}') from None
     return sorted(set(found))
@@ -72,6 +74,9 @@ COUNT, WHOLE = click.IntRange(min=1), click.IntRange(min=0)
 @click.option('--weight', type=Spec(WEIGHTS), help='Loss weight w(sigma)  [default: as published for --precond]')
 @click.option('--penalty', type=Spec(PENALTIES), default='squared', show_default=True, help='What an error costs')
 @click.option('--pairing', type=Spec(PAIRINGS), default='skip', show_default=True, help='Which levels a noisy image is seen at')
+@click.option('--ambient-weight', type=click.Choice(['none', 'inverse']), default='none', show_default=True,
+              help='inverse: weigh noisy images by (1 - sigma_n^2/sigma^2)^-2, so that their x_0 error counts like that of clean ones; '
+              'sets the buffer of --pairing to 2/sqrt(3) where it has none')
 @click.option('--consistency-coeff', metavar='FLOAT', type=NOT_NEGATIVE, default=0.0, show_default=True,
               help='Factor of the consistency loss, which reaches below sigma_n; 0 = off')
 @click.option('--consistency-batch-size', metavar='INT', type=COUNT, default=32, show_default=True,
@@ -169,6 +174,8 @@ def setup(o):
     """Options -> the nested dict of JSON types that the run is made from."""
     check_batch(o)
     check_mirrors(o)
+    if o.power_ema and not o.snap:
+        raise click.ClickException('--power-ema stores averages at snapshots, and --snap=0 makes none; raise --snap')
     Corruption(o.sigma, o.corruption_probability, o.corruption_seed, o.corruption_protocol)  # refuses values out of range
     dataset = ImageDataset(o.data, use_labels=o.cond, keep=o.dataset_keep_percentage, xflip=o.xflip)
     noise, weight = PUBLISHED[o.precond]
@@ -182,7 +189,9 @@ def setup(o):
         corruption=dict(sigma=o.sigma, probability=o.corruption_probability, seed=o.corruption_seed, protocol=o.corruption_protocol),
         val=validation_options(o),
         network=network_config(o, dataset),
-        objective=dict(noise=o.noise or noise, weight=o.weight or weight, penalty=o.penalty, pairing=o.pairing,
+        objective=dict(noise=o.noise or noise, weight=o.weight or weight, penalty=o.penalty,
+                       pairing=with_inverse_weight(o.pairing) if o.ambient_weight == 'inverse' else o.pairing,
+                       ambient_weight=o.ambient_weight,
                        consistency=consistency if o.consistency_coeff else None),
         label_corruption=label_corruption(o), cep=o.cep,
         augment=o.augment,
@@ -224,6 +233,8 @@ def check_mirrors(o):
 def label_corruption(o):
     """{} or the arguments of LabelCorruption."""
     if not o.label_corruption:
+        if o.label_corruption_groups is not None:
+            raise click.ClickException('--label-corruption-groups needs a --label-corruption=RATE above 0')
         return {}
     if not o.cond:
         raise click.ClickException(f'--label-corruption={o.label_corruption:g} changes class labels; train with --cond=1')

@@ -19,12 +19,12 @@ from click.testing import CliRunner
 import train
 from dnnlib import EasyDict
 from training import hub, registry
+from training.assembly import build_objective
 from training.conversion import encode_png
 from training.noise import NOISE
 from training.pairs import PAIRINGS
 from training.penalty import PENALTIES
 from training.preconditioning import PRECONDS, build_network
-from training.training_loop import build_objective
 from training.weighting import WEIGHTS
 
 SCRIPTS = ['train', 'generate', 'eval_fid', 'dataset_tool', 'examples.demo']
@@ -146,6 +146,11 @@ def refused(*args, outdir='runs'):
     (['--pairing=skip:buffer=0.5'], ['buffer=0.5', '1 or more']),
     (['--pairing=clamp:buffer=2'], ['buffer=2']),
     (['--sigma=200', '--corruption_probability=1', '--noise=loguniform'], ['--pairing=skip']),
+    # Gradients and averages.
+    (['--clip=-1'], ['--clip', '"-1"']),
+    (['--gns=1'], ['--gns=1', '--batch-gpu']),
+    (['--power-ema=0.05,0.5'], ['--power-ema', 'sigma_rel=0.5']),
+    (['--power-ema=0.05', '--snap=0'], ['--power-ema', '--snap=0']),
     # Network and arithmetic.
     (['--cbase=48'], ['144 channels', '--cbase', '--cres']),
     (['--cres=1,1,1,1,1'], ['8x8', 'multiple of 16']),
@@ -163,7 +168,7 @@ def refused(*args, outdir='runs'):
     (['--resume=text.pt'], ['text.pt', 'training state']),
     (['--resume=other.pt'], ['other.pt', 'lacks', 'optimizer']),
     (['--resume=nowhere.pt'], ['nowhere.pt', 'no such']),
-    (['--resume=latest', '--transfer=network'], ['--resume', '--transfer']),
+    (['--resume=text.pt', '--transfer=network'], ['--resume=FILE', '--transfer']),
     (['--transfer=nowhere'], ['nowhere', 'no such']),
     (['--transfer=empty'], ['empty', 'config.json']),
     (['--outdir=way'], ['way']),
