@@ -23,8 +23,9 @@ $(CURRENT): requirements.txt
 demo: setup
 	$(BIN) examples/demo.py
 
+# One process a core, each with one thread: the networks of the tests are too small to share.
 test: setup
-	$(BIN) -m pytest
+	OMP_NUM_THREADS=1 $(BIN) -m pytest --numprocesses=auto --maxprocesses=8
 
 test-slow: setup
 	$(BIN) -m pytest -m slow

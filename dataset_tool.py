@@ -91,6 +91,8 @@ def parse_units(ctx, param, value):
               help='CSV (file,label), JSON or .npy with a class or vector an image, instead of what the source says')
 @click.option('--sigmas', metavar='FILE|NUMBER', help='Noise std that the images already have: CSV, JSON, .npy, or one number; '
               'in the source\'s own units, for 8-bit images in those of [-1,1]')
+@click.option('--sigma-max', metavar='FILE|NUMBER', help='Highest noise level that images may be trained at, given like --sigmas; '
+              'inf, or null in JSON: any')
 @click.option('--layout', type=click.Choice(list(sources.LAYOUTS)), help='Axes of an array, where its shape does not tell')
 @click.option('--units', metavar='OFFSET,SCALE', callback=parse_units,
               help='Float data: network = (value - OFFSET) / SCALE  [default: mean, 2 std]')
@@ -136,28 +138,35 @@ def apply_tables(source, options):
         values = sources.match(read_table(options['labels'], '--labels'), source.names, f'--labels={options["labels"]}')
         source.labels = as_classes(values)
     if options['sigmas']:
-        source.sigmas = read_sigmas(options['sigmas'], source.names)
+        source.sigmas = read_levels(options['sigmas'], '--sigmas', source.names)
+    if options['sigma_max']:
+        source.sigma_max = read_levels(options['sigma_max'], '--sigma-max', source.names)
     if source.sigmas is not None:
         if not all(isinstance(s, (int, float)) and 0 <= s < float('inf') for s in source.sigmas):
             raise click.ClickException('noise levels (--sigmas, or "sigmas" in the source) must be numbers of 0 or more')
         if options['resolution']:
             raise click.ClickException('--resolution would colour the noise of images that have sigmas; leave it out, or resize '
                                        'before the noise is there')
+    if source.sigma_max is not None:
+        limits = [float('inf') if limit is None else limit for limit in source.sigma_max]
+        if not all(isinstance(limit, (int, float)) and limit > 0 for limit in limits):
+            raise click.ClickException('upper limits (--sigma-max, or "sigma_max" in the source) must be numbers above 0')
+        source.sigma_max = [limit if limit < float('inf') else None for limit in limits]  # JSON has no infinity
     source.units = options['units'] or source.units
 
 
-def read_sigmas(text, names):
-    """Noise levels from a number or a file, one an image."""
+def read_levels(text, option, names):
+    """Noise levels from a number or a file, one an image; None where a JSON file has null."""
     try:
         return [float(text)] * len(names)
     except ValueError:
         if not os.path.isfile(text):
-            raise click.ClickException(f'--sigmas={text}: neither a number nor a file') from None
-    values = sources.match(read_table(text, '--sigmas'), names, f'--sigmas={text}')
+            raise click.ClickException(f'{option}={text}: neither a number nor a file') from None
+    values = sources.match(read_table(text, option), names, f'{option}={text}')
     try:
-        return [float(value) for value in values]
+        return [None if value is None else float(value) for value in values]
     except (TypeError, ValueError):
-        raise click.ClickException(f'--sigmas={text}: must hold one number an image') from None
+        raise click.ClickException(f'{option}={text}: must hold one number an image') from None
 
 
 def read_table(path, option):
@@ -168,7 +177,7 @@ def read_table(path, option):
         with open(path, encoding='utf-8', newline='') as file:
             if path.endswith('.json'):
                 found = json.load(file)
-                return found.get(option.strip('-'), found) if isinstance(found, dict) else found
+                return found.get(option.strip('-').replace('-', '_'), found) if isinstance(found, dict) else found
             rows = [[_value(text) for text in row] for row in csv.reader(file) if row]
     except (OSError, ValueError, csv.Error) as err:
         raise click.ClickException(f'{option}={path}: {sources.unreadable(err)}; give CSV, JSON or .npy') from None
@@ -311,11 +320,10 @@ def write(pool, source, job, indices, writer, options):
 
 
 def metadata(source, written, sums):
-    """What dataset.json holds: labels (or null), sigmas where there are any, units of float data."""
+    """What dataset.json holds: labels (or null), sigmas and sigma_max where there are any, units of float data."""
     pairs = lambda values: [[name, values[index]] for name, index in written]
     meta = {'labels': pairs(source.labels) if source.labels else None}
-    if source.sigmas is not None:
-        meta['sigmas'] = pairs(source.sigmas)
+    meta |= {key: pairs(values) for key, values in (('sigmas', source.sigmas), ('sigma_max', source.sigma_max)) if values is not None}
     if sums is not None:
         meta['units'] = source.units or conversion.propose_units(*sums)
     return meta

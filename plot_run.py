@@ -16,7 +16,7 @@ PICTURES = {  # file -> (title, pattern of the names in it); one panel for what 
     'loss.png': ('Training loss, sum over an image', r'Loss/(?P<panel>[^/]+)(?P<curve>(/(clean|noisy))?)'),
     'loss-by-level.png': ('Training loss by quartile of p(sigma)', r'Loss/(?P<panel>[^/]+/(clean|noisy))/(?P<curve>q\d)'),
     'held-out.png': ('Held-out loss of the EMA', r'Val/(?P<panel>clean|noisy)(?P<curve>(/sigma=.+)?)'),
-    'run.png': ('The run', r'(?P<panel>Timing/img_per_sec|Grad/.+|Pairs/accepted|Optimizer/lr|Resources/.+)(?P<curve>)'),
+    'run.png': ('The run', r'(?P<panel>Timing/img_per_sec|Grad/.+|GNS/.+|Pairs/accepted|Optimizer/lr|Resources/.+)(?P<curve>)'),
     'metrics.png': ('Metrics', r'Metrics/(?P<panel>[^/]+)(?P<curve>)'),
 }
 
@@ -90,6 +90,8 @@ def draw(title, panels, path):
 def main(run, dest):
     """Draw the curves of a run: losses by term, level and cleanness, held-out losses, speed."""
     curves = read_stats(run)
+    if not any(families(curves, pattern) for _, pattern in PICTURES.values()):
+        raise click.ClickException(f'{run}: its stats.jsonl has no curves yet; the first come with the first tick')
     dest = dest or os.path.join(run, 'plots')
     os.makedirs(dest, exist_ok=True)
     for file, (title, pattern) in PICTURES.items():

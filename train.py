@@ -18,13 +18,13 @@ from torch_utils.command_line import Command, Number, groups, ints, version_opti
 from training import run_folder
 from training.assembly import PRECISIONS, build_cep, build_objective
 from training.conditioning import CEP
-from training.consistency import CHAINS
+from training.consistency import CHAINS, published_spec
 from training.corruption import PROTOCOLS, Corruption, LabelCorruption
 from training.dataset import ImageDataset
 from training.ema import exponent
 from training.networks import ARCHS
 from training.noise import NOISE
-from training.pairs import PAIRINGS
+from training.pairs import PAIRINGS, with_inverse_weight
 from training.penalty import PENALTIES
 from training.preconditioning import PRECONDS, build_network
 from training.registry import Spec, build
@@ -33,7 +33,6 @@ from training.weighting import WEIGHTS
 
 # Noise distribution and weight that each preconditioning was published with.
 PUBLISHED = {'edm': ('lognormal', 'edm'), 'iddpm': ('iddpm_levels', 'snr'), 've': ('loguniform', 'snr'), 'vp': ('vp_uniform', 'snr')}
-PUBLISHED_CONSISTENCY = dict(estimator='mean', steps=5, samples=6, batch_size=32, weighted=False, stop='no', grad=True)
 
 
 def lengths(ctx, param, value):
@@ -42,6 +41,8 @@ def lengths(ctx, param, value):
         found = [float(item) for item in value.split(',')] if value else []
         for sigma_rel in found:
             exponent(sigma_rel)
+            if round(sigma_rel, 3) != sigma_rel:
+                raise ValueError(f'sigma_rel={sigma_rel} has more than the three decimals that its files are named by')
     except ValueError as err:
         raise click.BadParameter(f'"{value}": {err}') from None
     return sorted(set(found))
@@ -74,6 +75,9 @@ COUNT, WHOLE = click.IntRange(min=1), click.IntRange(min=0)
 @click.option('--weight', type=Spec(WEIGHTS), help='Loss weight w(sigma)  [default: as published for --precond]')
 @click.option('--penalty', type=Spec(PENALTIES), default='squared', show_default=True, help='What an error costs')
 @click.option('--pairing', type=Spec(PAIRINGS), default='skip', show_default=True, help='Which levels a noisy image is seen at')
+@click.option('--ambient-weight', type=click.Choice(['none', 'inverse']), default='none', show_default=True,
+              help='inverse: weigh noisy images by (1 - sigma_n^2/sigma^2)^-2, so that their x_0 error counts like that of clean ones; '
+              'sets the buffer of --pairing to 2/sqrt(3) where it has none')
 @click.option('--consistency', type=Spec(CHAINS), help='Consistency loss, which reaches below sigma_n  [default: none]')
 @click.option('--consistency-coeff', metavar='FLOAT', type=NOT_NEGATIVE,
               help='As published: factor of the consistency loss with euler chains; 0 = off  [default: 0]')
@@ -88,8 +92,7 @@ COUNT, WHOLE = click.IntRange(min=1), click.IntRange(min=0)
               help='Share of the labels that is left out, for classifier-free guidance')
 @click.option('--label-corruption', metavar='RATE', type=SHARE, default=0.0, show_default=True,
               help='Share of the images that gets a wrong class; the count is exact')
-@click.option('--label-corruption-groups', metavar='GROUPS', callback=groups,
-              help='Classes that are confused with each other only, such as 0,1/3,5,7  [default: all with all]')
+@click.option('--label-corruption-groups', metavar='GROUPS', callback=groups, help='Classes to confuse, such as 0,1/3,5,7  [default: all]')
 @click.option('--cep', type=Spec(CEP), help='Condition-embedding perturbation  [default: none]')
 # Hyperparameters.
 @click.option('--duration', metavar='MIMG', type=POSITIVE, default=200, show_default=True,
@@ -170,6 +173,8 @@ def setup(o):
     """Options -> the nested dict of JSON types that the run is made from."""
     check_batch(o)
     check_mirrors(o)
+    if o.power_ema and not o.snap:
+        raise click.ClickException('--power-ema stores averages at snapshots, and --snap=0 makes none; raise --snap')
     Corruption(o.sigma, o.corruption_probability, o.corruption_seed, o.corruption_protocol)  # refuses values out of range
     dataset = ImageDataset(o.data, use_labels=o.cond, keep=o.dataset_keep_percentage, xflip=o.xflip)
     noise, weight = PUBLISHED[o.precond]
@@ -181,7 +186,9 @@ def setup(o):
         corruption=dict(sigma=o.sigma, probability=o.corruption_probability, seed=o.corruption_seed, protocol=o.corruption_protocol),
         val=validation_options(o),
         network=network_config(o, dataset),
-        objective=dict(noise=o.noise or noise, weight=o.weight or weight, penalty=o.penalty, pairing=o.pairing,
+        objective=dict(noise=o.noise or noise, weight=o.weight or weight, penalty=o.penalty,
+                       pairing=with_inverse_weight(o.pairing) if o.ambient_weight == 'inverse' else o.pairing,
+                       ambient_weight=o.ambient_weight,
                        consistency=consistency_spec(o)),
         label_corruption=label_corruption(o), cep=o.cep,
         augment=o.augment,
@@ -220,7 +227,9 @@ def consistency_spec(o):
                                    'exclude each other; give one form')
     if not given.get('coeff'):
         return o.consistency
-    return 'euler:' + ','.join(f'{key}={value}' for key, value in (PUBLISHED_CONSISTENCY | given).items())
+    if given.get('batch_size', 0) > o.batch:
+        raise click.ClickException(f'--consistency-batch-size={o.consistency_batch_size} is larger than --batch={o.batch}; use at most that')
+    return published_spec(**given)
 
 
 def check_mirrors(o):
@@ -233,6 +242,8 @@ def check_mirrors(o):
 def label_corruption(o):
     """{} or the arguments of LabelCorruption."""
     if not o.label_corruption:
+        if o.label_corruption_groups is not None:
+            raise click.ClickException('--label-corruption-groups needs a --label-corruption=RATE above 0')
         return {}
     if not o.cond:
         raise click.ClickException(f'--label-corruption={o.label_corruption:g} changes class labels; train with --cond=1')
@@ -271,7 +282,8 @@ def network_config(o, dataset):
     height, width = dataset.resolution
     config = dict(img_resolution=height if height == width else [height, width], img_channels=dataset.image_shape[0],
                   label_dim=dataset.label_dim, use_fp16=o.fp16, **ARCHS[o.arch], dropout=o.dropout)
-    given = dict(model_channels=o.cbase, channel_mult=o.cres, num_blocks=o.blocks, attn_resolutions=o.attn, sigma_data=o.sigma_data)
+    given = dict(model_channels=o.cbase, channel_mult=o.cres, num_blocks=o.blocks, attn_resolutions=o.attn, sigma_data=o.sigma_data,
+                 augment_dim=9 if o.augment else None)
     config |= {key: value for key, value in given.items() if value is not None}
     if o.label_dropout:
         if not o.cond:
@@ -279,8 +291,6 @@ def network_config(o, dataset):
         config['label_dropout'] = o.label_dropout
     if o.cep:
         build_cep(o.cep, dataset.label_dim)
-    if o.augment:
-        config['augment_dim'] = 9
     if o.precond != 'edm':
         config['precond'] = o.precond
         if o.sigma_data is not None:

@@ -147,6 +147,30 @@ def test_float_images_and_their_sigmas_are_scaled(tmp_path):
 
 
 # ----------------------------------------------------------------------------------------------------
+# Upper limits
+
+
+def test_upper_limits_follow_the_images(tmp_path):
+    """As an object or as pairs, null for none, in the units of sigmas; subsets and flips keep theirs."""
+    names, limits = [f'{i:03}.png' for i in range(12)], [None, *np.linspace(0.05, 1, 11)]
+    for table in (dict(zip(names, limits)), [list(pair) for pair in zip(names, limits)]):
+        dataset = ImageDataset(picture_zip(tmp_path / 'a.zip', sigma_max=table), keep=0.5, xflip=True)
+        assert dataset.sigma_max.dtype == np.float64
+        assert dataset.sigma_max.tolist() == [np.inf if limits[i] is None else limits[i] for i in dataset.raw_idx]
+    assert (ImageDataset(picture_zip(tmp_path / 'b.zip')).sigma_max == np.inf).all()
+    members = {f'{i}.npy': npy(np.zeros([1, 4, 4], np.float32)) for i in range(2)}
+    path = write(tmp_path / 'f.zip', members, units={'offset': 100, 'scale': 40}, sigma_max={'0.npy': 4, '1.npy': None})
+    np.testing.assert_allclose(ImageDataset(path).sigma_max, [0.1, np.inf])
+
+
+@pytest.mark.parametrize('limits', [[0, 1], [-0.1, 1], [float('nan'), 1], ['x', 1], [[1, 2], 1]])
+def test_bad_upper_limits(tmp_path, limits):
+    path = picture_zip(tmp_path / 'a.zip', 2, sigma_max=dict(zip(['000.png', '001.png'], limits)))
+    assert '"sigma_max" in dataset.json' in refusal(path)
+    assert '"sigma_max" in dataset.json misses 1 of 2' in refusal(picture_zip(tmp_path / 'b.zip', 2, sigma_max={'000.png': 1}))
+
+
+# ----------------------------------------------------------------------------------------------------
 # Noisy copies
 
 

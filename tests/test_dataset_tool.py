@@ -264,6 +264,27 @@ def test_noise_on_stored_images_stays_gaussian(tmp_path):
     assert 'colour the noise' in refusal(f'--source={tmp_path}/x.zip', f'--dest={tmp_path}/y.zip', '--resolution=32x32')
 
 
+def test_upper_limits_are_written_and_travel_on(tmp_path):
+    picture_folder(tmp_path / 'in', pictures(3))
+    (tmp_path / 'm.csv').write_text('file,limit\n00.png,inf\n01.png,0.1\n02.png,0.3\n')
+    (tmp_path / 'm.json').write_text(json.dumps({'sigma_max': {'00.png': None, '01.png': 0.1, '02.png': 0.3}}))
+    for table in ('m.csv', 'm.json'):
+        convert(tmp_path / 'in', tmp_path / 'x.zip', f'--sigma_max={tmp_path / table}', '--sigmas=0.1')
+        dataset = ImageDataset(str(tmp_path / 'x.zip'))
+        assert dataset.sigma_max.tolist() == [np.inf, 0.1, 0.3] and dataset.native_sigma.tolist() == [0.1] * 3
+    meta = members(tmp_path / 'x.zip')[2]
+    assert b'Infinity' not in meta and json.loads(meta)['sigma_max'][0][1] is None
+    convert(tmp_path / 'x.zip', tmp_path / 'again.zip', '--part=1/2')
+    assert ImageDataset(str(tmp_path / 'again.zip')).sigma_max.tolist() == [0.1]
+    said = run('stats', tmp_path / 'x.zip').output
+    assert 'sigma_max   2 of 3 images have an upper limit; least 0.1, median 0.2, mean 0.2, most 0.3' in said
+    assert '1 of them can never be used' in said
+    convert(tmp_path / 'in', tmp_path / 'y.zip', '--sigma-max=0.5')
+    assert (ImageDataset(str(tmp_path / 'y.zip')).sigma_max == 0.5).all()
+    convert(tmp_path / 'in', tmp_path / 'z.zip')
+    assert b'sigma_max' not in members(tmp_path / 'z.zip')[2] and 'sigma_max' not in run('stats', tmp_path / 'z.zip').output
+
+
 def test_eight_bit_images_with_sigmas(tmp_path):
     picture_folder(tmp_path / 'in', pictures(3))
     (tmp_path / 's.csv').write_text('file,sigma\n00.png,0\n01.png,0.1\n02.png,0.3\n')
@@ -406,6 +427,7 @@ def test_refused_options(tmp_path):
             ((source, dest, f'--labels={tmp_path}/l.csv'), 'misses 1 of 3 images, such as 02.png'),
             ((source, dest, f'--labels={tmp_path}/bad.json'), 'cannot be read'),
             ((source, dest, '--sigmas=-1'), 'numbers of 0 or more'),
+            ((source, dest, '--sigma-max=0'), 'numbers above 0'), ((source, dest, '--sigma-max=x'), '--sigma-max=x: neither a number'),
             ((source, dest, '--sigmas=x'), 'neither a number nor a file'), ((dest,), "Missing option '--source'")]:
         assert text in refusal(*args), args
     assert sorted(os.listdir(tmp_path)) == ['bad.json', 'in', 'l.csv']

@@ -2,6 +2,7 @@
 """Pairing policies: each follows its law over a million draws, the stream is one sequence however it is read."""
 
 import json
+import math
 
 import click
 import numpy as np
@@ -11,8 +12,8 @@ import torch
 
 from training import weighting
 from training.loss import AmbientLoss, Batch
-from training.noise import IDDPMLevels, LogNormal, LogUniform
-from training.pairs import BLOCK, PAIRINGS, PairStream
+from training.noise import NOISE, IDDPMLevels, Levels, LogNormal, LogUniform
+from training.pairs import BLOCK, INVERSE_BUFFER, PAIRINGS, PairStream, with_inverse_weight
 
 P = LogNormal()
 LEVELS = np.tile([0.0, 0.1, 0.4, 0.2, 0.0], 200)  # 1,000 images
@@ -108,6 +109,214 @@ def test_discrete_levels_are_strictly_above_sigma_n():
         assert (sigma > levels[index]).all() and np.isin(sigma, noise.levels.numpy()).all()
     counts = np.unique(sigma, return_counts=True)[1]  # sigma_first: uniform over the 49 levels above the smallest
     assert len(counts) == 49 and scipy.stats.chisquare(counts).pvalue > 1e-6
+
+
+# ---- upper limits
+
+UPPER = np.tile([np.inf, 0.3, 1.0, np.inf, 0.05], 200)
+LIMITS = tuple(zip(LEVELS[:5], UPPER[:5]))
+
+
+def within(low, high):
+    """cdf of p(sigma | low < sigma <= high)."""
+    return lambda sigma: (sf(low) - sf(np.clip(sigma, low, high))) / (sf(low) - sf(high))
+
+
+def million_within(policy, buffer=1.0):
+    stream = PairStream(LEVELS, P, f'{policy}:buffer={buffer}', batch=MILLION, seed=1, upper=UPPER)
+    index, sigma = stream.next()
+    assert (sigma > buffer * LEVELS[index]).all() and (sigma <= UPPER[index]).all()
+    return stream, index, sigma
+
+
+@pytest.mark.parametrize('buffer', [1.0, 1.1547])
+def test_skip_follows_the_joint_law_within_both_limits(buffer):
+    stream, index, sigma = million_within('skip', buffer)
+    chance = sf(buffer * LEVELS) - sf(UPPER)
+    counts = np.bincount(index, minlength=len(LEVELS))
+    assert scipy.stats.chisquare(counts, chance / chance.sum() * MILLION).pvalue > 1e-6
+    for k, (low, high) in enumerate(LIMITS):  # 2 % of the pairs, at least: the bound is six standard errors of the smallest group
+        drawn = sigma[index % 5 == k]
+        assert ks_distance(drawn, within(buffer * low, high)) < max(0.005, 3 / np.sqrt(len(drawn)))
+    assert stream.used / stream.passed == pytest.approx(stream.acceptance(), abs=0.003)
+
+
+@pytest.mark.parametrize('buffer', [1.0, 1.5])
+def test_truncate_follows_the_law_between_both_limits_and_keeps_visit_counts(buffer):
+    stream, index, sigma = million_within('truncate', buffer)
+    assert (np.bincount(index) == MILLION // len(LEVELS)).all() and stream.passed == MILLION and stream.acceptance() == 1
+    for k, (low, high) in enumerate(LIMITS):
+        assert ks_distance(sigma[index % 5 == k], within(buffer * low, high)) < 0.005
+
+
+def test_sigma_first_keeps_the_law_of_the_levels_with_upper_limits():
+    stream, index, sigma = million_within('sigma_first')
+    assert ks_distance(sigma, above(0.0)) < 0.005
+    edges = np.unique([edge for pair in LIMITS for edge in pair])
+    for low, high in zip(edges, edges[1:]):
+        seen = np.bincount(index[(sigma > low) & (sigma <= high)] % 5, minlength=5)
+        allowed = np.array([bar <= low and top >= high for bar, top in LIMITS])
+        np.testing.assert_allclose(seen / seen.sum(), allowed / allowed.sum(), atol=0.01)
+    assert stream.used / stream.passed == pytest.approx(stream.acceptance(), rel=0.02)
+
+
+def test_sigma_first_keeps_the_law_where_clean_images_are_few():
+    """Methods: the levels drawn follow the log-normal law when a few clean images exist, whatever the others allow."""
+    levels, upper = np.full(1000, 1.0), np.full(1000, 1.5)
+    levels[::100], upper[::100] = 0, np.inf
+    stream = PairStream(levels, P, 'sigma_first', batch=MILLION // 10, upper=upper)
+    index, sigma = stream.next()
+    assert ks_distance(sigma, above(0.0)) < 0.008  # 2.5 standard errors and more: P < 1e-4
+    assert (index[(sigma <= 1) | (sigma > 1.5)] % 100 == 0).all()
+    assert stream.used / stream.passed == pytest.approx(stream.acceptance(), rel=0.02)
+
+
+def test_sigma_first_leaves_out_what_no_image_allows(capsys):
+    """Two intervals and a hole: p between the limits, nothing in the hole, and the hole is said."""
+    levels, upper = [0.0, 0.0, 0.5, 0.6], [0.05, 0.02, 0.6, np.inf]
+    index, sigma = PairStream(levels, P, 'sigma_first', batch=MILLION // 5, seed=2, upper=upper).next()
+    mass = np.array([1 - sf(0.05), sf(0.5)])
+    law = lambda s: np.where(s <= 0.05, 1 - sf(np.minimum(s, 0.05)), mass[0] + sf(0.5) - sf(np.maximum(s, 0.5))) / mass.sum()
+    assert ks_distance(sigma, law) < 0.006 and not ((sigma > 0.05) & (sigma <= 0.5)).any()
+    assert set(index[sigma > 0.6]) == {3} and set(index[(sigma > 0.5) & (sigma <= 0.6)]) == {2}
+    unseen = (sf(0.05) - sf(0.5)) * 100
+    assert f'no image may be seen at {unseen:.1f}% of the levels' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('low, high', [(0, 1e-7), (1e-7, 3e-7), (0.05, 0.0500001), (500.0, 501.0), (2000.0, np.inf), (0, np.inf)])
+def test_truncate_is_exact_far_out_in_the_tails(low, high):
+    """Intervals of mass 1e-40 or of width 1e-7: the uniforms come back through the logarithm of the normal cdf."""
+    if low == 0 and high < 1:
+        low = 1e-9
+    sigma = np.sort(PairStream([low], P, 'truncate', batch=20_000, upper=[high]).next()[1])
+    assert (sigma > low).all() and (sigma <= high).all()
+    z, ends = (np.log(sigma) + 1.2) / 1.2, (np.log([max(low, 1e-300), high]) + 1.2) / 1.2
+    sign = 1 if ends[1] < 0 else -1  # the tail that both lie in
+    share = lambda z: np.exp(scipy.stats.norm.logcdf(sign * z) - scipy.stats.norm.logcdf(sign * ends).max())
+    u = np.sort((share(z) - share(ends[0])) / (share(ends[1]) - share(ends[0])))
+    assert np.abs(u - (np.arange(20_000) + 0.5) / 20_000).max() < 0.02
+
+
+@pytest.mark.parametrize('name', NOISE)
+@pytest.mark.parametrize('policy', ['skip', 'truncate', 'sigma_first'])
+def test_every_law_stays_within_the_limits(name, policy):
+    noise = NOISE[name](stratified=True)
+    edges = noise.icdf(torch.tensor([0.05, 0.3, 0.55, 0.95], dtype=torch.float64)).numpy()
+    levels, upper = np.array([0, edges[0], edges[1], edges[2]]), np.array([edges[1], edges[2], edges[3], edges[3]])
+    index, sigma = PairStream(levels, noise, policy, batch=20_000, upper=upper).next()
+    assert (sigma > levels[index]).all() and (sigma <= upper[index]).all() and len(set(index)) == 4
+    if isinstance(noise, Levels):
+        assert np.isin(sigma, noise.levels.numpy()).all()
+    elif policy == 'sigma_first':
+        assert ks_distance(sigma, lambda s: noise.cdf(torch.from_numpy(s)).numpy() / 0.95) < 0.02
+
+
+@pytest.mark.parametrize('policy', PAIRINGS)
+def test_no_limits_are_as_if_they_had_not_been_given(policy):
+    plain, unlimited = (PairStream(LEVELS, P, policy, batch=5000, upper=upper).next() for upper in (None, np.full(1000, np.inf)))
+    assert all(np.array_equal(a, b) for a, b in zip(plain, unlimited))
+
+
+@pytest.mark.parametrize('policy', ['skip', 'truncate', 'sigma_first'])
+def test_streams_with_limits_do_not_depend_on_the_batch_and_resume(policy):
+    levels, upper = np.resize(LEVELS, 37), np.resize(UPPER, 37)
+    small, large = (PairStream(levels, P, policy, batch=batch, seed=3, upper=upper) for batch in (64, 4096))
+    read = [np.concatenate(part) for part in zip(*[small.next() for _ in range(64)])]
+    assert all(np.array_equal(a, b) for a, b in zip(read, large.next())) and small.state() == large.state()
+    continued = PairStream(levels, P, policy, batch=64, seed=3, upper=upper)
+    continued.restore(small.state())
+    assert all(np.array_equal(a, b) for a, b in zip(continued.next(), small.next()))
+
+
+@pytest.mark.parametrize('policy', ['skip', 'truncate', 'sigma_first'])
+def test_a_hole_is_two_entries_of_one_image(policy):
+    """Methods' (300, 0.05): seen up to 0.05 as it is, and above 300 with noise: 0.04 is accepted, 0.06 rejected."""
+    noise = Levels('0.04|0.06|200|400')
+    index, sigma = PairStream([0, 300], noise, policy, batch=1000, upper=[0.05, np.inf]).next()
+    assert set(zip(index.tolist(), sigma.tolist())) == {(0, 0.04), (1, 400.0)}
+
+
+@pytest.mark.parametrize('policy', ['skip', 'truncate', 'sigma_first'])
+def test_images_whose_limits_leave_nothing_are_passed_over_and_counted(policy, capsys):
+    """An image brought to a level at or above its sigma_max; another whose interval holds no level of the law."""
+    stream = PairStream([0.1, 0.2, 0.3, 0.0], LogUniform(), policy, batch=1000, upper=[0.5, 0.2, 0.1, 0.01])
+    index, _ = stream.next()
+    assert (index == 0).all()
+    assert f'Warning: --pairing={policy}: 3 of 4 images are never used' in capsys.readouterr().out
+    for levels, upper in ([0.2, 0.3], [0.2, 0.1]), ([0.0], [0.01]):
+        with pytest.raises(click.ClickException, match='practically no image can be used: .*raise sigma_max') as err:
+            PairStream(levels, LogUniform(), policy, batch=4, upper=upper)
+        assert '\n' not in err.value.message
+
+
+def test_levels_that_no_image_allows_are_said(capsys):
+    PairStream([0.0, 0.1], P, 'skip', batch=4, upper=[0.3, 0.5])
+    said = capsys.readouterr().out
+    assert f'no image may be seen at {sf(0.5) * 100:.1f}% of the levels of --noise (the highest sigma_max is 0.5)' in said
+    PairStream([0.0, 0.1], P, 'skip', batch=4, upper=[0.3, np.inf])
+    assert capsys.readouterr().out == ''
+
+
+def test_clamp_with_limits_and_wrong_limits_are_refused():
+    with pytest.raises(click.ClickException, match='--pairing=clamp: clamp repeats .* but 400 of 1000 images') as err:
+        PairStream(LEVELS, P, 'clamp', batch=4, upper=np.tile([np.inf, 0.3, np.inf, np.inf, 0.05], 200))
+    assert '\n' not in err.value.message
+    for upper in ([1.0], [0.0, 1.0], [np.nan, 1.0], [-1.0, 1.0]):
+        with pytest.raises(click.ClickException, match='sigma_max must be above 0 for each of the 2 images'):
+            PairStream([0.0, 0.0], P, batch=4, upper=upper)
+
+
+# ---- the inverse ambient weight
+
+
+def test_inverse_weight_implies_its_buffer():
+    for spec in ('skip', 'truncate', 'sigma_first', 'skip:'):
+        given = with_inverse_weight(spec)
+        assert with_inverse_weight(given) == given and given.startswith(spec.rstrip(':') + ':buffer=1.15470')
+        # Methods: for sigma_n = 1 and 1 / (1 - r) <= 4, the level 1.15 is rejected and 1.16 accepted.
+        index, sigma = PairStream([1.0], Levels('1.15|1.16'), given, batch=100).next()
+        assert (sigma == 1.16).all()
+    assert with_inverse_weight('truncate:buffer=1.01') == 'truncate:buffer=1.01'
+    assert abs(INVERSE_BUFFER ** -2 - 3 / 4) < 1e-15  # 1 / (1 - r) = 4 at the bar
+
+
+@pytest.mark.parametrize('spec, text', [('clamp', 'use skip, truncate or sigma_first'), ('skip:buffer=1', 'leave it out for 1.1547'),
+                                        ('truncate:buffer=1.0', 'infinite variance'), ('skip:buffer=0.5', 'infinite variance')])
+def test_inverse_weight_refuses_what_has_no_variance(spec, text):
+    with pytest.raises(click.ClickException, match=text) as err:
+        with_inverse_weight(spec)
+    assert err.value.message.startswith(f'--ambient-weight=inverse does not go with --pairing={spec}: ') and '\n' not in err.value.message
+
+
+def test_inverse_weight_makes_the_x0_weight_that_of_clean_images():
+    """lambda_amb alpha^2 = 1: the gradient of noisy and clean pairs with the same x_0 error is the same at every eligible level."""
+    sigma_n = torch.tensor([0.0, 0.05, 0.2, 1.0, 30.0], dtype=torch.float64).repeat_interleave(50)
+    factor = torch.logspace(math.log10(2 / math.sqrt(3)), 4, 50, dtype=torch.float64).repeat(5)
+    sigma = torch.where(sigma_n > 0, sigma_n * factor, factor * 1e-3)
+    draw = lambda: torch.randn(250, 1, 2, 2, dtype=torch.float64, generator=source)
+    source = torch.Generator().manual_seed(0)
+    y, e, guess = draw(), draw(), draw().requires_grad_()
+    column = lambda t: t.reshape(-1, 1, 1, 1)
+    batch = Batch(y, column(sigma_n), column(sigma), e)
+    term = AmbientLoss(weighting.edm, inverse=True)
+    value = term(lambda x, sigma, **labels: guess, batch)['denoise']
+    # The x_0 error against the best linear reading of y and e: D - (y - r x) / (1 - r).
+    target = y - column(sigma_n ** 2 / ((sigma - sigma_n) * (sigma + sigma_n)).sqrt()) * e
+    clean = (weighting.edm(column(sigma)) * (guess - target).square()).flatten(1).sum(1)
+    torch.testing.assert_close(value, clean, rtol=1e-9, atol=0)
+    slopes = [torch.autograd.grad(v.sum(), guess, retain_graph=True)[0] for v in (value, clean)]
+    torch.testing.assert_close(*slopes, rtol=1e-9, atol=0)
+    plain = AmbientLoss(weighting.edm)(lambda x, sigma, **labels: guess, batch)['denoise']
+    assert torch.equal(plain[:50], value[:50]) and (value[50] / plain[50]).item() == pytest.approx(16)
+
+
+def test_inverse_weight_is_finite_where_a_pair_says_nothing():
+    level = torch.full([2, 1, 1, 1], 0.2)
+    batch = Batch(torch.ones(2, 1, 2, 2), level, level, torch.ones(2, 1, 2, 2))
+    guess = torch.zeros(2, 1, 2, 2, requires_grad=True)
+    value = AmbientLoss(weighting.edm, inverse=True)(lambda x, sigma, **labels: guess, batch)['denoise']
+    value.sum().backward()
+    assert (value == 0).all() and (guess.grad == 0).all()
 
 
 # ---- what skip is for

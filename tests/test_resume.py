@@ -17,7 +17,7 @@ from click.testing import CliRunner
 
 import train
 from torch_utils import checkpoint
-from training import training_loop
+from training import assembly
 
 FULL = ['--augment=0.5', '--dropout=0.2', '--xflip=1', '--val=0.2', '--workers=2', '--threads=1', '--seed=5', '--expr-id=x']
 FORTY = '--duration=0.00064'  # 40 steps
@@ -204,10 +204,11 @@ def test_what_may_change(copied):
     ('--lr=2e-3', 'optimizer.lr: 0.001 -> 0.002'), ('--batch=32', 'batch: 16 -> 32'), ('--sigma=0.5', 'corruption.sigma: 0.4 -> 0.5'),
     ('--seed=1', 'seed: '), ('--expr-id=y', 'expr_id: None -> y'), ('--pairing=truncate', 'objective.pairing: skip -> truncate'),
     ('--weight=uniform', 'objective.weight: edm -> uniform'), ('--val=0.2', 'val.share: None -> 0.2'),
+    ('--power-ema=0.1', 'power_ema: '), ('--clip=1', 'clip: 0.0 -> 1.0'),
     ('--cbase=32', 'network.model_channels: 16 -> 32'), ('--arch=ncsnpp', 'network.encoder_type: ')])
 def test_another_option_is_refused_by_name(five_steps, tmp_path, flag, named):
     folder, args = five_steps
-    line = refused(f'--outdir={tmp_path / "out"}', *args, f'--resume={folder / STATE_5}', flag)
+    line = refused(f'--outdir={tmp_path / "out"}', *args, f'--resume={folder / STATE_5}', '--snap=4', flag)
     assert named in line and STATE_5 in line
     assert not (tmp_path / 'out').exists()
 
@@ -270,7 +271,19 @@ def test_nosubdir_is_continued_and_never_overwritten(tmp_path, data):
 
 def test_resume_and_transfer_exclude_each_other(five_steps, tmp_path):
     folder, args = five_steps
-    assert '--transfer' in refused(f'--outdir={tmp_path}', *args, '--resume=latest', f'--transfer={folder / STATE_5}')
+    line = refused(f'--outdir={tmp_path / "out"}', *args, f'--resume={folder / STATE_5}', f'--transfer={folder / STATE_5}')
+    assert '--resume=FILE and --transfer exclude each other' in line and not (tmp_path / 'out').exists()
+
+
+def test_latest_goes_on_with_a_transferred_run(five_steps, tmp_path, capsys):
+    """The same command line starts from the other network, and continues without fetching it again."""
+    folder, args = five_steps
+    flags = [f'--outdir={tmp_path / "out"}', *args, '--resume=latest', f'--transfer={folder / STATE_5}']
+    tiny.call(*flags)
+    assert 'Transferred ' in capsys.readouterr().out
+    tiny.call(*flags, '--duration=0.00016')
+    output = capsys.readouterr().out
+    assert 'Transferred ' not in output and 'Restored ' in output and len(states(tmp_path / 'out')) == 2
 
 
 def test_transfer_copies_what_fits(five_steps, tmp_path, capsys):
@@ -284,7 +297,7 @@ def test_transfer_copies_what_fits(five_steps, tmp_path, capsys):
     assert f'Transferred {len(source)} of {len(own)} tensors' in capsys.readouterr().out
     assert tiny.digest(run.ema.module.state_dict()) == tiny.digest(own)  # the average starts there, too
     with pytest.raises(click.ClickException, match='none of its tensors fits'):
-        training_loop.transfer_weights(folder / STATE_5, torch.nn.Linear(2, 2))
+        assembly.transfer_weights(folder / STATE_5, torch.nn.Linear(2, 2))
 
 
 def test_restored_run_equals_the_saved_one(tmp_path):

@@ -19,12 +19,12 @@ from click.testing import CliRunner
 import train
 from dnnlib import EasyDict
 from training import hub, registry
+from training.assembly import build_objective
 from training.conversion import encode_png
 from training.noise import NOISE
 from training.pairs import PAIRINGS
 from training.penalty import PENALTIES
 from training.preconditioning import PRECONDS, build_network
-from training.training_loop import build_objective
 from training.weighting import WEIGHTS
 
 SCRIPTS = ['train', 'generate', 'eval_fid', 'dataset_tool', 'examples.demo']
@@ -146,6 +146,11 @@ def refused(*args, outdir='runs'):
     (['--pairing=skip:buffer=0.5'], ['buffer=0.5', '1 or more']),
     (['--pairing=clamp:buffer=2'], ['buffer=2']),
     (['--sigma=200', '--corruption_probability=1', '--noise=loguniform'], ['--pairing=skip']),
+    # Gradients and averages.
+    (['--clip=-1'], ['--clip', '"-1"']),
+    (['--gns=1'], ['--gns=1', '--batch-gpu']),
+    (['--power-ema=0.05,0.5'], ['--power-ema', 'sigma_rel=0.5']),
+    (['--power-ema=0.05', '--snap=0'], ['--power-ema', '--snap=0']),
     # Network and arithmetic.
     (['--cbase=48'], ['144 channels', '--cbase', '--cres']),
     (['--cres=1,1,1,1,1'], ['8x8', 'multiple of 16']),
@@ -163,7 +168,7 @@ def refused(*args, outdir='runs'):
     (['--resume=text.pt'], ['text.pt', 'training state']),
     (['--resume=other.pt'], ['other.pt', 'lacks', 'optimizer']),
     (['--resume=nowhere.pt'], ['nowhere.pt', 'no such']),
-    (['--resume=latest', '--transfer=network'], ['--resume', '--transfer']),
+    (['--resume=text.pt', '--transfer=network'], ['--resume=FILE', '--transfer']),
     (['--transfer=nowhere'], ['nowhere', 'no such']),
     (['--transfer=empty'], ['empty', 'config.json']),
     (['--outdir=way'], ['way']),
@@ -264,7 +269,8 @@ def test_published_command_lines(here, monkeypatch, name):
     assert 'M parameters' in output.splitlines()[-1] and 'network evaluations' in output.splitlines()[-1]
     if name == 'ambient-laws':
         assert config['corruption'] == dict(sigma=0.2, probability=0.9, seed=0, protocol='fixed')
-        assert config['objective']['consistency'] == dict(coeff=1.0, batch_size=8, steps=3, samples=3, weighted=False, grad=True)
+        assert registry.parse(config['objective']['consistency']) == ('euler', dict(
+            estimator='mean', coeff=1.0, batch_size=8, steps=3, samples=3, weighted=False, stop='no', grad=True))
         assert config['expr_id'] == 'x' and config['optimizer']['weight_decay'] == 0.01
     if name == 'edm':
         assert config['network'] == train.ARCHS['ncsnpp'] | dict(img_resolution=8, img_channels=1, label_dim=3, use_fp16=True,

@@ -59,7 +59,7 @@ def test_first_steps_against_adam_by_hand(tmp_path):
     adam = torch.optim.Adam(twin.net.parameters(), lr=1e-3)
     for step in range(3):
         run.step()
-        host = twin.feed.next()
+        host = twin.data.feed.next()
         batch, draws = next(training_loop.micro_batches(host, 16, twin.device, lambda row, k=step: training_loop.misc.Draws(5, k, row)))
         x = batch.images + (batch.sigma**2 - batch.sigma_n**2).sqrt() * draws('noise', batch.images.shape)
         r = batch.sigma_n**2 / batch.sigma**2
@@ -132,14 +132,14 @@ def test_seed_reaches_weights_pairs_noise_and_dropout(tmp_path, monkeypatch):
 
     first, same, other = run(), run(), run('--seed=6')
     assert torch.equal(weights(first), weights(same)) and not torch.equal(weights(first), weights(other))
-    assert torch.equal(first.feed.next().sigma, same.feed.next().sigma)
-    assert not torch.equal(first.feed.next().sigma, other.feed.next().sigma)
+    assert torch.equal(first.data.feed.next().sigma, same.data.feed.next().sigma)
+    assert not torch.equal(first.data.feed.next().sigma, other.data.feed.next().sigma)
     with_dropout = [steps(run('--dropout=0.5'), 1) for _ in range(2)]
     assert torch.equal(gradients(with_dropout[0]), gradients(with_dropout[1]))
     assert not torch.equal(gradients(with_dropout[0]), gradients(steps(run('--dropout=0'), 1)))
     monkeypatch.setattr(training_loop.distributed, 'rank', lambda: 1)  # another mask, though its row numbers say otherwise here
     moved = run('--dropout=0.5')
-    moved.first_row, moved.feed.rows = 0, slice(0, 16)
+    moved.first_row, moved.data.feed.rows = 0, slice(0, 16)
     assert not torch.equal(gradients(steps(moved, 1)), gradients(with_dropout[0]))
 
 
@@ -186,9 +186,9 @@ def test_bad_gradient_leaves_weights_and_optimizer(tmp_path, monkeypatch):
     run.step()
     assert not torch.isfinite(gradients(run)).all()
     assert (tiny.digest(run.net.state_dict()), tiny.digest(run.optimizer.state_dict()['state'])) == before
-    assert float(run.skipped_in_row) == 1
+    assert float(run.guard._in_row) == 1
     run.step()
-    assert float(run.skipped_in_row) == 0 and tiny.digest(run.net.state_dict()) != before[0]
+    assert float(run.guard._in_row) == 0 and tiny.digest(run.net.state_dict()) != before[0]
     assert all(value.isfinite().all() for value in run.ema.module.state_dict().values())
 
 
@@ -205,14 +205,17 @@ def test_skipped_updates_are_counted_and_reported(tmp_path, monkeypatch, capsys)
 
 
 def test_endless_bad_gradients_stop_the_run(tmp_path, monkeypatch):
-    """The state from before is the last one."""
-    monkeypatch.setattr(training_loop, 'MAX_SKIPPED', 4)
+    """A state is written at once; its weights are those from before."""
+    monkeypatch.setattr(training_loop.gradients, 'MAX_SKIPPED', 4)
     poisoned(monkeypatch, at=range(7, 100))
     data = tiny.make_zip(tmp_path / 'tiny.zip')
-    with pytest.raises(click.ClickException, match='4 updates in a row had non-finite gradients .* lower --lr') as error:
+    message = '4 updates in a row were skipped for non-finite gradients, up to step 11; .* lower --lr'
+    with pytest.raises(click.ClickException, match=message) as error:
         tiny.call(f'--outdir={tmp_path}', f'--data={data}', *tiny.FLAGS, '--duration=0.001', '--nosubdir', '--dump=1')
     assert '\n' not in error.value.message
-    assert [Path(path).name for path in checkpoint.states(tmp_path)] == ['training-state-000000.160.pt', 'training-state-000000.080.pt']
+    names = [Path(path).name for path in checkpoint.states(tmp_path)]
+    assert names == [f'training-state-000000.{nimg}.pt' for nimg in ('176', '160', '080')]
+    assert tiny.digest(tiny.read_state(tmp_path / names[0])['net']) == tiny.digest(tiny.read_state(tmp_path / names[1])['net'])
 
 
 # --- what is written
@@ -315,7 +318,7 @@ forward = loss.AmbientLoss.forward
 if distributed.rank() == 1:  # a bad gradient on one rank
     loss.AmbientLoss.forward = lambda self, *args, **kwargs: {k: v * float('inf') for k, v in forward(self, *args, **kwargs).items()}
 run = tests.steps(tiny.make_run(folder), 1)
-result['skipped'] = [float(run.skipped_in_row)] * 2
+result['skipped'] = [float(run.guard._in_row)] * 2
 torch.save(result, folder / f'rank{distributed.rank()}of{distributed.size()}.pt')
 distributed.shutdown()
 """
@@ -330,7 +333,7 @@ def several_steps(folder):
         result['gradients'].append(gradients(run))
         stats = run.stats.flush()
         result['losses'].append([stats[name]['mean'] for name in ('Loss/denoise', 'Loss/denoise/clean', 'Loss/denoise/noisy')])
-    result['held_out'] = run.validation(run.ema.module, run.objective.terms['denoise'], run.device)
+    result['held_out'] = run.data.validation(run.ema.module, run.objective.terms['denoise'], run.device)
     return result
 
 

@@ -105,11 +105,11 @@ def test_split_refuses_an_empty_side(share, count):
 
 def test_run_judges_each_image_once_and_never_trains_on_it(tmp_path):
     run = tiny.make_run(tmp_path, '--val=0.25', '--xflip=1')
-    assert len(run.validation.items) == 16
-    seen = torch.cat([run.feed.next().raw_idx for _ in range(40)])
-    assert len(set(seen.tolist())) == 48 and not set(seen.tolist()) & set(run.validation.items.tolist())
-    run.feed.close()
-    cdf = run.noise.cdf(torch.tensor(run.validation.levels, dtype=torch.float64))
+    assert len(run.data.validation.items) == 16
+    seen = torch.cat([run.data.feed.next().raw_idx for _ in range(40)])
+    assert len(set(seen.tolist())) == 48 and not set(seen.tolist()) & set(run.data.validation.items.tolist())
+    run.data.feed.close()
+    cdf = run.noise.cdf(torch.tensor(run.data.validation.levels, dtype=torch.float64))
     torch.testing.assert_close(cdf, (torch.arange(8, dtype=torch.float64) + 0.5) / 8)
 
 
@@ -117,12 +117,12 @@ def test_data_set_of_its_own(tmp_path):
     """Corrupted like the training data, with noise of its own."""
     other = tiny.make_zip(tmp_path / 'other.zip', count=20)
     run = tiny.make_run(tmp_path, f'--val={other}')
-    judged = run.validation
+    judged = run.data.validation
     assert len(judged.items) == 20 and int((judged.sigma_n > 0).sum()) == 14  # 0.7 of 20
     pixels = torch.as_tensor(judged.store.raw(np.arange(20))).float() / 127.5 - 1
     noise = judged.store.gather(np.arange(20)) - pixels
     assert noise[judged.sigma_n > 0].std() == pytest.approx(0.4, rel=0.1) and not noise[judged.sigma_n == 0].any()
-    assert all(value is not None for name, value in run.validation(halve, term(), CPU).items() if name in ('Val/clean', 'Val/noisy'))
+    assert all(value is not None for name, value in run.data.validation(halve, term(), CPU).items() if name in ('Val/clean', 'Val/noisy'))
 
 
 def test_data_set_of_another_form_is_refused(tmp_path):
@@ -134,4 +134,4 @@ def test_data_set_of_another_form_is_refused(tmp_path):
         with pytest.raises(click.ClickException, match=f'--val=.*plain.zip: its {name} is') as error:
             validation.check_alike(training, held_out)
         assert '\n' not in error.value.message
-    run.feed.close()
+    run.data.feed.close()

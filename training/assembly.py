@@ -53,7 +53,7 @@ def build_objective(options, net):
     one = torch.ones(1, 1, 1, 1)
     probe('--weight', o['weight'], lambda: weight(one))
     probe('--penalty', o['penalty'], lambda: penalty(one, one))
-    terms = {'denoise': AmbientLoss(weight, penalty)}
+    terms = {'denoise': AmbientLoss(weight, penalty, inverse=o['ambient_weight'] == 'inverse')}
     if o['consistency']:
         plan = registry.build(o['consistency'], CHAINS, '--consistency')
         try:
@@ -112,7 +112,8 @@ def load_data(options, net, noise, rows, device):
     checker = validation.build(options, noise, store, dataset, held_out, sigma_n, labels) if options['val'] else None
     if options['label_corruption']:
         labels = corrupt_labels(options['label_corruption'], dataset, labels, train)
-    stream = PairStream(sigma_n[train], noise, options['objective']['pairing'], batch=options['batch'], seed=options['seed'])
+    stream = PairStream(sigma_n[train], noise, options['objective']['pairing'], batch=options['batch'], seed=options['seed'],
+                        upper=dataset.sigma_max[train])
     feed = Feed(stream, store, train, sigma_n=sigma_n, raw_idx=dataset.raw_idx, labels=labels, rows=rows, device=device,
                 workers=data['workers'])
     noisy = int((sigma_n[train] > 0).sum())
@@ -121,8 +122,8 @@ def load_data(options, net, noise, rows, device):
             f'{"mapped from disk" if store.mapped else "in memory"}; {stream.acceptance():.1%} of the images passed '
             f'are used by --pairing={options["objective"]["pairing"]}')
     if noisy and options['objective']['penalty'].partition(':')[0] != 'squared':
-        line += (f'\nNote: with noisy images --penalty={options["objective"]["penalty"]} does not aim at the conditional mean, '
-                 'see docs/penalties.md')
+        line += (f'\nNote: --penalty={options["objective"]["penalty"]} aims between mean and median, where the ambient loss counts on the '
+                 'mean; see docs/penalties.md')
     return Data(stream, feed, checker, line)
 
 

@@ -193,4 +193,10 @@ def _take(labels, rows):
     return None if labels is None else labels[rows]
 
 
+def published_spec(**given):
+    """The --consistency that the published term is, with the keys that are given in place of its own."""
+    published = dict(estimator='mean', steps=5, samples=6, batch_size=32, weighted=False, stop='no', grad=True)
+    return 'euler:' + ','.join(f'{key}={value}' for key, value in (published | given).items())
+
+
 CHAINS = {'bridge': Bridge, 'euler': Euler}

@@ -35,6 +35,7 @@ def describe(path, sigma=None):
         std = signal
     else:
         yield 'sigmas      none: every image counts as clean'
+    yield from _limit_lines(dataset)
     yield from _label_lines(dataset)
     if sigma is not None:
         yield (f'SNR at sigma {sigma:g}:  {snr_db(sigma):.2f} dB as 10 log10(1 + 1/sigma^2),  '
@@ -65,6 +66,17 @@ def moments(dataset):
 
 def _network(value, units):
     return (value - units['offset']) / units['scale']
+
+
+def _limit_lines(dataset):
+    limited = dataset.sigma_max[np.isfinite(dataset.sigma_max)]
+    if not len(limited):
+        return
+    yield (f'sigma_max   {len(limited)} of {len(dataset)} images have an upper limit; least {limited.min():.4g}, '
+           f'median {np.median(limited):.4g}, mean {limited.mean():.4g}, most {limited.max():.4g} in network units')
+    idle = np.count_nonzero(dataset.native_sigma >= dataset.sigma_max)
+    if idle:
+        yield f'            {idle} of them can never be used: they are as noisy as that already'
 
 
 def _label_lines(dataset):

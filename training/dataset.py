@@ -3,7 +3,8 @@
 
 Network units: (stored - offset) / scale. 8-bit images have offset = scale = 127.5, which gives [-1, 1]; float images carry their
 `units` {offset, scale} in dataset.json. The `sigmas` of dataset.json are in stored (physical) units for float images, and divided
-by the scale on reading; for 8-bit images they are in network units."""
+by the scale on reading; for 8-bit images they are in network units. `sigma_max`, in the same units, is the highest level that an
+image may be trained at (null: any), for images that are like those wanted in their details only."""
 
 import io
 import json
@@ -113,6 +114,7 @@ class ImageDataset:
         self.raw_idx = np.concatenate([kept, kept]) if xflip else kept
         self.flip = np.arange(len(self.raw_idx)) >= len(kept)
         self.native_sigma = self._read_sigmas()[self.raw_idx]
+        self.sigma_max = self._read_sigma_max()[self.raw_idx]
 
     def __len__(self):
         return len(self.raw_idx)
@@ -236,6 +238,21 @@ class ImageDataset:
             raise click.ClickException(f'{self.path}: "sigmas" in dataset.json gives {self._names[bad]} the level {sigmas[bad]}; '
                                        'levels must be 0 or more')
         return sigmas / self.units['scale'] if self.units else sigmas
+
+    def _read_sigma_max(self):
+        """The highest level that every image of the archive may be trained at, float64, network units; inf where there is no limit."""
+        values = self._by_file('sigma_max')
+        if values is None:
+            return np.full(len(self._names), np.inf)
+        try:
+            limits = np.array([np.inf if value is None else value for value in values], np.float64).reshape(len(self._names))
+        except (TypeError, ValueError):
+            raise click.ClickException(f'{self.path}: "sigma_max" in dataset.json must be one number a file, or null') from None
+        if not (limits > 0).all():
+            bad = int(np.flatnonzero(~(limits > 0))[0])
+            raise click.ClickException(f'{self.path}: "sigma_max" in dataset.json gives {self._names[bad]} the limit {limits[bad]}; '
+                                       'limits must be above 0, or null for none')
+        return limits / self.units['scale'] if self.units else limits
 
 
 def _describe(dtype, shape):

@@ -7,6 +7,7 @@ import torch
 MAX_SKIPPED = 50        # updates skipped in a row before a run is stopped
 ASK_EVERY = 10          # steps between looks at a GPU's counter; on the CPU looking costs nothing
 GROW_AFTER = 2000       # good updates after which a dynamic loss scale doubles
+SMALLEST = 2.0 ** -14   # of a dynamic loss scale: endless halving would leave a state that no longer learns
 ROWS = 8                # images named when a loss is not finite
 
 
@@ -25,7 +26,7 @@ class LossScale:
         if self.dynamic:
             self._good = (self._good + 1) * (1 - bad)
             grow = self._good >= GROW_AFTER
-            self.value = torch.where(bad > 0, self.value / 2, torch.where(grow, self.value * 2, self.value))
+            self.value = torch.where(bad > 0, (self.value / 2).clamp(min=SMALLEST), torch.where(grow, self.value * 2, self.value))
             self._good = torch.where(grow, torch.zeros_like(self._good), self._good)
 
     def state(self):
@@ -33,8 +34,10 @@ class LossScale:
         return [float(self.value), float(self._good)]
 
     def restore(self, state):
-        self.value.fill_(state[0])
-        self._good.fill_(state[1])
+        """Goes to where state() was; a fixed factor stays what this run was told, whatever the precision before it."""
+        if self.dynamic:
+            self.value.fill_(state[0])
+            self._good.fill_(state[1])
 
 
 class Guard:
@@ -67,7 +70,7 @@ class Guard:
 
         Waits for the device every ASK_EVERY steps."""
         every = ASK_EVERY if self.device.type == 'cuda' else 1
-        return step % every == 0 and int(self._in_row) > MAX_SKIPPED - every
+        return step % every == 0 and int(self._in_row) > max(MAX_SKIPPED - every, 0)
 
     def culprits(self):
         """{term: one line} of this rank's last non-finite losses: step, noise levels, images. Waits for the device."""

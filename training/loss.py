@@ -14,11 +14,13 @@ __all__ = ['AmbientLoss', 'Batch', 'Evaluation', 'Objective', 'evaluate']
 class AmbientLoss(torch.nn.Module):
     """Denoising score matching against the image as it is, at its own level sigma_n (Daras et al. 2024, 2025).
 
-    weight: (sigma) -> w; penalty: (error, sigma) -> rho. With sigma_n = 0 this is the plain EDM, VP or VE loss."""
+    weight: (sigma) -> w; penalty: (error, sigma) -> rho. With sigma_n = 0 this is the plain EDM, VP or VE loss.
+    inverse: multiply by (1 - r)^-2, r = sigma_n^2 / sigma^2, so that w weighs the squared x_0 error of noisy images as it does that of
+    clean ones (Ambient Omni, Daras et al. 2025). It is without bound near sigma_n: pairs.with_inverse_weight keeps a distance."""
 
-    def __init__(self, weight, penalty=penalty.squared):
+    def __init__(self, weight, penalty=penalty.squared, inverse=False):
         super().__init__()
-        self.weight, self.penalty = weight, penalty
+        self.weight, self.penalty, self.inverse = weight, penalty, inverse
 
     def forward(self, net, batch, randn=None, seen=None):
         """{'denoise': [N]}, and 'log_weight' where the weight is learned.
@@ -28,6 +30,9 @@ class AmbientLoss(torch.nn.Module):
         y_hat = ambient.predict_at(D, x, batch.sigma, level=batch.sigma_n)  # E[y | x]
         sigma = ambient.column(batch.sigma, x)
         loss = self.weight(sigma) * self.penalty(y_hat - batch.images, sigma)
+        if self.inverse:
+            signal = ambient.predict_at(1, 0 * sigma, sigma, level=batch.sigma_n)  # 1 - r
+            loss = loss * torch.where(signal > 0, signal.square().reciprocal(), 0)  # a pair at sigma_n says nothing of x_0
         terms = {'denoise': loss.flatten(1).sum(1)}
         if hasattr(self.weight, 'offset'):  # a learned weight lambda / exp(u) comes with a term u, once for every cost in the sum
             terms['log_weight'] = self.weight.offset(sigma).expand_as(loss).flatten(1).sum(1)

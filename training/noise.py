@@ -55,6 +55,20 @@ class NoiseDistribution:
         limit = torch.nextafter(sigma, torch.zeros_like(sigma))
         return torch.minimum(self.icdf(self.cdf(limit) * u), sigma)
 
+    def mass(self, low, high):
+        """P(low < level <= high), 0 where low >= high; from the tail that has kept its digits."""
+        below = self.cdf(high)
+        return torch.where(below < 0.5, below - self.cdf(low), self.sf(low) - self.sf(high)).clamp(min=0) * (low < high)
+
+    def between(self, low, high, u):
+        """p(sigma | low < sigma <= high) by inverse cdf: uniforms u in (0, 1) -> levels in there, where mass(low, high) > 0.
+
+        With high = inf this is above(low, u)."""
+        below, beyond = self.cdf(high), self.sf(high)
+        lower = self.icdf(below - (below - self.cdf(low)) * u)
+        upper = self.isf(beyond + (self.sf(low) - beyond) * u)
+        return torch.minimum(torch.maximum(torch.where(below < 0.5, lower, upper), self.next_above(low)), high)
+
     def sample(self, n, generator):
         """n levels, float64 on the generator's device."""
         return self.icdf(_uniform(n, generator))

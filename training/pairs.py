@@ -18,6 +18,7 @@ from training.noise import TINY, stratify
 # which the training step needs itself.
 BLOCK = 2048
 RARE, IDLE = 1e-2, 1e-6  # shares of usable places below which a policy is warned of, and refused
+INVERSE_BUFFER = 2 / math.sqrt(3)  # keeps (1 - r)^-2 up to 16, as Ambient Omni (Daras et al. 2025) does
 
 
 class Judged(NamedTuple):
@@ -29,7 +30,9 @@ class Judged(NamedTuple):
 
 
 class Pairing:
-    """What the policies share: an image may be seen at levels above its bar, buffer * sigma_n."""
+    """What the policies share: an image may be seen at levels above its bar, buffer * sigma_n, and up to its top, sigma_max.
+
+    bar, top: float64 [n]; top is None where no image has a limit."""
 
     def __init__(self, buffer=1.0):
         if not 1 <= buffer < math.inf:
@@ -42,14 +45,14 @@ class Skip(Pairing):
 
     Keeps the published objective up to a constant, at no wasted network evaluation."""
 
-    def judge(self, bar, u, noise):
-        """(sigma, usable) for images with these bars and uniforms u: tensors [n]."""
+    def judge(self, bar, top, u, noise):
+        """(sigma, usable) for images with these bars and tops and uniforms u: tensors [n]."""
         sigma = noise.icdf(u)
-        return sigma, sigma > bar
+        return sigma, sigma > bar if top is None else (sigma > bar) & (sigma <= top)
 
-    def share(self, bar, noise):
+    def share(self, bar, top, noise):
         """Expected share of the places in the list that give a pair."""
-        return noise.sf(bar).mean().item()
+        return chances(bar, top, noise).mean().item()
 
     def take(self, stream, count):
         """(index int64 [count], sigma float64 [count]) of the next pairs; moves the stream's cursor behind the last of them."""
@@ -66,19 +69,21 @@ class Skip(Pairing):
 
     def _judged(self, stream, number):
         index = stream.images(number)
-        sigma, usable = self.judge(stream.bars[index], stream.uniforms('level', number), stream.noise)
+        top = None if stream.tops is None else stream.tops[index]
+        sigma, usable = self.judge(stream.bars[index], top, stream.uniforms('level', number), stream.noise)
         place = usable.numpy().nonzero()[0]
         return Judged(place, index[place], sigma.numpy()[place])
 
 
 class Truncate(Skip):
-    """Draws sigma ~ p(. | sigma > bar) for each image in turn: keeps every image's visit count."""
+    """Draws sigma ~ p(. | bar < sigma <= top) for each image in turn: keeps every image's visit count."""
 
-    def judge(self, bar, u, noise):
-        return noise.above(bar, u), noise.sf(bar) > 0
+    def judge(self, bar, top, u, noise):
+        sigma = noise.above(bar, u) if top is None else noise.between(bar, top, u)
+        return sigma, chances(bar, top, noise) > 0
 
-    def share(self, bar, noise):
-        return (noise.sf(bar) > 0).double().mean().item()
+    def share(self, bar, top, noise):
+        return (chances(bar, top, noise) > 0).double().mean().item()
 
 
 class Clamp(Skip):
@@ -89,24 +94,23 @@ class Clamp(Skip):
         if buffer != 1:
             raise ValueError(f'buffer={buffer}: clamp repeats the published code, which has none; leave it at 1')
 
-    def judge(self, bar, u, noise):
+    def judge(self, bar, top, u, noise):
         return torch.maximum(noise.icdf(u), bar), torch.ones_like(bar, dtype=torch.bool)
 
-    def share(self, bar, noise):
+    def share(self, bar, top, noise):
         return 1.0
 
 
 class SigmaFirst(Pairing):
-    """Draws sigma ~ p (above the smallest bar), then walks the list to the next image whose bar is below it: keeps p(sigma)."""
+    """Draws sigma ~ p (given that some image may be seen at it), then walks the list to the next such image: keeps p(sigma)."""
 
-    def share(self, bar, noise):
+    def share(self, bar, top, noise):
         """Expected share of the places in the list that give a pair."""
-        # A level between two neighbouring bars walks past 1 / (share of the images below it) places on average.
-        bars, counts = bar.unique(return_counts=True)
-        above = noise.sf(bars)
-        chance = above - torch.cat([above[1:], above.new_zeros(1)])
-        walk = (chance * len(bar) / counts.cumsum(0)).sum() / above[0]
-        return 1 / walk.item() if above[0] > 0 else 0.0
+        # A level between two neighbouring limits walks past 1 / (share of the images that allow it) places on average.
+        low, high, count = coverage(bar, top)
+        chance = noise.mass(low, high)
+        walk = (chance * len(bar) / count).sum() / chance.sum()
+        return 1 / walk.item() if chance.sum() > 0 else 0.0
 
     def take(self, stream, count):
         """As Skip.take; the levels are numbered by the pairs used, not by the places."""
@@ -118,22 +122,40 @@ class SigmaFirst(Pairing):
         done = 0
         while done < count:
             number, offset = divmod(stream.cursor, BLOCK)
-            done, offset = self._walk(*stream.cached(self._bars, number), offset, sigma, index, done)
+            done, offset = self._walk(*stream.cached(self._limits, number), offset, sigma, index, done)
             stream.cursor = number * BLOCK + offset
         return index, sigma
 
     def _levels(self, stream, number):
-        return stream.noise.above(stream.bars.min(), stream.uniforms('sigma_first', number)).numpy()
+        u = stream.uniforms('sigma_first', number)
+        if stream.tops is None:
+            return stream.noise.above(stream.bars.min(), u).numpy()
+        low, high, chance = stream.cached(self._covered, 0)
+        ends = chance.cumsum(0)
+        place = u * ends[-1]
+        k = torch.searchsorted(ends, place).clamp(max=len(ends) - 1)
+        return stream.noise.between(low[k], high[k], ((ends[k] - place) / chance[k]).clamp(TINY, 1)).numpy()
 
-    def _walk(self, images, bars, listed, offset, sigma, index, done):
+    def _covered(self, stream, number):
+        """The intervals of levels that some image may be seen at: (low, high, their probability), each [k]."""
+        low, high = ranges(stream.bars, stream.tops)
+        chance = stream.noise.mass(low, high)
+        return [column[chance > 0] for column in (low, high, chance)]
+
+    def _walk(self, images, limits, listed, offset, sigma, index, done):
         """Fills index[done:] from one block, until either ends: returns how many are done, and the offset behind the last."""
-        for level in sigma[done:].tolist():
+        (bars, tops), (bar, top) = limits, listed
+        for level in sigma[done:done + BLOCK - offset].tolist():
             # The next one is near as a rule: a plain loop is the fastest for that. NumPy is for the long walks.
             near = min(offset + 32, BLOCK)
-            while listed[offset] >= level and offset < near:
-                offset += 1
+            if top is None:
+                while bar[offset] >= level and offset < near:
+                    offset += 1
+            else:
+                while not bar[offset] < level <= top[offset] and offset < near:
+                    offset += 1
             if offset == near and offset < BLOCK:
-                usable = bars[offset:] < level
+                usable = bars[offset:] < level if tops is None else (bars[offset:] < level) & (level <= tops[offset:])
                 offset += int(usable.argmax()) if usable.any() else len(usable)
             if offset == BLOCK:
                 break
@@ -141,28 +163,73 @@ class SigmaFirst(Pairing):
             done, offset = done + 1, offset + 1
         return done, offset
 
-    def _bars(self, stream, number):
+    def _limits(self, stream, number):
         index = stream.images(number)
-        bars = stream.bars.numpy()[index]
-        return index, bars, [*bars.tolist(), -1.0]  # what stands behind the end stops the plain loop
+        bars, tops = (None if limit is None else limit.numpy()[index] for limit in (stream.bars, stream.tops))
+        # What stands behind the end stops the plain loop.
+        return index, (bars, tops), ([*bars.tolist(), -1.0], None if tops is None else [*tops.tolist(), math.inf])
+
+
+def chances(bar, top, noise):
+    """P(bar < sigma <= top) of each image, [n]."""
+    return noise.sf(bar) if top is None else noise.mass(bar, top)
+
+
+def coverage(bar, top):
+    """The levels between neighbouring limits that some image may be seen at: (low, high, number of such images), each [k], ascending."""
+    top = torch.full_like(bar, math.inf) if top is None else top
+    bar, top = bar[bar < top].sort().values, top[bar < top].sort().values
+    limits = torch.cat([bar, top]).unique()
+    low, high = limits[:-1], limits[1:]
+    count = torch.searchsorted(bar, low, right=True) - torch.searchsorted(top, low, right=True)
+    return low[count > 0], high[count > 0], count[count > 0]
+
+
+def ranges(bar, top):
+    """What coverage() covers, as intervals (low, high] that do not touch: (low, high), each [k], ascending."""
+    low, high, _ = coverage(bar, top)
+    apart = low[1:] != high[:-1]
+    edge = apart.new_ones(1)
+    return low[torch.cat([edge, apart])[:len(low)]], high[torch.cat([apart, edge])[:len(high)]]
+
+
+def with_inverse_weight(spec):
+    """The pairing policy that goes with --ambient-weight=inverse: `spec` with the buffer that it implies, where none is given.
+
+    The weight (1 - r)^-2 has infinite variance without a buffer. Raises click.ClickException for clamp, and for a buffer of 1 or less."""
+    name, options = registry.parse(spec)
+    if name == 'clamp':
+        raise click.ClickException(f'--ambient-weight=inverse does not go with --pairing={spec}: at sigma = sigma_n, where clamp puts '
+                                   'pairs, the weight is infinite; use skip, truncate or sigma_first')
+    if 'buffer' not in options:
+        return f'{spec.rstrip(":")}{"," if options else ":"}buffer={INVERSE_BUFFER}'
+    if not options['buffer'] > 1:
+        raise click.ClickException(f'--ambient-weight=inverse does not go with --pairing={spec}: the weight has infinite variance unless '
+                                   f'buffer is above 1; leave it out for {INVERSE_BUFFER:.4f}')
+    return spec
 
 
 class PairStream:
     """Endless stream of global batches of (image, sigma) pairs.
 
     levels: sigma_n of each image, [n] in network units. noise: NoiseDistribution p(sigma). policy: of PAIRINGS, such as
-    "truncate:buffer=1.1". batch: pairs of one global batch; the sequence of pairs does not depend on it. Attributes: cursor
-    (places of the list passed), used (pairs given). Refuses levels of which none can be used; says where few can."""
+    "truncate:buffer=1.1". batch: pairs of one global batch; the sequence of pairs does not depend on it. upper: sigma_max of each
+    image, [n], the highest level that it may be seen at; inf, or None for all: any. Attributes: cursor (places of the list passed),
+    used (pairs given). Refuses limits that leave no image to be used; says where few can be, and which levels are never seen."""
 
-    def __init__(self, levels, noise, policy='skip', *, batch, seed=0):
+    def __init__(self, levels, noise, policy='skip', *, batch, seed=0, upper=None):
         levels = torch.as_tensor(np.asarray(levels, np.float64)).reshape(-1)
         if not (len(levels) and levels.isfinite().all() and (levels >= 0).all()):
             raise click.ClickException('sigma_n must be finite and 0 or more for each image, of which there must be one at least')
+        tops = None if upper is None else torch.as_tensor(np.asarray(upper, np.float64)).reshape(-1)
+        if tops is not None and not (len(tops) == len(levels) and (tops > 0).all()):
+            raise click.ClickException(f'sigma_max must be above 0 for each of the {len(levels)} images (inf where there is no limit)')
         if batch < 1:
             raise click.ClickException(f'--batch={batch} must be at least 1')
         self.noise, self.batch, self.seed, self.spec = noise, batch, seed, policy
         self.policy = registry.build(policy, PAIRINGS, '--pairing')
         self.bars = levels * self.policy.buffer
+        self.tops = None if tops is None or tops.isinf().all() else tops  # None keeps the plain case fast
         self.cursor = self.used = 0
         self._rounds = -(-BLOCK // len(levels))  # epochs drawn together: short ones would each cost a generator
         self._cache = {}
@@ -189,7 +256,7 @@ class PairStream:
 
     def acceptance(self):
         """Expected share of the passed images that are used."""
-        return self.policy.share(self.bars, self.noise)
+        return self.policy.share(self.bars, self.tops, self.noise)
 
     def wasted(self):
         """Expected shares of clamped draws, which have no gradient: (of all pairs, of the pairs with a noisy image)."""
@@ -226,18 +293,44 @@ class PairStream:
 
     def _check(self):
         """Refuses what would never give a batch, and says what would give few or waste many."""
-        where, share = f'--pairing={self.spec}', self.acceptance()
+        where = f'--pairing={self.spec}'
+        if isinstance(self.policy, Clamp) and self.tops is not None:
+            raise click.ClickException(f'{where}: clamp repeats the published code, which knows no upper limit, but {self._limited()} of '
+                                       f'{len(self.bars)} images have a sigma_max; use skip, truncate or sigma_first')
+        share = self.acceptance()
         if share < IDLE:
-            raise click.ClickException(
-                f'{where}: practically no image can be used: the smallest sigma_n * buffer is {self.bars.min():g}, and --noise '
-                f'is above that in a share of {self.noise.sf(self.bars.min()):.1e}; lower --sigma or raise the levels of --noise')
+            raise click.ClickException(f'{where}: practically no image can be used: ' + self._out_of_reach())
         if share < RARE:
             distributed.print0(f'Warning: {where}: only {share:.2%} of the images passed can be used at the level '
                                'drawn for them; truncate uses all')
+        if self.tops is not None:
+            self._check_tops(where)
         if isinstance(self.policy, Clamp) and self.wasted()[0]:
             everywhere, noisy = self.wasted()
             distributed.print0(f'Warning: {where}: {everywhere:.1%} of all pairs ({noisy:.1%} of those with a noisy '
                                'image) have zero gradient; skip trains the same objective without them')
+
+    def _limited(self):
+        return int(self.tops.isfinite().sum())
+
+    def _out_of_reach(self):
+        if self.tops is None:
+            return (f'the smallest sigma_n * buffer is {self.bars.min():g}, and --noise is above that in a share of '
+                    f'{self.noise.sf(self.bars.min()):.1e}; lower --sigma or raise the levels of --noise')
+        return (f'{int((self.bars >= self.tops).sum())} of {len(self.bars)} have a sigma_max that is not above sigma_n * buffer, and '
+                '--noise is hardly ever between the limits of the others; lower --sigma, raise sigma_max, or change --noise')
+
+    def _check_tops(self, where):
+        """Says which images are never used, and how much of p(sigma) no image is seen at, where images have upper limits."""
+        idle = int((chances(self.bars, self.tops, self.noise) == 0).sum())
+        if idle:
+            distributed.print0(f'Warning: {where}: {idle} of {len(self.bars)} images are never used: no level of --noise is above their '
+                               'sigma_n * buffer and up to their sigma_max')
+        low, high = ranges(self.bars, self.tops)
+        unseen = (self.noise.sf(self.bars.min()) - self.noise.mass(low, high).sum()).item()
+        if unseen > RARE:
+            distributed.print0(f'Warning: {where}: no image may be seen at {unseen:.1%} of the levels of --noise (the highest sigma_max '
+                               f'is {self.tops.max():g}): the network does not learn those, which sampling may need')
 
 
 PAIRINGS = {'clamp': Clamp, 'sigma_first': SigmaFirst, 'skip': Skip, 'truncate': Truncate}

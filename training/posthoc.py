@@ -41,18 +41,24 @@ def stored_averages(run):
 
 
 def reconstruct(run, sigma_rel, nimg=None):
-    """(network, what it was made from): the average of length sigma_rel at nimg images (default: the last), in eval mode.
+    """(network, what it was made from, error): the average of length sigma_rel at nimg images (default: the last), in eval mode.
 
-    what: [(file name, factor), ...] of the files that count. The network's configuration is that of the run's snapshots."""
+    what: [(file name, factor), ...] of the files that count. error: ema.profile_error, how far their profile is from the wanted one.
+    The network's configuration is that of the run's snapshots."""
     stored = stored_averages(run)
+    times, profiles = sorted({item[1] for item in stored}), [item[1:] for item in stored]
+    target = (times[-1] if nimg is None else nimg, sigma_rel)
+    if target[0] not in times:
+        near = min(times, key=lambda time: abs(time - target[0]))
+        raise click.ClickException(f'{run}: no averages are stored at {target[0] / 1e3:g} kimg; the nearest are at {near / 1e3:g}')
     try:
-        factors = ema.reconstruction([item[1:] for item in stored], (nimg or stored[-1][1], sigma_rel))
+        factors = ema.reconstruction(profiles, target)
     except ValueError as err:
         raise click.ClickException(f'{run}: {err}') from None
     used = [(path, factor) for (path, _, _), factor in zip(stored, factors) if factor]
     net = hub.load_network(_newest_snapshot(run))
     hub.load_weights(net, ema.combine((safetensors.torch.load_file(path) for path, _ in used), [factor for _, factor in used]), run)
-    return net, [(os.path.basename(path), factor) for path, factor in used]
+    return net, [(os.path.basename(path), factor) for path, factor in used], ema.profile_error(profiles, target, factors)
 
 
 def _newest_snapshot(run):

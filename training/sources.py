@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What dataset_tool.py can read: folders, zips, CIFAR-10's tar file, MNIST's idx files, arrays, scikit-learn's digits.
 
-A source has `names` (one an image), `labels` and `sigmas` (one an image, or None), `units` ({offset, scale} or None),
+A source has `names` (one an image), `labels`, `sigmas`, `sigma_max` (one an image, or None), `units` ({offset, scale} or None),
 kind(i) -> Kind, cheaply, and read(i) -> array [C,H,W] of kind(i)'s shape and type."""
 
 import gzip
@@ -64,7 +64,7 @@ def unreadable(err):
 
 
 class FileSource:
-    """Image files of a folder or zip. A dataset.json gives labels, sigmas and units; else the top folders are the classes."""
+    """Image files of a folder or zip. A dataset.json gives labels, levels and units; else the top folders are the classes."""
 
     def __init__(self, path):
         self._archive = Archive(path)
@@ -73,8 +73,8 @@ class FileSource:
             raise click.ClickException(f'--source={path}: no images in it (looked for {", ".join(SUFFIXES)})')
         meta = self._archive.read_json()
         self.units = meta.get('units')
-        self.sigmas = match(meta['sigmas'], self.names, f'"sigmas" in {path}') if meta.get('sigmas') else None
-        self.labels = match(meta['labels'], self.names, f'"labels" in {path}') if meta.get('labels') else None
+        self.labels, self.sigmas, self.sigma_max = (match(meta[key], self.names, f'"{key}" in {path}') if meta.get(key) else None
+                                                    for key in ('labels', 'sigmas', 'sigma_max'))
         if 'labels' not in meta:
             self.labels = _folder_classes(self.names)
 
@@ -112,7 +112,7 @@ class FileSource:
 class ArraySource:
     """Images that lie in one array [N,C,H,W]."""
 
-    sigmas = units = None
+    sigmas = sigma_max = units = None
 
     def __init__(self, images, labels=None):
         self._images, self.labels = images, labels

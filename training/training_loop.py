@@ -204,7 +204,8 @@ class Run:
                   'Optimizer/lr': self.optimizer.param_groups[0]['lr'],
                   'Timing/seconds': round(p.seconds, 3), 'Timing/img_per_sec': round(rate, 2)}
         if self.noise_scale is not None:
-            fields['GNS/batch'] = stats['GNS/spread']['mean'] / stats['GNS/signal']['mean']
+            spread, signal = (stats[f'GNS/{name}']['mean'] for name in ('spread', 'signal'))
+            fields['GNS/batch'] = spread / signal if signal else None  # None: no finite gradient in this tick
         if self.scale.dynamic:
             fields['Grad/loss_scale'] = self.scale.state()[0]
         fields |= {f'Resources/{k}': v for k, v in memory_gib(self.device).items()}

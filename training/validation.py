@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Held-out loss that two evaluations of one state agree on: fixed noise, fixed levels, clean and noisy images apart."""
 
+import math
+
 import click
 import numpy as np
 import torch
@@ -41,7 +43,8 @@ def build(options, noise, store, dataset, held_out, sigma_n, labels):
     else:
         held_out = held_out[~dataset.flip[held_out]]  # an image once
     middles = (torch.arange(LEVELS, dtype=torch.float64) + 0.5) / LEVELS
-    return Validation(store, held_out, sigma_n, labels, noise.icdf(middles).tolist(), options['batch_gpu'], options['seed'])
+    return Validation(store, held_out, sigma_n, labels, noise.icdf(middles).tolist(), options['batch_gpu'], options['seed'],
+                      dataset.sigma_max)
 
 
 def check_alike(training, held_out):
@@ -60,9 +63,10 @@ class Validation:
     Every held-out image is judged at every level above its own sigma_n, by the loss term that the run trains with. The noise is a
     function of the seed, the level and the image's place, so that neither ranks nor batch size matter."""
 
-    def __init__(self, store, items, sigma_n, labels, levels, batch, seed):
+    def __init__(self, store, items, sigma_n, labels, levels, batch, seed, sigma_max=math.inf):
         self.store, self.labels, self.levels, self.batch, self.seed = store, labels, levels, batch, seed
         self.items, self.sigma_n = np.asarray(items), torch.as_tensor(sigma_n, dtype=torch.float32)
+        self.sigma_max = torch.as_tensor(sigma_max, dtype=torch.float32).expand(self.sigma_n.shape)
 
     @torch.no_grad()
     def __call__(self, net, term, device):
@@ -79,6 +83,7 @@ class Validation:
         where = torch.from_numpy(self.items[rows])
         images, sigma_n = self.store.gather(where).to(device), self.sigma_n[where].to(device)
         labels = None if self.labels is None else self.labels[where].to(device)
+        sigma_max = self.sigma_max[where].to(device)
         for k, sigma in enumerate(self.levels):
             level = torch.full_like(sigma_n, sigma)
             draws = misc.Draws(self.seed, k, first_row=int(rows[0]), device=device)
@@ -86,7 +91,8 @@ class Validation:
             batch = Batch(images, misc.batched(sigma_n), misc.batched(torch.maximum(level, sigma_n)),
                           draws('held out', images.shape), class_labels=labels)
             values = term(net, batch)['denoise']
-            for name, mask in [('clean', sigma_n == 0), ('noisy', (sigma_n > 0) & (sigma_n < level))]:
+            allowed = (sigma_n < level) & (level <= sigma_max)
+            for name, mask in [('clean', allowed & (sigma_n == 0)), ('noisy', allowed & (sigma_n > 0))]:
                 stats.report(name, values, mask=mask)
                 stats.report(f'{name}/sigma={sigma:.4g}', values, mask=mask)
 

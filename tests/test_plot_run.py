@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""plot_run.py: what it reads from stats.jsonl, which curves go together, and that the pictures are drawn without a display."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import tiny
+from click.testing import CliRunner
+from PIL import Image
+
+import plot_run
+
+DRAWS = pytest.mark.skipif(importlib.util.find_spec('matplotlib') is None, reason='drawing needs the package matplotlib')
+
+
+def write(folder, text):
+    folder.mkdir(exist_ok=True)
+    (folder / 'stats.jsonl').write_text(text)
+    return folder
+
+
+def refused(*args):
+    result = CliRunner().invoke(plot_run.main, [str(arg) for arg in args])
+    assert result.exit_code != 0 and isinstance(result.exception, SystemExit), result.output
+    assert len(result.output.strip().splitlines()) == 1, result.output
+    return result.output.strip()
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
+    """Ten steps with everything that has a curve."""
+    folder = tmp_path_factory.mktemp('plot')
+    data = tiny.make_zip(folder / 'data.zip')
+    tiny.call(f'--outdir={folder / "run"}', f'--data={data}', *tiny.FLAGS, '--nosubdir', '--snap=1', '--val=0.25', '--gns=1',
+              '--batch-gpu=8', '--duration=0.00016', '--seed=5')
+    return folder / 'run'
+
+
+def test_curves_of_a_run(run):
+    """Every value of stats.jsonl, in its order, under its name."""
+    curves = plot_run.read_stats(run)
+    lines = [json.loads(line) for line in (run / 'stats.jsonl').read_text().splitlines()]
+    assert [nimg for nimg, _ in curves['Loss/denoise']] == [nimg for nimg, _ in curves['Val/clean']] == [80, 160]
+    for name, points in curves.items():
+        assert points == [(line['nimg'], line[name]) for line in lines if line.get(name) is not None]
+
+
+def test_families(run):
+    """Each picture has the panels that its title says, and nothing is drawn twice or left out of the losses."""
+    curves = plot_run.read_stats(run)
+    found = {file: plot_run.families(curves, pattern) for file, (_, pattern) in plot_run.PICTURES.items()}
+    assert {panel: list(group) for panel, group in found['loss.png'].items()} == {'denoise': ['all', 'clean', 'noisy']}
+    by_level = found['loss-by-level.png']
+    assert list(by_level) == ['denoise/clean', 'denoise/noisy'] and set().union(*by_level.values()) <= {'q1', 'q2', 'q3', 'q4'}
+    assert len(found['held-out.png']['clean']) == 9
+    assert {'Grad/norm', 'GNS/batch', 'Timing/img_per_sec', 'Optimizer/lr'} <= set(found['run.png'])
+    assert not found['metrics.png']
+    drawn = sum(len(group) for file in ('loss.png', 'loss-by-level.png') for group in found[file].values())
+    assert drawn == sum(name.startswith('Loss/') for name in curves)
+
+
+@DRAWS
+def test_pictures_without_a_display(run, tmp_path):
+    """As a command of its own, with no display in its environment: PNGs of some size, with ink in them."""
+    environment = {key: value for key, value in os.environ.items() if key not in ('DISPLAY', 'WAYLAND_DISPLAY', 'MPLBACKEND')}
+    result = subprocess.run([sys.executable, tiny.ROOT / 'plot_run.py', run], capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    names = ['loss.png', 'loss-by-level.png', 'held-out.png', 'run.png']
+    assert result.stdout.splitlines() == [str(run / 'plots' / name) for name in names]
+    assert sorted(os.listdir(run / 'plots')) == sorted(names)
+    for name in names:
+        with Image.open(run / 'plots' / name) as image:
+            assert image.format == 'PNG' and min(image.size) > 200 and image.convert('L').getextrema() == (0, 255)
+
+
+@DRAWS
+def test_dest_and_a_line_cut_off(tmp_path):
+    """The last line of a run that was killed in the middle of writing counts for nothing; the others are drawn."""
+    folder = write(tmp_path / 'run', '{"nimg": 80, "Loss/denoise": 3.0}\n{"nimg": 160, "Loss/denoise": null}\n{"nimg": 240, "Loss/den')
+    assert plot_run.read_stats(folder)['Loss/denoise'] == [(80, 3.0)]
+    result = CliRunner().invoke(plot_run.main, [str(folder), f'--dest={tmp_path / "pictures"}'])
+    assert result.exit_code == 0 and os.listdir(tmp_path / 'pictures') == ['loss.png'] and not (folder / 'plots').exists()
+
+
+def test_refusals(tmp_path):
+    assert 'no stats.jsonl in it' in refused(tmp_path)
+    assert 'nowhere' in refused(tmp_path / 'nowhere')
+    broken = write(tmp_path / 'broken', '{"nimg": 80}\n{"nimg": 1\n{"nimg": 160}\n')
+    assert f'{broken / "stats.jsonl"}: line 2 is not JSON' in refused(broken)
+    for text in ('', '{"nimg": 80, "Progress/kimg": 0.08}\n'):
+        empty = write(tmp_path / 'empty', text)
+        assert 'has no curves yet' in refused(empty) and os.listdir(empty) == ['stats.jsonl']
+
+
+def test_without_matplotlib(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'matplotlib', None)
+    assert 'pip install matplotlib' in refused(write(tmp_path / 'run', '{"nimg": 80, "Loss/denoise": 3.0}\n'))
