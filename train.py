@@ -227,8 +227,8 @@ def consistency_spec(o):
                                    'exclude each other; give one form')
     if not given.get('coeff'):
         return o.consistency
-    if given.get('batch_size', 0) > o.batch:
-        raise click.ClickException(f'--consistency-batch-size={o.consistency_batch_size} is larger than --batch={o.batch}; use at most that')
+    if (size := given.get('batch_size', 32)) > o.batch:
+        raise click.ClickException(f'--consistency-batch-size={size} is larger than --batch={o.batch}; use at most that')
     return published_spec(**given)
 
 

@@ -368,7 +368,7 @@ def test_one_option_names_chain_and_all_the_rest():
 def spec(**given):
     names = ['consistency', 'consistency_coeff', 'consistency_batch_size', 'num_consistency_steps', 'num_primes', 'with_weight',
              'with_grad']
-    return train.consistency_spec(EasyDict(dict.fromkeys(names) | given))
+    return train.consistency_spec(EasyDict(dict.fromkeys(names) | {'batch': 512} | given))
 
 
 def test_the_published_options_map_to_it():
