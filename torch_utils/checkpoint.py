@@ -2,7 +2,6 @@
 """State files: plain tensors and JSON types, written whole or not at all, opened without executing anything."""
 
 import os
-import pickle
 import re
 
 import click
@@ -28,9 +27,8 @@ def load(path):
         state = torch.load(path, map_location='cpu', weights_only=True)
     except FileNotFoundError:
         raise click.ClickException(f'{path}: no such state file') from None
-    except Exception as err:  # a damaged pickle may raise almost anything
-        foreign = isinstance(err, pickle.UnpicklingError)
-        reason = 'it holds more than tensors and plain values, or is cut off' if foreign else (str(err).splitlines() or ['empty'])[0][:200]
+    except Exception as err:  # a damaged file may raise almost anything, and what PyTorch says of it does not help
+        reason = err.strerror if isinstance(err, OSError) and err.strerror else 'it holds more than tensors and plain values, or is damaged'
         raise click.ClickException(f'{path}: cannot be read as a training state ({reason}); '
                                    'give a training-state-*.pt that this program wrote') from None
     missing = [key for key in KEYS if not isinstance(state, dict) or key not in state]

@@ -17,7 +17,7 @@ from pathlib import Path
 import click
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from torch_utils import distributed
@@ -148,7 +148,8 @@ class ImageDataset:
         try:
             image = decode_image(name, self._archive.read(name))
         except (OSError, ValueError, SyntaxError, EOFError, zipfile.BadZipFile, Image.DecompressionBombError) as err:
-            raise click.ClickException(f'{self.path}: cannot read {name} ({str(err) or type(err).__name__})') from None
+            reason = 'not an image' if isinstance(err, UnidentifiedImageError) else str(err) or type(err).__name__
+            raise click.ClickException(f'{self.path}: cannot read {name} ({reason})') from None
         if image.ndim != 3 or image.dtype not in (np.uint8, np.float32, np.float64):
             raise click.ClickException(f'{self.path}: {name} is {image.dtype} of shape {list(image.shape)}; expected 8-bit or '
                                        'float32 [C,H,W]: convert it with dataset_tool.py')
