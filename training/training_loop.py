@@ -6,6 +6,7 @@ import inspect
 import os
 import re
 import time
+import warnings
 
 import click
 import psutil
@@ -82,6 +83,7 @@ class Run:
             known = inspect.signature(ddp).parameters
             switch = 'forward_sync_buffers' if 'forward_sync_buffers' in known else 'broadcast_buffers'
             self.train_step = ddp(self.train_step, device_ids=ids, **{switch: False})
+            warnings.filterwarnings('ignore', 'Grad strides do not match')  # 1x1 kernels have several equal layouts; the sum is right
         self.noise_scale = self._noise_scale() if self.options['gns'] else None
         self.params = [p for p in (*self.net.parameters(), *self.objective.parameters()) if p.requires_grad]
         self.optimizer = torch.optim.Adam(self.params, fused=True, **self.options['optimizer'])
