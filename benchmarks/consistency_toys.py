@@ -36,7 +36,7 @@ SIGMA_N, SIGMA_DATA, POINTS, BATCH = 0.5, 0.6, 20_000, 128
 ERROR_AT = {'below': [0.05, 0.1, 0.2, 0.3, 0.4], 'above': [0.6, 1.0, 2.0]}  # of sigma_n: where the denoiser is judged
 ARMS = {
     'none': None,
-    'published': 'euler:estimator=mean,steps=5,samples=6,stop=no,grad=true',
+    'published': 'euler:estimator=mean,steps=5,samples=6,stop=no,grad=true,coeff=1',
     'default': 'bridge',
 }
 
@@ -189,14 +189,14 @@ def report_digits(arms, seeds, kimg):
 
 @click.command()
 @click.argument('toy', type=click.Choice(['mixture', 'digits']))
-@click.option('--arms', default=','.join(ARMS), help='Names, or specifications of --consistency, separated by semicolons')
+@click.option('--arms', default=';'.join(ARMS), help='Names, or specifications of --consistency, separated by semicolons')
 @click.option('--seeds', type=int)
 @click.option('--steps', default=1500, help='Training steps of the mixture')
 @click.option('--kimg', default=16.0, help='Training length of the digits')
 def main(toy, arms, seeds, steps, kimg):
     """Trains every arm and prints a table."""
     torch.set_num_threads(1)
-    arms = arms.split(';' if ';' in arms else ',') if arms != ','.join(ARMS) else list(ARMS)
+    arms = arms.split(';')
     if toy == 'mixture':
         report_mixture(arms, seeds or 20, steps)
     else:
