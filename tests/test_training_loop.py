@@ -186,9 +186,9 @@ def test_bad_gradient_leaves_weights_and_optimizer(tmp_path, monkeypatch):
     run.step()
     assert not torch.isfinite(gradients(run)).all()
     assert (tiny.digest(run.net.state_dict()), tiny.digest(run.optimizer.state_dict()['state'])) == before
-    assert float(run.guard._in_row) == 1
+    assert float(run.guard.in_row) == 1
     run.step()
-    assert float(run.guard._in_row) == 0 and tiny.digest(run.net.state_dict()) != before[0]
+    assert float(run.guard.in_row) == 0 and tiny.digest(run.net.state_dict()) != before[0]
     assert all(value.isfinite().all() for value in run.ema.module.state_dict().values())
 
 
@@ -318,7 +318,7 @@ forward = loss.AmbientLoss.forward
 if distributed.rank() == 1:  # a bad gradient on one rank
     loss.AmbientLoss.forward = lambda self, *args, **kwargs: {k: v * float('inf') for k, v in forward(self, *args, **kwargs).items()}
 run = tests.steps(tiny.make_run(folder), 1)
-result['skipped'] = [float(run.guard._in_row)] * 2
+result['skipped'] = [float(run.guard.in_row)] * 2
 torch.save(result, folder / f'rank{distributed.rank()}of{distributed.size()}.pt')
 distributed.shutdown()
 """

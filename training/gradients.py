@@ -41,11 +41,13 @@ class LossScale:
 
 
 class Guard:
-    """Counts updates that non-finite gradients would have spoiled, and remembers where the last non-finite loss came from."""
+    """Counts updates that non-finite gradients would have spoiled, and remembers where the last non-finite loss came from.
+
+    Attribute in_row: how many of the last updates were skipped one after another (a 0-dim tensor)."""
 
     def __init__(self, device):
         self.device = device
-        self._in_row = torch.zeros([], device=device)
+        self.in_row = torch.zeros([], device=device)
         self._seen = {}  # term -> float64 [ROWS, 4]: is non-finite, sigma, raw_idx, step
 
     def note_terms(self, terms, batch, step):
@@ -62,7 +64,7 @@ class Guard:
     def note_update(self, norm):
         """1.0 if a gradient norm says that the update must be skipped, else 0.0: a 0-dim tensor for the optimizer's found_inf."""
         bad = (~torch.isfinite(norm)).float()
-        self._in_row = (self._in_row + bad) * bad
+        self.in_row = (self.in_row + bad) * bad
         return bad
 
     def must_stop(self, step):
@@ -70,7 +72,7 @@ class Guard:
 
         Waits for the device every ASK_EVERY steps."""
         every = ASK_EVERY if self.device.type == 'cuda' else 1
-        return step % every == 0 and int(self._in_row) > max(MAX_SKIPPED - every, 0)
+        return step % every == 0 and int(self.in_row) > max(MAX_SKIPPED - every, 0)
 
     def culprits(self):
         """{term: one line} of this rank's last non-finite losses: step, noise levels, images. Waits for the device."""

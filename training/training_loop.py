@@ -190,7 +190,7 @@ class Run:
         distributed.barrier()
         where = f'the last non-finite losses: {"; ".join(lines[:8])}' if lines else 'all losses were finite'
         raise click.ClickException(
-            f'{gradients.MAX_SKIPPED} updates in a row were skipped for non-finite gradients, up to step {self.progress.step}; {where}. '
+            f'{int(self.guard.in_row)} updates in a row were skipped for non-finite gradients, up to step {self.progress.step}; {where}. '
             'The weights before them are saved; lower --lr, set --clip or use --precision=bf16 or fp32, with --transfer from that state')
 
     # ---- report
