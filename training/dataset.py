@@ -129,10 +129,6 @@ class ImageDataset:
         """The class of each item, int64 [N]; None where labels are not used, or are vectors."""
         return self._labels[self.raw_idx] if self.label_dim and self._labels.ndim == 1 else None
 
-    def file_name(self, raw_idx):
-        """The member that holds image raw_idx."""
-        return self._names[raw_idx]
-
     def labels(self, indices):
         """float32 [n, label_dim] of items: one-hot classes, or the vectors of dataset.json; [n, 0] without use_labels."""
         raw = self.raw_idx[np.asarray(indices)]
