@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 import generate
 from torch_utils import misc
-from training import generation, hub, images, preconditioning, samplers
+from training import generation, hub, images, labels, preconditioning, samplers
 
 ROOT = Path(__file__).parent.parent
 DATA = Path(__file__).parent / 'data'
@@ -137,11 +137,11 @@ def test_classes():
     net = tiny(label_dim=4)
     drawn = next(generation.generate_images(net, range(64), num_steps=1)).labels
     assert set(drawn.tolist()) == {0, 1, 2, 3}
-    part = next(generation.generate_images(net, range(3), num_steps=2, class_idx=2))
+    part = next(generation.generate_images(net, range(3), num_steps=2, labels=labels.one_class(2)))
     assert part.labels.tolist() == [2, 2, 2]
     # The class is drawn even where it is given, so that seed i has the same latents and churn for every class.
     natural = next(seed for seed in range(64) if drawn[seed] == 2)
-    assert torch.equal(all_images(net, [natural], stepper=CHURN), all_images(net, [natural], stepper=CHURN, class_idx=2))
+    assert torch.equal(all_images(net, [natural], stepper=CHURN), all_images(net, [natural], stepper=CHURN, labels=labels.one_class(2)))
 
 
 def test_no_autograd_graph_is_kept():
@@ -217,7 +217,7 @@ def test_npz_holds_image_seed_and_label(folders, tmp_path):
     assert result.exit_code == 0, result.output
     with np.load(tmp_path / '000004.npz') as found:
         assert (found['seed'], found['label']) == (4, 1)
-        expected = all_images(hub.load_network(folders / 'rgb'), [4], num_steps=2, class_idx=1)[0]
+        expected = all_images(hub.load_network(folders / 'rgb'), [4], num_steps=2, labels=labels.one_class(1))[0]
         np.testing.assert_array_equal(found['image'], expected.float().numpy())
 
 

@@ -33,11 +33,14 @@ def churn_factor(sigma, num_steps, S_churn, S_min=0.0, S_max=math.inf):
 def heun(denoise, x, sigmas, randn_like, *, S_churn=0.0, S_min=0.0, S_max=math.inf, S_noise=1.0):
     """Heun's second-order steps of dx/dsigma = (x - D(x; sigma)) / sigma, with optional churn. EDM, Algorithm 2.
 
-    denoise(x, sigma) -> D in any float dtype; where it has a method round_sigma, raised levels go through it.
+    denoise(x, sigma) -> D in any float dtype; where it has a method round_sigma, raised levels go through it, and where it has
+    a method begin_step, it is told the level at which each step starts.
     x: [N,C,H,W], float64, at level sigmas[0]. sigmas: float64 [T+1] on the CPU, falling. randn_like(x) -> unit normal noise.
     Returns x at sigmas[-1], after 2T - 1 evaluations where that is 0: the slope has no value there, so no correction."""
     num_steps = len(sigmas) - 1
+    begin_step = getattr(denoise, 'begin_step', lambda level: None)
     for start, end in zip(sigmas[:-1], sigmas[1:]):
+        begin_step(start)
         sigma = start
         if S_churn > 0:
             # Drawn even where gamma is 0, so that a seed's noise at one step does not depend on S_min and S_max.
