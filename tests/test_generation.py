@@ -2,7 +2,6 @@
 """Seeds to images: published draws and pictures; pixels that depend on the seed alone; files, grids and what is refused."""
 
 import functools
-import json
 import os
 import re
 import subprocess
@@ -15,10 +14,10 @@ import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
+from unets import all_images, golden_network, tiny
 
 import generate
-from torch_utils import misc
-from training import generation, hub, images, labels, preconditioning, samplers
+from training import generation, hub, images, labels, samplers
 
 ROOT = Path(__file__).parent.parent
 DATA = Path(__file__).parent / 'data'
@@ -28,29 +27,6 @@ CHURN = functools.partial(samplers.heun, S_churn=10)
 @pytest.fixture(scope='module')
 def golden():
     return load_file(DATA / 'samplers' / 'samplers.safetensors')
-
-
-def golden_network(case, precond='edm'):
-    config = json.loads((DATA / 'networks' / case / 'case.json').read_text())['config']
-    net = preconditioning.build_network({**config, 'precond': precond})
-    hub.load_weights(net, load_file(DATA / 'networks' / case / 'model.safetensors'), case)
-    return net.eval().requires_grad_(False)
-
-
-def tiny(channels=1, label_dim=0, size=8, **config):
-    """A real U-Net with random weights, small enough for seconds."""
-    net = preconditioning.build_network(dict(
-        img_resolution=size, img_channels=channels, label_dim=label_dim, model_type='SongUNet', model_channels=16,
-        channel_mult=[1, 2], num_blocks=1, attn_resolutions=[4], **config))
-    source = misc.generator('tiny')
-    for p in net.parameters():
-        p.data = torch.randn(p.shape, generator=source) * 0.05
-    return net.eval()
-
-
-def all_images(net, seeds, **options):
-    options = {'num_steps': 3, **options}
-    return torch.cat([part.images for part in generation.generate_images(net, seeds, **options)])
 
 
 # --- published draws and pictures
