@@ -253,6 +253,19 @@ def test_published_ddim(tag, eta, clip):
     torch.testing.assert_close(found, IDDPM[f'sample.{tag}.LEARNED_RANGE.clip{clip:d}.ddim_eta{eta}.f64'], rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.parametrize('clip', [False, True])
+@pytest.mark.parametrize('tag', ['p8', 'p10'])
+def test_published_ddim_encoding(tag, clip):
+    """DDIM walked up from an image. The published one ends at alpha_bar = 0, where only the predicted noise is left."""
+    denoise, sigmas, _, _ = iddpm_record(tag)
+    rising = sigmas[:-1].flip(0)
+    x = samplers.ddim(denoise, IDDPM['x_start'] * (1 + rising[0] ** 2).sqrt(), rising, never, clip=clip)
+    D = denoise(x, rising[-1])
+    found = (x - (D.clamp(-1, 1) if clip else D)) / rising[-1]
+    golden = IDDPM[f'sample.{tag}.LEARNED_RANGE.clip{clip:d}.ddim_reverse_from_x_start.f64']
+    torch.testing.assert_close(found, golden, rtol=1e-9, atol=1e-10)
+
+
 def path_noise(shape, count, seed=0):
     return torch.randn([count, *shape], generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
@@ -317,7 +330,7 @@ def test_gaussian_data_keep_their_variance(name, stop_sigma):
     than the latent.)"""
     stepper, keys = VARIANTS[name]
     expected = 0.25 if stop_sigma == 0 else 0.25 ** 2 / (0.25 + 0.3 ** 2)
-    levels = (schedules.explicit(sigmas=geometric(num_steps)) for num_steps in (256, 512))
+    levels = (schedules.explicit(None, sigmas=geometric(num_steps)) for num_steps in (256, 512))
     coarse, fine = (gaussian_variance(stepper, sigmas, stop_sigma=stop_sigma, **keys) / expected - 1 for sigmas in levels)
     assert abs(fine) < max(0.57 * abs(coarse), 1e-4)
     if abs(fine) > 0.3 * abs(coarse):
@@ -344,7 +357,7 @@ class Recorder(Mixture):
 def test_truncated_samples_are_posterior_means(name):
     """The last step gives D of the last level that is not cut, in every coordinates."""
     stepper, keys = VARIANTS[name]
-    sigmas, denoise = schedules.explicit(sigmas='80|10|1|0.2|0.1'), Recorder()
+    sigmas, denoise = schedules.explicit(None, sigmas='80|10|1|0.2|0.1'), Recorder()
     noise = path_noise(GOLDEN['latents'].shape, 5)
     found = samplers.STEPPERS[stepper](denoise, GOLDEN['latents'] * 80, sigmas, replay(noise), stop_sigma=0.2, **keys)
     torch.testing.assert_close(found, denoise.last, rtol=1e-12, atol=1e-14)
@@ -362,7 +375,7 @@ def test_a_stop_below_every_level_changes_nothing(name):
 
 def test_truncation_keeps_the_churn_of_each_step():
     """gamma divides S_churn by the steps of the full range, as published: the steps that are left are the same."""
-    sigmas = schedules.explicit(sigmas='80|10|1|0.2|0.1')
+    sigmas = schedules.explicit(None, sigmas='80|10|1|0.2|0.1')
     full, cut = Mixture(), Mixture()
     for denoise, stop_sigma in ((full, 0.0), (cut, 0.2)):
         samplers.euler(denoise, GOLDEN['latents'] * 80, sigmas, torch.ones_like, S_churn=1.0, stop_sigma=stop_sigma)
@@ -414,6 +427,20 @@ def test_the_state_stays_in_float64(name):
     torch.testing.assert_close(found, run(Mixture()), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize('name', VARIANTS)
+def test_no_step_waits_for_the_device(name):
+    """Levels are on the CPU, and nothing reads the state back: it may be on the meta device, which has no values to read."""
+    stepper, keys = VARIANTS[name]
+    x = torch.empty([2, 1, 4, 4], dtype=torch.float64, device='meta')
+
+    def denoise(x, sigma):
+        assert sigma.device.type == 'cpu' and sigma.shape == () and sigma.dtype == torch.float64
+        return x.float()
+
+    found = samplers.STEPPERS[stepper](denoise, x, samplers.edm(5), torch.empty_like, **keys)
+    assert found.device.type == 'meta' and found.dtype == torch.float64
+
+
 class Offering(Mixture):
     """The mixture with `channels` more outputs, all of one value."""
 
@@ -451,7 +478,8 @@ def test_clipped_predictions():
     ('heun:alpha=0', 'alpha must be above 0'), ('heun:alpha=1.5', 'at most 1, got 1.5'),
     ('heun:schedule=foo', 'choose from linear, ve, vp'), ('euler:scaling=foo', 'choose from none, vp'),
     ('ddim:eta=-0.1', 'eta must be between 0 and 1, got -0.1'), ('ddim:eta=1.1', 'got 1.1'), ('ddim:eta=nan', 'got nan'),
-    ('ancestral:variance=big', 'choose from auto, learned, small, large'),
+    ('heun:S_churn=-1', 'S_churn must not be negative, got -1'),
+    ('euler:S_noise=nan', 'S_noise must not be negative, got nan'), ('ancestral:variance=big', 'choose from auto, learned, small, large'),
     ('sde:stop_sigma=90', 'stop_sigma=90 must be between 0 and the highest level, 80'), ('dpmpp_2m:stop_sigma=-1', 'stop_sigma=-1')])
 def test_keys_out_of_range_are_refused(spec, words):
     stepper = registry.build(spec, samplers.STEPPERS)

@@ -94,9 +94,9 @@ def test_iddpm_has_no_more_levels_than_it_has():
 def test_explicit_levels():
     build = lambda spec: registry.build(spec, schedules.SCHEDULES, '--schedule')
     assert build('explicit:sigmas=80|10|1|0.1')(4).tolist() == [80, 10, 1, 0.1, 0]
-    assert build('explicit:sigmas=80|10|1|0.1')().tolist() == [80, 10, 1, 0.1, 0]
-    assert build('explicit:sigmas=3')().tolist() == [3, 0]
-    assert schedules.explicit(sigmas=[2, 1]).tolist() == [2, 1, 0]
+    assert build('explicit:sigmas=80|10|1|0.1')(None).tolist() == [80, 10, 1, 0.1, 0]
+    assert build('explicit:sigmas=3')(1).tolist() == [3, 0]
+    assert schedules.explicit(None, sigmas=[2, 1]).tolist() == [2, 1, 0]
 
 
 @pytest.mark.parametrize('kwargs, words', [
@@ -106,7 +106,7 @@ def test_explicit_levels():
     ({'sigmas': '2|1', 'sigma_min': 1.5}, 'sigma_min=1.5')])
 def test_explicit_levels_that_are_refused(kwargs, words):
     with pytest.raises(ValueError) as err:
-        schedules.explicit(**kwargs)
+        schedules.explicit(**{'num_steps': None, **kwargs})
     assert words in str(err.value) and '\n' not in str(err.value)
 
 
@@ -159,7 +159,7 @@ def test_vp_fits_its_ends():
 
 
 def test_truncation_cuts_what_is_below():
-    sigmas = schedules.explicit(sigmas='80|10|1|0.2|0.1')
+    sigmas = schedules.explicit(None, sigmas='80|10|1|0.2|0.1')
     assert schedules.truncate(sigmas, 0.2).tolist() == [80, 10, 1, 0.2, 0]
     assert schedules.truncate(sigmas, 0.15).tolist() == [80, 10, 1, 0.2, 0]
     assert schedules.truncate(sigmas, 80.0).tolist() == [80, 0]

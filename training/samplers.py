@@ -4,7 +4,7 @@
 A stepper is called as (denoise, x, sigmas, randn_like, *, stop_sigma, and its own keys) and returns x at sigmas[-1]:
 denoise(x, sigma) -> D = E[x_0 | x] in any float dtype, sigma 0-dim float64; the methods round_sigma and outputs may be there;
 x: [N,C,H,W], float64, x_0 + sigma * noise at sigma = sigmas[0]. sigmas: float64 [T+1] on the CPU, falling, as a rule to 0;
-randn_like(x) -> unit normal noise. stop_sigma cuts the levels below it (see schedules.truncate). A step to 0 arrives at D.
+randn_like(x) -> unit normal noise. stop_sigma cuts the levels below it (see schedules.truncate). The step to 0 arrives at D, other coordinates of heun's aside.
 All raise ValueError for keys out of range, before the first call of the denoiser; check() does only that."""
 
 import math
@@ -95,8 +95,9 @@ def heun(denoise, x, sigmas, randn_like, *, S_churn=0.0, S_min=0.0, S_max=math.i
 
     S_churn, S_min, S_max, S_noise: how much noise is added on the way, between which levels, and its scale.
     alpha: where in a step the second slope is taken; 1 is Heun's method, 2/3 Ralston's and 1/2 the midpoint's.
-    schedule, scaling: pieces of schedules.TIMES and SCALINGS or their names: what the steps are straight in. With the defaults
-    that is dx/dsigma = (x - D) / sigma; with others, the last step of the full range reaches D to the published formula only.
+    schedule, scaling: pieces of schedules.TIMES and SCALINGS or their names: the coordinates in which a step is straight. By
+    default dx/dsigma = (x - D) / sigma. In others the step to 0 is Euler's too, as published, so it ends beside D; with stop_sigma
+    it ends at D.
     2T - 1 evaluations where sigmas[-1] is 0: the slope has no value there, so no correction."""
     if not 0 < alpha <= 1:
         raise ValueError(f'alpha must be above 0 and at most 1, got {alpha:g}')
@@ -114,6 +115,9 @@ def heun(denoise, x, sigmas, randn_like, *, S_churn=0.0, S_min=0.0, S_max=math.i
 
 def _walk(flow, step, x, sigmas, randn_like, churn, stop_sigma):
     """Takes x down the levels with step(state, t, next t), in the coordinates of the flow."""
+    for name, value in churn._asdict().items():
+        if not value >= 0:
+            raise ValueError(f'{name} must not be negative, got {value:g}')
     num_steps = len(sigmas) - 1  # of the full range: truncation does not change the churn of the steps that are left
     stops_at_mean = stop_sigma >= sigmas[sigmas > 0][-1]
     sigmas = truncate(sigmas, stop_sigma)
@@ -161,7 +165,8 @@ def ddim(denoise, x, sigmas, randn_like, *, eta=0.0, clip=False, stop_sigma=0.0)
     """DDIM on x = x_vp sqrt(1 + sigma^2), alpha_bar = 1 / (1 + sigma^2): Song et al. 2020, equation 12. T evaluations.
 
     x' = D + sqrt(sigma'^2 - tau^2) (x - D) / sigma + tau noise, with tau = eta sigma' sqrt(1 - sigma'^2 / sigma^2).
-    eta: 0 draws no noise and is Euler's method in sigma; 1 is `ancestral` with the small variance. clip: D to [-1,1]."""
+    eta: 0 draws no noise and is Euler's method in sigma, which may also walk up (encoding); 1 is `ancestral` with the small
+    variance. clip: D to [-1,1]."""
     if not 0 <= eta <= 1:
         raise ValueError(f'eta must be between 0 and 1, got {eta:g}')
     sigmas = truncate(sigmas, stop_sigma)
@@ -190,7 +195,7 @@ def ancestral(denoise, x, sigmas, randn_like, *, variance='auto', clip=False, st
         small = end.square() * _fresh(start, end)
         large_to_small = (1 + end.square()) / (1 + start.square()) * (start / end).square()
         # A step to 0 adds no noise, whatever its variance.
-        std = (small * large_to_small ** share).sqrt() if end > 0 else 0.0
+        std = small.sqrt() * (large_to_small.log() / 2 * share).exp() if end > 0 else 0.0
         x = D + (end / start).square() * (x - D) + std * randn_like(x)
     return x
 

@@ -117,7 +117,7 @@ def iddpm(num_steps, *, sigma_min=0.002, sigma_max=81.0, C_1=0.001, C_2=0.008, M
     return _ending_in_zero(levels[places.round().long()])
 
 
-def explicit(num_steps=None, *, sigmas=None, sigma_min=0.0, sigma_max=math.inf):
+def explicit(num_steps, *, sigmas=None, sigma_min=0.0, sigma_max=math.inf):
     """The levels that are given: such as 80|10|1|0.1 on the command line, or numbers; the 0 at the end is added.
 
     num_steps: None or their count. Raises ValueError where they do not fall or leave the range [sigma_min, sigma_max]."""
