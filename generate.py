@@ -15,11 +15,12 @@ from tqdm import tqdm
 
 from torch_utils import distributed
 from torch_utils.command_line import Command, IntList, version_option
-from training import generation, hub, images, samplers
+from training import generation, hub, images, registry, samplers, schedules
 from training import guidance as guide
 from training import labels as label_sources
+from training.registry import Spec
 
-GRID_IMAGES = 64
+GRID_IMAGES, STEPS = 64, 18
 PRECISIONS = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
 
 
@@ -51,19 +52,27 @@ POSITIVE, COUNT = click.FloatRange(min=0), click.IntRange(min=1)
 @click.option('--gnet-weights', metavar='WHICH', default='ema', show_default=True, help='The same for --gnet')
 @click.option('--batch', '--batch-size', '--max-batch-size', metavar='INT', type=COUNT, default=64, show_default=True,
               help='Images at a time on each rank; changes no image')
-@click.option('--steps', metavar='INT', type=COUNT, default=18, show_default=True,
-              help='Sampling steps N; 2N - 1 network evaluations')
-@click.option('--sigma-min', metavar='FLOAT', type=float, help='Lowest noise level  [default: 0.002, or the network\'s own]')
-@click.option('--sigma-max', metavar='FLOAT', type=float, help='Highest noise level  [default: 80, or the network\'s own]')
-@click.option('--rho', metavar='FLOAT', type=float, default=7, show_default=True, help='Exponent of the noise levels')
-@click.option('--S-churn', '--s-churn', 'S_churn', metavar='FLOAT', type=POSITIVE, default=0, show_default=True,
-              help='Strength of the noise added on the way; 0 is deterministic')
-@click.option('--S-min', '--s-min', 'S_min', metavar='FLOAT', type=POSITIVE, default=0, show_default=True,
-              help='Lowest level that gets such noise')
-@click.option('--S-max', '--s-max', 'S_max', metavar='FLOAT', type=POSITIVE, default='inf', show_default=True,
-              help='Highest level that gets such noise')
-@click.option('--S-noise', '--s-noise', 'S_noise', metavar='FLOAT', type=POSITIVE, default=1, show_default=True,
-              help='Scale of such noise')
+@click.option('--sampler', '--solver', metavar='|'.join(samplers.STEPPERS) + '[:k=v]', type=Spec(samplers.STEPPERS), default='heun',
+              show_default=True, help='What walks down the noise levels, with its keys')
+@click.option('--levels', '--disc', metavar='|'.join(schedules.SCHEDULES) + '[:k=v]', type=Spec(schedules.SCHEDULES), default='edm',
+              show_default=True, help='The noise levels, with their keys, such as explicit:sigmas=80|10|1')
+@click.option('--steps', metavar='INT', type=COUNT,
+              help=f'Sampling steps N; heun evaluates the network 2N - 1 times, the others N times  [default: {STEPS}]')
+@click.option('--sigma-min', metavar='FLOAT', type=float, help='Key of --levels: the lowest  [default: its own, or the network\'s]')
+@click.option('--sigma-max', metavar='FLOAT', type=float, help='Key of --levels: the highest  [default: its own, or the network\'s]')
+@click.option('--rho', metavar='FLOAT', type=float, help='Key of --levels=edm: their exponent  [default: 7]')
+@click.option('--S-churn', '--s-churn', 'S_churn', metavar='FLOAT', type=POSITIVE,
+              help='Key of --sampler=heun or euler: strength of the noise added on the way  [default: 0, deterministic]')
+@click.option('--S-min', '--s-min', 'S_min', metavar='FLOAT', type=POSITIVE, help='The lowest level that gets such noise  [default: 0]')
+@click.option('--S-max', '--s-max', 'S_max', metavar='FLOAT', type=POSITIVE, help='The highest level that gets it  [default: inf]')
+@click.option('--S-noise', '--s-noise', 'S_noise', metavar='FLOAT', type=POSITIVE, help='Scale of such noise  [default: 1]')
+@click.option('--schedule', type=click.Choice(list(schedules.TIMES)),
+              help='Key of --sampler=heun or euler: sigma(t), in whose t the steps are straight  [default: linear]')
+@click.option('--scaling', type=click.Choice(list(samplers.SCALINGS)),
+              help='Key of --sampler=heun or euler: the scale of the state on the way  [default: none]')
+@click.option('--stop-sigma', metavar='FLOAT', type=POSITIVE,
+              help='End with the mean E[x_0 | x] at the last level that is not below this, for models of noisy images only  [default: 0]')
+@click.option('--stop-variance', metavar='FLOAT', type=POSITIVE, help='The same, as the square of the level')
 @click.option('--precision', type=click.Choice(list(PRECISIONS)),
               help='Inside the network; the sampler is float64  [default: as the network was saved]')
 @click.option('--compile', is_flag=True,
@@ -89,7 +98,7 @@ def run(network, outdir, seeds, subdirs, format, grid, skip_existing, weights, g
     load = functools.partial(load_network, device=distributed.pick_device(device), precision=precision, compile=compile)
     net = load(network, weights=weights)
     guidance = pick_guidance(net, load(gnet, weights=gnet_weights) if gnet else None, guidance, guidance_interval)
-    pieces = {'labels': pick_labels(net, seeds, labels, class_idx), 'guidance': guidance, 'num_steps': steps,
+    pieces = {'labels': pick_labels(net, seeds, labels, class_idx), 'guidance': guidance,
               **sampler_pieces(net, steps, **sampler)}
     files = images.Files(outdir, pick_format(format, net), subdirs)
     missing = distributed.from_rank0(find_missing, files, seeds, net, skip_existing)
@@ -152,18 +161,43 @@ def find_missing(files, seeds, net, skip_existing):
     return missing
 
 
-def sampler_pieces(net, steps, sigma_min, sigma_max, rho, **stepper):
-    """{schedule, stepper} with their options bound; what they or the network refuse is found before any file is written."""
-    levels = {'sigma_min': sigma_min, 'sigma_max': sigma_max, 'rho': rho}
-    schedule = functools.partial(samplers.edm, **{key: value for key, value in levels.items() if value is not None})
+def sampler_pieces(net, steps, sampler, levels, sigma_min, sigma_max, rho, stop_sigma, stop_variance, **keys):
+    """{schedule, num_steps, stepper} with their options bound; what they or the network refuse is found before any file is written."""
+    if stop_sigma is not None and stop_variance is not None:
+        raise click.ClickException('--stop-sigma and --stop-variance are the same option, as a level and as its square; give one of them')
+    keys['stop_sigma'] = stop_sigma if stop_variance is None else math.sqrt(stop_variance)
+    schedule = combine('levels', levels, schedules.SCHEDULES, {'sigma_min': sigma_min, 'sigma_max': sigma_max, 'rho': rho})
+    stepper = combine('sampler', sampler, samplers.STEPPERS, keys)
+    steps = steps or registry.parameters(schedule).get('num_steps', STEPS)  # levels that are given know their number
     try:
-        generation.noise_levels(net, schedule, steps)
+        sigmas = generation.noise_levels(net, schedule, steps)
     except ValueError as err:
-        raise click.ClickException(f'--sigma-min, --sigma-max, --rho: {err}') from None
-    for key, value in stepper.items():
+        raise click.ClickException(f'--levels={levels} with its keys: {err}') from None
+    try:
+        stepper = generation.with_time(net, schedule, stepper, sigmas)
+        samplers.check(stepper, sigmas)
+    except ValueError as err:
+        raise click.ClickException(f'--sampler={sampler} with its keys: {err}') from None
+    if stepper.keywords.get('variance') == 'learned' and net.output_multiple < 2:
+        raise click.ClickException(f'--sampler={sampler}: the network gives no variance; choose variance=small or large')
+    return {'schedule': schedule, 'num_steps': steps, 'stepper': stepper}
+
+
+def combine(slot, spec, pieces, keys):
+    """The piece that --slot=SPEC names, with keys that have an option of their own; refuses what it does not take or was told twice."""
+    name, told = registry.parse(spec)
+    accepted = registry.parameters(pieces[name])
+    keys = {key: value for key, value in keys.items() if value is not None}
+    for key, value in keys.items():
+        option = f'--{key.replace("_", "-")}={value}'
+        if key not in accepted:
+            raise click.ClickException(f'{option} is no key of --{slot}={name}, which takes {", ".join(accepted)}')
+        if key in told:
+            raise click.ClickException(f'{option} and --{slot}={spec}: "{key}" is given twice')
+    for key, value in {**told, **keys}.items():
         if value != value:
-            raise click.ClickException(f'--{key}=nan: give a number')
-    return {'schedule': schedule, 'stepper': functools.partial(samplers.heun, **stepper)}
+            raise click.ClickException(f'--{slot}={name}: "{key}" is nan; give a number')
+    return functools.partial(registry.build(spec, pieces, f'--{slot}'), **keys)
 
 
 class FirstImages:

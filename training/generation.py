@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Seeds to images: one random generator a seed, so that an image is a function of its seed and of nothing else in the batch."""
 
+import functools
+import math
 from typing import NamedTuple
 
 import torch
 
-from training import images, registry, samplers
+from training import images, registry, samplers, schedules
 from training.guidance import Guidance, Guided, check
 from training.labels import uniform
 
@@ -125,15 +127,28 @@ class ConditionedDenoiser:
 
 
 def noise_levels(net, schedule, num_steps):
-    """The schedule's levels within the network's range, rounded to levels that it knows; float64 [num_steps + 1], ending in 0."""
-    chosen = registry.parameters(schedule)
-    limits = {}
-    if 'sigma_min' in chosen:
-        limits['sigma_min'] = max(chosen['sigma_min'], net.sigma_min)
-    if 'sigma_max' in chosen:
-        limits['sigma_max'] = min(chosen['sigma_max'], net.sigma_max)
-    levels = schedule(num_steps, **limits)
+    """The schedule's levels within the network's range, rounded to levels that it knows; float64 [T + 1], ending in 0."""
+    levels = schedule(num_steps, **sigma_range(net, schedule))
     return torch.cat([ConditionedDenoiser(net).round_sigma(levels[:-1]), levels[-1:]])
+
+
+def sigma_range(net, schedule):
+    """{sigma_min, sigma_max} of a schedule (those that it has), cut to the network's."""
+    chosen, cut = registry.parameters(schedule), {'sigma_min': max, 'sigma_max': min}
+    return {key: limit(chosen[key], getattr(net, key)) for key, limit in cut.items() if key in chosen}
+
+
+def with_time(net, schedule, stepper, sigmas):
+    """The stepper, its sigma(t) fitted to the schedule's range where it has one by name, and to the levels where that has no bounds.
+
+    Raises ValueError for a range that the curve does not join."""
+    name = stepper.keywords.get('schedule')
+    if name is None:
+        return stepper
+    ends = sigma_range(net, schedule)
+    if not 0 < ends['sigma_min'] <= ends['sigma_max'] < math.inf:
+        ends = {'sigma_min': float(sigmas[-2]), 'sigma_max': float(sigmas[0])}
+    return functools.partial(stepper, schedule=registry.build(name, schedules.TIMES, '--schedule', **ends))
 
 
 def resolution(net):
