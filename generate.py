@@ -168,7 +168,7 @@ def sampler_pieces(net, steps, sampler, levels, sigma_min, sigma_max, rho, stop_
     keys['stop_sigma'] = stop_sigma if stop_variance is None else math.sqrt(stop_variance)
     schedule = combine('levels', levels, schedules.SCHEDULES, {'sigma_min': sigma_min, 'sigma_max': sigma_max, 'rho': rho})
     stepper = combine('sampler', sampler, samplers.STEPPERS, keys)
-    steps = steps or registry.parameters(schedule).get('num_steps', STEPS)  # levels that are given know their number
+    steps = steps or (None if 'sigmas' in registry.parameters(schedule) else STEPS)  # levels that are given are their own number
     try:
         sigmas = generation.noise_levels(net, schedule, steps)
     except ValueError as err:

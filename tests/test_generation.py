@@ -2,21 +2,16 @@
 """Seeds to images: published draws and pictures; pixels that depend on the seed alone; files, grids and what is refused."""
 
 import functools
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import pytest
 import torch
-from click.testing import CliRunner
 from safetensors.torch import load_file
-from unets import all_images, golden_network, tiny
+from unets import all_images, contents, golden_network, launch, run, tiny
 
-import generate
 from training import generation, hub, images, labels, samplers
 
 ROOT = Path(__file__).parent.parent
@@ -151,14 +146,6 @@ def folders(tmp_path_factory):
     return root
 
 
-def run(folder, outdir, *options):
-    return CliRunner().invoke(generate.main, [f'--network={folder}', f'--outdir={outdir}', '--steps=2', *options])
-
-
-def contents(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(Path(folder).rglob('*')) if path.is_file()}
-
-
 def test_greyscale_images_are_saved(folders, tmp_path):
     """Published: fromarray of [H,W,1] raises TypeError."""
     result = run(folders / 'grey', tmp_path / 'out', '--seeds=0-2')
@@ -248,12 +235,6 @@ def test_sample_grid_for_the_training_loop(tmp_path):
     assert pixels.shape == (134, 134, 3)
     expected = generation.to_uint8(all_images(tiny(3), range(4), num_steps=2))
     assert np.array_equal(pixels[68:132:8, 2:66:8].transpose(2, 0, 1), expected[2])
-
-
-def launch(ranks, *args):
-    launcher = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={ranks}'] if ranks > 1 else []
-    return subprocess.run([sys.executable, *launcher, 'generate.py', *args], cwd=ROOT, capture_output=True, text=True,
-                          env={**os.environ, 'CUDA_VISIBLE_DEVICES': ''})
 
 
 def test_two_ranks_write_the_images_of_one(folders, tmp_path):

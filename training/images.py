@@ -3,6 +3,7 @@
 
 import collections
 import concurrent.futures
+import io
 import math
 import os
 import re
@@ -17,6 +18,7 @@ from dnnlib.util import replacing
 GRID_CELL = 64  # images smaller than this are enlarged in grids by a whole factor, so that single pixels can be seen
 GRID_GAP = 2  # pixels between the images of a grid
 GRID_BACKGROUND = 255
+PNG_END = b'IEND\xaeB`\x82'
 
 
 def is_picture(channels, units=None):
@@ -45,8 +47,11 @@ def write_npz(path, image, **facts):
 def read(path):
     """The image in a file of write_png, write_npy or write_npz: [C,H,W]. Raises OSError or ValueError for what is no whole one."""
     if path.endswith('.png'):
-        with PIL.Image.open(path) as picture:
-            array = np.asarray(picture)
+        with open(path, 'rb') as f:
+            data = f.read()
+        if not data.endswith(PNG_END):  # Pillow does not mind
+            raise ValueError(f'{path}: no whole PNG')
+        array = np.array(PIL.Image.open(io.BytesIO(data)))
         return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
     try:
         with open(path, 'rb') as f:
