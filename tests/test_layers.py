@@ -29,7 +29,7 @@ FLOORS = {
     **dict.fromkeys(['training.configuration', 'training.training_loop'], 8),
     **dict.fromkeys(['checkpoint_tool', 'dataset_tool', 'eval_fid', 'generate', 'plot_run', 'train', 'benchmarks.consistency_bias',
                      'benchmarks.consistency_toys', 'benchmarks.data_loading',
-                     'benchmarks.outliers', 'benchmarks.penalty_bias', 'examples.demo'], 9),
+                     'benchmarks.outliers', 'benchmarks.penalty_bias', 'benchmarks.sampling', 'examples.demo'], 9),
 }
 SHARED_FLOORS = (0, 1)
 SCRIPTS = 9
