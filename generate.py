@@ -75,7 +75,7 @@ POSITIVE, COUNT = click.FloatRange(min=0), click.IntRange(min=1)
 @click.option('--stop-variance', metavar='FLOAT', type=POSITIVE, help='The same, as the square of the level')
 @click.option('--precision', type=click.Choice(list(PRECISIONS)),
               help='Inside the network; the sampler is float64  [default: as the network was saved]')
-@click.option('--compile', is_flag=True,
+@click.option('--compile', metavar='[BOOL]', type=bool, is_flag=False, flag_value=True, default=False, show_default=True,
               help='Compile the U-Net (torch.compile): a minute or so at the start, faster after; changes pixels a little')
 @click.option('--threads', metavar='INT', type=COUNT, help='CPU threads of each rank; equal pixels need equal threads')
 @click.option('--device', metavar='DEVICE',

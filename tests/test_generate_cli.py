@@ -2,6 +2,7 @@
 """generate.py's options for samplers, guidance and labels: published values and names, combinations, what is refused."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -9,10 +10,10 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
 from tiny import make_zip
-from unets import DATA, all_images, contents, golden_network, launch, refused, run, tiny
+from unets import DATA, ROOT, all_images, contents, golden_network, launch, refused, run, tiny
 
 import generate
-from training import generation, hub, labels, samplers, schedules
+from training import generation, guidance, hub, labels, registry, samplers, schedules
 from training.guidance import Guidance
 
 
@@ -182,6 +183,16 @@ def test_pixels_do_not_depend_on_batch_and_ranks(folders, tmp_path):
     assert contents(tmp_path / '64') == contents(tmp_path / '3') == contents(tmp_path / 'ranks') and len(contents(tmp_path / '3')) == 7
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which('g++'), reason='torch.compile needs a C++ compiler on the CPU')
+@pytest.mark.parametrize('how', ['--compile', '--compile=true'])
+def test_compiled_images_are_close(folders, tmp_path, how):
+    found, _ = arrays(folders / 'dropout', tmp_path / 'a', '--guidance=2', how, steps=4)
+    expected, _ = arrays(folders / 'dropout', tmp_path / 'b', '--guidance=2', steps=4)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    assert not torch.equal(found, expected)
+
+
 @pytest.mark.parametrize('kind, options, words', [
     ('rgb', ['--sampler=rk45'], 'choose from ancestral, ddim'),
     ('rgb', ['--sampler=heun:order=3'], 'has no key "order"'),
@@ -221,3 +232,18 @@ def test_refused(folders, tmp_path, kind, options, words):
     result = CliRunner().invoke(generate.main, [f'--network={folders / kind}', f'--outdir={tmp_path / "out"}', *options])
     assert words in refused(result)
     assert not (tmp_path / 'out').exists() or not contents(tmp_path / 'out')
+
+
+def test_the_docs_list_every_piece_and_key():
+    text = (ROOT / 'docs' / 'sampling.md').read_text(encoding='utf-8')
+    rows = {line.split('`')[1]: line for line in text.splitlines() if line.startswith('| `') and not line.startswith('| `--')}
+    assert rows.keys() == samplers.STEPPERS.keys() | schedules.SCHEDULES.keys()
+    assert [line.split('`')[1] for line in text.splitlines() if line.startswith('| `--')] == ['--levels', '--sampler']
+    for pieces in (samplers.STEPPERS, schedules.SCHEDULES):
+        for name, piece in pieces.items():
+            keys = registry.parameters(piece).keys() - {'stop_sigma'}
+            hidden = {'euler': {'S_churn', 'S_min', 'S_max', 'S_noise', 'schedule', 'scaling'},  # "the same"
+                      'explicit': {'sigma_min', 'sigma_max'}}.get(name, set())
+            assert all(key in rows[name] for key in keys - hidden), name
+    low, high = guidance.interval('t:0,800')
+    assert f'`t:0,800` is sigma up to {high:.2f}' in text and low == 0

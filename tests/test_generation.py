@@ -81,6 +81,22 @@ def test_pixels_do_not_depend_on_the_batch(label_dim):
     assert expected.flatten(1).unique(dim=0).shape[0] == 11
 
 
+@pytest.mark.parametrize('case, precond', [('edm_adm_cond', 'edm'), ('edm_ddpmpp_cond_aug', 'edm'), ('edm_ncsnpp_cond_aug', 'edm'),
+                                           ('iddpm_song', 'iddpm')])
+def test_pixels_of_the_published_architectures_do_not_depend_on_the_batch(case, precond):
+    net = golden_network(case, precond)
+    images = {batch: all_images(net, range(7), batch=batch, stepper=CHURN, num_steps=2) for batch in (1, 3, 64)}
+    assert torch.equal(images[1], images[3]) and torch.equal(images[1], images[64])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+def test_pixels_on_a_gpu_are_at_most_a_grey_level_apart():
+    net = golden_network('edm_ddpmpp_cond_aug').cuda()
+    pixels = {batch: generation.to_uint8(all_images(net, range(11), batch=batch, stepper=CHURN)).int() for batch in (1, 3, 64)}
+    assert max((pixels[1] - pixels[batch]).abs().max() for batch in (3, 64)) <= 1
+
+
 def test_ranks_share_the_seeds_and_change_nothing():
     net = tiny(label_dim=3)
     alone = {seed: (image, label) for part in generation.generate_images(net, range(7), num_steps=2)
