@@ -405,6 +405,22 @@ def test_evaluations_and_draws(name):
 
 
 @pytest.mark.parametrize('name', VARIANTS)
+def test_the_denoiser_hears_where_a_step_starts(name):
+    """Before its evaluations, and before churn raises the level."""
+    class Listener(Mixture):
+        def begin_step(self, sigma):
+            self.levels.append(('from', sigma.item()))
+
+    stepper, keys = VARIANTS[name]
+    denoise, sigmas = Listener(), samplers.edm(4)
+    noise = path_noise(GOLDEN['latents'].shape, 4)
+    samplers.STEPPERS[stepper](denoise, GOLDEN['latents'] * 80, sigmas, replay(noise), **keys)
+    starts = [i for i, level in enumerate(denoise.levels) if isinstance(level, tuple)]
+    assert [denoise.levels[i][1] for i in starts] == sigmas[:-1].tolist()
+    assert starts == ([0, 3, 6, 9] if stepper == 'heun' else [0, 2, 4, 6])
+
+
+@pytest.mark.parametrize('name', VARIANTS)
 def test_equal_levels_are_steps_of_no_length(name):
     """A network with few levels rounds two neighbours of a schedule to one."""
     stepper, keys = VARIANTS[name]

@@ -2,12 +2,12 @@
 """Sampling is a schedule times a stepper: a stepper walks x down any falling noise levels, by calling a denoiser.
 
 A stepper is called as (denoise, x, sigmas, randn_like, *, stop_sigma, and its own keys) and returns x at sigmas[-1]:
-denoise(x, sigma) -> D = E[x_0 | x] in any float dtype, sigma 0-dim float64; the methods round_sigma, outputs and begin_step(sigma)
-may be there, of which the last is told the level at which each step of more than one evaluation starts;
-x: [N,C,H,W], float64, x_0 + sigma * noise at sigma = sigmas[0]. sigmas: float64 [T+1] on the CPU, falling, as a rule to 0;
+denoise(x, sigma) -> D = E[x_0 | x] in any float dtype, for a 0-dim float64 sigma on the CPU. Where it has them, its methods
+round_sigma(sigma), outputs(x, sigma) and begin_step(sigma), at the level where each step starts, are called.
+x: [N,C,H,W], float64: x_0 + sigma * noise at sigma = sigmas[0]. sigmas: float64 [T+1] on the CPU, falling, as a rule to 0.
 randn_like(x) -> unit normal noise. stop_sigma cuts the levels below it (see schedules.truncate). The step to 0 arrives at D,
-other coordinates of heun's aside.
-All raise ValueError for keys out of range, before the first call of the denoiser; check() does only that."""
+other coordinates of euler and heun aside.
+Keys out of range raise ValueError, and unknown names click.ClickException, before anything is evaluated: check() does only that."""
 
 import math
 from typing import NamedTuple
@@ -125,9 +125,7 @@ def _walk(flow, step, x, sigmas, randn_like, churn, stop_sigma):
     sigmas = truncate(sigmas, stop_sigma)
     times = flow.schedule.time(sigmas)
     state = flow.scale(sigmas[0]) * x
-    begin_step = getattr(flow.denoise, 'begin_step', lambda level: None)
-    for sigma, t, end in zip(sigmas[:-1], times[:-1], times[1:]):
-        begin_step(sigma)
+    for (sigma, _), t, end in zip(_steps(flow.denoise, sigmas), times[:-1], times[1:]):
         if churn.S_churn > 0:
             # Drawn even where gamma is 0, so that a seed's noise at one step does not depend on S_min and S_max.
             noise = churn.S_noise * randn_like(x)
@@ -139,11 +137,11 @@ def _walk(flow, step, x, sigmas, randn_like, churn, stop_sigma):
 def dpmpp_2m(denoise, x, sigmas, randn_like, *, stop_sigma=0.0):
     """DPM-Solver++(2M): second order from T evaluations, by the D of the step before. Lu et al. 2022, algorithm 2.
 
-    In lambda = -ln sigma the ODE is d(x / sigma) = D d(1 / sigma), solved exactly for a D that is linear in lambda. The first step
-    is of first order, and so is the one to 0, where lambda has no value. Draws no noise."""
+    A step solves d(x / sigma) = D d(1 / sigma) with one D, extrapolated in lambda = -ln sigma to the middle of the step. The first
+    step is of first order, and so is the one to 0, where lambda has no value. Draws no noise."""
     sigmas = truncate(sigmas, stop_sigma)
     before, length_before = None, 0.0
-    for start, end in zip(sigmas[:-1], sigmas[1:]):
+    for start, end in _steps(denoise, sigmas):
         D, length = _mean(denoise, x, start), (start / end).log()
         target = D
         if length_before > 0 and end > 0:
@@ -159,7 +157,7 @@ def sde(denoise, x, sigmas, randn_like, *, stop_sigma=0.0):
 
     The step to 0 goes to D, not to the 2 D - x that the rule would give there."""
     sigmas = truncate(sigmas, stop_sigma)
-    for start, end in zip(sigmas[:-1], sigmas[1:]):
+    for start, end in _steps(denoise, sigmas):
         D, noise = _mean(denoise, x, start), randn_like(x)
         x = ambient.reverse_step(x, D, start, end, noise) if end > 0 else D
     return x
@@ -174,7 +172,7 @@ def ddim(denoise, x, sigmas, randn_like, *, eta=0.0, clip=False, stop_sigma=0.0)
     if not 0 <= eta <= 1:
         raise ValueError(f'eta must be between 0 and 1, got {eta:g}')
     sigmas = truncate(sigmas, stop_sigma)
-    for start, end in zip(sigmas[:-1], sigmas[1:]):
+    for start, end in _steps(denoise, sigmas):
         D = _clipped(_mean(denoise, x, start), clip)
         share = eta ** 2 * _fresh(start, end)  # tau^2 / sigma'^2
         x = D + end * (1 - share).sqrt() / start * (x - D)
@@ -193,7 +191,7 @@ def ancestral(denoise, x, sigmas, randn_like, *, variance='auto', clip=False, st
     if variance not in VARIANCES:
         raise ValueError(f'variance={variance}: choose from {", ".join(VARIANCES)}')
     sigmas = truncate(sigmas, stop_sigma)
-    for start, end in zip(sigmas[:-1], sigmas[1:]):
+    for start, end in _steps(denoise, sigmas):
         D, share = _mean_and_share(denoise, x, start, variance)
         D = _clipped(D, clip)
         small = end.square() * _fresh(start, end)
@@ -215,6 +213,14 @@ def _mean_and_share(denoise, x, sigma, variance):
     if variance == 'learned':
         raise ValueError('variance=learned: the network gives no variance; choose small or large')
     return D.to(x.dtype), 0.0
+
+
+def _steps(denoise, sigmas):
+    """The pairs (level, next level), each announced to the denoiser."""
+    begin_step = getattr(denoise, 'begin_step', lambda sigma: None)
+    for start, end in zip(sigmas[:-1], sigmas[1:]):
+        begin_step(start)
+        yield start, end
 
 
 def _fresh(start, end):
