@@ -123,7 +123,8 @@ class ConditionedDenoiser:
 
     def _padded(self, rows):
         """The rows, with rows of zeros up to the number of rows of a call."""
-        return torch.cat([rows, rows.new_zeros([self.rows - len(rows), *rows.shape[1:]])])
+        missing = self.rows - len(rows)
+        return torch.cat([rows, rows.new_zeros([missing, *rows.shape[1:]])]) if missing else rows
 
 
 def noise_levels(net, schedule, num_steps):
