@@ -38,6 +38,7 @@ def note(value, calls):
         calls.append(float(sigma))
         return torch.full_like(x, value)
     denoise.round_sigma = lambda sigma: sigma
+    denoise.outputs = lambda x, sigma: (denoise(x, sigma), x[:, :0])
     return denoise
 
 
@@ -144,6 +145,13 @@ def test_calls_of_the_guide(low, high):
     steps = inside(sigmas, low, high)
     main, guide = walk(sigmas, (low, high))
     assert len(main) == 35 and len(guide) == 2 * len(steps) - (17 in steps)
+
+
+@pytest.mark.parametrize('name', sorted(samplers.STEPPERS.keys() - {'heun'}))
+def test_steppers_of_one_evaluation_a_step(name):
+    sigmas = samplers.edm(18)
+    main, guide = walk(sigmas, (0.3, 1.0), samplers.STEPPERS[name])
+    assert main == sigmas[:-1].tolist() and guide == [main[i] for i in inside(sigmas, 0.3, 1.0)] != []
 
 
 def test_churn_does_not_move_the_decision():
