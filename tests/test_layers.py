@@ -12,7 +12,8 @@ PACKAGES = ('dnnlib', 'torch_utils', 'training', 'metrics')
 # A module imports only from lower floors. Two packages are one floor each, and their modules may import each other.
 FLOORS = {
     **dict.fromkeys(['dnnlib', 'dnnlib.util'], 0),
-    **dict.fromkeys(['torch_utils', 'torch_utils.checkpoint', 'torch_utils.command_line', 'torch_utils.distributed', 'torch_utils.misc',
+    **dict.fromkeys(['torch_utils', 'torch_utils.checkpoint', 'torch_utils.command_line', 'torch_utils.distributed',
+                     'torch_utils.legacy_pickle', 'torch_utils.misc', 'torch_utils.pickle_machine',
                      'torch_utils.training_stats'], 1),
     **dict.fromkeys(['training', 'metrics', 'training.registry', 'training.images', 'training.run_folder', 'metrics.statistics'], 2),
     **dict.fromkeys(['training.ambient', 'training.augment', 'training.conditioning', 'training.corruption', 'training.ema',
