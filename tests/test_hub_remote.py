@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import click
+import edm_pickle
 import hub_server
 import pytest
 import tiny
@@ -162,3 +163,40 @@ def test_two_downloads_at_once_are_one(files):
     started = [subprocess.Popen([sys.executable, '-c', script], env={**os.environ, 'PYTHONPATH': str(tiny.ROOT)}) for _ in range(3)]
     assert [process.wait(timeout=100) for process in started] == [0, 0, 0]
     assert files.log == ['from 0']
+
+
+# --- from any of them to a run of one's own
+
+@pytest.fixture(scope='module')
+def source(tmp_path_factory):
+    """A snapshot of a short run on tiny data, and the folder of the data."""
+    folder = tmp_path_factory.mktemp('source')
+    data = tiny.make_zip(folder / 'data.zip')
+    tiny.call(*tiny.FLAGS, f'--outdir={folder / "runs"}', f'--data={data}', '--seed=5', '--duration=0.00008')
+    return next(tiny.only_folder(folder / 'runs').glob('network-snapshot-*')), data
+
+
+@pytest.mark.parametrize('kind', ['folder', 'hub', 'pickle', 'url'])
+def test_fine_tuning_as_published(source, tmp_path, kind):
+    """--transfer=REF, then --consistency_coeff: the run starts from those weights, all of them."""
+    snapshot, data = source
+    net = hub.load_network(snapshot)
+    (tmp_path / 'network.pkl').write_bytes(edm_pickle.snapshot(net, tmp_path / 'marker'))
+    repositories = {'owner/name': {'main': hub_server.files_of(snapshot)}}
+    with (hub_server.serve(hub_server.HubHandler, repositories=repositories) as server,
+          hub_server.serve(hub_server.FileHandler, content=(tmp_path / 'network.pkl').read_bytes(), tag='"one"', cuts=[]) as files):
+        ref = {'folder': snapshot, 'hub': 'owner/name', 'pickle': tmp_path / 'network.pkl', 'url': f'{files.url}/network.pkl'}[kind]
+        env = {**os.environ, 'OMP_NUM_THREADS': '1', 'HF_ENDPOINT': server.url, 'HF_HOME': str(tmp_path), 'AMBIENT_CACHE': str(tmp_path)}
+        # At such a learning rate the weights stay what they were, and the losses are those of the transferred network.
+        args = [*tiny.FLAGS, f'--outdir={tmp_path / "out"}', f'--data={data}', '--seed=6', '--duration=0.00008', f'--transfer={ref}',
+                '--consistency_coeff=0.5', '--num_consistency_steps=2', '--num_primes=2', '--lr=1e-30']
+        done = subprocess.run(tiny.command(args), env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    count = len(net.state_dict())
+    assert f'Transferred {count} of {count} tensors from {ref}' in done.stdout
+    run = tiny.only_folder(tmp_path / 'out')
+    found = hub.load_network(next(run.glob('training-state-*')), weights='raw').state_dict()
+    assert all(torch.allclose(found[key], value, rtol=0, atol=1e-20) for key, value in net.state_dict().items())
+    assert not (tmp_path / 'marker').exists()
+    losses = tiny.read_log(run)[-1]
+    assert any('consistency' in key for key in losses), losses

@@ -71,7 +71,7 @@ def _read_pickle(path, weights):
     name, arguments, state = legacy_pickle.read_network(path)
     if name not in PRECONDS:
         raise click.ClickException(f'{path}: holds a network of the class {ascii(name)}; those read are {", ".join(PRECONDS)}')
-    return {**arguments, 'precond': PRECONDS[name]}, state
+    return arguments | ({} if PRECONDS[name] == 'edm' else {'precond': PRECONDS[name]}), state
 
 
 def _read_folder(folder):
