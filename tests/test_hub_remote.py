@@ -189,7 +189,7 @@ def test_fine_tuning_as_published(source, tmp_path, kind):
         env = {**os.environ, 'OMP_NUM_THREADS': '1', 'HF_ENDPOINT': server.url, 'HF_HOME': str(tmp_path), 'AMBIENT_CACHE': str(tmp_path)}
         # At such a learning rate the weights stay what they were, and the losses are those of the transferred network.
         args = [*tiny.FLAGS, f'--outdir={tmp_path / "out"}', f'--data={data}', '--seed=6', '--duration=0.00008', f'--transfer={ref}',
-                '--consistency_coeff=0.5', '--num_consistency_steps=2', '--num_primes=2', '--lr=1e-30']
+                '--consistency_coeff=0.5', '--num_consistency_steps=2', '--num_primes=2', '--consistency_batch_size=8', '--lr=1e-30']
         done = subprocess.run(tiny.command(args), env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     count = len(net.state_dict())
