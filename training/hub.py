@@ -102,7 +102,7 @@ def save_network(net, folder, card=None):
     part, old = (os.path.join(parent, f'.{name}-{kind}-{uuid.uuid4().hex[:8]}') for kind in ('part', 'old'))
     os.makedirs(part)
     try:
-        _write_files(net, part, card)
+        write_files(net, part, card)
         if os.path.exists(folder):
             os.rename(folder, old)
         os.rename(part, folder)
@@ -112,7 +112,8 @@ def save_network(net, folder, card=None):
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _write_files(net, folder, card):
+def write_files(net, folder, card=None):
+    """Fills an empty folder with the three files of save_network."""
     state = {key: _portable(value) for key, value in net.state_dict().items()}
     with open(os.path.join(folder, WEIGHTS), 'wb') as f:
         f.write(safetensors.torch.save(state, metadata={'format': 'pt'}))

@@ -159,8 +159,10 @@ def _fetch_hub(ref, repo, revision):
 
 
 @contextlib.contextmanager
-def hub_errors(ref, revision):
-    """What the Hub's client raises, as one line that says what to do; of its attempts it tells nothing."""
+def hub_errors(ref, revision, refusal='no such folder here, and the Hugging Face Hub says'):
+    """What the Hub's client raises, as one line that says what to do; of its attempts it tells nothing.
+
+    refusal: how to begin the line about what is none of the known errors."""
     from huggingface_hub import utils as hub
     level = hub.logging.get_verbosity()
     hub.logging.set_verbosity_error()
@@ -176,7 +178,8 @@ def hub_errors(ref, revision):
                                    '(HF_HUB_OFFLINE?)') from None
     except hub.EntryNotFoundError:
         raise click.ClickException(f'{ref}: the repository lacks {CONFIG}, or both {WEIGHTS} and {OLD_WEIGHTS}') from None
-    except (OSError, hub.HFValidationError) as err:
-        raise click.ClickException(f'{ref}: no such folder here, and the Hugging Face Hub says: {first_line(err)}') from None
+    except (OSError, ValueError, *hub.HfHubHTTPError.__bases__) as err:  # the last are errors of whichever HTTP library it uses
+        raise click.ClickException(f'{ref}: {refusal}: {first_line(err)}') from None
     finally:
         hub.logging.set_verbosity(level)
+
