@@ -47,7 +47,7 @@ def export(ref, format, dest, weights):
 
 
 @main.command('push', cls=Command, help='Put REF into the repository NAME (owner/name) of the Hugging Face Hub, with a model card that '
-              "tells its options, metrics (*.fid.json in the run's folder) and samples. Needs a token: huggingface-cli login, or HF_TOKEN.")
+              "tells its options, metrics (*.fid.json in the run's folder) and samples. Needs a token: hf auth login, or HF_TOKEN.")
 @click.argument('ref', metavar='REF')
 @click.argument('name', metavar='NAME')
 @click.option('--private', is_flag=True, help='If the repository is made, make it private')

@@ -74,6 +74,8 @@ class HubHandler(Handler):
             self.server.repositories.setdefault(name, {'main': {}})
             self.server.private[name] = bool(asked.get('private') or asked.get('visibility') == 'private')
             return self.send_json({'url': f'{self.server.url}/{name}', 'name': name, 'id': name})
+        if path == '/api/validate-yaml':
+            return self.send_json({'errors': [], 'warnings': []})
         kind, repo, revision = re.fullmatch(r'/api/models/([^/]+/[^/]+)/(branch|preupload|commit)/(.+)', path).group(2, 1, 3)
         revisions = self.server.repositories[repo]
         if kind == 'branch':

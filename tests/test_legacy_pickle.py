@@ -267,7 +267,7 @@ def fuzz(path, count, seed, what, seconds):
     root = Path(__file__).parent.parent
     env = {**os.environ, 'PYTHONPATH': os.pathsep.join([str(root), str(root / 'tests')]), 'OMP_NUM_THREADS': '1'}
     done = subprocess.run([sys.executable, '-c', FUZZ, path, str(count), str(seed), what], capture_output=True, text=True, env=env,
-                          timeout=seconds)
+                          cwd=root, timeout=seconds)
     assert done.returncode == 0, done.stderr[-3000:]
     return int(done.stdout)
 
