@@ -94,7 +94,8 @@ def push(folder, name, private=False, revision=None):
     if not hub_files.HUB_NAME.fullmatch(name) or '@' in name:
         raise click.ClickException(f'{name}: a repository is called owner/name; its branch goes into --revision')
     api = huggingface_hub.HfApi()
-    with hub_files.hub_errors(name, revision, 'the Hugging Face Hub refuses (does the token of HF_TOKEN or "hf auth login" allow writing?)'):
+    refusal = 'the Hugging Face Hub refuses (does the token of HF_TOKEN or "hf auth login" allow writing?)'
+    with hub_files.hub_errors(name, revision, refusal):
         api.create_repo(name, private=private or None, exist_ok=True)
         if revision:
             api.create_branch(name, branch=revision, exist_ok=True)
