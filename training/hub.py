@@ -12,7 +12,7 @@ import click
 import safetensors.torch
 import torch
 
-from torch_utils import distributed
+from torch_utils import distributed, misc
 from training import hub_files, preconditioning
 from training.hub_files import CONFIG, WEIGHTS
 from training.model_card import model_card
@@ -31,7 +31,7 @@ def load_network(ref, device='cpu', weights='ema'):
     train.py --power-ema); all else holds one set of weights. Under torchrun every rank calls this, and one of each node fetches.
     Raises click.ClickException, in one line, for a reference that is none of these and weights that do not fit their config."""
     config, state = hub_files.read(str(ref), weights)
-    return _build(config, state, device, ref).eval().requires_grad_(False)
+    return _build(config, state, ref).to(device).eval().requires_grad_(False)
 
 
 def recipe(ref):
@@ -47,41 +47,52 @@ def show_recipe(ref):
                            '--dataset_keep_percentage={dataset_keep_percentage:g}'.format(**found))
 
 
-def _build(config, state, device, ref):
-    """The network of a config with the weights of a state dict; the shapes are compared before memory is taken for either."""
+def _build(config, state, ref):
+    """The network of a config with the weights of a state dict, made at no greater cost than these weights warrant."""
     try:
         _check_plausible(config, state)
-        with torch.device('meta'):
+        with misc.seeded('weights to be overwritten'), Allowance(2 * sum(tensor.numel() for tensor in state.values())):
             net = preconditioning.build_network(config)
     except click.ClickException as err:
         raise click.ClickException(f'{ref}: {err.message}') from None
-    except (RuntimeError, ArithmeticError, AttributeError, LookupError, AssertionError) as err:  # torch's words for strange numbers
+    except (RuntimeError, ArithmeticError, AttributeError, LookupError, AssertionError) as err:  # Python's words for strange numbers
         raise click.ClickException(f'{ref}: network configuration: {hub_files.first_line(err)}') from None
-    check_fit(net, state, ref)
-    net.to_empty(device=device).load_state_dict(state)
+    load_weights(net, state, ref)
     return net
 
 
+class Allowance(torch.overrides.TorchFunctionMode):
+    """In its context ValueError is raised before torch makes more than so many new values, and some for small constants."""
+
+    FACTORIES = (torch.empty, torch.ones, torch.rand, torch.randn, torch.zeros)
+
+    def __init__(self, values):
+        super().__init__()
+        self.left = values + 2 ** 20
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in self.FACTORIES:
+            shape = args[0] if args and not isinstance(args[0], int) else args
+            self.left -= math.prod(max(side, 1) for side in shape)
+            if self.left < 0:
+                raise ValueError('it asks for a far larger network than that of the weights here')
+        return func(*args, **(kwargs or {}))
+
+
 def _check_plausible(config, state):
-    """Refuses numbers that no network with so few weights has, which would take long to make layers of."""
-    values = sum(tensor.numel() for tensor in state.values())
+    """Refuses numbers that no network with such weights has: counts that exceed every tensor, more blocks than there are tensors."""
+    largest = max((tensor.numel() for tensor in state.values()), default=0)
     blocks, levels = config.get('num_blocks', 1), config.get('channel_mult', [])
     for key, value in config.items():
         numbers = [number for number in (value if isinstance(value, list) else [value]) if isinstance(number, int)]
-        if len(numbers) > max(len(state), 16) or any(abs(number) > max(values, 4096) for number in numbers):
-            raise click.ClickException(f'network configuration: {key} asks for a larger network than that of the {values} weights here')
+        if len(numbers) > max(len(state), 16) or any(abs(number) > max(largest, 4096) for number in numbers):
+            raise click.ClickException(f'network configuration: {key} asks for a far larger network than that of the weights here')
     if isinstance(blocks, int) and isinstance(levels, list) and blocks * max(len(levels), 1) > max(len(state), 16):
-        raise click.ClickException(f'network configuration: num_blocks={blocks} asks for more layers than the {len(state)} here')
+        raise click.ClickException(f'network configuration: num_blocks={blocks} asks for more layers than {len(state)} tensors make')
 
 
 def load_weights(net, state, ref):
     """Copies a state dict into a network. Raises click.ClickException with `ref` and the first few that differ."""
-    check_fit(net, state, ref)
-    net.load_state_dict(state)
-
-
-def check_fit(net, state, ref):
-    """Raises click.ClickException with `ref` where a state dict lacks names of the network's, has others, or other shapes."""
     own = net.state_dict()
     wrong = [f'{key} is missing' for key in own if key not in state]
     wrong += [f'{key} is unknown' for key in state if key not in own]
@@ -90,6 +101,7 @@ def check_fit(net, state, ref):
     if wrong:
         more = f', and {len(wrong) - 3} more' if len(wrong) > 3 else ''
         raise click.ClickException(f'{ref}: the weights do not fit the config: {"; ".join(wrong[:3])}{more}')
+    net.load_state_dict(state)
 
 
 def save_network(net, folder, card=None):
