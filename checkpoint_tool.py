@@ -1,22 +1,72 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes networks from what a run has stored.
+"""Makes networks from what a run has stored, in the layout that others want, and publishes them.
 
+python checkpoint_tool.py strip runs/00000-mix/training-state-200000.pt --dest=mix
+python checkpoint_tool.py push runs/00000-mix/network-snapshot-200000 owner/mix
 python checkpoint_tool.py ema runs/00000-mix --length=0.12 --dest=mix-0.12"""
 
 import os
+import tempfile
 
 import click
 
 from torch_utils.command_line import Command, Number, version_option
-from training import hub, posthoc
+from training import hub, posthoc, publish
 
 ROUGH = 0.05  # error of a profile that is worth a warning
+REF = "REF is a snapshot folder, a training-state .pt, EDM's .pkl, a URL or a Hugging Face name."
+weights_option = click.option('--weights', metavar='ema|raw|ema:WIDTH', default='ema', show_default=True,
+                              help='Which weights of a training state; ema:0.05 is a stored power-function average')
 
 
 @click.group()
 @version_option
 def main():
     """Work on the checkpoints of a run."""
+
+
+@main.command('strip', cls=Command, help=f'Write the weights of REF as a folder: config.json, model.safetensors, README.md. {REF}')
+@click.argument('ref', metavar='REF')
+@click.option('--dest', metavar='DIR', required=True, help='Folder for the network, which must not exist')
+@weights_option
+def strip(ref, dest, weights):
+    publish.export(ref, dest, weights)
+    click.echo(f'{dest}: the network of {ref}, {size_of(dest):.1f} MB')
+
+
+@main.command('export', cls=Command, help=f'Write REF as a folder for another program. {REF}')
+@click.argument('ref', metavar='REF')
+@click.option('--format', type=click.Choice(['diffusers', 'folder']), required=True,
+              help='diffusers: UNet2DModel and EDMEulerScheduler, for networks that these can be exactly (--arch=adm of full width, '
+              '--precond=edm); folder: as strip does')
+@click.option('--dest', metavar='DIR', required=True, help='Folder for the network, which must not exist')
+@weights_option
+def export(ref, format, dest, weights):
+    publish.export(ref, dest, weights, format)
+    click.echo(f'{dest}: the network of {ref} for {format}, {size_of(dest):.1f} MB')
+
+
+@main.command('push', cls=Command, help='Put REF into the repository NAME (owner/name) of the Hugging Face Hub, with a model card that '
+              "tells its options, metrics (*.fid.json in the run's folder) and samples. Needs a token: hf auth login, or HF_TOKEN.")
+@click.argument('ref', metavar='REF')
+@click.argument('name', metavar='NAME')
+@click.option('--private', is_flag=True, help='If the repository is made, make it private')
+@click.option('--revision', metavar='BRANCH', help='Branch, made where there is none  [default: main]')
+@click.option('--metrics', metavar='JSON', multiple=True, type=click.Path(exists=True, dir_okay=False),
+              help='Result of eval_fid.py to quote; may be given again')
+@click.option('--samples', metavar='PNG', type=click.Path(exists=True, dir_okay=False),
+              help='Picture for the card  [default: the samples-*.png of the snapshot]')
+@click.option('--dry-run', metavar='DIR', help='Write what would be uploaded to this new folder, and upload nothing')
+@weights_option
+def push(ref, name, private, revision, metrics, samples, dry_run, weights):
+    with tempfile.TemporaryDirectory() as parent:
+        folder = dry_run or os.path.join(parent, 'network')
+        with publish.new_folder(folder) as part:
+            found = publish.fill(part, hub.load_network(ref, weights=weights), ref, metrics, samples)
+        for what in ('samples', 'metrics'):
+            click.echo(f'{what}: {found[what] or "none found; give them with --" + what}')
+        address = None if dry_run else publish.push(folder, name, private, revision)
+    click.echo(f'{dry_run}: what would be pushed to {name}' if dry_run else f'pushed to {address}')
 
 
 @main.command('ema', cls=Command)
@@ -35,6 +85,11 @@ def reconstruct_ema(run, length, kimg, dest):
     click.echo(f'{dest}: EMA of length {length:g} from {len(used)} stored averages, whose profile is {error:.2%} off')
     if error > ROUGH:
         click.echo(f'Warning: {error:.0%} is far off; store more snapshots, or lengths nearer to {length:g} (train.py --snap, --power-ema)')
+
+
+def size_of(folder):
+    """Megabytes of the files in a folder."""
+    return sum(os.path.getsize(os.path.join(path, name)) for path, _, names in os.walk(folder) for name in names) / 1e6
 
 
 if __name__ == '__main__':

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Networks from folders, training states and the Hugging Face Hub; what is refused; what is written."""
+"""Networks from folders, training states, EDM's pickles and the Hugging Face Hub; what is refused; what is written."""
 
 import json
 import os
@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import click
+import edm_pickle
 import huggingface_hub
 import pytest
 import safetensors.torch
@@ -15,10 +16,11 @@ import torch
 from huggingface_hub import constants
 
 from torch_utils import misc
-from training import hub, preconditioning
+from training import hub, hub_files, preconditioning
 
 DATA = Path(__file__).parent / 'data'
 PUBLISHED = DATA / 'networks' / 'hf_ambient_laws'  # config.json + model.safetensors, as a current client of the Hub writes them
+PICKLE = DATA / 'hub' / 'edm_pickle'  # network-snapshot.pkl as EDM's own code wrote it, its source text left out, and its output
 OLD_CLIENT = DATA / 'hub' / 'old_client'  # config.json + pytorch_model.bin, the same weights
 CONFIG = {'img_resolution': [8, 16], 'img_channels': 2, 'label_dim': 3, 'model_type': 'SongUNet', 'model_channels': 16,
           'channel_mult': [1, 2], 'num_blocks': 1, 'attn_resolutions': [4], 'augment_dim': 9}
@@ -126,14 +128,27 @@ def test_published_config_with_infinity_is_read(tmp_path):
 def state():
     net, average = build(1), build(2)
     return {'options': {'network': net.config}, 'progress': {}, 'net': net.state_dict(), 'optimizer': {}, 'objective': {},
-            'ema': {'first': average.state_dict(), 'second': build(3).state_dict()}}
+            'ema': {'halflife': average.state_dict(), 'power_0.050': build(3).state_dict(), 'power_0.130': build(4).state_dict()}}
 
 
 def test_a_training_state_gives_its_first_average_or_its_raw_weights(tmp_path, state):
     path = tmp_path / 'pkl-like.name'  # published: what "pkl" stands in was taken for a pickle
     torch.save(state, path)
     assert torch.equal(output(hub.load_network(path)), output(build(2)))
-    assert torch.equal(output(hub.load_network(path, weights='raw')), output(build(1)))
+    for weights, seed in (('raw', 1), ('ema:0.05', 3), ('ema:.050', 3), ('ema:0.13', 4)):
+        assert torch.equal(output(hub.load_network(path, weights=weights)), output(build(seed)))
+    assert refused(path, weights='ema:0.1').endswith(
+        'holds no ema:0.100 weights; give --weights=ema or --weights=ema:0.050 or --weights=ema:0.130 or --weights=raw')
+
+
+def test_a_state_of_float32_samples_in_bfloat16(tmp_path, state):
+    torch.save(state, tmp_path / 'state.pt')
+    net = hub.load_network(tmp_path / 'state.pt')
+    expected = output(net)
+    net.compute_dtype = torch.bfloat16
+    found = output(net)
+    assert found.dtype == torch.float32 and not torch.equal(found, expected)
+    assert (found - expected).abs().max() < 0.05 * expected.abs().max()
 
 
 def test_buffers_that_are_not_averaged_are_the_networks_own(tmp_path, state):
@@ -167,12 +182,46 @@ def test_nothing_in_a_file_is_executed(tmp_path, state):
     torch.save({**state, 'progress': Payload()}, tmp_path / 'state.pt')
     assert 'cannot be read' in refused(tmp_path / 'state.pt')
     (tmp_path / 'network-snapshot.pkl').write_bytes(pickle.dumps({'ema': Payload()}))
-    assert "EDM's .pkl" in refused(tmp_path / 'network-snapshot.pkl')
+    assert 'mkdir, which is not read' in refused(tmp_path / 'network-snapshot.pkl')
     shutil.copytree(OLD_CLIENT, tmp_path / 'folder')
     torch.save({'weight': Payload()}, tmp_path / 'folder' / 'pytorch_model.bin')
     with pytest.raises(click.ClickException, match='cannot be read as plain tensors'):
         hub.load_network(tmp_path / 'folder')
     assert not (tmp_path / 'executed').exists()
+
+
+# --- EDM's pickles
+
+@pytest.mark.parametrize('config', [{}, {'precond': 'vp'}, {'precond': 've'}, {'precond': 'iddpm', 'M': 50, 'label_dim': 0},
+                                    {'model_type': 'DhariwalUNet', 'model_channels': 32, 'img_resolution': 8}])
+def test_a_pickle_becomes_a_folder(tmp_path, config):
+    net = build(**config)
+    net.config.pop('precond', None)  # which published constructors do not have
+    (tmp_path / 'a file').write_bytes(edm_pickle.snapshot(net, tmp_path / 'marker'))
+    found = hub.load_network(tmp_path / 'a file')
+    assert type(found) is type(net) and torch.equal(output(found), output(net))
+    hub.save_network(found, tmp_path / 'net')
+    assert torch.equal(output(hub.load_network(tmp_path / 'net')), output(net))
+    assert '--weights' in refused(tmp_path / 'a file', weights='raw') and not (tmp_path / 'marker').exists()
+
+
+def test_a_published_pickle_gives_the_published_output():
+    net = hub.load_network(PICKLE / 'network-snapshot.pkl')
+    io = safetensors.torch.load_file(PICKLE / 'io.safetensors')
+    error = (net(io['x'], io['sigma'], io['class_labels'], io['augment_labels']) - io['D']).abs().amax([1, 2, 3])
+    assert (error <= 2e-5 * io['sigma'].clamp(min=1)).all()
+
+
+def test_the_classes_of_pickles_are_those_of_this_program():
+    assert {kind.__name__: name for name, kind in preconditioning.PRECONDS.items()} == hub_files.PRECONDS
+
+
+def test_pickles_of_other_networks_are_refused(tmp_path):
+    path = tmp_path / 'net.pkl'
+    path.write_bytes(edm_pickle.snapshot(edm_pickle.EDMPrecond(), 'marker'))
+    assert 'weights here' in refused(path)
+    path.write_bytes(edm_pickle.snapshot(edm_pickle.Linear(), 'marker'))
+    assert 'without constructor arguments' in refused(path) or 'class' in refused(path)
 
 
 # --- refused folders and names
@@ -183,7 +232,7 @@ def test_folders_that_are_none_are_refused(tmp_path):
     assert 'network-snapshot-000010?' in refused(folder)
     inner = folder / 'network-snapshot-000010'
     assert '--weights' in refused(inner, weights='raw')
-    assert 'choose ema or raw' in pytest.raises(click.ClickException, hub.load_network, inner, weights='best').value.message
+    assert 'choose ema, raw' in pytest.raises(click.ClickException, hub.load_network, inner, weights='best').value.message
     (inner / 'model.safetensors').write_bytes(b'12345678')
     assert 'no whole safetensors file' in pytest.raises(click.ClickException, hub.load_network, inner).value.message
     (inner / 'model.safetensors').unlink()
@@ -210,8 +259,31 @@ def test_weights_that_do_not_fit_their_config(tmp_path, change, words):
     assert 'net' in refused(tmp_path / 'net')
 
 
+@pytest.mark.parametrize('change', [{'model_channels': 10 ** 6}, {'num_blocks': 10 ** 5}, {'channel_mult': [1] * 10 ** 5},
+                                    {'precond': 'iddpm', 'M': 10 ** 10}, {'label_dim': 10 ** 30}, {'model_channels': -16},
+                                    {'img_resolution': 0}, {'channel_mult': [1, 'two']}, {'channel_mult': 2}])
+def test_configs_of_strange_sizes_cost_nothing(tmp_path, change):
+    hub.save_network(build(), tmp_path / 'net')
+    (tmp_path / 'net' / 'config.json').write_text(json.dumps({**CONFIG, **change}))
+    assert len(refused(tmp_path / 'net')) < 600
+
+
+def test_recipes_in_names(capsys):
+    found = {'data': 'celeba', 'sigma': 0.05, 'corruption_probability': 0.1, 'dataset_keep_percentage': 1.0}
+    name = 'ambient_laws_celeba_sigma_0.05_corruption_0.1_keep_1.0'
+    for ref in (name, f'owner/{name}', f'runs/{name}/net@main', Path('ambient_laws_celeba_sigma_.05_corruption_0.1_keep_1')):
+        assert hub.recipe(ref) == found
+    assert hub.recipe('ambient_laws_img_net_64_sigma_0.2_corruption_0.9_keep_1.0')['data'] == 'img_net_64'
+    for ref in ('owner/name', 'runs/00000-mix', 'ambient_laws_celeba'):
+        assert hub.recipe(ref) is None
+        hub.show_recipe(ref)
+    assert capsys.readouterr().out == ''
+    hub.show_recipe('owner/ambient_laws_celeba_sigma_0.05_corruption_0.1_keep_1.0')
+    assert capsys.readouterr().out == ('Trained, as its name tells, on celeba: --sigma=0.05 --corruption_probability=0.1 '
+                                       '--dataset_keep_percentage=1\n')
+
+
 def test_names_that_are_none_are_refused():
-    assert 'not read from URLs' in refused('https://example.org/network.pkl')
     assert 'no such file or folder' in refused('nothing-here')
     assert 'no such file or folder' in refused('/a/b/c')
 

@@ -12,10 +12,11 @@ PACKAGES = ('dnnlib', 'torch_utils', 'training', 'metrics')
 # A module imports only from lower floors. Two packages are one floor each, and their modules may import each other.
 FLOORS = {
     **dict.fromkeys(['dnnlib', 'dnnlib.util'], 0),
-    **dict.fromkeys(['torch_utils', 'torch_utils.checkpoint', 'torch_utils.command_line', 'torch_utils.distributed', 'torch_utils.misc',
+    **dict.fromkeys(['torch_utils', 'torch_utils.checkpoint', 'torch_utils.command_line', 'torch_utils.distributed',
+                     'torch_utils.legacy_pickle', 'torch_utils.misc', 'torch_utils.pickle_machine',
                      'torch_utils.training_stats'], 1),
-    **dict.fromkeys(['training', 'metrics', 'training.registry', 'training.guidance', 'training.images', 'training.run_folder',
-                     'metrics.statistics'], 2),
+    **dict.fromkeys(['training', 'metrics', 'training.diffusers_export', 'training.guidance', 'training.hub_files', 'training.images',
+                     'training.model_card', 'training.registry', 'training.run_folder', 'metrics.statistics'], 2),
     **dict.fromkeys(['training.ambient', 'training.augment', 'training.conditioning', 'training.corruption', 'training.ema',
                      'training.gradients',
                      'training.noise', 'training.penalty', 'training.weighting',
@@ -25,7 +26,7 @@ FLOORS = {
                      'training.samplers', 'training.sources'], 5),
     **dict.fromkeys(['training.conversion', 'training.feed', 'training.generation', 'training.hub', 'training.validation',
                      'metrics.evaluate'], 6),
-    **dict.fromkeys(['training.assembly', 'training.posthoc'], 7),
+    **dict.fromkeys(['training.assembly', 'training.posthoc', 'training.publish'], 7),
     **dict.fromkeys(['training.configuration', 'training.training_loop'], 8),
     **dict.fromkeys(['checkpoint_tool', 'dataset_tool', 'eval_fid', 'generate', 'plot_run', 'train', 'benchmarks.consistency_bias',
                      'benchmarks.consistency_toys', 'benchmarks.data_loading',

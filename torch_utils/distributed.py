@@ -110,6 +110,16 @@ def from_rank0(function, *args):
     return found
 
 
+def first_on_node(function, *args, **kwargs):
+    """function(...) on one rank of each node, then on the others: what it downloads is fetched once. Every rank calls this."""
+    if local_rank() == 0:
+        result = function(*args, **kwargs)
+        barrier()
+        return result
+    barrier()
+    return function(*args, **kwargs)
+
+
 def all_values(value):
     """[value of rank 0, value of rank 1, ...]: one JSON-like object of each rank, on every rank."""
     if not torch.distributed.is_initialized():

@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reads the pickles in which EDM and ambient-laws published networks (network-snapshot-*.pkl), and executes nothing of them.
+
+The source text that such files carry along is passed over: names, constructor arguments and tensors are all that is taken."""
+
+import math
+import mmap
+import struct
+
+import click
+import numpy as np
+import torch
+
+from torch_utils.pickle_machine import MAX_NAME, Global, Limits, Machine, Record, Refused, is_record
+
+MAX_DEPTH = 64  # of modules within modules, and of lists within arguments
+MAX_DIMS, MAX_SIDE = 8, 2 ** 40  # of a tensor
+
+# Every global of such files (complete), and the word that stands for it here.
+WORDS = {
+    ('torch_utils.persistence', '_reconstruct_persistent_obj'): 'object',
+    ('collections', 'OrderedDict'): 'dict',
+    ('torch._utils', '_rebuild_parameter'): 'parameter',
+    ('torch._utils', '_rebuild_tensor_v2'): 'tensor',
+    ('torch.storage', '_load_from_bytes'): 'storage',
+    ('torch.nn.modules.container', 'ModuleDict'): 'modules',
+    ('numpy._core.multiarray', 'scalar'): 'scalar',
+    ('numpy.core.multiarray', 'scalar'): 'scalar',
+    ('numpy', 'dtype'): 'dtype',
+}
+STORAGES = {('torch', 'DoubleStorage'): '<f8', ('torch', 'FloatStorage'): '<f4', ('torch', 'HalfStorage'): '<f2',
+            ('torch', 'LongStorage'): '<i8'}
+STORAGE_MAGIC, STORAGE_VERSION = 0x1950a86a20f9469cfc6c, 1001
+
+
+def read_network(path):
+    """(class name, constructor arguments, state dict) of the network `ema` in a snapshot; nothing is executed.
+
+    The arguments are JSON types, but for infinities; the tensors are on the CPU, with the names and values of state_dict().
+    Raises click.ClickException, in one line, for globals, opcodes, versions and types that such files do not have, for files that are
+    cut off, and for sizes that the file cannot hold."""
+    try:
+        data, limits = map_file(path), Limits()
+        snapshot = Machine(data, 0, WORDS, limits, record).run()
+        if not isinstance(snapshot, dict) or not is_record(snapshot.get('ema'), 'object'):
+            raise Refused('holds no network under the name "ema"')
+        return Reader(len(data), limits).network(snapshot['ema'])
+    except Refused as err:
+        raise click.ClickException(f'{path}: {err}; expected a network snapshot (.pkl) of EDM or ambient-laws') from None
+
+
+def map_file(path):
+    """The bytes of a file as a view, whatever its size."""
+    with open(path, 'rb') as f:
+        try:
+            return memoryview(mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ))
+        except ValueError:
+            raise Refused('is empty') from None
+
+
+def record(word, args):
+    """What stands for a call in such files: empty dicts are themselves, and objects are looked at before anything is made of them."""
+    if word == 'dict':
+        check_empty(args)
+        return {}
+    if word == 'object':
+        check_meta(args)
+    return Record(word, args)
+
+
+def check_empty(args):
+    if args:
+        raise Refused('is damaged (arguments where none belong)')
+
+
+def check_meta(args):
+    """The one argument of an object: a dict of its type, version, class name and state, and of source that is passed over."""
+    meta = args[0] if len(args) == 1 else None
+    if not isinstance(meta, dict) or not isinstance(meta.get('state'), dict) or not isinstance(meta.get('class_name'), str):
+        raise Refused('is damaged (an object without class name and state)')
+    for key, expected in (('type', 'class'), ('version', 6)):
+        found = meta.get(key)
+        if type(found) is not type(expected) or found != expected:
+            shown = ascii(found)[:50] if isinstance(found, str | int | None) else 'another kind'
+            raise Refused(f'holds an object of {key} {shown} where {expected!r} is read')
+
+
+class Reader:
+    """From what the machine found to arguments and tensors, which are never larger together than the file, file_bytes."""
+
+    def __init__(self, file_bytes, limits):
+        self.left, self.limits = file_bytes, limits
+        self.storages = {}  # id of a Record (which outlives this) -> NumPy array
+
+    def network(self, node):
+        """As read_network."""
+        meta = node.args[0]
+        check_empty(meta['state'].get('_init_args'))
+        arguments = self.plain(meta['state'].get('_init_kwargs'))
+        if not isinstance(arguments, dict):
+            raise Refused('holds a network without constructor arguments')
+        tensors = {}
+        self.collect(node, '', 0, tensors)
+        return meta['class_name'][:MAX_NAME], arguments, tensors
+
+    def collect(self, node, prefix, depth, tensors):
+        """Adds the tensors of a module and of those within it, in the order of state_dict()."""
+        check_depth(depth)
+        state = node.state if is_record(node, 'modules') else node.args[0]['state'] if is_record(node, 'object') else None
+        own, buffers, modules = (entries(state, key) for key in ('_parameters', '_buffers', '_modules'))
+        transient = state.get('_non_persistent_buffers_set')
+        transient = {name for name in transient if isinstance(name, str)} if isinstance(transient, list) else ()
+        kept = {name: value for name, value in buffers.items() if name not in transient}
+        for name, value in {**own, **kept}.items():
+            if value is not None:
+                tensors[self.join(prefix, name)] = self.tensor(value)
+        for name, module in modules.items():
+            if module is not None:
+                self.collect(module, self.join(prefix, name) + '.', depth + 1, tensors)
+
+    def join(self, prefix, name):
+        # Paid for each time: modules that refer to one another may make far more names than the file has bytes.
+        self.limits.step()
+        self.limits.read_text(len(prefix) + len(name))
+        return prefix + name
+
+    def tensor(self, value):
+        """A contiguous tensor of its own memory, whose storage is in the file."""
+        if is_record(value, 'parameter') and value.args:
+            value = value.args[0]
+        if not is_record(value, 'tensor') or len(value.args) < 4 or not is_record(value.args[0], 'storage'):
+            raise Refused('holds something that is no tensor among the weights')
+        storage, offset, size, stride = value.args[:4]
+        check_shape(offset, size, stride)
+        values, count = self.storage(storage), math.prod(size)
+        if offset + count > len(values):
+            raise Refused(f'holds a tensor of {count} values over a storage of {len(values)}')
+        self.left -= count * values.itemsize
+        if self.left < 0:
+            raise Refused('holds tensors that are larger than the file')
+        return torch.from_numpy(values[offset:offset + count].reshape(size).copy())
+
+    def storage(self, call):
+        """The values of a storage, 1-D, as a view of the file."""
+        if id(call) not in self.storages:
+            if len(call.args) != 1 or not isinstance(call.args[0], memoryview):
+                raise Refused('is damaged (a storage without bytes)')
+            self.storages[id(call)] = self.read_storage(call.args[0])
+        return self.storages[id(call)]
+
+    def read_storage(self, stream):
+        """The values in PyTorch's stream of a storage: five pickles (magic, version, system, storage, keys), then count and values."""
+        position, parts = 0, []
+        for _ in range(5):
+            machine = Machine(stream, position, STORAGES, self.limits, persistent=True)
+            parts.append(machine.run())
+            position = machine.position
+        magic, version, system, storage, _ = parts
+        if magic != STORAGE_MAGIC or version != STORAGE_VERSION:
+            raise Refused('holds a storage of an unknown form')
+        if not isinstance(system, dict) or system.get('little_endian') is not True:
+            raise Refused('was written on a big-endian machine')
+        fields = storage.args if is_record(storage, 'persistent') and isinstance(storage.args, tuple) else ()
+        if len(fields) != 6 or not isinstance(fields[1], Global):
+            raise Refused('holds a storage of an unknown form')
+        kind, count = np.dtype(fields[1].word), machine.number(8)
+        values = stream[machine.position:]
+        if type(fields[4]) is not int or fields[4] != count or len(values) != count * kind.itemsize:
+            raise Refused('is cut off, or claims more bytes than it has')
+        return np.frombuffer(values, kind)
+
+    def plain(self, value, depth=0):
+        """Constructor arguments in JSON types: tuples become lists, NumPy numbers become floats."""
+        check_depth(depth)
+        self.limits.step()
+        if isinstance(value, str):
+            self.limits.read_text(len(value))
+        if value is None or type(value) in (bool, int, float, str):
+            return value
+        if isinstance(value, list | tuple):
+            return [self.plain(item, depth + 1) for item in value]
+        if isinstance(value, dict):
+            return {self.join('', key): self.plain(item, depth + 1) for key, item in value.items()}
+        return scalar(value)
+
+
+def check_depth(depth):
+    if depth > MAX_DEPTH:
+        raise Refused(f'is nested more than {MAX_DEPTH} levels deep')
+
+
+def entries(state, key):
+    """The dict of that name in a module's state."""
+    found = state.get(key) if isinstance(state, dict) else None
+    if not isinstance(found, dict):
+        raise Refused(f'holds a module without {key}')
+    return found
+
+
+def check_shape(offset, size, stride):
+    """Refuses all but whole numbers, and strides other than those of a contiguous tensor."""
+    whole = isinstance(size, tuple) and isinstance(stride, tuple) and len(size) == len(stride) <= MAX_DIMS
+    if not whole or not all(type(n) is int and 0 <= n < MAX_SIDE for n in (offset, *size, *stride)) or 0 in size:
+        raise Refused('is damaged (a tensor without a shape)')
+    step = 1
+    for n, found in zip(reversed(size), reversed(stride)):
+        if n != 1 and found != step:
+            raise Refused('holds a tensor that is not contiguous')
+        step *= n
+
+
+def scalar(value):
+    """The float of a NumPy scalar, float64 alone."""
+    dtype, raw = value.args if is_record(value, 'scalar') and len(value.args) == 2 else (None, None)
+    if not is_record(dtype, 'dtype') or dtype.args[:1] != ('f8',) or not isinstance(raw, memoryview) or len(raw) != 8:
+        raise Refused('holds a constructor argument that is no plain value')
+    return struct.unpack('<d', raw)[0]

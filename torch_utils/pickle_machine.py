@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A pickle as data: a machine for the few opcodes that published networks need, which looks nothing up, imports nothing, calls nothing.
+
+Python's own unpickler takes no part in this. A global is a word from a list, a call is a Record of what would have been called, and
+what the file claims (lengths, counts) is held against what it has before memory is taken."""
+
+import pickle  # for the names of its opcodes
+import pickletools
+import struct
+
+MAX_STEPS = 1_000_000  # opcodes and visits; a network of 300 million parameters takes about 100,000
+MAX_TEXT = 16 << 20    # bytes of text in all, most of which is the source that such files carry along
+MAX_NAME = 1000        # characters of a global's or a tensor's name, or of a word among the arguments
+
+
+class Refused(Exception):
+    """What is wrong with a file, in words."""
+
+
+class Limits:
+    """What is left of the work and of the text that one file may cost."""
+
+    def __init__(self):
+        self.steps, self.text = MAX_STEPS, MAX_TEXT
+
+    def step(self):
+        self.steps -= 1
+        if self.steps < 0:
+            raise Refused(f'takes more than {MAX_STEPS} steps to read')
+
+    def read_text(self, size):
+        self.text -= size
+        if self.text < 0:
+            raise Refused(f'holds more than {MAX_TEXT >> 20} MiB of text')
+
+
+class Global:
+    """The name of something in a library: its word in the list of those that may be named."""
+
+    __slots__ = ('word',)
+
+    def __init__(self, word):
+        self.word = word
+
+
+class Record:
+    """A call that was not made: the word of its global, its arguments, and the state that would have been set afterwards."""
+
+    __slots__ = ('args', 'state', 'word')
+
+    def __init__(self, word, args):
+        self.word, self.args, self.state = word, args, None
+
+
+def is_record(value, word):
+    """Whether a value stands for a call of that word."""
+    return isinstance(value, Record) and value.word == word
+
+
+class Machine:
+    """The stack machine of one pickle, data[position:]; run() gives what it describes, in Records and plain values.
+
+    data: a memoryview; bytes are handed out as views of it. words: {(module, name): word} of the globals that it may name.
+    record(word, args): what stands for a call. persistent: whether it may refer to things outside, as PyTorch's storages do.
+    Every value was paid for in `limits`; dict keys are text, so that nothing strange is hashed or compared; sets are lists."""
+
+    def __init__(self, data, position, words, limits, record=Record, persistent=False):
+        self.data, self.position, self.words, self.limits = data, position, words, limits
+        self.record, self.is_persistent = record, persistent
+        self.stack, self.marks, self.memo = [], [], {}
+
+    def run(self):
+        """The value that the pickle ends with; `position` is then behind it. Raises Refused."""
+        while True:
+            self.limits.step()
+            code = bytes(self.take(1))
+            if code == pickle.STOP:
+                return self.pop()
+            if code not in OPCODES:
+                known = pickletools.code2op.get(code.decode('latin-1'))
+                raise Refused(f'uses the opcode {known.name}, which no snapshot needs' if known else 'is damaged (unknown opcode)')
+            OPCODES[code](self)
+
+    # Bytes of the file
+
+    def take(self, size):
+        """The next bytes, as a view: no memory is taken, however large the claim."""
+        part = self.data[self.position:self.position + size]
+        if len(part) != size:
+            raise Refused('is cut off, or claims more bytes than it has')
+        self.position += size
+        return part
+
+    def number(self, size):
+        return int.from_bytes(self.take(size), 'little')
+
+    def text(self, size):
+        self.limits.read_text(size)
+        try:
+            return str(self.take(size), 'utf-8', 'surrogatepass')
+        except UnicodeDecodeError:
+            raise Refused('is damaged (text that is not UTF-8)') from None
+
+    def line(self):
+        """Text up to the end of the line, as protocols below 4 write names."""
+        size = bytes(self.data[self.position:self.position + MAX_NAME]).find(b'\n')
+        if size < 0:
+            raise Refused('is damaged (a name without an end)')
+        return self.text(size + 1)[:-1]
+
+    # The stack
+
+    def push(self, value):
+        self.stack.append(value)
+
+    def pop(self):
+        if len(self.stack) <= (self.marks[-1] if self.marks else 0):
+            raise Refused('is damaged (a value is missing)')
+        return self.stack.pop()
+
+    def pop_kind(self, kind):
+        value = self.pop()
+        if not isinstance(value, kind):
+            raise Refused('is damaged (a value of the wrong type)')
+        return value
+
+    def top(self, kind):
+        """The last value, which must be of this type; it stays on the stack."""
+        self.push(self.pop_kind(kind))
+        return self.stack[-1]
+
+    def pop_mark(self):
+        """The values since the last mark."""
+        if not self.marks:
+            raise Refused('is damaged (a mark is missing)')
+        first = self.marks.pop()
+        values = self.stack[first:]
+        del self.stack[first:]
+        return values
+
+    # Opcodes of more than one line
+
+    def protocol(self):
+        if self.number(1) > 4:
+            raise Refused('is a pickle of a newer protocol than 4')
+
+    def frame(self):
+        if self.number(8) > len(self.data) - self.position:
+            raise Refused('is cut off, or claims more bytes than it has')
+
+    def get(self, key):
+        if key not in self.memo:
+            raise Refused('is damaged (a value is missing)')
+        self.push(self.memo[key])
+
+    def put(self, key):
+        self.memo[key] = self.top(object)
+
+    def tuple(self, size):
+        values = [self.pop() for _ in range(size)]
+        self.push(tuple(reversed(values)))
+
+    def extend(self, values):
+        self.top(list).extend(values)
+
+    def set_items(self, flat):
+        if len(flat) % 2 or not all(type(key) is str for key in flat[::2]):
+            raise Refused('is damaged (a dict whose keys are not text)')
+        self.top(dict).update(zip(flat[::2], flat[1::2]))
+
+    def global_on_stack(self):
+        name, module = self.pop_kind(str), self.pop_kind(str)
+        self.name_global(module, name)
+
+    def name_global(self, module, name):
+        if (module, name) not in self.words:
+            raise Refused(f'asks for {ascii(f"{module}.{name}"[:200])[1:-1]}, which is not read')
+        self.push(Global(self.words[module, name]))
+
+    def reduce(self):
+        args, what = self.pop_kind(tuple), self.pop_kind(Global)
+        self.push(self.record(what.word, args))
+
+    def build(self):
+        state = self.pop()
+        self.top(Record).state = state
+
+    def persistent(self):
+        if not self.is_persistent:
+            raise Refused('uses the opcode BINPERSID, which no snapshot needs')
+        self.push(Record('persistent', self.pop()))
+
+
+# Two widths of one opcode differ in how many bytes a length or a key takes.
+OPCODES = {
+    pickle.PROTO: Machine.protocol,
+    pickle.FRAME: Machine.frame,
+    pickle.MARK: lambda m: m.marks.append(len(m.stack)),
+    pickle.MEMOIZE: lambda m: m.put(len(m.memo)),
+    pickle.BINPUT: lambda m: m.put(m.number(1)),
+    pickle.LONG_BINPUT: lambda m: m.put(m.number(4)),
+    pickle.BINGET: lambda m: m.get(m.number(1)),
+    pickle.LONG_BINGET: lambda m: m.get(m.number(4)),
+    pickle.NONE: lambda m: m.push(None),
+    pickle.NEWTRUE: lambda m: m.push(True),
+    pickle.NEWFALSE: lambda m: m.push(False),
+    pickle.BININT: lambda m: m.push(struct.unpack('<i', m.take(4))[0]),
+    pickle.BININT1: lambda m: m.push(m.number(1)),
+    pickle.BININT2: lambda m: m.push(m.number(2)),
+    pickle.LONG1: lambda m: m.push(int.from_bytes(m.take(m.number(1)), 'little', signed=True)),
+    pickle.BINFLOAT: lambda m: m.push(struct.unpack('>d', m.take(8))[0]),
+    pickle.SHORT_BINUNICODE: lambda m: m.push(m.text(m.number(1))),
+    pickle.BINUNICODE: lambda m: m.push(m.text(m.number(4))),
+    pickle.SHORT_BINBYTES: lambda m: m.push(m.take(m.number(1))),
+    pickle.BINBYTES: lambda m: m.push(m.take(m.number(4))),
+    pickle.EMPTY_TUPLE: lambda m: m.push(()),
+    pickle.EMPTY_LIST: lambda m: m.push([]),
+    pickle.EMPTY_DICT: lambda m: m.push({}),
+    pickle.EMPTY_SET: lambda m: m.push([]),
+    pickle.TUPLE: lambda m: m.push(tuple(m.pop_mark())),
+    pickle.TUPLE1: lambda m: m.tuple(1),
+    pickle.TUPLE2: lambda m: m.tuple(2),
+    pickle.TUPLE3: lambda m: m.tuple(3),
+    pickle.APPEND: lambda m: m.extend([m.pop()]),
+    pickle.APPENDS: lambda m: m.extend(m.pop_mark()),
+    pickle.ADDITEMS: lambda m: m.extend(m.pop_mark()),
+    pickle.SETITEM: lambda m: m.set_items([m.pop(), m.pop()][::-1]),
+    pickle.SETITEMS: lambda m: m.set_items(m.pop_mark()),
+    pickle.GLOBAL: lambda m: m.name_global(m.line(), m.line()),
+    pickle.STACK_GLOBAL: Machine.global_on_stack,
+    pickle.REDUCE: Machine.reduce,
+    pickle.NEWOBJ: Machine.reduce,
+    pickle.BUILD: Machine.build,
+    pickle.BINPERSID: Machine.persistent,
+}
