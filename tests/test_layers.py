@@ -18,15 +18,15 @@ FLOORS = {
     **dict.fromkeys(['training.ambient', 'training.augment', 'training.conditioning', 'training.corruption', 'training.ema',
                      'training.gradients',
                      'training.noise', 'training.penalty', 'training.samplers', 'training.weighting',
-                     'metrics.frechet', 'metrics.inception'], 3),
+                     'metrics.frechet', 'metrics.inception', 'metrics.likelihood'], 3),
     **dict.fromkeys(['training.batch', 'training.dataset', 'training.networks', 'training.pairs'], 4),
     **dict.fromkeys(['training.consistency', 'training.data_stats', 'training.loss', 'training.preconditioning', 'training.sources'], 5),
     **dict.fromkeys(['training.conversion', 'training.feed', 'training.generation', 'training.hub', 'training.validation',
                      'metrics.evaluate'], 6),
     **dict.fromkeys(['training.assembly', 'training.posthoc'], 7),
     'training.training_loop': 8,
-    **dict.fromkeys(['checkpoint_tool', 'dataset_tool', 'eval_fid', 'generate', 'plot_run', 'train', 'benchmarks.consistency_bias',
-                     'benchmarks.consistency_toys', 'benchmarks.data_loading',
+    **dict.fromkeys(['checkpoint_tool', 'dataset_tool', 'eval_fid', 'eval_nll', 'generate', 'plot_run', 'train',
+                     'benchmarks.consistency_bias', 'benchmarks.consistency_toys', 'benchmarks.data_loading',
                      'benchmarks.outliers', 'benchmarks.penalty_bias', 'examples.demo'], 9),
 }
 SHARED_FLOORS = (0, 1)
