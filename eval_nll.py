@@ -80,7 +80,7 @@ def run(o):
     found = measure(net, dataset, items, conditional, flow, o)
     if distributed.rank() == 0:
         offset = math.log2(dataset.units['scale'] if dataset.units else 127.5)
-        per_image = {'raw_idx': dataset.raw_idx[items], 'bits_per_dim': found['bits'] + offset, 'omitted': found['omitted'],
+        per_image = {'raw_idx': dataset.raw_idx[items], 'bits_per_dim': found['bits'] + offset,
                      'evaluations': found['evaluations'].astype(np.int64)}
         result = {**summary(per_image, dataset), **provenance(net, dataset, items, conditional, flow, offset, o)}
         write(result, per_image, out_path, o)
@@ -133,8 +133,8 @@ def flow_options(net, o):
 
 
 def measure(net, dataset, items, conditional, flow, o):
-    """{name: [repeats, N]} on every rank: bits per dimension in network units, what is omitted of them, network evaluations."""
-    found = {name: torch.zeros([o.repeats, len(items)], dtype=torch.float64) for name in ('bits', 'omitted', 'evaluations')}
+    """{name: [repeats, N]} on every rank: bits per dimension in network units, and network evaluations."""
+    found = {name: torch.zeros([o.repeats, len(items)], dtype=torch.float64) for name in ('bits', 'evaluations')}
     bits = math.prod(dataset.image_shape) * math.log(2)
     mine, error = np.arange(len(items))[distributed.rank()::distributed.size()], None
     with tqdm(total=o.repeats * len(mine), unit='img', desc='rank 0' if distributed.size() > 1 else None, smoothing=0,
@@ -144,8 +144,8 @@ def measure(net, dataset, items, conditional, flow, o):
                 for rows in (mine[first:first + o.batch] for first in range(0, len(mine), o.batch)):
                     batch = read_batch(net, dataset, items[rows], repeat, conditional, o)
                     part = log_likelihood(net, **batch, **flow, progress=bar.update)
-                    for name, values in zip(found, (-part.log_p / bits, -part.omitted / bits, part.evaluations)):
-                        found[name][repeat, rows] = values.double().cpu()
+                    found['bits'][repeat, rows] = -part.log_p.cpu() / bits
+                    found['evaluations'][repeat, rows] = part.evaluations.cpu().double()
         except (ValueError, click.ClickException) as err:
             error = getattr(err, 'message', f'--network={o.network}: {err}')
     errors = [message for message in distributed.all_values(error) if message]
@@ -184,7 +184,6 @@ def summary(per_image, dataset):
     return {name: misc.as_float(values.mean()),
             'standard_error': misc.as_float(images.std(ddof=1) / math.sqrt(len(images))) if len(images) > 1 else None,
             'std_over_repeats': misc.as_float(means.std(ddof=1)) if len(means) > 1 else None,
-            'omitted_bits_per_dim': misc.as_float(per_image['omitted'].mean()),
             'evaluations_per_image': float(per_image['evaluations'].mean())}
 
 
@@ -216,8 +215,7 @@ def write(result, per_image, out_path, o):
     if o.per_image:
         with dnnlib.replacing(o.per_image) as part, open(part, 'wb') as f:
             np.savez(f, **per_image)
-    for name in ('bits_per_dim', 'differential_bits_per_dim', 'standard_error', 'std_over_repeats', 'omitted_bits_per_dim',
-                 'evaluations_per_image'):
+    for name in ('bits_per_dim', 'differential_bits_per_dim', 'standard_error', 'std_over_repeats', 'evaluations_per_image'):
         if result.get(name) is not None:
             print(f'{name:<26} {result[name]:.4f}')
     what = ', '.join(filter(None, [o.data, o.split and f'split {o.split}', f'{result["num_images"]} images', f'seed {o.seed}']))
