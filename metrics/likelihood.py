@@ -80,13 +80,10 @@ class _Flow:
 
     def denoise(self, x, sigma, rows):
         """(D [n,CHW], tr dD/dx [n,1]), float64, of x [n,CHW] at sigma [n,1]; rows: which of the probes and labels are theirs."""
-        size = CPU_CHUNK if x.device.type == 'cpu' else len(x)
         parts = []
-        for first in range(0, len(x), size):
-            # The last chunk is filled up with its last row.
-            chunk = torch.arange(first, first + size, device=x.device).clamp(max=len(x) - 1)
+        for chunk, count in chunks(len(x), x.device):
             D, trace = self._chunk(x[chunk].unflatten(1, self.shape), sigma[chunk], rows[chunk])
-            parts.append(torch.cat([D, trace], dim=1)[:len(x) - first])
+            parts.append(torch.cat([D, trace], dim=1)[:count])
         D, trace = torch.cat(parts).split([self.dims, 1], dim=1)
         if not D.isfinite().all():
             raise ValueError(f'the network is not finite at sigma={float(sigma[~D.isfinite().all(dim=1)][0]):.4g}')
@@ -108,6 +105,13 @@ class _Flow:
         z = torch.zeros_like(D).flatten(1)
         z[:, k] = 1
         return z.view_as(D)
+
+
+def chunks(count, device):
+    """Yields (indices, how many of them count): all rows at once; on the CPU CPU_CHUNK at a time, the last row filling up the last."""
+    size = CPU_CHUNK if device.type == 'cpu' else count
+    for first in range(0, count, size):
+        yield torch.arange(first, first + size, device=device).clamp(max=count - 1), min(size, count - first)
 
 
 def integrate(field, state, start, end, *, rtol, atol, first_step, max_steps=1000, progress=None):

@@ -9,6 +9,7 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
+import PIL.Image
 import pytest
 import tiny
 import torch
@@ -47,7 +48,7 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
-def gaussian_network(std, mean=0.0, **config):
+def gaussian_network(std, mean=0.0, size=4):
     """A network in EDM's preconditioning that is the exact denoiser of N(mean, std^2) for every pixel."""
 
     class Exact(torch.nn.Module):
@@ -56,7 +57,7 @@ def gaussian_network(std, mean=0.0, **config):
             total = sigma ** 2 + std ** 2  # = 1 / c_in^2, with sigma_data = std
             return ((mean * sigma ** 2 / total) / (sigma * std / total.sqrt())).expand(x.shape) + 0 * x
 
-    net = small(img_channels=1, img_resolution=4, sigma_data=std, **config)
+    net = small(img_channels=1, img_resolution=size, sigma_data=std)
     net.model = Exact()
     return net
 
@@ -81,7 +82,7 @@ def test_gaussian_data_under_their_exact_denoiser(tmp_path, monkeypatch, std, me
     assert (levels >= 0).all() and (levels <= 255).all()
     write_data('data.zip', levels.astype(np.uint8))
     run('--network=exact', '--data=data.zip', '--trace=exact', '--batch=400')
-    result = json.loads(Path('exact.nll.json').read_text())
+    result = json.loads(Path('exact.ode.json').read_text())
     of_these = np.mean(0.5 * (x - mean) ** 2 / std ** 2 / math.log(2)) + 0.5 * math.log2(2 * math.pi * std ** 2) + math.log2(127.5)
     assert abs(result['bits_per_dim'] - of_these) < 2e-3
     assert abs(of_these - (0.5 * math.log2(2 * math.pi * math.e * std ** 2) + math.log2(127.5))) < 0.04  # of the law
@@ -89,9 +90,9 @@ def test_gaussian_data_under_their_exact_denoiser(tmp_path, monkeypatch, std, me
 
 
 def test_the_result_carries_what_decides_it(here):
-    output = run('--network=labelled', '--data=data.zip', '--split=test', '--num=5', '--repeats=2', '--seed=7', '--per-image=a/each.npz',
+    output = run('--network=labelled', '--data=data.zip', '--split=test', '--num=5', '--repeats=2', '--seed=7', '--npz-path=a/each.npz',
                  *QUICK)
-    result = json.loads(Path('labelled.nll.json').read_text())
+    result = json.loads(Path('labelled.ode.json').read_text())
     each = np.load('a/each.npz')
     assert each['bits_per_dim'].shape == (2, 5) and each['raw_idx'].tolist() == [0, 1, 2, 3, 4]
     assert result['bits_per_dim'] == pytest.approx(each['bits_per_dim'].mean(), rel=1e-12)
@@ -110,7 +111,7 @@ def test_labels_are_those_of_the_data(here):
     """A split that lacks the network's highest class is no other network's data; without labels the numbers differ."""
     run('--network=labelled', '--data=data.zip', '--num=3', *QUICK)
     run('--network=labelled', '--data=data.zip', '--num=3', '--cond=0', '--out-path=without.json', *QUICK)
-    with_labels, without = (json.loads(Path(name).read_text()) for name in ('labelled.nll.json', 'without.json'))
+    with_labels, without = (json.loads(Path(name).read_text()) for name in ('labelled.ode.json', 'without.json'))
     assert with_labels['conditional'] and not without['conditional']
     assert with_labels['bits_per_dim'] != without['bits_per_dim']
 
@@ -119,24 +120,20 @@ def test_a_value_depends_on_seed_and_image_alone(here):
     """Neither on the batch nor on how many other images there are; another seed gives another value."""
     values = {}
     for name, args in {'batches': ['--batch=3'], 'one': ['--batch=12'], 'few': ['--num=2'], 'seed': ['--seed=1', '--num=2']}.items():
-        run('--network=plain', '--data=data.zip', f'--per-image={name}.npz', *args, *QUICK)
+        run('--network=plain', '--data=data.zip', f'--npz-path={name}.npz', *args, *QUICK)
         values[name] = np.load(f'{name}.npz')['bits_per_dim'][0]
     assert np.array_equal(values['batches'], values['one']) and np.array_equal(values['few'], values['one'][:2])
     assert (values['seed'] != values['few']).all()
 
 
-def test_dequantisation_fills_each_grey_level_evenly(here):
-    o = eval_nll.main.make_context('eval_nll', ['--network=plain', '--data=data.zip', '--probes=3']).params
-    o = eval_nll.dnnlib.EasyDict(o)
-    dataset, conditional = eval_nll.open_data(small(img_channels=1), o)
-    items = np.arange(12)
-    batch = eval_nll.read_batch(None, dataset, items, 0, conditional, o)
-    levels = np.stack([dataset.decode(i) for i in items])
-    offset = (batch['x'].numpy() + 1) * 127.5 - levels
-    assert abs(offset).max() <= 0.5 and abs(offset.mean()) < 4 / math.sqrt(12 * offset.size) and abs(offset.var() - 1 / 12) < 0.01
-    assert batch['probes'].shape == (12, 3, 1, 8, 8) and set(batch['probes'].unique().tolist()) == {-1, 1}
-    again = eval_nll.read_batch(None, dataset, items[5:6], 0, conditional, o)
-    assert torch.equal(again['x'][0], batch['x'][5]) and torch.equal(again['probes'][0], batch['probes'][5])
+def test_dequantisation_fills_each_grey_level_evenly():
+    """Around the level, as generate.py rounds to it; a function of seed, repeat and image."""
+    levels = torch.arange(256, dtype=torch.float64).reshape(-1, 1, 1, 1).expand(256, 1, 4, 4)
+    noisy = lambda rows, seed=0, repeat=0: eval_nll.dequantised(levels[rows] / 127.5 - 1, rows, seed, repeat)
+    offset = (noisy(range(256)) + 1) * 127.5 - levels
+    assert offset.abs().max() <= 0.5 and abs(offset.mean()) < 4 / math.sqrt(12 * offset.numel()) and abs(offset.var() - 1 / 12) < 0.005
+    assert torch.equal(noisy([5])[0], noisy(range(256))[5])
+    assert not torch.equal(noisy([5]), noisy([5], seed=1)) and not torch.equal(noisy([5]), noisy([5], repeat=1))
 
 
 def test_float_data_have_differential_bits_in_their_own_units(tmp_path, monkeypatch):
@@ -149,7 +146,7 @@ def test_float_data_have_differential_bits_in_their_own_units(tmp_path, monkeypa
     x = 0.5 * np.random.default_rng(0).standard_normal((6, 1, 4, 4))
     write_data('data.zip', (7 + 20 * x).astype(np.float32), units=units)
     output = run('--network=exact', '--data=data.zip')
-    result = json.loads(Path('exact.nll.json').read_text())
+    result = json.loads(Path('exact.ode.json').read_text())
     expected = np.mean(x ** 2 / (2 * 0.25)) / math.log(2) + 0.5 * math.log2(2 * math.pi * 0.25 * 400)
     assert result['differential_bits_per_dim'] == pytest.approx(expected, abs=1e-3) and 'bits_per_dim' not in result
     assert result['dequantisation'] == 'none' and 'differential_bits_per_dim' in output
@@ -158,7 +155,7 @@ def test_float_data_have_differential_bits_in_their_own_units(tmp_path, monkeypa
 def test_noisy_images_are_left_out(here):
     images = np.random.default_rng(0).integers(0, 256, (4, 1, 8, 8), np.uint8)
     write_data('mixed.zip', images, sigmas=[0.0, 0.3, 0.0, 0.1])
-    output = run('--network=plain', '--data=mixed.zip', '--per-image=each.npz', *QUICK)
+    output = run('--network=plain', '--data=mixed.zip', '--npz-path=each.npz', *QUICK)
     assert '2 of 4 images carry noise and are left out' in output
     assert np.load('each.npz')['raw_idx'].tolist() == [0, 2]
 
@@ -178,7 +175,7 @@ def test_noisy_images_are_left_out(here):
     (['--max-steps=2'], ['--network=plain', 'more than 2 steps']),
     (['--network=broken'], ['--network=broken', 'not finite']),
     (['--out-path=a'], ['--out-path=a', '.json']),
-    (['--per-image=a.json'], ['--per-image=a.json', '.npz']),
+    (['--npz-path=a.json'], ['--npz-path=a.json', '.npz']),
     (['--device=abacus'], ['--device=abacus']),
 ])
 def test_refusals(here, args, words):
@@ -196,7 +193,7 @@ def test_refusals(here, args, words):
                      **{arg.partition('=')[0]: arg for arg in args}}.values())
     for word in words:
         assert word in line, line
-    assert not list(here.glob('*.nll.json'))
+    assert not list(here.glob('*.ode.json'))
 
 
 def test_bad_numbers_are_usage_errors(here):
@@ -204,18 +201,92 @@ def test_bad_numbers_are_usage_errors(here):
     assert '--probes' in run('--network=plain', '--data=data.zip', '--probes=0', code=2)
 
 
-def test_two_ranks_equal_one(here):
-    run('--network=labelled', '--data=data.zip', '--num=7', '--per-image=one.npz', *QUICK)
+@pytest.mark.parametrize('args', [QUICK, ['--method=vlb', '--steps=5']])
+def test_two_ranks_equal_one(here, args):
+    run('--network=labelled', '--data=data.zip', '--num=7', '--npz-path=one.npz', '--out-path=one.json', *args)
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', ROOT / 'eval_nll.py',
-               '--network=labelled', '--data=data.zip', '--num-images=7', '--batch=2', '--per-image=two.npz', '--out-path=two.json',
-               f'--threads={torch.get_num_threads()}', *QUICK]
+               '--network=labelled', '--data=data.zip', '--num-images=7', '--batch=2', '--npz-path=two.npz', '--out-path=two.json',
+               f'--threads={torch.get_num_threads()}', *args]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count('written to') == 1
     one, two = np.load('one.npz'), np.load('two.npz')
-    assert all(np.array_equal(one[name], two[name]) for name in one.files)
-    results = [json.loads(Path(name).read_text()) for name in ('labelled.nll.json', 'two.json')]
+    for name in one.files:  # what is added up over images is so in another order
+        np.testing.assert_allclose(one[name], two[name], rtol=1e-12 if name.startswith('terms') else 0)
+    results = [json.loads(Path(name).read_text()) for name in ('one.json', 'two.json')]
     assert results[0]['bits_per_dim'] == results[1]['bits_per_dim'] and results[1]['ranks'] == 2
+
+
+# --- the variational bound
+
+def test_the_bound_of_gaussian_data_meets_the_flow_from_above(tmp_path, monkeypatch):
+    """Under the exact denoiser both come to the closed form: the bound from above and closer the more steps, the flow at once."""
+    monkeypatch.chdir(tmp_path)
+    std = 0.2
+    monkeypatch.setattr(hub, 'load_network', lambda *args, **kwargs: gaussian_network(std, size=32))
+    x = std * np.random.default_rng(3).standard_normal((8, 1, 32, 32))
+    write_data('data.zip', np.round((x + 1) * 127.5).astype(np.uint8))
+    closed = np.mean(0.5 * x ** 2 / std ** 2 / math.log(2)) + 0.5 * math.log2(2 * math.pi * std ** 2) + math.log2(127.5)
+    found = {}
+    for steps in (25, 250, 2500):
+        run('--network=exact', '--data=data.zip', '--method=vlb', f'--diffusion=cosine:steps={steps}')
+        found[steps] = json.loads(Path('exact.vlb.json').read_text())['bits_per_dim']
+    run('--network=exact', '--data=data.zip')
+    flow = json.loads(Path('exact.ode.json').read_text())['bits_per_dim']
+    assert found[25] > found[250] + 0.05 and found[250] > found[2500] + 0.05, found
+    assert abs(flow - closed) < 0.01 and -0.02 < found[2500] - closed < 0.06, (found, flow, closed)
+
+
+def test_the_bound_carries_its_terms(here):
+    output = run('--network=plain', '--data=data.zip', '--method=vlb', '--diffusion=linear:steps=200', '--steps=20', '--repeats=2',
+                 '--npz-path=each.npz', '--plot=terms.png')
+    result, each = json.loads(Path('plain.vlb.json').read_text()), np.load('each.npz')
+    assert {name: each[name].shape for name in ('terms_vb', 'terms_x0_mse', 'terms_eps_mse', 'levels', 'timesteps')} == dict.fromkeys(
+        ('terms_vb', 'terms_x0_mse', 'terms_eps_mse', 'levels', 'timesteps'), (20,))
+    assert result['bits_per_dim'] == pytest.approx(each['terms_vb'].sum() + result['prior_bits_per_dim'], rel=1e-9)
+    assert result['decoder_bits_per_dim'] == pytest.approx(each['terms_vb'][0], rel=1e-9)
+    assert result['x0_mse'] == pytest.approx(each['terms_x0_mse'].mean(), rel=1e-9)
+    assert each['timesteps'][-1] == 199 and each['bits_per_dim'].shape == (2, 12)
+    assert (result['steps'], result['trained_steps'], result['variance']) == (20, 200, 'large')
+    with PIL.Image.open('terms.png') as picture:
+        assert picture.size[0] > 1000
+    assert 'prior_bits_per_dim' in output and 'terms.png' in output
+
+
+def test_a_network_with_levels_of_its_own(here):
+    """iddpm: the bound visits its very levels, and takes the variance from its further channels unless told otherwise."""
+    net = small('iddpm', img_channels=1, M=20)
+    hub.save_network(net, 'iddpm')
+    run('--network=iddpm', '--data=data.zip', '--method=vlb', '--npz-path=each.npz')
+    result = json.loads(Path('iddpm.vlb.json').read_text())
+    np.testing.assert_allclose(np.load('each.npz')['levels'], net.u[:-1].flip(0).double(), rtol=1e-6)
+    run('--network=iddpm', '--data=data.zip', '--method=vlb', '--variance=large', '--out-path=large.json')
+    large = json.loads(Path('large.json').read_text())
+    assert (result['variance'], large['variance']) == ('learned', 'large') and result['bits_per_dim'] != large['bits_per_dim']
+    assert 'levels of its own' in refused('--network=iddpm', '--data=data.zip', '--method=vlb', '--diffusion=linear')
+
+
+@pytest.mark.parametrize('args, words', [
+    (['--rtol=1e-3'], ['--rtol', '--method=vlb']),
+    (['--method=ode', '--steps=10'], ['--steps', '--method=ode']),
+    (['--variance=learned'], ['--variance=learned', 'no channels']),
+    (['--steps=2000'], ['--steps=2000', '2000 of 1000']),
+    (['--diffusion=quadratic'], ['--diffusion', 'cosine', 'linear']),
+    (['--plot=terms.jpg'], ['--plot=terms.jpg', '.png']),
+])
+def test_refusals_of_the_bound(here, args, words):
+    line = refused('--network=plain', '--data=data.zip', '--method=vlb', *args)
+    for word in words:
+        assert word in line, line
+
+
+def test_the_bound_is_for_grey_levels(here):
+    units = {'offset': 0.0, 'scale': 1.0}
+    net = small(img_channels=1)
+    net.config['units'] = units
+    hub.save_network(net, 'float')
+    write_data('float.zip', np.zeros([2, 1, 8, 8], np.float32), units=units)
+    assert '--method=ode' in refused('--network=float', '--data=float.zip', '--method=vlb')
 
 
 def test_help_and_version():

@@ -19,7 +19,7 @@ FLOORS = {
                      'training.ema', 'training.gradients',
                      'training.noise', 'training.penalty', 'training.samplers', 'training.timesteps', 'training.weighting',
                      'metrics.frechet', 'metrics.inception', 'metrics.likelihood'], 3),
-    **dict.fromkeys(['training.batch', 'training.dataset', 'training.networks', 'training.pairs'], 4),
+    **dict.fromkeys(['training.batch', 'training.dataset', 'training.networks', 'training.pairs', 'metrics.bound'], 4),
     **dict.fromkeys(['training.consistency', 'training.data_stats', 'training.loss', 'training.preconditioning', 'training.sources'], 5),
     **dict.fromkeys(['training.conversion', 'training.feed', 'training.generation', 'training.hub', 'training.validation',
                      'metrics.evaluate'], 6),
