@@ -28,7 +28,7 @@ from training.penalty import PENALTIES
 from training.preconditioning import PRECONDS, build_network
 from training.weighting import WEIGHTS
 
-SCRIPTS = ['train', 'generate', 'eval_fid', 'dataset_tool', 'examples.demo']
+SCRIPTS = ['train', 'generate', 'eval_fid', 'eval_nll', 'dataset_tool', 'examples.demo']
 NET = ['--cbase=8', '--cres=1,2', '--blocks=1', '--attn=4', '--batch=16', '--samples=0']
 CPU_ONLY = pytest.mark.skipif(torch.cuda.is_available(), reason='is refused without a GPU only')
 

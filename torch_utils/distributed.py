@@ -129,6 +129,15 @@ def all_values(value):
     return found
 
 
+def all_rows(tensor):
+    """The rows of every rank's tensor [n,...] of one shape, in the order of the ranks; nothing waits for the device."""
+    if not torch.distributed.is_initialized():
+        return tensor
+    found = [torch.empty_like(tensor) for _ in range(size())]
+    torch.distributed.all_gather(found, tensor)
+    return torch.cat(found)
+
+
 def is_orphan():
     """True when torchrun, which launched this worker, has died: such a worker must write nothing more."""
     return _launcher_pid is not None and os.getppid() != _launcher_pid

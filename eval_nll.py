@@ -1,0 +1,354 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measures how likely a network finds given images, in bits per dimension: by the probability-flow ODE or by the variational bound.
+
+python eval_nll.py --network=NAME --data=cifar-test.zip --split=test --num=1000
+python eval_nll.py --network=NAME --data=cifar-test.zip --split=test --method=vlb --plot=terms.png
+torchrun --standalone --nproc_per_node=8 eval_nll.py --network=NAME --data=cifar-test.zip --split=test"""
+
+import hashlib
+import json
+import math
+import os
+
+import click
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import dnnlib
+from metrics.bound import variational_bound, write_picture
+from metrics.likelihood import log_likelihood
+from torch_utils import distributed, misc
+from torch_utils.command_line import Command, Number, version_option
+from training import discrete, hub, preconditioning
+from training.dataset import ImageDataset
+
+SIGMA_MIN, SIGMA_MAX, SIGMA_DATA = 0.002, 80.0, 0.5  # EDM's, where neither the options nor the network say otherwise
+DIFFUSION = 'cosine:steps=1000'
+POSITIVE, COUNT = Number(above=0), click.IntRange(min=1)
+BAR = '{desc}{percentage:3.0f}%|{bar}| {n:.0f}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}]'  # the bound counts fractions of images
+OWN_OPTIONS = {'ode': ('trace', 'probes', 'sigma_min', 'sigma_max', 'sigma_data', 'rtol', 'atol', 'max_steps'),
+               'vlb': ('diffusion', 'steps', 'variance', 'plot')}
+
+
+@click.command(cls=Command)
+@click.option('--network', help='Snapshot folder, training-state .pt, or Hugging Face name', metavar='REF', required=True)
+@click.option('--data', help='Images: a zip or folder, such as dataset_tool.py makes', metavar='PATH', required=True)
+@click.option('--split', help='Which part of the data set this is (train, test, ...); kept in the result', metavar='NAME')
+@click.option('--num', '--num-images', 'num', metavar='INT', type=COUNT,
+              help='How many images, the first in sorted order; under torchrun write --num-images  [default: all]')
+@click.option('--cond', metavar='BOOL', type=bool, help='Give the network the labels of the data  [default: if it takes labels]')
+@click.option('--method', type=click.Choice(['ode', 'vlb']), default='ode', show_default=True,
+              help='Probability-flow ODE, an estimate, or variational bound, an upper bound of the bits')
+@click.option('--trace', type=click.Choice(['hutchinson', 'exact']), default='hutchinson', show_default=True,
+              help='ode: trace of dD/dx, estimated with random probes, or exact, at as many backward passes as an image has numbers')
+@click.option('--probes', metavar='INT', type=COUNT, default=1, show_default=True,
+              help='ode: probes an image, averaged; more make single images\' values more exact')
+@click.option('--repeats', metavar='INT', type=COUNT, default=1, show_default=True,
+              help='Draws of all noise an image, averaged')
+@click.option('--sigma-min', metavar='FLOAT', type=POSITIVE,
+              help='ode: where the density is taken  [default: 0.002, or the network\'s own]')
+@click.option('--sigma-max', metavar='FLOAT', type=POSITIVE, help='ode: where the prior stands  [default: 80, or the network\'s own]')
+@click.option('--sigma-data', metavar='FLOAT', type=POSITIVE,
+              help='ode: data std; the prior is N(0, sigma_max^2 + sigma_data^2)  [default: the network\'s own]')
+@click.option('--rtol', metavar='FLOAT', type=POSITIVE, default=1e-5, show_default=True, help='ode: relative tolerance of the solver')
+@click.option('--atol', metavar='FLOAT', type=POSITIVE, default=1e-5, show_default=True,
+              help='ode: absolute tolerance, for values of unit size')
+@click.option('--max-steps', metavar='INT', type=COUNT, default=2000, show_default=True,
+              help='ode: give up where one image needs more steps')
+@click.option('--diffusion', metavar='NAME[:k=v]', help='vlb: the schedule whose levels are visited, such as linear or cosine:steps=4000  '
+              f'[default: the network\'s own, or {DIFFUSION}]')
+@click.option('--steps', metavar='LIST', help='vlb: only so many of its steps, such as 250 or ddim50  [default: all]')
+@click.option('--variance', type=click.Choice(['auto', 'learned', 'large', 'small']), default='auto', show_default=True,
+              help='vlb: of the reverse steps; auto: learned where the network has channels for it, else large')
+@click.option('--plot', metavar='PNG', help='vlb: a picture of the terms')
+@click.option('--seed', metavar='INT', type=click.IntRange(min=0), default=0, show_default=True, help='Of all noise')
+@click.option('--weights', type=click.Choice(['ema', 'raw']), default='ema', show_default=True,
+              help='Which weights of a training state')
+@click.option('--batch', '--batch-size', 'batch', metavar='INT', type=COUNT, default=64, show_default=True,
+              help='Images at a time on each rank; changes no value')
+@click.option('--threads', metavar='INT', type=COUNT, help='CPU threads of each rank; equal values need equal threads')
+@click.option('--device', metavar='DEVICE', help='Such as cuda or cpu  [default: the GPU of the rank, if it has one]')
+@click.option('--npz-path', metavar='NPZ', help='Also each image\'s own values, and the bound\'s terms, in this file')
+@click.option('--out-path', metavar='JSON', help='Where the result goes  [default: beside the network, NETWORK.METHOD.json]')
+@version_option
+@click.pass_context
+def main(ctx, **options):
+    """Bits per dimension of images under a network: -log2 p / (C H W) of 8-bit images.
+
+    By the ODE grey levels are filled up to a density with uniform noise; float images have no grey levels: theirs is the
+    differential figure, in the units of the data. The bound speaks of the grey levels themselves."""
+    o = dnnlib.EasyDict(options)
+    for key in (key for method, keys in OWN_OPTIONS.items() if method != o.method for key in keys):
+        if ctx.get_parameter_source(key) == click.core.ParameterSource.COMMANDLINE:
+            raise click.ClickException(f'--{key.replace("_", "-")}: not an option of --method={o.method}; leave it out')
+    if o.threads:
+        torch.set_num_threads(o.threads)
+    distributed.init()
+    run(o)
+
+
+def run(o):
+    """Reads, measures, prints, and writes the files."""
+    out_path = o.out_path or default_path(o.network, f'.{o.method}.json')
+    for path, option, suffix in ((out_path, '--out-path', '.json'), (o.npz_path, '--npz-path', '.npz'), (o.plot, '--plot', '.png')):
+        if path:
+            prepare_output(path, option, suffix)
+    net = hub.load_network(o.network, device=distributed.pick_device(o.device), weights=o.weights)
+    net.compute_dtype = torch.float32  # half precision rounds the trace away
+    dataset, conditional = open_data(net, o)
+    items = choose_items(dataset, o)
+    method = METHODS[o.method](net, dataset, o)
+    found, terms = measure(net, dataset, items, conditional, method, o)
+    if distributed.rank() == 0:
+        result = {**summary(found, dataset), **provenance(net, dataset, items, conditional, o), **method.facts()}
+        arrays = {'raw_idx': dataset.raw_idx[items], **found, **method.tables(terms)}
+        write(result, arrays, out_path, o)
+
+
+class FlowMethod:
+    """The probability-flow ODE of dequantised images: (images, raw_idx, repeat, class_labels, progress) -> ({name: [n]}, [0,0])."""
+
+    columns, terms = ('bits_per_dim', 'evaluations'), (0, 0)
+
+    def __init__(self, net, dataset, o):
+        self.net, self.o, self.is_float = net, o, dataset.is_float
+        self.offset = math.log2(dataset.units['scale'] if dataset.is_float else 127.5)
+        self.flow = flow_options(net, o)
+
+    def __call__(self, images, raw_idx, repeat, class_labels, progress):
+        probes = None
+        if self.o.trace == 'hutchinson':
+            draw = lambda source: torch.randint(2, [self.o.probes, *images.shape[1:]], generator=source, dtype=torch.int8) * 2 - 1
+            probes = keyed(draw, raw_idx, self.o.seed, 'probes', repeat).to(images.device)
+        if not self.is_float:
+            images = dequantised(images, raw_idx, self.o.seed, repeat)
+        found = log_likelihood(self.net, images, probes=probes, class_labels=class_labels, progress=progress, **self.flow)
+        bits = -found.log_p / (images[0].numel() * math.log(2)) + self.offset
+        return {'bits_per_dim': bits, 'evaluations': found.evaluations}, torch.zeros(self.terms)
+
+    def facts(self):
+        """What the result tells of the method."""
+        return {'method': 'probability-flow ODE, Dormand-Prince 5(4)',
+                'dequantisation': 'none' if self.is_float else '(u + U[0,1) - 1/2) / 127.5 - 1', 'offset_bits': self.offset,
+                'prior_variance': self.flow['sigma_max'] ** 2 + self.flow['sigma_data'] ** 2, 'flow': self.flow}
+
+    def tables(self, terms):
+        """No arrays beside the images' own."""
+        return {}
+
+
+class BoundMethod:
+    """The variational bound of grey levels: (images, raw_idx, repeat, class_labels, progress) -> ({name: [n]}, sums [3,T])."""
+
+    columns = ('bits_per_dim', 'prior_bits_per_dim', 'decoder_bits_per_dim', 'x0_mse', 'eps_mse')
+
+    def __init__(self, net, dataset, o):
+        if dataset.is_float:
+            raise click.ClickException(f'--method=vlb: is a bound for 8-bit images, and --data={o.data} holds others; use --method=ode')
+        self.net, self.o = net, o
+        self.diffusion = pick_diffusion(net, o)
+        has_channels = getattr(net, 'output_multiple', 1) > 1
+        if o.variance == 'learned' and not has_channels:
+            raise click.ClickException('--variance=learned: the network has no channels for the variance; choose large or small')
+        self.variance = ('learned' if has_channels else 'large') if o.variance == 'auto' else o.variance
+        self.terms = 3, self.diffusion.steps
+
+    def __call__(self, images, raw_idx, repeat, class_labels, progress):
+        def noise(t):
+            draw = lambda source: torch.randn(images.shape[1:], generator=source, dtype=torch.float64)
+            return keyed(draw, raw_idx, self.o.seed, 'bound', repeat, t).to(images.device)
+
+        found = variational_bound(self.net, self.diffusion, images, noise, class_labels=class_labels, variance=self.variance,
+                                  progress=progress)
+        values = found.total, found.prior, found.vb[:, 0], found.x0_mse.mean(dim=1), found.eps_mse.mean(dim=1)
+        return dict(zip(self.columns, values)), torch.stack([part.sum(dim=0).cpu() for part in found[2:]])
+
+    def facts(self):
+        """What the result tells of the method."""
+        return {'method': 'variational bound', 'steps': self.diffusion.steps, 'trained_steps': self.diffusion.trained_steps,
+                'variance': self.variance, 'sigma_range': [float(self.diffusion.levels[0]), float(self.diffusion.levels[-1])]}
+
+    def tables(self, terms):
+        """The mean terms of each step [T], and the steps."""
+        return {**{f'terms_{name}': part for name, part in zip(('vb', 'x0_mse', 'eps_mse'), terms)},
+                'levels': self.diffusion.levels.numpy(), 'timesteps': self.diffusion.timesteps}
+
+
+def pick_diffusion(net, o):
+    """The Diffusion whose levels the bound visits: that of the network, or the one asked for, respaced by --steps."""
+    own = isinstance(net, preconditioning.iDDPMPrecond)
+    if own and o.diffusion:
+        raise click.ClickException(f'--diffusion={o.diffusion}: the network has levels of its own; leave the option out')
+    # What iddpm writes as u_j is this schedule, counted from its end.
+    diffusion = (discrete.Cosine(net.M, s=net.C_2, largest=1 - net.C_1) if own
+                 else discrete.build_diffusion(o.diffusion or DIFFUSION))
+    try:
+        return diffusion.respace(o.steps) if o.steps else diffusion
+    except ValueError as err:
+        raise click.ClickException(f'--steps={o.steps}: {err}') from None
+
+
+def open_data(net, o):
+    """(ImageDataset, whether the network is given its labels), of the network's shape and units."""
+    conditional = bool(net.label_dim) if o.cond is None else o.cond
+    if conditional and not net.label_dim:
+        raise click.ClickException('--cond=1: the network takes no labels; leave the option out')
+    dataset = ImageDataset(o.data, use_labels=conditional)
+    height, width = (net.img_resolution,) * 2 if isinstance(net.img_resolution, int) else net.img_resolution
+    expected = [net.img_channels, height, width]
+    if list(dataset.image_shape) != expected:
+        raise click.ClickException(f'--data={o.data}: its images are {list(dataset.image_shape)}, the network makes {expected} '
+                                   '[C,H,W]; convert them with dataset_tool.py')
+    if dataset.units != net.units:
+        raise click.ClickException(f'--data={o.data}: its units are {dataset.units or "8-bit"}, those of the network '
+                                   f'{net.units or "8-bit"}; convert it like the training data')
+    if dataset.label_dim > net.label_dim or (conditional and dataset.classes is None and dataset.label_dim != net.label_dim):
+        raise click.ClickException(f'--data={o.data}: its labels have {dataset.label_dim} dimensions, those of the network '
+                                   f'{net.label_dim}; number the classes as in the training data, or use --cond=0')
+    return dataset, conditional
+
+
+def choose_items(dataset, o):
+    """The items that are evaluated, int64: the first --num of those without noise of their own."""
+    clean = np.flatnonzero(dataset.native_sigma == 0)
+    if not len(clean):
+        raise click.ClickException(f'--data={o.data}: all {len(dataset)} images carry noise ("sigmas" in dataset.json); the '
+                                   'likelihood is that of clean images')
+    if len(clean) < len(dataset):
+        distributed.print0(f'{len(dataset) - len(clean)} of {len(dataset)} images carry noise and are left out')
+    option = '--num' if distributed.size() == 1 else '--num-images'  # torchrun takes --num for its own --numa-binding
+    if o.num is not None and o.num > len(clean):
+        raise click.ClickException(f'{option}={o.num}: --data={o.data} holds only {len(clean)} clean images; pass '
+                                   f'{option}={len(clean)} or less')
+    return clean[:o.num]
+
+
+def flow_options(net, o):
+    """The levels and tolerances of log_likelihood; the range lies within the network's."""
+    sigma_min = o.sigma_min or max(SIGMA_MIN, net.sigma_min)
+    sigma_max = o.sigma_max or min(SIGMA_MAX, net.sigma_max)
+    if not net.sigma_min <= sigma_min < sigma_max <= net.sigma_max:
+        raise click.ClickException(f'--sigma-min={sigma_min:g} --sigma-max={sigma_max:g}: must rise, within the range of the '
+                                   f'network, {net.sigma_min:g} to {net.sigma_max:g}')
+    return dict(sigma_min=sigma_min, sigma_max=sigma_max, sigma_data=o.sigma_data or getattr(net, 'sigma_data', SIGMA_DATA),
+                rtol=o.rtol, atol=o.atol, max_steps=o.max_steps)
+
+
+def measure(net, dataset, items, conditional, method, o):
+    """On every rank: ({column: [repeats, N]}, the mean of the method's terms over images and repeats)."""
+    found = {name: torch.zeros([o.repeats, len(items)], dtype=torch.float64) for name in method.columns}
+    terms = torch.zeros(method.terms, dtype=torch.float64)
+    mine, error = np.arange(len(items))[distributed.rank()::distributed.size()], None
+    with tqdm(total=o.repeats * len(mine), unit='img', desc='rank 0' if distributed.size() > 1 else None, smoothing=0,
+              disable=True if distributed.rank() else None, bar_format=BAR) as bar:
+        try:
+            for repeat in range(o.repeats):
+                for rows in (mine[first:first + o.batch] for first in range(0, len(mine), o.batch)):
+                    images, labels = read_batch(net, dataset, items[rows], conditional, o)
+                    part, sums = method(images, dataset.raw_idx[items[rows]], repeat, labels, bar.update)
+                    terms += sums
+                    for name, values in part.items():
+                        found[name][repeat, rows] = values.cpu().double()
+        except (ValueError, click.ClickException) as err:
+            error = getattr(err, 'message', f'--network={o.network}: {err}')
+    errors = [message for message in distributed.all_values(error) if message]
+    if errors:
+        raise click.ClickException(errors[0])
+    gather = lambda values: distributed.all_sum(values.to(distributed.device())).cpu().numpy()
+    return {name: gather(values) for name, values in found.items()}, gather(terms) / (o.repeats * len(items))
+
+
+def read_batch(net, dataset, items, conditional, o):
+    """(images [n,C,H,W] float64 in network units, class_labels or None) of items, on the device."""
+    device = distributed.pick_device(o.device)
+    images = dataset.to_network(np.stack([dataset.decode(i) for i in dataset.raw_idx[items]])).double()
+    if not conditional:
+        return images.to(device), None
+    labels = torch.zeros([len(items), net.label_dim])  # a split may lack the highest classes
+    labels[:, :dataset.label_dim] = torch.from_numpy(dataset.labels(items))
+    return images.to(device), labels.to(device)
+
+
+def keyed(draw, raw_idx, *key):
+    """draw(generator) of each image, stacked: a function of the key and of its place in the archive, not of the batch or the rank."""
+    return torch.stack([draw(misc.generator(*key, i)) for i in raw_idx])
+
+
+def dequantised(images, raw_idx, seed, repeat):
+    """Grey level u spread evenly over [u - 1/2, u + 1/2]: so a network's output is rounded to it."""
+    draw = lambda source: torch.rand(images.shape[1:], generator=source, dtype=torch.float64)
+    return images + (keyed(draw, raw_idx, seed, 'dequantisation', repeat).to(images.device) - 0.5) / 127.5
+
+
+def summary(found, dataset):
+    """The numbers of the result: means over images, their standard error, and the spread of the means over repeats."""
+    values = found['bits_per_dim']
+    means, images = values.mean(axis=1), values.mean(axis=0)
+    name = 'differential_bits_per_dim' if dataset.is_float else 'bits_per_dim'
+    return {name: misc.as_float(values.mean()),
+            'standard_error': misc.as_float(images.std(ddof=1) / math.sqrt(len(images))) if len(images) > 1 else None,
+            'std_over_repeats': misc.as_float(means.std(ddof=1)) if len(means) > 1 else None,
+            **{key: misc.as_float(column.mean()) for key, column in found.items() if key != 'bits_per_dim'}}
+
+
+def provenance(net, dataset, items, conditional, o):
+    """What decides the numbers, whatever the method."""
+    return {
+        'num_images': len(items),
+        'found_images': len(dataset),
+        'data': {'path': o.data, 'split': o.split, 'image_shape': list(dataset.image_shape),
+                 'sha256': dnnlib.util.file_digest(o.data) if os.path.isfile(o.data) else None},
+        'network': {'ref': o.network, 'weights': o.weights, 'state_sha256': state_digest(net), 'config': net.config},
+        'conditional': conditional,
+        'device': str(distributed.pick_device(o.device)),
+        'ranks': distributed.size(),
+        'versions': misc.versions(),
+        'options': dict(o),
+    }
+
+
+def write(result, arrays, out_path, o):
+    """Files and table."""
+    with dnnlib.replacing(out_path) as part, open(part, 'w', encoding='utf-8') as f:
+        json.dump(result, f, indent=2, allow_nan=False)
+    if o.npz_path:
+        with dnnlib.replacing(o.npz_path) as part, open(part, 'wb') as f:
+            np.savez(f, **arrays)
+    if o.plot:
+        write_picture(o.plot, arrays['levels'], {name: arrays[f'terms_{name}'] for name in ('vb', 'x0_mse', 'eps_mse')})
+    numbers = list(result)[:list(result).index('num_images')]
+    what = ', '.join(filter(None, [o.data, o.split and f'split {o.split}', f'{result["num_images"]} images', f'seed {o.seed}']))
+    rows = [(name, f'{result[name]:.4f}') for name in numbers if result[name] is not None]
+    for name, text in [*rows, ('of', what), ('under', f'{o.network} ({o.weights})'), ('by', result['method'])]:
+        print(f'{name:<26} {text}')
+    print(f'written to {", ".join(filter(None, [out_path, o.npz_path, o.plot]))}')
+
+
+def state_digest(net):
+    """SHA-256 of the network's tensors in the order of their names, wherever and however they are kept."""
+    sha = hashlib.sha256()
+    for name, value in sorted(net.state_dict().items()):
+        sha.update(f'{name} {value.dtype} {list(value.shape)}'.encode() + value.cpu().contiguous().numpy().tobytes())
+    return sha.hexdigest()
+
+
+def default_path(network, suffix):
+    """Beside a network that lies on this machine, in the working folder for one of the Hub."""
+    return (os.path.abspath(network) if os.path.exists(network) else network.replace('/', '--')) + suffix
+
+
+def prepare_output(path, option, suffix):
+    """Makes the folder, and refuses a path that cannot become a file, before hours are spent."""
+    if os.path.isdir(path) or not path.endswith(suffix):
+        raise click.ClickException(f'{option}={path}: expected the name of a file that ends in {suffix}')
+    folder = os.path.dirname(os.path.abspath(path))
+    os.makedirs(folder, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise click.ClickException(f'{option}={path}: the folder {folder} is not writable')
+
+
+METHODS = {'ode': FlowMethod, 'vlb': BoundMethod}
+
+if __name__ == '__main__':
+    main()

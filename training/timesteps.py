@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which timesteps t a discrete-time objective looks at: all alike, or more of those whose loss is large (Nichol & Dhariwal 2021)."""
+
+import torch
+
+from torch_utils import distributed
+
+
+class Uniform:
+    """Every timestep alike, as the pairs have them."""
+
+
+class SecondMoment(torch.nn.Module):
+    """Draws t with p_t ~ sqrt(E[L_t^2]), over the last losses of each t, and weighs by 1 / (T p_t): unbiased, with less variance.
+
+    steps: T. history: losses of each t that count; until every t has so many, all are drawn alike. uniform: share of plain uniform draws,
+    which keeps every p_t above 0. The last losses are the state, equal on all ranks; nothing here waits for the device.
+    Only clean images are drawn anew (and noted): the level of a noisy one is a matter of its sigma_n, and stays as the pairs have it."""
+
+    def __init__(self, steps=1000, history=10, uniform=0.001):
+        super().__init__()
+        if history < 1:
+            raise ValueError(f'history={history} must be at least 1')
+        if not 0 < uniform <= 1:
+            raise ValueError(f'uniform={uniform} must be above 0, so that every timestep can be drawn, and at most 1')
+        self.history, self.uniform = history, uniform
+        self.register_buffer('losses', torch.zeros(steps, history, dtype=torch.float64))  # rings: loss n of a t lies at n % history
+        self.register_buffer('counts', torch.zeros(steps, dtype=torch.int64))  # losses seen of each t
+        self._noted = []
+
+    def probabilities(self):
+        """p_t, float64 [T]."""
+        steps = len(self.counts)
+        size = self.losses.square().mean(1).sqrt()
+        p = (1 - self.uniform) * size / size.sum() + self.uniform / steps
+        return p.where((self.counts >= self.history).all() & (size.sum() > 0), 1 / steps)
+
+    def draw(self, u):
+        """Uniforms u in (0, 1), [N] -> (t int64 [N], importance weights 1 / (T p_t), float64 [N])."""
+        p = self.probabilities()
+        ends = p.cumsum(0)
+        t = torch.searchsorted(ends, u * ends[-1], right=True).clamp(max=len(p) - 1)
+        return t, 1 / (len(p) * p[t])
+
+    def note(self, t, losses, counts):
+        """Remembers losses [N] at t int64 [N] for the next update(), where `counts` holds, bool [N]."""
+        fine = counts & losses.isfinite()
+        self._noted.append((t.where(fine, len(self.counts)), losses.detach().double().where(fine, 0)))
+
+    def update(self):
+        """Moves what all ranks noted since the last call into the state, in the order of the global batch."""
+        t, losses = (distributed.all_rows(torch.cat(column)) for column in zip(*self._noted, strict=True))
+        self._noted.clear()
+        # Sorted by t and otherwise in order, so that the k-th loss of a t knows its place in the ring, and that newer ones overwrite it.
+        order = t.argsort(stable=True)
+        t, losses = t[order], losses[order]
+        place, steps = torch.arange(len(t), device=t.device), len(self.counts)
+        earlier = place - torch.searchsorted(t, t)
+        later = torch.searchsorted(t, t, right=True) - place - 1
+        slot = t * self.history + (torch.cat([self.counts, self.counts.new_zeros(1)])[t] + earlier) % self.history
+        slot = slot.where((t < steps) & (later < self.history), steps * self.history)  # what is not kept goes behind the end
+        rings = torch.cat([self.losses.flatten(), losses.new_zeros(1)]).scatter(0, slot, losses)
+        self.losses.copy_(rings[:-1].reshape(self.losses.shape))
+        self.counts += torch.zeros(steps + 1, dtype=torch.int64, device=t.device).index_add_(0, t, torch.ones_like(t))[:-1]
+
+
+TIMESTEPS = {'second_moment': SecondMoment, 'uniform': Uniform}
