@@ -14,10 +14,11 @@ import click
 import numpy as np
 import PIL.Image
 import pytest
+import scipy.linalg
 import torch
 from safetensors.numpy import load_file
 
-from metrics import evaluate, inception
+from metrics import evaluate, frechet, inception
 from metrics.frechet import frechet_distance, half_factor
 from metrics.statistics import Moments, Statistics, load_statistics, save_statistics
 
@@ -155,6 +156,35 @@ def test_frechet_of_rank_deficient_statistics_in_sample_space(counts):
     expected -= 2 * np.linalg.svd(xc @ yc.T, compute_uv=False).sum()
     found = frechet_distance(x.mean(0), np.cov(x, rowvar=False), y.mean(0), np.cov(y, rowvar=False))
     assert found == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize('shape', [(40, 40), (40, 25), (25, 40), (6, 0)])
+def test_nuclear_norm_by_either_route(shape):
+    """Well conditioned matrices go by the eigenvalues of the Gram matrix; both routes agree."""
+    matrix = np.random.default_rng(0).standard_normal(shape) + 10 * np.eye(*shape)
+    exact = np.linalg.svd(matrix, compute_uv=False).sum()
+    assert frechet.nuclear_norm(matrix, accuracy=1e-6) == pytest.approx(exact, rel=1e-12)
+    assert frechet.nuclear_norm(matrix) == exact
+
+
+def test_nuclear_norm_of_a_nearly_singular_matrix(monkeypatch):
+    """Singular values from 1 to 1e-12: the Gram matrix knows nothing of those below 1e-8, and is not believed."""
+    rng = np.random.default_rng(1)
+    u, v = (np.linalg.qr(rng.standard_normal((60, 60)))[0] for _ in range(2))
+    values = np.concatenate([np.logspace(0, -12, 30), np.full(30, 1e-12)])
+    gram = np.sqrt(np.linalg.eigvalsh((u * values) @ v @ ((u * values) @ v).T).clip(0)).sum()
+    assert abs(gram - values.sum()) > 1e-9
+    assert frechet.nuclear_norm((u * values) @ v, accuracy=1e-10) == pytest.approx(values.sum(), abs=1e-12)
+
+
+@pytest.mark.parametrize('dim', [64, 300])
+def test_frechet_equals_the_matrix_square_root(dim):
+    """Against scipy's sqrtm, as most tools have it."""
+    x, y = features_of(4 * dim, dim, 1), features_of(3 * dim, dim, 2)
+    args = [x.mean(0), np.cov(x, rowvar=False), y.mean(0), np.cov(y, rowvar=False)]
+    root = scipy.linalg.sqrtm(args[1] @ args[3])
+    expected = np.square(args[0] - args[2]).sum() + np.trace(args[1] + args[3] - 2 * root.real)
+    assert frechet_distance(*args) == pytest.approx(expected, rel=1e-6)
 
 
 def test_half_factor_has_the_numerical_rank():
