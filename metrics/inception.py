@@ -16,6 +16,7 @@ class Inception(torch.nn.Module):
     """uint8 images [N,3,H,W], or grey [N,1,H,W], -> (pooled features [N,2048], logits [N,1008] without the last bias), float32.
 
     weights: path or URL of a state dict with the published names, or None for the published file, fetched once and checked.
+    The attribute compute_dtype (None, torch.bfloat16, torch.float16) is what convolutions work in; published numbers need None.
     Raises click.ClickException where the file is missing, cannot be fetched, or holds something else."""
 
     def __init__(self, weights=None):
@@ -28,19 +29,26 @@ class Inception(torch.nn.Module):
             self.fc = torch.nn.Linear(POOL_DIM, 1008)
         self.load_state_dict(read_weights(weights, self.state_dict()), assign=True)
         self.eval().requires_grad_(False)
+        self.compute_dtype = None
 
     def forward(self, images):
         x = (resize(images.float(), SIDE) - 128) / 128
         x = x.expand(-1, 3, -1, -1)
-        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
-            for name, *_ in STEM:
-                x = getattr(self, name)(x)
-                if name in STEM_POOLED:
-                    x = torch.nn.functional.max_pool2d(x, 3, stride=2)
-            for name in MIXED:
-                x = getattr(self, name)(x)
-        features = x.mean(dim=(2, 3))
+        with (torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False),
+              torch.autocast(x.device.type, self.compute_dtype, enabled=self.compute_dtype is not None)):
+            x = self.trunk(x)
+        features = x.float().mean(dim=(2, 3))
         return features, features @ self.fc.weight.T
+
+    def trunk(self, x):
+        """Pictures [N,3,299,299] in [-1,1] -> maps of features [N,2048,8,8]."""
+        for name, *_ in STEM:
+            x = getattr(self, name)(x)
+            if name in STEM_POOLED:
+                x = torch.nn.functional.max_pool2d(x, 3, stride=2)
+        for name in MIXED:
+            x = getattr(self, name)(x)
+        return x
 
 
 class Conv(torch.nn.Module):

@@ -6,7 +6,6 @@ import math
 
 import numpy as np
 import scipy.stats
-import torch
 
 from metrics.distances import nearest
 
@@ -71,8 +70,3 @@ def closest_pairs(found, count):
     """(indices of generated images, indices of their nearest training images): the `count` smallest ratios d1/d2, smallest first."""
     order = np.argsort(found.ratio, kind='stable')[:count]
     return order, found.index[order]
-
-
-def row_of_pairs(left, right):
-    """Pictures [n,C,H,W] of both sets, alternating: [2n,C,H,W], to be laid out in an even number of columns."""
-    return torch.stack([torch.as_tensor(left), torch.as_tensor(right)], dim=1).flatten(0, 1)
