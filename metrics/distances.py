@@ -47,6 +47,7 @@ def nearest(queries, points, k=1, exclude_self=False, device=None):
     available = len(points) - bool(exclude_self)
     if not 1 <= k <= available:
         raise ValueError(f'{k} nearest neighbours asked for, {max(available, 0)} there are')
+    queries, points = torch.as_tensor(queries), torch.as_tensor(points)
     found, row = [], None
     for block in blocks(queries, points, device):
         d2 = block.d2
@@ -63,4 +64,12 @@ def nearest(queries, points, k=1, exclude_self=False, device=None):
         d2, index = (torch.cat(pair, dim=1) for pair in zip(found[-1], (d2, index)))
         d2, order = d2.topk(min(k, d2.shape[1]), largest=False)
         found[-1] = d2, index.gather(1, order)
-    return tuple(torch.cat(parts).cpu() for parts in zip(*found))
+    index = torch.cat([index for _, index in found]).cpu()
+    return _sorted_differences(queries.cpu(), points.cpu(), index)
+
+
+def _sorted_differences(queries, points, index):
+    """Squared distances to the points `index` [N,k] anew, as sums of squared differences: exactly zero for equal images."""
+    d2 = torch.cat([(queries[i, None].double() - points[index[i]].double()).square().sum(2) for i in _slices(len(queries), ROWS)])
+    d2, order = d2.sort(dim=1, stable=True)
+    return d2, index.gather(1, order)

@@ -191,7 +191,7 @@ def numbers(found, reference, metrics=('fid',), settings=Settings(), device=None
 def _inception_scores(class_sums):
     """All images in one split, as this program's ancestors print it, and mean and deviation over splits, as papers do."""
     if class_sums is None:  # the detector has no logits
-        return dict.fromkeys(['inception_score', 'inception_score_mean', 'inception_score_std'])
+        return {'inception_score': None}
     parts, whole = scores.scores(class_sums), scores.scores(class_sums.sum(0, keepdim=True))
     return {'inception_score': float(whole), 'inception_score_mean': float(parts.mean()),
             'inception_score_std': float(parts.std(unbiased=False))}

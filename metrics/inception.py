@@ -45,7 +45,7 @@ class Inception(torch.nn.Module):
         for name, *_ in STEM:
             x = getattr(self, name)(x)
             if name in STEM_POOLED:
-                x = torch.nn.functional.max_pool2d(x, 3, stride=2)
+                x = _halve(x)
         for name in MIXED:
             x = getattr(self, name)(x)
         return x
@@ -151,7 +151,12 @@ def _maximum(x):
 
 
 def _halve(x):
-    return torch.nn.functional.max_pool2d(x, 3, stride=2)
+    """3x3 maximum around every other pixel. In rows and then columns it is the same number, in half the time of the CPU's kernel
+    for this order of memory."""
+    if x.device.type != 'cpu' or not x.is_contiguous():
+        return torch.nn.functional.max_pool2d(x, 3, stride=2)
+    rows = x[:, :, 1:-1:2].maximum(x[:, :, :-2:2]).maximum(x[:, :, 2::2])
+    return rows[..., 1:-1:2].maximum(rows[..., :-2:2]).maximum(rows[..., 2::2])
 
 
 def _block35(pool_channels):

@@ -28,7 +28,7 @@ FLOORS = {
     **dict.fromkeys(['training.assembly', 'training.posthoc', 'metrics.generated'], 7),
     'training.training_loop': 8,
     **dict.fromkeys(['checkpoint_tool', 'dataset_tool', 'eval_fid', 'generate', 'plot_run', 'train', 'benchmarks.consistency_bias',
-                     'benchmarks.consistency_toys', 'benchmarks.data_loading',
+                     'benchmarks.consistency_toys', 'benchmarks.data_loading', 'benchmarks.evaluation',
                      'benchmarks.outliers', 'benchmarks.penalty_bias', 'examples.demo'], 9),
 }
 SHARED_FLOORS = (0, 1)

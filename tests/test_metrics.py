@@ -286,3 +286,12 @@ def test_missing_weights_without_network(tmp_path, monkeypatch):
         inception.Inception()
     message = caught.value.message
     assert inception.URL in message and str(tmp_path) in message and '--detector-weights' in message and '\n' not in message
+
+
+@pytest.mark.parametrize('shape', [(2, 3, 147, 147), (1, 2, 17, 17), (1, 2, 3, 5), (1, 1, 8, 10)])
+def test_the_maximum_in_rows_and_columns_is_the_maximum(shape):
+    """Bit for bit, for odd and even sides, with negative numbers."""
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(inception.POOLS['halve'](x), torch.nn.functional.max_pool2d(x, 3, stride=2))
+    last = x.contiguous(memory_format=torch.channels_last)
+    assert torch.equal(inception.POOLS['halve'](last), torch.nn.functional.max_pool2d(x, 3, stride=2))
