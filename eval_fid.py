@@ -201,7 +201,7 @@ def evaluate(o):
 def open_reference(o):
     """(reference ImageFiles or Statistics, SHA-256 of the file; None for a folder). Only rank 0 holds features."""
     if o.ref_path:
-        return ImageFiles(o.ref_path, '--ref-path'), file_digest(o.ref_path) if os.path.isfile(o.ref_path) else None
+        return ImageFiles(o.ref_path, '--ref-path'), generated.digest_of(o.ref_path)
     path = generated.first_on_node(dnnlib.open_url, o.ref_stats)
     features = needs_features(o.metrics) and distributed.rank() == 0
     return load_statistics(path, f'--ref-stats={o.ref_stats}', features), file_digest(path)
@@ -255,8 +255,9 @@ def write_nearest(o, sources, features, detector, out_path, picture):
     images.write_grid(picture, shown, columns=2 * math.ceil(math.sqrt(len(pairs) / 2)))
     named = [{'generated': sources['--gen-path'].name(ours), 'train': sources['--train'].name(theirs), 'distance': found.first[ours],
               'ratio': found.ratio[ours]} for ours, theirs in pairs]
-    result = {**values, **{f'num_{option.strip("-").replace("-", "_")}': len(files) for option, files in sources.items()},
-              'closest_pairs': named, **common_facts(o, detector)}
+    used = {option.strip('-').replace('-', '_'): {'path': files.path, 'num_images': len(files), 'sha256': generated.digest_of(files.path)}
+            for option, files in sources.items()}
+    result = {**values, **used, 'closest_pairs': named, **common_facts(o, detector)}
     report.write_json(out_path, result)
     report.print_columns([('measure', 'value'), *((name, report.number(value)) for name, value in values.items())])
     print(f'written to {out_path}; the {len(pairs)} closest pairs (generated left, training image right) to {picture}')

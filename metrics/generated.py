@@ -22,7 +22,7 @@ class FileImages:
         self.shape, self.found = self._files.shape, len(self._files)
         self.count = choose_count(o, self.found, f'--gen-path={o.gen_path}: found {self.found} images')
         self.check_unchanged = self._files.check_unchanged
-        self.facts = {'path': o.gen_path, 'sha256': file_digest(o.gen_path) if os.path.isfile(o.gen_path) else None}
+        self.facts = {'path': o.gen_path, 'sha256': digest_of(o.gen_path)}
         self.labels = [{}]
         if self.count < self.found:
             distributed.print0(f'evaluating the first {self.count} of {self.found} images, in sorted order')
@@ -70,6 +70,11 @@ class NetworkImages:
         """A network in memory stays as it is."""
 
 
+def digest_of(path):
+    """SHA-256 of a file; None of a folder, whose files have a digest each and together none that others would find."""
+    return file_digest(path) if os.path.isfile(path) else None
+
+
 def ranges(numbers):
     """Whole numbers as IntList reads them: [0, 1, 2, 5] -> "0-2,5"."""
     numbers = sorted(set(numbers))
@@ -89,7 +94,7 @@ def network_digest(net):
 
 def choose_count(o, found, what):
     """How many generated images are evaluated; published distances need the published number unless told otherwise."""
-    option = '--num' if distributed.size() == 1 else '--num-images'  # torchrun takes --num for its own --numa-binding
+    option = '--num-images' if 'TORCHELASTIC_RUN_ID' in os.environ else '--num'  # torchrun takes --num for its own --numa-binding
     if o.num is None and found != PROTOCOL_NUM:
         raise click.ClickException(f'{what}, expected {PROTOCOL_NUM}; pass {option}={found} to evaluate these')
     count = o.num or found

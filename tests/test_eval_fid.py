@@ -8,6 +8,7 @@ import sys
 import zipfile
 from pathlib import Path
 
+import click
 import numpy as np
 import PIL.Image
 import pytest
@@ -17,7 +18,7 @@ from click.testing import CliRunner
 import eval_fid
 import generate
 from dnnlib import EasyDict
-from metrics import generated
+from metrics import generated, report
 from metrics.frechet import frechet_distance
 from metrics.kernel import kernel_distance
 from metrics.manifold import density_coverage, precision_recall
@@ -115,6 +116,16 @@ def test_counts(folders, images):
     result = json.loads(Path('gen.fid.json').read_text())
     assert (result['num_images'], result['found_images']) == (9, 12)
     assert result['fid_score'] == pytest.approx(expected_distance(images[0][:9], images[1]), rel=1e-9)
+
+
+def test_the_advice_fits_the_launcher(monkeypatch):
+    """torchrun, with one rank too, takes --num for an abbreviation of its own."""
+    options = EasyDict(num=None, gen_path='g')
+    for launched, option in ((False, ' --num=3 '), (True, ' --num-images=3 ')):
+        if launched:
+            monkeypatch.setenv('TORCHELASTIC_RUN_ID', 'x')
+        with pytest.raises(click.ClickException, match=option):
+            generated.choose_count(options, 3, 'found 3')
 
 
 def test_the_published_count_needs_no_option(folders, images, monkeypatch):
@@ -277,7 +288,9 @@ def test_nearest(folders, images):
     named = [(pair['generated'], pair['train']) for pair in result['closest_pairs']]
     assert set(named[:2]) == {('000003.png', '000020.png'), ('000007.png', '000004.png')} and len(named) == 5
     assert result['closest_pairs'][0]['distance'] < 1e-5 and result['closest_pairs'][2]['distance'] > 0.1
-    assert (result['num_gen_path'], result['num_train'], result['num_held_out']) == (12, 30, 25)
+    assert [result[key]['num_images'] for key in ('gen_path', 'train', 'held_out')] == [12, 30, 25]
+    assert result['train'] == {'path': 'ref', 'num_images': 30, 'sha256': None}
+    assert result['held_out']['sha256'] == hashlib.sha256(Path('unseen.npy').read_bytes()).hexdigest()
     assert result['nn_ratio_below_third'] == pytest.approx(2 / 12) and 'copying_z' in output
     assert result['detector']['name'] == 'pixels' and 'commit' in result['versions']
     picture = np.array(PIL.Image.open('gen.nearest.png'))  # pairs side by side: gap, cell, gap, cell
@@ -365,6 +378,17 @@ def test_default_places_of_results(grey, network):
 def test_ranges(seeds, text):
     assert generated.ranges(seeds) == text
     assert command_line.IntList().convert(text, None, None) == sorted(seeds)
+
+
+def test_numbers_in_print_and_in_json(tmp_path):
+    """Small values keep digits, rounding leaves no minus, and JSON has no nan."""
+    assert [report.number(v) for v in (None, 12.34567, 0.00012345, -0.00012345, -3e-12, 0.0)] == [
+        '-', '12.3457', '0.0001234', '-0.0001234', '0.0000', '0.0000']
+    report.write_json(tmp_path / 'r.json', {'a': float('nan'), 'b': [np.float64(2.5), float('inf')], 'c': (1, {'d': None})})
+    assert json.loads((tmp_path / 'r.json').read_text()) == {'a': None, 'b': [2.5, None], 'c': [1, {'d': None}]}
+    assert report.summary([{'x': 1.0, 'y': None}, {'x': 3.0, 'y': None}]) == {
+        'x': {'mean': 2.0, 'std': pytest.approx(2 ** 0.5), 'min': 1.0}, 'y': {'mean': None, 'std': None, 'min': None}}
+    assert report.summary([{'x': 1.0}]) == {'x': {'mean': 1.0, 'std': None, 'min': 1.0}}
 
 
 def test_help_and_version():
