@@ -3,21 +3,22 @@
 
 import torch
 
-ROWS, COLUMNS = 1024, 4096  # of one block: 32 MB in float64, and as much again for each of its neighbours in the computation
+ROWS, COLUMNS = 2048, 4096  # of one block: 64 MB in float64
 TIE = 1e-11  # squared distances this close, relative to the squared norms, are equal: far above float64's rounding
 
 
 class Block:
-    """One block of the matrix of squared distances: d2 [n,m] float64 of the rows `i` against the columns `j` (slices).
+    """One block of the matrix of squared distances: d2 [n,m] float64 of the rows `i` against the columns `j` (slices)."""
 
-    slack [n,m]: how far d2 may lie from an equal one by rounding; two distances that differ by less are a tie."""
-
-    def __init__(self, x, y, i, j):
-        self.i, self.j = i, j
-        norms = x.square().sum(1)[:, None] + y.square().sum(1)  # [n,m]
-        self.slack = TIE * norms
+    def __init__(self, x, y, norms, i, j):
+        self.i, self.j, self._norms = i, j, norms
         # float32 products would leave 1e-4 of a squared distance between equal images; in float64 it is 1e-13.
-        self.d2 = torch.addmm(norms, x, y.T, alpha=-2).clamp_(min=0)
+        self.d2 = torch.addmm(norms[0] + norms[1], x, y.T, alpha=-2).clamp_(min=0)
+
+    @property
+    def slack(self):
+        """How far d2 [n,m] may lie from an equal one by rounding; two distances that differ by less are a tie."""
+        return TIE * (self._norms[0] + self._norms[1])
 
 
 def blocks(queries, points, device=None):
@@ -27,12 +28,16 @@ def blocks(queries, points, device=None):
     queries, points = torch.as_tensor(queries), torch.as_tensor(points)
     if queries.ndim != 2 or points.ndim != 2 or queries.shape[1] != points.shape[1]:
         raise ValueError(f'features of shapes {list(queries.shape)} and {list(points.shape)}, expected [N,D] and [M,D]')
-    where = {'device': device or queries.device, 'dtype': torch.float64}
-    centre = points.mean(0, dtype=torch.float64).to(**where)  # distances do not depend on it, and their rounding does
+    device = device or queries.device
+    centre = points.mean(0, dtype=torch.float64).to(device)  # distances do not depend on it, and their rounding does
+    centred = lambda rows: rows.to(device, torch.float64, copy=True).sub_(centre)
+    columns = _slices(len(points), COLUMNS)
+    norms = [centred(points[j]).square_().sum(1) for j in columns]
     for i in _slices(len(queries), ROWS):
-        x = queries[i].to(**where) - centre
-        for j in _slices(len(points), COLUMNS):
-            yield Block(x, points[j].to(**where) - centre, i, j)
+        x = centred(queries[i])
+        own = x.square().sum(1)[:, None]
+        for j, other in zip(columns, norms):
+            yield Block(x, centred(points[j]), (own, other), i, j)
 
 
 def _slices(count, size):
