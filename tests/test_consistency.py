@@ -17,10 +17,10 @@ sys.path.insert(0, str(ROOT / 'benchmarks'))
 
 import consistency_bias  # noqa: E402 (a benchmark, not a package)
 
-import train  # noqa: E402
 from dnnlib import EasyDict  # noqa: E402
 from torch_utils import misc  # noqa: E402
 from training import ambient, registry, weighting  # noqa: E402
+from training.configuration import consistency_spec  # noqa: E402
 from training.consistency import (  # noqa: E402
     CHAINS,
     Bridge,
@@ -368,7 +368,7 @@ def test_one_option_names_chain_and_all_the_rest():
 def spec(**given):
     names = ['consistency', 'consistency_coeff', 'consistency_batch_size', 'num_consistency_steps', 'num_primes', 'with_weight',
              'with_grad']
-    return train.consistency_spec(EasyDict(dict.fromkeys(names) | {'batch': 512} | given))
+    return consistency_spec(EasyDict(dict.fromkeys(names) | {'batch': 512} | given))
 
 
 def test_the_published_options_map_to_it():

@@ -26,7 +26,7 @@ FLOORS = {
     **dict.fromkeys(['training.conversion', 'training.feed', 'training.generation', 'training.hub', 'training.validation',
                      'metrics.evaluate'], 6),
     **dict.fromkeys(['training.assembly', 'training.posthoc', 'metrics.generated'], 7),
-    'training.training_loop': 8,
+    **dict.fromkeys(['training.configuration', 'training.training_loop'], 8),
     **dict.fromkeys(['checkpoint_tool', 'dataset_tool', 'eval_fid', 'generate', 'plot_run', 'train', 'benchmarks.consistency_bias',
                      'benchmarks.consistency_toys', 'benchmarks.data_loading', 'benchmarks.evaluation',
                      'benchmarks.outliers', 'benchmarks.penalty_bias', 'examples.demo'], 9),

@@ -20,6 +20,7 @@ import train
 from dnnlib import EasyDict
 from training import hub, registry
 from training.assembly import build_objective
+from training.configuration import configure
 from training.conversion import encode_png
 from training.noise import NOISE
 from training.pairs import PAIRINGS
@@ -290,7 +291,7 @@ def test_preconditioning_brings_its_published_objective(here, name, noise, weigh
 
 
 def options(*args):
-    return train.setup(EasyDict(train.main.make_context('train', ['--outdir=runs', '--data=good.zip', *NET, *args]).params))
+    return configure(EasyDict(train.main.make_context('train', ['--outdir=runs', '--data=good.zip', *NET, *args]).params))
 
 
 @pytest.mark.parametrize('args', [

@@ -18,6 +18,7 @@ from PIL import Image
 import train
 from dnnlib import EasyDict
 from training import training_loop
+from training.configuration import configure
 from training.run_folder import RunFolder
 
 ROOT = Path(__file__).parent.parent
@@ -45,7 +46,7 @@ def options(folder, *flags):
     if not os.path.exists(data):
         make_zip(data)
     args = [f'--outdir={folder}', f'--data={data}', '--seed=5', *FLAGS, *flags]
-    return train.setup(EasyDict(train.main.make_context('train', args).params))
+    return configure(EasyDict(train.main.make_context('train', args).params))
 
 
 def make_run(folder, *flags):
