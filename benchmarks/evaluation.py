@@ -2,7 +2,7 @@
 """Evaluation against its peers in one run: Fréchet distance, Inception's features, and distances within a bound of memory.
 
 python benchmarks/evaluation.py frechet
-python benchmarks/evaluation.py features [--images=1000] [--data=PATH]      (with torch-fidelity installed: against its network)
+python benchmarks/evaluation.py features [--data=PATH] [--half] [--compile]      (with torch-fidelity installed: against its network)
 python benchmarks/evaluation.py distances [--images=50000] [--dim=2048]"""
 
 import argparse
@@ -87,12 +87,12 @@ def features(args):
         nets = {name: lambda batch, net=net: net(batch)[0] for name, net in nets.items()}
         if importlib.util.find_spec('torch_fidelity'):
             nets['torch-fidelity'] = torch_fidelity_network(path)
-        best, found = time_in_turns(nets, images, args.rounds)
+        seconds, found = time_in_turns(nets, images)
     plain = found['inception']
     rows = [('', 'CPU seconds', 'images/s', 'features', 'FID', 'mixed FID')]
-    for name, seconds in best.items():
+    for name, spent in seconds.items():
         error = float((found[name] - plain).abs().max() / plain.abs().max())
-        rows.append((name, f'{seconds:.1f}', f'{args.images / seconds * torch.get_num_threads():.1f}', f'{error:.1e}',
+        rows.append((name, f'{spent:.1f}', f'{args.images / spent * torch.get_num_threads():.1f}', f'{error:.1e}',
                      f'{fid_of_halves(found[name], found[name]):.5f}', f'{fid_of_halves(found[name], plain):.5f}'))
     table(f'Features of {args.images} images of {images.shape[3]} x {images.shape[2]}, batches of {BATCH}, '
           f'{torch.get_num_threads()} threads; largest difference of features; FID of the halves, second half seen alike or by plain '
@@ -106,17 +106,17 @@ def some_images(args):
     return torch.cat(list(ImageFiles(args.data, '--data').batches(BATCH, args.images)))
 
 
-def time_in_turns(nets, images, rounds):
-    """{name: shortest CPU time}, {name: features}: every network in each round, so that the machine's moods meet them all."""
+def time_in_turns(nets, images):
+    """{name: CPU time in seconds}, {name: features}: every network sees each batch in turn, so that the machine's moods meet them all."""
     for net in nets.values():
         net(images[:BATCH])  # allocations, and compilation where asked for
-    best, found = {}, {}
-    for _ in range(rounds):
+    seconds, found = dict.fromkeys(nets, 0.0), {name: [] for name in nets}
+    for batch in images.split(BATCH):
         for name, net in nets.items():
-            seconds, found[name] = best_of(lambda net=net: torch.cat([net(batch) for batch in images.split(BATCH)]), runs=1,
-                                           clock=time.process_time)
-            best[name] = min(best.get(name, seconds), seconds)
-    return best, found
+            spent, part = best_of(lambda net=net, batch=batch: net(batch), runs=1, clock=time.process_time)
+            seconds[name] += spent
+            found[name].append(part)
+    return seconds, {name: torch.cat(parts) for name, parts in found.items()}
 
 
 def fid_of_halves(first, second):
@@ -152,13 +152,14 @@ def main():
     parser.add_argument('--images', type=int)
     parser.add_argument('--dim', type=int, default=2048)
     parser.add_argument('--size', type=int, default=32)
-    parser.add_argument('--rounds', type=int, default=2)
     parser.add_argument('--weights', help='the published Inception file; random weights without it, which take as long')
     parser.add_argument('--data', help='images: folder, zip or array; random ones without it')
+    parser.add_argument('--half', action='store_true', help='also time bfloat16')
     parser.add_argument('--compile', action='store_true', help='also time the compiled network')
     args = parser.parse_args()
     args.images = args.images or {'features': 1000, 'distances': 50000}.get(args.what)
-    args.variants = [{'channels_last': True}, {'precision': 'bf16'}, {'channels_last': True, 'precision': 'bf16'}]
+    args.variants = [{'channels_last': True}]
+    args.variants += [{'precision': 'bf16'}, {'channels_last': True, 'precision': 'bf16'}] if args.half else []
     args.variants += [{'compile': True}] if args.compile else []
     {'frechet': frechet, 'features': features, 'distances': distances}[args.what](args)
 

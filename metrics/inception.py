@@ -10,6 +10,7 @@ URL = 'https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights
 SHA256 = '6726825d'  # its first digits
 SIDE = 299           # the network's input resolution
 POOL_DIM = 2048
+CPU_CHUNK = 8        # images that the CPU looks at together: their activations stay in its caches
 
 
 class Inception(torch.nn.Module):
@@ -32,6 +33,10 @@ class Inception(torch.nn.Module):
         self.compute_dtype = None
 
     def forward(self, images):
+        chunks = images.split(CPU_CHUNK) if images.device.type == 'cpu' and len(images) else [images]
+        return tuple(torch.cat(parts) for parts in zip(*map(self._look, chunks)))
+
+    def _look(self, images):
         x = (resize(images.float(), SIDE) - 128) / 128
         x = x.expand(-1, 3, -1, -1)
         with (torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False),

@@ -382,3 +382,10 @@ def test_bad_images_module_is_the_one_raised():
         raise image_files.BadImages('--gen-path=g', [('a.png', 'is bad')], 2)
     with pytest.raises(image_files.BadImages, match='1 of 2 images cannot be used: a.png is bad'):
         evaluate.collect(batches(), Toy())
+
+
+def test_the_documentation_names_every_metric_and_detector():
+    text = (Path(__file__).parent.parent / 'docs' / 'evaluation.md').read_text()
+    assert all(f'| `{name}' in text for name in (*evaluate.METRICS, *detectors.DETECTORS))
+    keys = [key for piece in detectors.DETECTORS.values() for key in registry.parameters(piece)]
+    assert all(f'{key}=' in text for key in keys if key != 'weights')
