@@ -1,71 +1,127 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measures generated images against a reference: Fréchet distance and Inception score, with everything that decides them.
+"""Measures generated images, or a network's, against a reference: FID, KID, Inception score, precision and recall, memorisation.
 
 python eval_fid.py --gen_path=out --ref_stats=ref.npz
-python eval_fid.py ref --data=cifar.zip --dest=ref.npz --split=train"""
+python eval_fid.py ref --data=cifar.zip --dest=ref.npz --split=train
+python eval_fid.py nearest --gen-path=out --train=cifar.zip --held-out=cifar-test.zip"""
 
 import dataclasses
-import json
+import functools
+import math
 import os
 
 import click
 
 import dnnlib
 from dnnlib.util import file_digest
-from metrics.evaluate import DETECTORS, ImageFiles, check_reference, collect, numbers
+from metrics import generated, memorisation, report
+from metrics.detectors import DETECTORS
+from metrics.evaluate import METRICS, Settings, check_reference, collect, evaluate_batches, needs_features
+from metrics.image_files import ImageFiles
 from metrics.statistics import load_statistics, save_statistics
 from torch_utils import command_line, distributed, misc
+from training import images, registry
 
-PROTOCOL_NUM = 50000  # the count of generated images behind published distances, which fall as it grows
+COUNT = click.IntRange(min=1)
 
 
 class Group(command_line.Command, click.Group):
-    """A command with a sub-command: `eval_fid.py --gen_path=...` works as published, and so does `eval_fid.py ref ...`."""
+    """A command with sub-commands: `eval_fid.py --gen_path=...` works as published, and so does `eval_fid.py ref ...`."""
 
 
-def shared_options(command):
-    """The options that both commands have."""
-    options = [
-        click.option('--batch-size', help='Images a rank looks at together; changes the speed, not the numbers', metavar='INT',
-                     type=click.IntRange(min=1), default=64, show_default=True),
-        click.option('--detector', help='Where features come from', type=click.Choice(list(DETECTORS)), default='inception',
-                     show_default=True),
-        click.option('--detector-weights', help='Local copy of the Inception weights, or another address for them',
-                     metavar='PATH|URL'),
-        click.option('--device', help='Such as cpu or cuda  [default: the GPU, where there is one]', metavar='NAME'),
-    ]
-    for option in reversed(options):
-        command = option(command)
-    return command
+class Names(click.ParamType):
+    """"fid,kid" -> ('fid', 'kid'), of the choices, in their order."""
+
+    name = 'NAMES'
+
+    def __init__(self, choices):
+        self.choices = choices
+
+    def convert(self, value, param, ctx):
+        named = value if isinstance(value, tuple) else tuple(str(value).split(','))
+        unknown = [name for name in named if name not in self.choices]
+        if unknown:
+            self.fail(f'"{unknown[0]}" in "{value}" is none of {", ".join(self.choices)}', param, ctx)
+        return tuple(name for name in self.choices if name in named)
+
+
+def options_of(*options):
+    """A decorator that adds options to a command, in this order."""
+    return lambda command: functools.reduce(lambda found, option: option(found), reversed(options), command)
+
+
+SHARED = options_of(
+    click.option('--batch-size', help='Images a rank looks at together; changes the speed, not the numbers', metavar='INT',
+                 type=COUNT, default=64, show_default=True),
+    click.option('--detector', type=registry.Spec(DETECTORS), default='inception', show_default=True,
+                 help='Where features come from: inception:channels_last=true,precision=bf16,compile=true (FID proper has none of '
+                 'these), pixels, dinov2:model=NAME|DIR (needs transformers), torchscript:path=FILE, '
+                 'module:name=package.module.Class,weights=FILE.safetensors. The last two execute code: the archive\'s, and that of '
+                 'the class you name'),
+    click.option('--detector-weights', help='Local copy of the Inception weights, or another address for them', metavar='PATH|URL'),
+    click.option('--device', help='Such as cpu or cuda  [default: the GPU, where there is one]', metavar='NAME'),
+)
+REFERENCE = options_of(
+    click.option('--ref-stats', help='Reference statistics (mu, sigma)', metavar='NPZ|URL'),
+    click.option('--ref-path', help='Reference images, in place of --ref-stats', metavar='PATH'),
+    click.option('--split', help='Which part of the data set --ref-path is (train, test, ...); kept in the result', metavar='NAME'),
+)
+SAMPLING = options_of(
+    click.option('--network', metavar='REF',
+                 help='In place of --gen-path: a network (folder, training-state .pt, Hugging Face name) that generates in memory'),
+    click.option('--seeds', type=command_line.IntList(), default=f'0-{generated.PROTOCOL_NUM - 1}', show_default=True,
+                 help='Which images of the network'),
+    click.option('--repeats', metavar='INT', type=COUNT, default=1, show_default=True,
+                 help='Evaluations of the network, each with the seeds that follow; mean, std and min are given'),
+    click.option('--steps', metavar='INT', type=COUNT, default=18, show_default=True, help='Sampling steps of the network'),
+    click.option('--class', 'class_idx', metavar='INT', type=click.IntRange(min=0),
+                 help='Class of all images of the network  [default: drawn per seed]'),
+    click.option('--weights', type=click.Choice(['ema', 'raw']), default='ema', show_default=True,
+                 help='Which weights of a training state'),
+)
+NUMBERS = options_of(
+    click.option('--metrics', type=Names(METRICS), default='fid,is', show_default=True,
+                 help=f'What to compute, of {",".join(METRICS)}: pr is precision and recall, dc density and coverage; kid, pr and dc '
+                 'need the features of the reference'),
+    click.option('--kid-subsets', metavar='INT', type=COUNT, default=Settings.kid_subsets, show_default=True, help='Subsets of KID'),
+    click.option('--kid-subset-size', metavar='INT', type=click.IntRange(min=2), default=Settings.kid_subset_size, show_default=True,
+                 help='Images in each of them'),
+    click.option('--splits', metavar='INT', type=COUNT, default=Settings.splits, show_default=True, help='Splits of the Inception score'),
+    click.option('--metric-seed', metavar='INT', type=click.IntRange(0, 2 ** 32 - 1), default=Settings.seed, show_default=True,
+                 help='Seed of KID\'s subsets and of the splits'),
+)
 
 
 @click.group(cls=Group, invoke_without_command=True)
 @click.option('--gen-path', help='Generated images: a folder, zip, npz or npy', metavar='PATH')
-@click.option('--ref-stats', help='Reference statistics (mu, sigma)', metavar='NPZ|URL')
-@click.option('--ref-path', help='Reference images, in place of --ref-stats', metavar='PATH')
-@click.option('--out-path', help='Where the result goes  [default: beside the images, GEN_PATH.fid.json]', metavar='JSON')
+@REFERENCE
+@click.option('--out-path', help='Where the result goes  [default: beside the images or network, GEN_PATH.fid.json]', metavar='JSON')
 @click.option('--num', '--num-images', 'num', metavar='INT', type=click.IntRange(min=2),
-              help=f'How many generated images, the first in sorted order  [default: all, which must be {PROTOCOL_NUM}]; '
+              help=f'How many generated images, the first in sorted order  [default: all, which must be {generated.PROTOCOL_NUM}]; '
               'under torchrun write --num-images')
-@shared_options
+@NUMBERS
+@SAMPLING
+@SHARED
 @command_line.version_option
 @click.pass_context
 def main(ctx, **options):
-    """Fréchet distance and Inception score of generated images.
+    """Fréchet distance, Inception score and more of generated images, or of a network's.
 
     \b
     python eval_fid.py --gen_path=out --ref_stats=ref.npz
     torchrun --standalone --nproc_per_node=8 eval_fid.py --gen_path=out --ref_path=cifar.zip
-    python eval_fid.py ref --data=cifar.zip --dest=ref.npz --split=train"""
+    python eval_fid.py --network=NAME --ref-stats=ref.npz --repeats=3 --metrics=fid,kid,is,pr,dc
+    python eval_fid.py ref --data=cifar.zip --dest=ref.npz --split=train --keep-features
+    python eval_fid.py nearest --gen-path=out --train=cifar.zip --held-out=cifar-test.zip"""
+    given = [key for key in options if ctx.get_parameter_source(key) == click.core.ParameterSource.COMMANDLINE]
     if ctx.invoked_subcommand:
-        early = [key for key in options if ctx.get_parameter_source(key) == click.core.ParameterSource.COMMANDLINE]
-        if early:
+        if given:
             word = ctx.invoked_subcommand
-            raise click.ClickException(f'--{early[0].replace("_", "-")}: the options of "{word}" go after that word')
+            raise click.ClickException(f'{option_name(given[0])}: the options of "{word}" go after that word')
         return
-    check_options(options)
+    check_options(dnnlib.EasyDict(options), given)
     distributed.init()
-    evaluate_images(dnnlib.EasyDict(options))
+    evaluate(dnnlib.EasyDict(options))
 
 
 @main.command('ref', cls=command_line.Command)
@@ -73,7 +129,9 @@ def main(ctx, **options):
 @click.option('--dest', help='Where the statistics go', metavar='NPZ', required=True)
 @click.option('--split', help='Which part of the data set this is (train, test, ...); kept in the file and in every result',
               metavar='NAME')
-@shared_options
+@click.option('--keep-features', is_flag=True, help='Also store the features of all images, which kid, pr and dc compare: 4 bytes a '
+              'number, 400 MB for 50,000 images seen by Inception')
+@SHARED
 def ref(**options):
     """Writes the statistics of reference images, all of them."""
     if not options['dest'].endswith('.npz'):
@@ -82,84 +140,143 @@ def ref(**options):
     write_reference(dnnlib.EasyDict(options))
 
 
-def check_options(options):
-    """What can be refused before any work."""
-    if not options['gen_path']:
-        raise click.ClickException('--gen-path is missing: the folder, zip, npz or npy of generated images')
-    if (options['ref_stats'] is None) == (options['ref_path'] is None):
+@main.command('nearest', cls=command_line.Command)
+@click.option('--gen-path', help='Generated images: a folder, zip, npz or npy', metavar='PATH', required=True)
+@click.option('--train', help='The images that the network was trained on', metavar='PATH', required=True)
+@click.option('--held-out', help='Images of the same kind that it has not seen: what distances to expect', metavar='PATH')
+@click.option('--out-path', help='Where the result goes  [default: GEN_PATH.nearest.json]', metavar='JSON')
+@click.option('--picture', help='Where the closest pairs go  [default: GEN_PATH.nearest.png]', metavar='PNG')
+@click.option('--pairs', help='How many pairs it shows', metavar='INT', type=COUNT, default=32, show_default=True)
+@SHARED
+def nearest(**options):
+    """Memorisation: the distance of each generated image to its nearest training image."""
+    distributed.init()
+    find_nearest(dnnlib.EasyDict(options))
+
+
+def option_name(key):
+    """What a parameter is called on the command line."""
+    return '--class' if key == 'class_idx' else f'--{key.replace("_", "-")}'
+
+
+def check_options(o, given):
+    """What can be refused before any work. given: the options on the command line."""
+    if (o.gen_path is None) == (o.network is None):
+        raise click.ClickException('--gen-path is missing: the folder, zip, npz or npy of generated images, or --network' if o.network
+                                   is None else 'pass one of --gen-path=PATH (images) and --network=REF, got both')
+    if (o.ref_stats is None) == (o.ref_path is None):
         raise click.ClickException('pass one of --ref-stats=NPZ (statistics) and --ref-path=PATH (images), '
-                                   f'got {"none" if options["ref_stats"] is None else "both"}')
+                                   f'got {"none" if o.ref_stats is None else "both"}')
+    if o.ref_stats and o.split:
+        raise click.ClickException(f'--split={o.split}: goes with --ref-path; statistics carry the split that "ref --split" gave them')
+    alone = [key for key in ('seeds', 'repeats', 'steps', 'class_idx', 'weights') if key in given]
+    if alone and o.network is None:
+        raise click.ClickException(f'{option_name(alone[0])}: goes with --network=REF')
 
 
-def evaluate_images(o):
-    """The main command: reads, measures, prints, and writes the JSON."""
-    out_path = o.out_path or os.path.abspath(o.gen_path) + '.fid.json'
+def evaluate(o):
+    """The main command: reads or generates, measures, prints, and writes the JSON."""
+    out_path = o.out_path or default_output(o)
     prepare_output(out_path, '--out-path')
-    images = ImageFiles(o.gen_path, '--gen-path')
-    count = choose_count(o, len(images))
+    source = generated.NetworkImages(o) if o.network else generated.FileImages(o)
     reference, digest = open_reference(o)
     detector = make_detector(o)
-    detector.dim(images.shape)
+    detector.dim(source.shape)
     if isinstance(reference, ImageFiles):
-        reference = collect(reference.batches(o.batch_size), detector, len(reference)).statistics
+        reference = dataclasses.replace(statistics_of(reference, detector, o, needs_features(o.metrics)), split=o.split)
     where = f'--ref-path={o.ref_path}' if o.ref_path else f'--ref-stats={o.ref_stats}'
-    check_reference(reference, detector, images.shape, where)
-    found = collect(images.batches(o.batch_size, count), detector, count)
+    distributed.from_rank0(check_reference, reference, detector, source.shape, where, o.metrics)
+    settings = Settings(o.kid_subsets, o.kid_subset_size, splits=o.splits, seed=o.metric_seed)
+    values = []
+    for batches in source.repeats():
+        values.append(evaluate_batches(batches, detector, reference, o.metrics, settings, source.count))
+        source.check_unchanged()
     if distributed.rank() == 0:
-        values = {name: None if value is None else misc.as_float(value) for name, value in numbers(found, reference).items()}
-        result = provenance(values, o, found.statistics, len(images), detector, reference, digest)
-        with dnnlib.replacing(out_path) as part, open(part, 'w', encoding='utf-8') as f:
-            json.dump(result, f, indent=2)
-        print_table(values, result)
+        result = provenance(values, o, source, detector, reference, digest, settings)
+        report.write_json(out_path, result)
+        report.print_table(values, result)
         print(f'written to {out_path}')
 
 
 def open_reference(o):
-    """(reference Statistics or ImageFiles, SHA-256 of the file; None for a folder)."""
+    """(reference ImageFiles or Statistics, SHA-256 of the file; None for a folder). Only rank 0 holds features."""
     if o.ref_path:
-        return ImageFiles(o.ref_path, '--ref-path'), file_digest(o.ref_path) if os.path.isfile(o.ref_path) else None
-    path = first_on_node(dnnlib.open_url, o.ref_stats)
-    return load_statistics(path, f'--ref-stats={o.ref_stats}'), file_digest(path)
+        return ImageFiles(o.ref_path, '--ref-path'), generated.digest_of(o.ref_path)
+    path = generated.first_on_node(dnnlib.open_url, o.ref_stats)
+    features = needs_features(o.metrics) and distributed.rank() == 0
+    return load_statistics(path, f'--ref-stats={o.ref_stats}', features), file_digest(path)
+
+
+def statistics_of(files, detector, o, keep_features):
+    """Statistics of all of the ImageFiles, and their features where asked for."""
+    detector.dim(files.shape)
+    found = collect(files.batches(o.batch_size), detector, len(files), (), keep_features=keep_features).statistics
+    files.check_unchanged()
+    return found
 
 
 def write_reference(o):
     """The `ref` command."""
     prepare_output(o.dest, '--dest')
-    images = ImageFiles(o.data, '--data')
-    stats = collect(images.batches(o.batch_size), make_detector(o), len(images)).statistics
+    stats = statistics_of(ImageFiles(o.data, '--data'), make_detector(o), o, o.keep_features)
     if distributed.rank() == 0:
         save_statistics(dataclasses.replace(stats, source=o.data, split=o.split), o.dest)
         print(f'{stats.num_images} images, {len(stats.mean)} features ({stats.detector}) -> {o.dest}')
 
 
-def choose_count(o, found):
-    """How many of the generated images are evaluated; published distances need the published number unless told otherwise."""
-    option = '--num' if distributed.size() == 1 else '--num-images'  # torchrun takes --num for its own --numa-binding
-    if o.num is None and found != PROTOCOL_NUM:
-        raise click.ClickException(f'--gen-path={o.gen_path}: found {found} images, expected {PROTOCOL_NUM}; '
-                                   f'pass {option}={found} to evaluate these')
-    count = o.num or found
-    if count > found:
-        raise click.ClickException(f'{option}={count}: --gen-path={o.gen_path} holds only {found} images; '
-                                   f'pass {option}={found} or less')
-    if count < found:
-        distributed.print0(f'evaluating the first {count} of {found} images, in sorted order')
-    return count
+def find_nearest(o):
+    """The `nearest` command."""
+    out_path, picture = (given or os.path.abspath(o.gen_path) + f'.nearest.{suffix}'
+                         for given, suffix in ((o.out_path, 'json'), (o.picture, 'png')))
+    prepare_output(out_path, '--out-path')
+    prepare_output(picture, '--picture')
+    sources = {option: ImageFiles(path, option) for option, path in
+               (('--gen-path', o.gen_path), ('--train', o.train), ('--held-out', o.held_out)) if path}
+    shapes = {option: files.shape for option, files in sources.items()}
+    if len(set(shapes.values())) > 1:
+        raise click.ClickException('images must be of one size and mode, got ' +
+                                   ', '.join(f'{list(shape)} in {option}' for option, shape in shapes.items()))
+    detector = make_detector(o)
+    features = {option: statistics_of(files, detector, o, True).features for option, files in sources.items()}
+    if distributed.rank() == 0:
+        write_nearest(o, sources, features, detector, out_path, picture)
+
+
+def write_nearest(o, sources, features, detector, out_path, picture):
+    """Distances, numbers, picture and JSON, on one rank."""
+    try:
+        found = memorisation.neighbours(features['--gen-path'], features['--train'], detector.device)
+    except ValueError as err:
+        raise click.ClickException(f'--train={o.train}: {err}') from None
+    unseen = memorisation.neighbours(features['--held-out'], features['--train'], detector.device) if o.held_out else None
+    values = memorisation.report(found, unseen)
+    pairs = list(zip(*memorisation.closest_pairs(found, o.pairs)))
+    shown = [image for ours, theirs in pairs for image in (sources['--gen-path'][ours], sources['--train'][theirs])]
+    images.write_grid(picture, shown, columns=2 * math.ceil(math.sqrt(len(pairs) / 2)))
+    named = [{'generated': sources['--gen-path'].name(ours), 'train': sources['--train'].name(theirs), 'distance': found.first[ours],
+              'ratio': found.ratio[ours]} for ours, theirs in pairs]
+    used = {option.strip('-').replace('-', '_'): {'path': files.path, 'num_images': len(files), 'sha256': generated.digest_of(files.path)}
+            for option, files in sources.items()}
+    result = {**values, **used, 'closest_pairs': named, **common_facts(o, detector)}
+    report.write_json(out_path, result)
+    report.print_columns([('measure', 'value'), *((name, report.number(value)) for name, value in values.items())])
+    print(f'written to {out_path}; the {len(pairs)} closest pairs (generated left, training image right) to {picture}')
 
 
 def make_detector(o):
     """The detector on its device; one rank a node fetches its weights."""
-    return first_on_node(DETECTORS[o.detector], weights=o.detector_weights, device=distributed.pick_device(o.device))
+    weights = {'weights': o.detector_weights} if o.detector_weights else {}
+    name = registry.parse(o.detector)[0]
+    if weights and 'weights' not in registry.parameters(DETECTORS[name]):
+        raise click.ClickException(f'--detector-weights={o.detector_weights}: --detector={name} has no weights; leave the option out')
+    made = registry.build(o.detector, DETECTORS, '--detector', **weights)
+    return generated.first_on_node(made, device=distributed.pick_device(o.device))
 
 
-def first_on_node(function, *args, **kwargs):
-    """function(...) on one rank of each node, then on the others: what it downloads is fetched once."""
-    if distributed.local_rank() == 0:
-        result = function(*args, **kwargs)
-        distributed.barrier()
-        return result
-    distributed.barrier()
-    return function(*args, **kwargs)
+def default_output(o):
+    """Beside the images or the local network; for one of the Hub, in the working directory."""
+    ref = o.gen_path or o.network
+    return (os.path.abspath(ref) if os.path.exists(ref) else ref.replace('/', '--')) + '.fid.json'
 
 
 def prepare_output(path, option):
@@ -172,37 +289,36 @@ def prepare_output(path, option):
         raise click.ClickException(f'{option}={path}: the folder {folder} is not writable')
 
 
-def provenance(values, o, stats, found, detector, reference, digest):
-    """What stands in the JSON: the numbers under their published names, then everything that decides them."""
+def provenance(values, o, source, detector, reference, digest, settings):
+    """What stands in the JSON: the numbers under their published names (means over repeats), then everything that decides them."""
+    means = report.summary(values)
+    repeats = {'repeats': [{**label, **found} for label, found in zip(source.labels, values)]} if o.network else {}
     return {
-        **values,
-        'num_images': stats.num_images,
-        'found_images': found,
-        'image_shape': list(stats.shape),
-        'detector': {'name': detector.name, 'weights': detector.weights, 'sha256': detector.sha256},
+        **{name: found['mean'] for name, found in means.items()},
+        **({'summary': means} if len(values) > 1 else {}),
+        **repeats,
+        'metrics': {'names': list(o.metrics), **dataclasses.asdict(settings)},
+        'num_images': source.count,
+        'found_images': source.found,
+        'image_shape': list(source.shape),
+        'generated': source.facts,
         'reference': {
             'path': o.ref_path or o.ref_stats, 'sha256': digest, 'num_images': reference.num_images, 'split': reference.split,
             'source': o.ref_path or reference.source, 'detector': reference.detector,
             'detector_sha256': reference.detector_sha256},
-        'device': str(detector.device),
-        'ranks': distributed.size(),
-        'versions': misc.versions(),
-        'options': dict(o),
+        **common_facts(o, detector),
     }
 
 
-def print_table(values, result):
-    """The numbers, each with what it must be quoted with."""
-    reference = result['reference']
-    against = ', '.join(str(part) for part in (reference['path'], reference['split'] and f'split {reference["split"]}',
-                                               reference['num_images'] and f'{reference["num_images"]} images') if part)
-    rows = [('metric', 'value', 'images', 'detector', 'against')]
-    for name, value in values.items():
-        text = '-' if value is None else f'{round(value, 4) + 0.0:.4f}'  # + 0.0: no "-0.0000"
-        rows.append((name, text, str(result['num_images']), result['detector']['name'], against if name == 'fid_score' else '-'))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    for row in rows:
-        print('  '.join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+def common_facts(o, detector):
+    """What every result is quoted with."""
+    return {
+        'detector': {'name': detector.name, 'weights': detector.weights, 'sha256': detector.sha256},
+        'device': str(detector.device),
+        'ranks': distributed.size(),
+        'versions': misc.versions(),
+        'options': {**o, **({'seeds': o.seeds and generated.ranges(o.seeds)} if 'seeds' in o else {})},
+    }
 
 
 if __name__ == '__main__':

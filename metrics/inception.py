@@ -10,12 +10,14 @@ URL = 'https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights
 SHA256 = '6726825d'  # its first digits
 SIDE = 299           # the network's input resolution
 POOL_DIM = 2048
+CPU_CHUNK = 8        # images that the CPU looks at together: their activations stay in its caches
 
 
 class Inception(torch.nn.Module):
     """uint8 images [N,3,H,W], or grey [N,1,H,W], -> (pooled features [N,2048], logits [N,1008] without the last bias), float32.
 
     weights: path or URL of a state dict with the published names, or None for the published file, fetched once and checked.
+    The attribute compute_dtype (None, torch.bfloat16, torch.float16) is what convolutions work in; published numbers need None.
     Raises click.ClickException where the file is missing, cannot be fetched, or holds something else."""
 
     def __init__(self, weights=None):
@@ -28,19 +30,30 @@ class Inception(torch.nn.Module):
             self.fc = torch.nn.Linear(POOL_DIM, 1008)
         self.load_state_dict(read_weights(weights, self.state_dict()), assign=True)
         self.eval().requires_grad_(False)
+        self.compute_dtype = None
 
     def forward(self, images):
+        chunks = images.split(CPU_CHUNK) if images.device.type == 'cpu' and len(images) else [images]
+        return tuple(torch.cat(parts) for parts in zip(*map(self._look, chunks)))
+
+    def _look(self, images):
         x = (resize(images.float(), SIDE) - 128) / 128
         x = x.expand(-1, 3, -1, -1)
-        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
-            for name, *_ in STEM:
-                x = getattr(self, name)(x)
-                if name in STEM_POOLED:
-                    x = torch.nn.functional.max_pool2d(x, 3, stride=2)
-            for name in MIXED:
-                x = getattr(self, name)(x)
-        features = x.mean(dim=(2, 3))
+        with (torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False),
+              torch.autocast(x.device.type, self.compute_dtype, enabled=self.compute_dtype is not None)):
+            x = self.trunk(x)
+        features = x.float().mean(dim=(2, 3))
         return features, features @ self.fc.weight.T
+
+    def trunk(self, x):
+        """Pictures [N,3,299,299] in [-1,1] -> maps of features [N,2048,8,8]."""
+        for name, *_ in STEM:
+            x = getattr(self, name)(x)
+            if name in STEM_POOLED:
+                x = _halve(x)
+        for name in MIXED:
+            x = getattr(self, name)(x)
+        return x
 
 
 class Conv(torch.nn.Module):
@@ -143,7 +156,12 @@ def _maximum(x):
 
 
 def _halve(x):
-    return torch.nn.functional.max_pool2d(x, 3, stride=2)
+    """3x3 maximum around every other pixel. In rows and then columns it is the same number, in a quarter of the time of the
+    CPU's kernel for this order of memory."""
+    if x.device.type != 'cpu' or not x.is_contiguous():
+        return torch.nn.functional.max_pool2d(x, 3, stride=2)
+    rows = x[:, :, 1:-1:2].maximum(x[:, :, :-2:2]).maximum(x[:, :, 2::2])
+    return rows[..., 1:-1:2].maximum(rows[..., :-2:2]).maximum(rows[..., 2::2])
 
 
 def _block35(pool_channels):

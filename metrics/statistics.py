@@ -26,6 +26,7 @@ class Statistics:
     source: str | None = None
     split: str | None = None
     shape: tuple | None = None  # (C, H, W) of the images
+    features: np.ndarray | None = dataclasses.field(default=None, repr=False)  # float32 [N,D], where they were kept
 
 
 class Moments:
@@ -85,19 +86,20 @@ class Moments:
 
 
 def save_statistics(stats, path):
-    """Writes `mu` and `sigma` under their published names, and the facts that are known, to an .npz file."""
+    """Writes `mu` and `sigma` under their published names, the facts that are known, and kept features, to an .npz file."""
     facts = {name: getattr(stats, name) for name in FACTS}
     known = {name: np.array(value) for name, value in facts.items() if value is not None}
     with dnnlib.replacing(path) as part, open(part, 'wb') as f:
         np.savez(f, mu=stats.mean, sigma=stats.cov, **known)
 
 
-def load_statistics(path, name=None):
+def load_statistics(path, name=None, features=True):
     """Reads an .npz of statistics, ours or a published one (`mu`, `sigma` alone).
 
-    name: what errors call the file. Raises click.ClickException where it is none."""
+    name: what errors call the file. features: whether to read them too, where they were kept; they may be many.
+    Raises click.ClickException where it is no such file."""
     name = name or path
-    found = _read_arrays(path, name)
+    found = _read_arrays(path, name, {'mu', 'sigma', *FACTS} - (set() if features else {'features'}))
     if not {'mu', 'sigma'} <= found.keys():
         raise click.ClickException(f'{name}: has no mu and sigma; images go with --ref-path, statistics are made by "ref"')
     mean, cov = (np.asarray(found.pop(key), dtype=np.float64) for key in ('mu', 'sigma'))
@@ -105,19 +107,22 @@ def load_statistics(path, name=None):
         raise click.ClickException(f'{name}: mu {list(mean.shape)} and sigma {list(cov.shape)} do not fit together')
     if not (np.isfinite(mean).all() and np.isfinite(cov).all()):
         raise click.ClickException(f'{name}: mu or sigma is not finite')
-    facts = {key: value.tolist() for key, value in found.items()}
+    rows = found.pop('features', None)
+    if rows is not None and (rows.ndim != 2 or rows.shape[1] != len(mean)):
+        raise click.ClickException(f'{name}: features {list(rows.shape)} and mu {list(mean.shape)} do not fit together')
+    facts = {key: value.tolist() for key, value in found.items()} | {'features': rows}
     if 'shape' in facts:
         facts['shape'] = tuple(facts['shape'])
     return Statistics(mean, cov, **facts)
 
 
-def _read_arrays(path, name):
-    """{key: array} of the keys that we know; published files may hold more."""
+def _read_arrays(path, name, keys):
+    """{key: array} of those of the keys that are there; published files may hold more."""
     if not os.path.isfile(path):
         raise click.ClickException(f'{name}: no such file')
     try:
         with np.load(path, allow_pickle=False) as data:
-            return {key: data[key] for key in data.files if key in ('mu', 'sigma', *FACTS)}
+            return {key: data[key] for key in data.files if key in keys}
     except (ValueError, TypeError, AttributeError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as err:
         reason = (str(err) or type(err).__name__).splitlines()[0]
         raise click.ClickException(f'{name}: not a readable .npz of statistics ({reason})') from None

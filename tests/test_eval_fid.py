@@ -8,14 +8,23 @@ import sys
 import zipfile
 from pathlib import Path
 
+import click
 import numpy as np
 import PIL.Image
 import pytest
+import torch
 from click.testing import CliRunner
 
 import eval_fid
+import generate
+from dnnlib import EasyDict
+from metrics import generated, report
 from metrics.frechet import frechet_distance
+from metrics.kernel import kernel_distance
+from metrics.manifold import density_coverage, precision_recall
 from metrics.statistics import load_statistics
+from torch_utils import command_line, misc
+from training import generation, hub, preconditioning
 
 ROOT = Path(__file__).parent.parent
 PIXELS = '--detector=pixels'
@@ -28,12 +37,18 @@ def run(*args, code=0):
     return result.output
 
 
-def refused(*args):
+def refused(*args, code=1):
     """The one line of a refusal."""
-    output = run(*args, code=1)
+    output = run(*args, code=code)
     lines = output.strip().splitlines()
     assert len(lines) == 1 and lines[0].startswith('Error: '), output
     return lines[0]
+
+
+def torchrun(*args):
+    """The finished command, run by two ranks."""
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', ROOT / 'eval_fid.py', *args]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture
@@ -95,7 +110,7 @@ def test_counts(folders, images):
     line = refused('--gen_path=gen', '--ref_path=ref', PIXELS)
     assert 'found 12 images, expected 50000' in line and '--num=12' in line
     line = refused('--gen_path=gen', '--ref_path=ref', '--num=13', PIXELS)
-    assert '--num=13' in line and 'holds only 12' in line
+    assert '--num=13' in line and 'found 12 images only' in line
     output = run('--gen_path=gen', '--ref_path=ref', '--num=9', PIXELS)
     assert 'the first 9 of 12' in output
     result = json.loads(Path('gen.fid.json').read_text())
@@ -103,8 +118,18 @@ def test_counts(folders, images):
     assert result['fid_score'] == pytest.approx(expected_distance(images[0][:9], images[1]), rel=1e-9)
 
 
+def test_the_advice_fits_the_launcher(monkeypatch):
+    """torchrun, with one rank too, takes --num for an abbreviation of its own."""
+    options = EasyDict(num=None, gen_path='g')
+    for launched, option in ((False, ' --num=3 '), (True, ' --num-images=3 ')):
+        if launched:
+            monkeypatch.setenv('TORCHELASTIC_RUN_ID', 'x')
+        with pytest.raises(click.ClickException, match=option):
+            generated.choose_count(options, 3, 'found 3')
+
+
 def test_the_published_count_needs_no_option(folders, images, monkeypatch):
-    monkeypatch.setattr(eval_fid, 'PROTOCOL_NUM', 12)
+    monkeypatch.setattr('metrics.generated.PROTOCOL_NUM', 12)
     run('--gen_path=gen', '--ref_path=ref', PIXELS)
     assert json.loads(Path('gen.fid.json').read_text())['num_images'] == 12
 
@@ -136,6 +161,18 @@ def test_the_file_of_a_reference_is_hashed(folders, images):
     (['--gen_path=gen', '--ref_path=ref', '--num=12', '--device=cuda:99', PIXELS], ['--device=cuda:99', '--device=cpu']),
     (['--gen_path=gen', '--ref_path=ref', '--num=12', '--out_path=ref', PIXELS], ['--out-path=ref', 'folder']),
     (['--num=12', 'ref', '--data=ref', '--dest=a.npz'], ['--num', 'after that word']),
+    (['--gen_path=gen', '--ref_path=ref', '--metrics=fid,fud'], ['"fud"', 'fid, kid, is, pr, dc']),
+    (['--gen_path=gen', '--ref_path=ref', '--detector=pixel'], ['"pixel"', 'inception, pixels, dinov2']),
+    (['--gen_path=gen', '--ref_path=ref', '--detector=pixels:a=1'], ['has no key "a"']),
+    (['--gen_path=gen', '--ref_stats=plain.npz', '--num=12', '--metrics=fid,pr', PIXELS], ['plain.npz', '--keep-features']),
+    (['--gen_path=gen', '--ref_path=ref', '--num=12', '--metrics=kid', PIXELS], ['subsets of 1000', '--kid-subset-size']),
+    (['--gen_path=gen', '--ref_path=ref', '--repeats=3'], ['--repeats', '--network']),
+    (['--gen_path=gen', '--network=net', '--ref_path=ref'], ['--gen-path', '--network', 'both']),
+    (['--gen_path=gen', '--ref_stats=plain.npz', '--split=train'], ['--split=train', '--ref-path']),
+    (['--network=nowhere', '--ref_path=ref', '--seeds=0-4', '--num=5', PIXELS], ['nowhere']),
+    (['--network=nowhere', '--ref_path=ref', '--seeds=0-4', PIXELS], ['--seeds=0-4: names 5 images, expected 50000', '--num=5']),
+    (['nearest', '--gen-path=gen', '--train=empty', PIXELS], ['--train=empty', 'holds no images']),
+    (['nearest', '--gen-path=gen', '--train=small.npy', PIXELS], ['one size', '[3, 5, 5] in --train', '[3, 2, 4] in --gen-path']),
     (['ref', '--data=ref', '--dest=ref.json'], ['--dest=ref.json', '.npz']),
     (['ref', '--data=empty', '--dest=a.npz'], ['--data=empty', 'holds no images']),
 ])
@@ -144,7 +181,9 @@ def test_refusals(folders, images, args, words):
     np.savez('other.npz', mu=np.zeros(7), sigma=np.eye(7))
     np.savez('inception.npz', mu=np.zeros(24), sigma=np.eye(24), detector='inception')
     np.savez('images.npz', images=images[0])
-    line = refused(*args)
+    np.savez('plain.npz', mu=np.zeros(24), sigma=np.eye(24))
+    np.save('small.npy', np.zeros((2, 5, 5, 3), np.uint8))
+    line = refused(*args, code=2 if '--metrics=fid,fud' in args else 1)
     for word in words:
         assert word in line
 
@@ -181,14 +220,175 @@ def test_reference_statistics_by_url(folders, monkeypatch):
 
 def test_torchrun_as_published(folders, images):
     """eval_fid.py joins torchrun's process group: two ranks share the images, and rank 0 alone prints and writes."""
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', ROOT / 'eval_fid.py',
-               '--gen_path=gen', '--ref_path=ref', '--num-images=11', '--batch_size=3', PIXELS, '--out_path=two.json']
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = torchrun('--gen_path=gen', '--ref_path=ref', '--num-images=11', '--batch_size=3', PIXELS, '--out_path=two.json')
     assert done.returncode == 0, done.stderr
     assert done.stdout.count('fid_score') == 1
     result = json.loads(Path('two.json').read_text())
     assert result['fid_score'] == pytest.approx(expected_distance(images[0][:11], images[1]), rel=1e-6)
     assert result['ranks'] == 2 and result['num_images'] == 11
+
+
+# All metrics, kept features, other commands
+
+
+SMALL = ['--kid-subset-size=10', '--kid-subsets=4', '--splits=2', PIXELS]
+
+
+def test_all_metrics_from_kept_features_and_from_images(folders, images):
+    """Statistics with features give the numbers that the images give; the JSON names what decided them."""
+    run('ref', '--data=ref', '--dest=ref.npz', '--keep-features', PIXELS)
+    arguments = ['--gen_path=gen', '--num=12', '--metrics=dc,pr,kid,fid', *SMALL]
+    output = run(*arguments, '--ref_stats=ref.npz', '--out-path=a.json')
+    run(*arguments, '--ref_path=ref', '--split=test', '--out-path=b.json')
+    a, b = (json.loads(Path(name).read_text()) for name in ('a.json', 'b.json'))
+    gen, ref = (batch.reshape(len(batch), -1) / 127.5 - 1 for batch in images)
+    expected = dict(zip(['kid', 'kid_std', 'precision', 'recall', 'density', 'coverage'],
+                        [*kernel_distance(gen, ref, 4, 10, 2020), *precision_recall(ref, gen), *density_coverage(ref, gen)]))
+    for result in (a, b):
+        assert {name: result[name] for name in expected} == pytest.approx(expected, rel=1e-5)
+        assert result['metrics'] == {'names': ['fid', 'kid', 'pr', 'dc'], 'kid_subsets': 4, 'kid_subset_size': 10, 'pr_k': 3,
+                                     'dc_k': 5, 'splits': 2, 'seed': 2020}
+        assert 'inception_score' not in result and 'repeats' not in result
+    assert b['reference']['split'] == 'test' and a['generated'] == {'path': 'gen', 'sha256': None}
+    lines = output.splitlines()
+    assert [line.split()[0] for line in lines[:-1]] == ['metric', 'fid_score', 'kid', 'kid_std', 'precision', 'recall', 'density',
+                                                        'coverage']
+    assert all('12' in line and 'pixels' in line and '30 images' in line for line in lines[1:-1])
+
+
+def test_a_folder_that_changes_is_refused(folders, monkeypatch):
+    """A picture arrives while the others are read: nothing is written."""
+    def slowly(self, *args):
+        yield from batches(self, *args)
+        PIL.Image.new('RGB', (4, 2)).save('gen/999999.png')
+    batches = eval_fid.ImageFiles.batches
+    monkeypatch.setattr(eval_fid.ImageFiles, 'batches', slowly)
+    line = refused('--gen_path=gen', '--ref_path=ref', '--num=12', PIXELS)
+    assert '--gen-path=gen: changed while it was read' in line and '999999.png' in line
+    assert not Path('gen.fid.json').exists()
+
+
+def test_all_corrupt_pictures_are_counted_by_two_ranks(folders):
+    for i in (2, 5, 8):
+        Path(f'gen/{i:06d}.png').write_bytes(b'\x89PNG')
+    done = torchrun('--gen_path=gen', '--ref_path=ref', '--num-images=12', PIXELS)
+    line = next(line for line in done.stderr.splitlines() if line.startswith('Error: '))
+    assert done.returncode and '3 of 12 images cannot be used' in line
+    assert all(name in line for name in ('000002.png', '000005.png', '000008.png'))
+    assert not Path('gen.fid.json').exists()
+
+
+def test_nearest(folders, images):
+    """Two generated images are training images; the report, the pairs by name and the picture say so."""
+    for i, j in ((3, 20), (7, 4)):
+        Path(f'gen/{i:06d}.png').write_bytes(Path(f'ref/{j:06d}.png').read_bytes())
+    np.save('unseen.npy', np.random.default_rng(8).integers(0, 200, (25, 2, 4, 3), dtype=np.uint8))
+    output = run('nearest', '--gen-path=gen', '--train=ref', '--held-out=unseen.npy', '--pairs=5', PIXELS)
+    result = json.loads(Path('gen.nearest.json').read_text())
+    named = [(pair['generated'], pair['train']) for pair in result['closest_pairs']]
+    assert set(named[:2]) == {('000003.png', '000020.png'), ('000007.png', '000004.png')} and len(named) == 5
+    assert result['closest_pairs'][0]['distance'] < 1e-5 and result['closest_pairs'][2]['distance'] > 0.1
+    assert [result[key]['num_images'] for key in ('gen_path', 'train', 'held_out')] == [12, 30, 25]
+    assert result['train'] == {'path': 'ref', 'num_images': 30, 'sha256': None}
+    assert result['held_out']['sha256'] == hashlib.sha256(Path('unseen.npy').read_bytes()).hexdigest()
+    assert result['nn_ratio_below_third'] == pytest.approx(2 / 12) and 'copying_z' in output
+    assert result['detector']['name'] == 'pixels' and 'commit' in result['versions']
+    picture = np.array(PIL.Image.open('gen.nearest.png'))  # pairs side by side: gap, cell, gap, cell
+    cells = [picture[2:2 + 32, left:left + 64] for left in (2, 2 + 64 + 2)]  # 2x4 pixels, each shown 16 times larger
+    assert (cells[0] == cells[1]).all() and cells[0].std() > 0
+
+
+# A network
+
+
+@pytest.fixture(scope='module')
+def network(tmp_path_factory):
+    """A folder with a tiny network of 8x8 grey images."""
+    net = preconditioning.build_network(dict(img_resolution=8, img_channels=1, label_dim=3, model_type='SongUNet', model_channels=16,
+                                             channel_mult=[1, 2], num_blocks=1, attn_resolutions=[4]))
+    source = misc.generator('eval')
+    for p in net.parameters():
+        p.data = torch.randn(p.shape, generator=source) * 0.05
+    folder = tmp_path_factory.mktemp('network') / 'net'
+    hub.save_network(net.eval(), str(folder))
+    return str(folder)
+
+
+@pytest.fixture
+def grey(tmp_path, monkeypatch):
+    """Reference images ref.npy in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    np.save('ref.npy', np.random.default_rng(5).integers(0, 256, (30, 8, 8), dtype=np.uint8))
+    return tmp_path
+
+
+FROM_NETWORK = ['--ref_path=ref.npy', '--seeds=0-12', '--num=13', '--steps=2', '--metrics=fid,kid,pr', *SMALL]
+
+
+def test_a_network_equals_its_pngs(grey, network):
+    """Images in memory are rounded as the files of generate.py are; a repeat takes the seeds that follow."""
+    output = run(f'--network={network}', '--repeats=2', '--batch_size=4', '--out-path=net.json', *FROM_NETWORK)
+    result = json.loads(Path('net.json').read_text())
+    singles = []
+    for i, seeds in enumerate(('0-12', '13-25')):
+        CliRunner().invoke(generate.main, [f'--network={network}', f'--outdir=g{i}', f'--seeds={seeds}', '--steps=2'],
+                           catch_exceptions=False)
+        run(f'--gen_path=g{i}', '--ref_path=ref.npy', '--num=13', '--metrics=fid,kid,pr', *SMALL)
+        singles.append(json.loads(Path(f'g{i}.fid.json').read_text()))
+    names = ['fid_score', 'kid', 'kid_std', 'precision', 'recall']
+    for repeat, single, seeds in zip(result['repeats'], singles, ('0-12', '13-25')):
+        assert repeat.pop('seeds') == seeds
+        assert repeat == pytest.approx({name: single[name] for name in names}, rel=1e-9)
+    distances = [single['fid_score'] for single in singles]
+    assert abs(distances[0] - distances[1]) > 0.01
+    assert result['summary']['fid_score'] == pytest.approx(
+        {'mean': np.mean(distances), 'std': np.std(distances, ddof=1), 'min': min(distances)}, rel=1e-9)
+    assert result['fid_score'] == result['summary']['fid_score']['mean'] and result['num_images'] == 13
+    assert result['generated'] | {'sha256': None} == {'network': network, 'sha256': None, 'weights': 'ema', 'steps': 2, 'class': None}
+    assert len(result['generated']['sha256']) == 64 and result['options']['seeds'] == '0-12'
+    assert 'mean' in output and '2 x 13' in output
+
+
+def test_a_network_by_two_ranks(grey, network):
+    """Numbers within 1e-6 of one rank's, features gathered."""
+    run(f'--network={network}', '--out-path=one.json', '--batch_size=4', *FROM_NETWORK)
+    done = torchrun(f'--network={network}', '--out-path=two.json', *(arg.replace('--num', '--num-images') for arg in FROM_NETWORK))
+    assert done.returncode == 0, done.stderr
+    one, two = (json.loads(Path(name).read_text()) for name in ('one.json', 'two.json'))
+    names = ['fid_score', 'kid', 'kid_std', 'precision', 'recall']
+    assert two['ranks'] == 2 and {n: two[n] for n in names} == pytest.approx({n: one[n] for n in names}, rel=1e-6)
+
+
+def test_a_network_that_makes_nonsense(grey, network, monkeypatch):
+    monkeypatch.setattr('training.generation._sample', lambda net, seeds, *_: generation.Samples(
+        seeds, torch.full((len(seeds), 1, 8, 8), float('nan')), None))
+    line = refused(f'--network={network}', *FROM_NETWORK)
+    assert 'seeds 0-12 give images that are not finite' in line
+    assert '--class=3' in refused(f'--network={network}', '--class=3', *FROM_NETWORK)
+
+
+def test_default_places_of_results(grey, network):
+    """Beside a local network; in the working directory for one of the Hub."""
+    local = eval_fid.default_output(EasyDict(gen_path=None, network=network))
+    assert local == network + '.fid.json'
+    assert eval_fid.default_output(EasyDict(gen_path=None, network='owner/name')) == 'owner--name.fid.json'
+
+
+@pytest.mark.parametrize('seeds, text', [([3, 1, 2, 9], '1-3,9'), ([5], '5'), (range(50), '0-49'), ([0, 2, 4], '0,2,4')])
+def test_ranges(seeds, text):
+    assert generated.ranges(seeds) == text
+    assert command_line.IntList().convert(text, None, None) == sorted(seeds)
+
+
+def test_numbers_in_print_and_in_json(tmp_path):
+    """Small values keep digits, rounding leaves no minus, and JSON has no nan."""
+    assert [report.number(v) for v in (None, 12.34567, 0.00012345, -0.00012345, -3e-12, 0.0)] == [
+        '-', '12.3457', '0.0001234', '-0.0001234', '0.0000', '0.0000']
+    report.write_json(tmp_path / 'r.json', {'a': float('nan'), 'b': [np.float64(2.5), float('inf')], 'c': (1, {'d': None})})
+    assert json.loads((tmp_path / 'r.json').read_text()) == {'a': None, 'b': [2.5, None], 'c': [1, {'d': None}]}
+    assert report.summary([{'x': 1.0, 'y': None}, {'x': 3.0, 'y': None}]) == {
+        'x': {'mean': 2.0, 'std': pytest.approx(2 ** 0.5), 'min': 1.0}, 'y': {'mean': None, 'std': None, 'min': None}}
+    assert report.summary([{'x': 1.0}]) == {'x': {'mean': 1.0, 'std': None, 'min': 1.0}}
 
 
 def test_help_and_version():

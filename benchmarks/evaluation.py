@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Evaluation against its peers in one run: Fréchet distance, Inception's features, and distances within a bound of memory.
+
+python benchmarks/evaluation.py frechet
+python benchmarks/evaluation.py features [--data=PATH] [--half] [--compile]      (with torch-fidelity installed: against its network)
+python benchmarks/evaluation.py distances [--images=50000] [--dim=2048]"""
+
+import argparse
+import importlib.util
+import os
+import resource
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import scipy.linalg
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
+
+from formula_weights import save_inception_weights  # noqa: E402 (the folders above had to be found first)
+
+from metrics import detectors, manifold  # noqa: E402
+from metrics.frechet import frechet_distance  # noqa: E402
+from metrics.image_files import ImageFiles  # noqa: E402
+from metrics.statistics import Moments  # noqa: E402
+from torch_utils import misc  # noqa: E402
+
+BATCH = 50
+
+
+def skewed_features(count, dim, seed):
+    """Skewed, correlated features of scales over a factor of a thousand, as float64 [count,dim]."""
+    rng = np.random.default_rng(seed)
+    scale = np.exp(np.random.default_rng(99).standard_normal(dim))
+    return np.abs(rng.standard_normal((count, dim)) + 0.3 * rng.standard_normal((count, 1))) * scale
+
+
+def best_of(function, runs=3, clock=time.perf_counter):
+    """(shortest time in seconds, last result)."""
+    seconds = []
+    for _ in range(runs):
+        start = clock()
+        result = function()
+        seconds.append(clock() - start)
+    return min(seconds), result
+
+
+def table(title, rows):
+    print(title)
+    for cells in rows:
+        print('  ' + '  '.join(str(cell).ljust(34 if i == 0 else 14) for i, cell in enumerate(cells)).rstrip(), flush=True)
+
+
+def frechet(args):
+    """Two full-rank statistics, by this program and by scipy's matrix square root."""
+    x, y = (skewed_features(3 * args.dim, args.dim, seed) for seed in (0, 1))
+    stats = [x.mean(0), np.cov(x, rowvar=False), y.mean(0), np.cov(y, rowvar=False)]
+
+    def by_square_root():
+        root = scipy.linalg.sqrtm(stats[1] @ stats[3])
+        return np.square(stats[0] - stats[2]).sum() + np.trace(stats[1] + stats[3] - 2 * root.real)
+
+    ours, distance = best_of(lambda: frechet_distance(*stats))
+    theirs, expected = best_of(by_square_root, runs=2)
+    few = skewed_features(1000, args.dim, 2)
+    few = few.mean(0), np.cov(few, rowvar=False)
+    seconds, zero = best_of(lambda: frechet_distance(*few, *few))
+    table(f'Fréchet distance, {args.dim} dimensions', [
+        ('', 'seconds', 'distance'), ('frechet_distance', f'{ours:.2f}', f'{distance:.9g}'),
+        ('scipy.linalg.sqrtm', f'{theirs:.2f}', f'{expected:.9g}'), ('ratio', f'{ours / theirs:.3f}', f'{distance / expected - 1:.1e}'),
+        ('1,000 samples against themselves', f'{seconds:.2f}', f'{zero:.1e}')])
+
+
+def features(args):
+    """Time of the FID network, of its named variants, and of torch-fidelity's where it is installed; and what they do to the FID."""
+    images = some_images(args)
+    with tempfile.TemporaryDirectory() as folder:
+        path = args.weights or save_inception_weights(os.path.join(folder, 'weights.pth'))
+        nets = {'inception': detectors.inception_detector('cpu', path)}
+        for options in args.variants:
+            nets['inception:' + ','.join(f'{key}={value}' for key, value in options.items())] = detectors.inception_detector(
+                'cpu', path, **options)
+        nets = {name: lambda batch, net=net: net(batch)[0] for name, net in nets.items()}
+        if importlib.util.find_spec('torch_fidelity'):
+            nets['torch-fidelity'] = torch_fidelity_network(path)
+        seconds, found = time_in_turns(nets, images)
+    plain = found['inception']
+    rows = [('', 'CPU seconds', 'images/s', 'features', 'FID', 'mixed FID')]
+    for name, spent in seconds.items():
+        error = float((found[name] - plain).abs().max() / plain.abs().max())
+        rows.append((name, f'{spent:.1f}', f'{args.images / spent * torch.get_num_threads():.1f}', f'{error:.1e}',
+                     f'{fid_of_halves(found[name], found[name]):.5f}', f'{fid_of_halves(found[name], plain):.5f}'))
+    table(f'Features of {args.images} images of {images.shape[3]} x {images.shape[2]}, batches of {BATCH}, '
+          f'{torch.get_num_threads()} threads; largest difference of features; FID of the halves, second half seen alike or by plain '
+          'inception', rows)
+
+
+def some_images(args):
+    """The first images of --data, or random ones."""
+    if args.data is None:
+        return torch.randint(0, 256, (args.images, 3, args.size, args.size), dtype=torch.uint8, generator=misc.generator('images'))
+    return torch.cat(list(ImageFiles(args.data, '--data').batches(BATCH, args.images)))
+
+
+def time_in_turns(nets, images):
+    """{name: CPU time in seconds}, {name: features}: every network sees each batch in turn, so that the machine's moods meet them all."""
+    for net in nets.values():
+        net(images[:BATCH])  # allocations, and compilation where asked for
+    seconds, found = dict.fromkeys(nets, 0.0), {name: [] for name in nets}
+    for batch in images.split(BATCH):
+        for name, net in nets.items():
+            spent, part = best_of(lambda net=net, batch=batch: net(batch), runs=1, clock=time.process_time)
+            seconds[name] += spent
+            found[name].append(part)
+    return seconds, {name: torch.cat(parts) for name, parts in found.items()}
+
+
+def fid_of_halves(first, second):
+    """Distance between even images seen by one network and odd images seen by another."""
+    halves = []
+    for found in (first[::2], second[1::2]):
+        moments = Moments(found.shape[1])
+        moments.add(found)
+        halves.append(moments.statistics())
+    return frechet_distance(halves[0].mean, halves[0].cov, halves[1].mean, halves[1].cov)
+
+
+def torch_fidelity_network(path):
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+    net = FeatureExtractorInceptionV3('inception-v3-compat', ['2048'], feature_extractor_weights_path=path)
+    return torch.no_grad()(lambda batch: net(batch)[0])
+
+
+def distances(args):
+    """Time and peak memory of precision, recall, density and coverage of two sets of float32 features."""
+    sets = [torch.randn(args.images, args.dim, generator=misc.generator('set', i)) for i in range(2)]
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
+    seconds, found = best_of(lambda: manifold.manifold_metrics(*sets), runs=1)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
+    table(f'Precision, recall, density, coverage: {args.images} x {args.images} x {args.dim}', [
+        ('seconds', f'{seconds:.0f}'), ('peak memory of the process', f'{peak:.2f} GiB'),
+        ('of which before the call', f'{before:.2f} GiB'), *((name, f'{value:.4f}') for name, value in found.items())])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('what', choices=['frechet', 'features', 'distances'])
+    parser.add_argument('--images', type=int)
+    parser.add_argument('--dim', type=int, default=2048)
+    parser.add_argument('--size', type=int, default=32)
+    parser.add_argument('--weights', help='the published Inception file; random weights without it, which take as long')
+    parser.add_argument('--data', help='images: folder, zip or array; random ones without it')
+    parser.add_argument('--half', action='store_true', help='also time bfloat16')
+    parser.add_argument('--compile', action='store_true', help='also time the compiled network')
+    args = parser.parse_args()
+    args.images = args.images or {'features': 1000, 'distances': 50000}.get(args.what)
+    args.variants = [{'channels_last': True}]
+    args.variants += [{'precision': 'bf16'}, {'channels_last': True, 'precision': 'bf16'}] if args.half else []
+    args.variants += [{'compile': True}] if args.compile else []
+    {'frechet': frechet, 'features': features, 'distances': distances}[args.what](args)
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Memorisation: how close generated images come to training images, next to how close unseen real images come."""
+
+import dataclasses
+import math
+
+import numpy as np
+import scipy.stats
+
+from metrics.distances import nearest
+
+QUANTILES = (0.01, 0.05, 0.5)
+
+
+@dataclasses.dataclass(frozen=True)
+class Neighbours:
+    """Of each of n images: distance to the nearest training image and to the next one, float64 [n], and the nearest one's index [n]."""
+
+    first: np.ndarray
+    second: np.ndarray
+    index: np.ndarray
+
+    @property
+    def ratio(self):
+        """first / second, [n] in [0, 1]: near 0 for a copy, near 1 for an image in no particular neighbourhood; 1 for 0 / 0."""
+        return np.divide(self.first, self.second, out=np.ones_like(self.first), where=self.second > 0)
+
+
+def neighbours(images, train, device=None):
+    """The Neighbours of images [n,D] among train [N,D], features of one detector. Raises ValueError for fewer than two training images."""
+    d2, index = nearest(images, train, k=2, device=device)
+    distance = d2.sqrt().numpy()
+    return Neighbours(distance[:, 0], distance[:, 1], index[:, 0].numpy())
+
+
+def report(generated, held_out=None):
+    """{name: number} about the Neighbours of generated images, and of held-out real images where there are some.
+
+    Distances at QUANTILES, the share of d1/d2 below a third, and against held-out images: the ratio of the median distances, the
+    share of generated images that are closer than all but 1 % of held-out ones (0.01 where nothing is copied), and copying_z, the
+    standardised Mann-Whitney statistic of Meehan et al. 2020 (section 4.1): below -3 generated images are closer to the training
+    set than unseen ones are."""
+    found = {f'nn_distance_q{100 * q:g}': float(np.quantile(generated.first, q)) for q in QUANTILES}
+    found['nn_ratio_median'] = float(np.median(generated.ratio))
+    found['nn_ratio_below_third'] = float(np.mean(generated.ratio < 1 / 3))
+    if held_out is None:
+        return found
+    found |= {f'held_out_nn_distance_q{100 * q:g}': float(np.quantile(held_out.first, q)) for q in QUANTILES}
+    middle = float(np.median(held_out.first))
+    found['nn_distance_over_held_out'] = float(np.median(generated.first)) / middle if middle else math.nan
+    found['closer_than_1pct_of_held_out'] = float(np.mean(generated.first < np.quantile(held_out.first, 0.01)))
+    found['copying_z'] = mann_whitney_z(generated.first, held_out.first)
+    return found
+
+
+def mann_whitney_z(a, b):
+    """Standardised Mann-Whitney U of two samples [n], [m]: standard normal for equal laws, negative where a tends to be smaller.
+
+    U = #{a > b} + #{a = b} / 2; its variance is corrected for ties."""
+    n, m = len(a), len(b)
+    ranks = scipy.stats.rankdata(np.concatenate([a, b]))
+    u = ranks[:n].sum() - n * (n + 1) / 2
+    ties = np.unique(ranks, return_counts=True)[1].astype(float)
+    total = n + m
+    variance = n * m / 12 * (total + 1 - (ties ** 3 - ties).sum() / (total * max(total - 1, 1)))
+    return float((u - n * m / 2) / math.sqrt(variance)) if variance > 0 else 0.0
+
+
+def closest_pairs(found, count):
+    """(indices of generated images, indices of their nearest training images): the `count` smallest ratios d1/d2, smallest first."""
+    order = np.argsort(found.ratio, kind='stable')[:count]
+    return order, found.index[order]

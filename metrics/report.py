@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Results as people and programs read them: one table on the console, one JSON file, mean and deviation over repeats."""
+
+import json
+
+import numpy as np
+
+from dnnlib.util import replacing
+from torch_utils import misc
+
+PER_IMAGE_SET = ('inception_score', 'inception_score_mean', 'inception_score_std')  # numbers that know no reference
+
+
+def summary(repeats):
+    """{name: {'mean', 'std', 'min'}} of a list of {name: value}; std with n - 1, None for a single repeat and for missing values."""
+    found = {}
+    for name in repeats[0]:
+        values = [each[name] for each in repeats]
+        if None in values:
+            found[name] = dict.fromkeys(['mean', 'std', 'min'])
+            continue
+        std = float(np.std(values, ddof=1)) if len(values) > 1 else None
+        found[name] = {'mean': float(np.mean(values)), 'std': std, 'min': float(np.min(values))}
+    return found
+
+
+def write_json(path, result):
+    """The result as a file that holds JSON alone: nan and infinity become null."""
+    with replacing(path) as part, open(part, 'w', encoding='utf-8') as f:
+        json.dump(_plain(result), f, indent=2, allow_nan=False)
+        f.write('\n')
+
+
+def _plain(value):
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return misc.as_float(value) if isinstance(value, float) else value
+
+
+def print_table(values, result):
+    """Numbers with what they must be quoted with. values: a list of {name: value}, one a repeat; result: what goes into the JSON."""
+    reference = result['reference']
+    against = ', '.join(str(part) for part in (reference['path'], reference['split'] and f'split {reference["split"]}',
+                                               reference['num_images'] and f'{reference["num_images"]} images') if part)
+    many = len(values) > 1
+    images = f'{len(values)} x {result["num_images"]}' if many else str(result['num_images'])
+    rows = [('metric', *(['mean', 'std', 'min'] if many else ['value']), 'images', 'detector', 'against')]
+    for name, found in summary(values).items():
+        cells = [number(found[key]) for key in (('mean', 'std', 'min') if many else ('mean',))]
+        rows.append((name, *cells, images, result['detector']['name'], '-' if name in PER_IMAGE_SET else against))
+    print_columns(rows)
+
+
+def number(value):
+    """Four decimals, or four digits of what is smaller; no "-0.0000"."""
+    if value is None:
+        return '-'
+    return f'{value:.4g}' if 1e-8 < abs(value) < 0.01 else f'{round(value, 4) + 0.0:.4f}'
+
+
+def print_columns(rows):
+    """Rows of words, in columns."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        print('  '.join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
