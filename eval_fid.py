@@ -6,7 +6,6 @@ python eval_fid.py ref --data=cifar.zip --dest=ref.npz --split=train
 python eval_fid.py nearest --gen-path=out --train=cifar.zip --held-out=cifar-test.zip"""
 
 import dataclasses
-import functools
 import math
 import os
 
@@ -20,7 +19,7 @@ from metrics.evaluate import METRICS, Settings, check_reference, collect, evalua
 from metrics.image_files import ImageFiles
 from metrics.statistics import load_statistics, save_statistics
 from torch_utils import command_line, distributed, misc
-from training import images, registry
+from training import images, registry, sampling
 
 COUNT = click.IntRange(min=1)
 
@@ -45,12 +44,7 @@ class Names(click.ParamType):
         return tuple(name for name in self.choices if name in named)
 
 
-def options_of(*options):
-    """A decorator that adds options to a command, in this order."""
-    return lambda command: functools.reduce(lambda found, option: option(found), reversed(options), command)
-
-
-SHARED = options_of(
+SHARED = command_line.options_of(
     click.option('--batch-size', help='Images a rank looks at together; changes the speed, not the numbers', metavar='INT',
                  type=COUNT, default=64, show_default=True),
     click.option('--detector', type=registry.Spec(DETECTORS), default='inception', show_default=True,
@@ -61,25 +55,20 @@ SHARED = options_of(
     click.option('--detector-weights', help='Local copy of the Inception weights, or another address for them', metavar='PATH|URL'),
     click.option('--device', help='Such as cpu or cuda  [default: the GPU, where there is one]', metavar='NAME'),
 )
-REFERENCE = options_of(
+REFERENCE = command_line.options_of(
     click.option('--ref-stats', help='Reference statistics (mu, sigma)', metavar='NPZ|URL'),
     click.option('--ref-path', help='Reference images, in place of --ref-stats', metavar='PATH'),
     click.option('--split', help='Which part of the data set --ref-path is (train, test, ...); kept in the result', metavar='NAME'),
 )
-SAMPLING = options_of(
+SAMPLING = command_line.options_of(
     click.option('--network', metavar='REF',
-                 help='In place of --gen-path: a network (folder, training-state .pt, Hugging Face name) that generates in memory'),
+                 help='In place of --gen-path: a network generates in memory, as generate.py does with its options from --class on'),
     click.option('--seeds', type=command_line.IntList(), default=f'0-{generated.PROTOCOL_NUM - 1}', show_default=True,
                  help='Which images of the network'),
     click.option('--repeats', metavar='INT', type=COUNT, default=1, show_default=True,
                  help='Evaluations of the network, each with the seeds that follow; mean, std and min are given'),
-    click.option('--steps', metavar='INT', type=COUNT, default=18, show_default=True, help='Sampling steps of the network'),
-    click.option('--class', 'class_idx', metavar='INT', type=click.IntRange(min=0),
-                 help='Class of all images of the network  [default: drawn per seed]'),
-    click.option('--weights', type=click.Choice(['ema', 'raw']), default='ema', show_default=True,
-                 help='Which weights of a training state'),
 )
-NUMBERS = options_of(
+NUMBERS = command_line.options_of(
     click.option('--metrics', type=Names(METRICS), default='fid,is', show_default=True,
                  help=f'What to compute, of {",".join(METRICS)}: pr is precision and recall, dc density and coverage; kid, pr and dc '
                  'need the features of the reference'),
@@ -101,6 +90,7 @@ NUMBERS = options_of(
               'under torchrun write --num-images')
 @NUMBERS
 @SAMPLING
+@sampling.OPTIONS
 @SHARED
 @command_line.version_option
 @click.pass_context
@@ -169,7 +159,7 @@ def check_options(o, given):
                                    f'got {"none" if o.ref_stats is None else "both"}')
     if o.ref_stats and o.split:
         raise click.ClickException(f'--split={o.split}: goes with --ref-path; statistics carry the split that "ref --split" gave them')
-    alone = [key for key in ('seeds', 'repeats', 'steps', 'class_idx', 'weights') if key in given]
+    alone = [key for key in ('seeds', 'repeats', *sampling.NAMES, *sampling.KEYS) if key in given]
     if alone and o.network is None:
         raise click.ClickException(f'{option_name(alone[0])}: goes with --network=REF')
 
@@ -202,7 +192,7 @@ def open_reference(o):
     """(reference ImageFiles or Statistics, SHA-256 of the file; None for a folder). Only rank 0 holds features."""
     if o.ref_path:
         return ImageFiles(o.ref_path, '--ref-path'), generated.digest_of(o.ref_path)
-    path = generated.first_on_node(dnnlib.open_url, o.ref_stats)
+    path = distributed.first_on_node(dnnlib.open_url, o.ref_stats)
     features = needs_features(o.metrics) and distributed.rank() == 0
     return load_statistics(path, f'--ref-stats={o.ref_stats}', features), file_digest(path)
 
@@ -270,7 +260,7 @@ def make_detector(o):
     if weights and 'weights' not in registry.parameters(DETECTORS[name]):
         raise click.ClickException(f'--detector-weights={o.detector_weights}: --detector={name} has no weights; leave the option out')
     made = registry.build(o.detector, DETECTORS, '--detector', **weights)
-    return generated.first_on_node(made, device=distributed.pick_device(o.device))
+    return distributed.first_on_node(made, device=distributed.pick_device(o.device))
 
 
 def default_output(o):

@@ -9,7 +9,7 @@ import click
 from dnnlib.util import file_digest
 from metrics.image_files import ImageFiles
 from torch_utils import distributed
-from training import generation, hub, images
+from training import generation, images, sampling
 
 PROTOCOL_NUM = 50000  # the count of generated images behind published distances, which fall as it grows
 
@@ -39,20 +39,16 @@ class NetworkImages:
         self._o = o
         self.found = len(set(o.seeds))
         self.count = choose_count(o, self.found, f'--seeds={ranges(o.seeds)}: names {self.found} images')
-        self._net = first_on_node(hub.load_network, o.network, device=distributed.pick_device(o.device), weights=o.weights)
-        if not images.is_picture(self._net.img_channels, self._net.units):
-            raise click.ClickException(f'--network={o.network}: makes no 8-bit grey or RGB images, which detectors compare')
-        try:
-            generation.check_class(self._net, o.class_idx)
-        except ValueError as err:
-            raise click.ClickException(f'--class={o.class_idx}: {err}') from None
-        self.shape = self._net.img_channels, *generation.resolution(self._net)
         span = max(o.seeds) - min(o.seeds) + 1
         seeds = list(dict.fromkeys(o.seeds))[:self.count]
         self._seeds = [[seed + i * span for seed in seeds] for i in range(o.repeats)]
+        self._net, self._pieces = sampling.prepare(o, [seed for part in self._seeds for seed in part])
+        if not images.is_picture(self._net.img_channels, self._net.units):
+            raise click.ClickException(f'--network={o.network}: makes no 8-bit grey or RGB images, which detectors compare')
+        self.shape = self._net.img_channels, *generation.resolution(self._net)
         self.labels = [{'seeds': ranges(seeds)} for seeds in self._seeds]
-        self.facts = {'network': o.network, 'sha256': network_digest(self._net), 'weights': o.weights, 'steps': o.steps,
-                      'class': o.class_idx}
+        told = {key: o[key] for key in (*sampling.NAMES, *sampling.KEYS) if o[key] is not None}
+        self.facts = {'network': o.network, 'sha256': network_digest(self._net), **told}
 
     def repeats(self):
         """Yields the batches of each repeat."""
@@ -60,8 +56,8 @@ class NetworkImages:
             yield self._batches(seeds)
 
     def _batches(self, seeds):
-        for part in generation.generate_images(self._net, seeds, num_steps=self._o.steps, batch=self._o.batch_size,
-                                               class_idx=self._o.class_idx, rank=distributed.rank(), world=distributed.size()):
+        for part in generation.generate_images(self._net, seeds, batch=self._o.batch_size, rank=distributed.rank(),
+                                               world=distributed.size(), **self._pieces):
             if not part.images.isfinite().all():
                 raise click.ClickException(f'--network={self._o.network}: seeds {ranges(part.seeds)} give images that are not finite')
             yield generation.to_uint8(part.images)
@@ -101,13 +97,3 @@ def choose_count(o, found, what):
     if count > found:
         raise click.ClickException(f'{option}={count}: {what} only; pass {option}={found} or less')
     return count
-
-
-def first_on_node(function, *args, **kwargs):
-    """function(...) on one rank of each node, then on the others: what it downloads is fetched once."""
-    if distributed.local_rank() == 0:
-        result = function(*args, **kwargs)
-        distributed.barrier()
-        return result
-    distributed.barrier()
-    return function(*args, **kwargs)

@@ -13,7 +13,7 @@ from tiny import make_zip
 from unets import DATA, ROOT, all_images, contents, golden_network, launch, refused, run, tiny
 
 import generate
-from training import generation, guidance, hub, labels, registry, samplers, schedules
+from training import generation, guidance, hub, labels, registry, samplers, sampling, schedules
 from training.guidance import Guidance
 
 
@@ -47,7 +47,7 @@ def pieces(folder, tmp_path, *options):
     names = ('steps', 'sampler', 'levels', 'sigma_min', 'sigma_max', 'rho', 'stop_sigma', 'stop_variance', 'S_churn', 'S_min', 'S_max',
              'S_noise', 'schedule', 'scaling')
     net = hub.load_network(folder)
-    found = generate.sampler_pieces(net, **{name: context.params[name] for name in names})
+    found = sampling.sampler_pieces(net, **{name: context.params[name] for name in names})
     return generation.noise_levels(net, found['schedule'], found['num_steps']), found['stepper']
 
 
@@ -67,7 +67,7 @@ def test_published_sampler(golden, folders, tmp_path):
 def test_published_ablation_of_a_network_with_discrete_levels(golden):
     net = golden_network('iddpm_song', 'iddpm')
     keys = dict.fromkeys(('sigma_min', 'sigma_max', 'rho', 'stop_sigma', 'stop_variance', 'S_churn', 'S_min', 'S_max', 'S_noise'))
-    found = generate.sampler_pieces(net, 5, 'heun', 'iddpm', schedule='linear', scaling='none', **keys)
+    found = sampling.sampler_pieces(net, 5, 'heun', 'iddpm', schedule='linear', scaling='none', **keys)
     sigmas = generation.noise_levels(net, found['schedule'], 5)
     image = found['stepper'](generation.ConditionedDenoiser(net), golden['net_iddpm.latents'].double() * sigmas[0], sigmas, None)
     expected = golden['net_iddpm.ablation_5']

@@ -2,6 +2,7 @@
 """What the scripts' command lines share: --version, underscores as hyphens, lists of whole numbers, errors in one line."""
 
 import contextlib
+import functools
 import math
 import re
 import time
@@ -26,6 +27,11 @@ class Command(click.Command):
                 return super().invoke(ctx)
         finally:
             distributed.shutdown()
+
+
+def options_of(*options):
+    """A decorator that adds click options to a command, in this order."""
+    return lambda command: functools.reduce(lambda found, option: option(found), reversed(options), command)
 
 
 def hyphens(args):
