@@ -2,23 +2,17 @@
 """Seeds to images: published draws and pictures; pixels that depend on the seed alone; files, grids and what is refused."""
 
 import functools
-import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import pytest
 import torch
-from click.testing import CliRunner
 from safetensors.torch import load_file
+from unets import all_images, contents, golden_network, launch, run, tiny
 
-import generate
-from torch_utils import misc
-from training import generation, hub, images, preconditioning, samplers
+from training import generation, hub, images, labels, samplers
 
 ROOT = Path(__file__).parent.parent
 DATA = Path(__file__).parent / 'data'
@@ -28,29 +22,6 @@ CHURN = functools.partial(samplers.heun, S_churn=10)
 @pytest.fixture(scope='module')
 def golden():
     return load_file(DATA / 'samplers' / 'samplers.safetensors')
-
-
-def golden_network(case, precond='edm'):
-    config = json.loads((DATA / 'networks' / case / 'case.json').read_text())['config']
-    net = preconditioning.build_network({**config, 'precond': precond})
-    hub.load_weights(net, load_file(DATA / 'networks' / case / 'model.safetensors'), case)
-    return net.eval().requires_grad_(False)
-
-
-def tiny(channels=1, label_dim=0, size=8, **config):
-    """A real U-Net with random weights, small enough for seconds."""
-    net = preconditioning.build_network(dict(
-        img_resolution=size, img_channels=channels, label_dim=label_dim, model_type='SongUNet', model_channels=16,
-        channel_mult=[1, 2], num_blocks=1, attn_resolutions=[4], **config))
-    source = misc.generator('tiny')
-    for p in net.parameters():
-        p.data = torch.randn(p.shape, generator=source) * 0.05
-    return net.eval()
-
-
-def all_images(net, seeds, **options):
-    options = {'num_steps': 3, **options}
-    return torch.cat([part.images for part in generation.generate_images(net, seeds, **options)])
 
 
 # --- published draws and pictures
@@ -110,6 +81,22 @@ def test_pixels_do_not_depend_on_the_batch(label_dim):
     assert expected.flatten(1).unique(dim=0).shape[0] == 11
 
 
+@pytest.mark.parametrize('case, precond', [('edm_adm_cond', 'edm'), ('edm_ddpmpp_cond_aug', 'edm'), ('edm_ncsnpp_cond_aug', 'edm'),
+                                           ('iddpm_song', 'iddpm')])
+def test_pixels_of_the_published_architectures_do_not_depend_on_the_batch(case, precond):
+    net = golden_network(case, precond)
+    images = {batch: all_images(net, range(7), batch=batch, stepper=CHURN, num_steps=2) for batch in (1, 3, 64)}
+    assert torch.equal(images[1], images[3]) and torch.equal(images[1], images[64])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+def test_pixels_on_a_gpu_are_at_most_a_grey_level_apart():
+    net = golden_network('edm_ddpmpp_cond_aug').cuda()
+    pixels = {batch: generation.to_uint8(all_images(net, range(11), batch=batch, stepper=CHURN)).int() for batch in (1, 3, 64)}
+    assert max((pixels[1] - pixels[batch]).abs().max() for batch in (3, 64)) <= 1
+
+
 def test_ranks_share_the_seeds_and_change_nothing():
     net = tiny(label_dim=3)
     alone = {seed: (image, label) for part in generation.generate_images(net, range(7), num_steps=2)
@@ -137,11 +124,11 @@ def test_classes():
     net = tiny(label_dim=4)
     drawn = next(generation.generate_images(net, range(64), num_steps=1)).labels
     assert set(drawn.tolist()) == {0, 1, 2, 3}
-    part = next(generation.generate_images(net, range(3), num_steps=2, class_idx=2))
+    part = next(generation.generate_images(net, range(3), num_steps=2, labels=labels.one_class(2)))
     assert part.labels.tolist() == [2, 2, 2]
     # The class is drawn even where it is given, so that seed i has the same latents and churn for every class.
     natural = next(seed for seed in range(64) if drawn[seed] == 2)
-    assert torch.equal(all_images(net, [natural], stepper=CHURN), all_images(net, [natural], stepper=CHURN, class_idx=2))
+    assert torch.equal(all_images(net, [natural], stepper=CHURN), all_images(net, [natural], stepper=CHURN, labels=labels.one_class(2)))
 
 
 def test_no_autograd_graph_is_kept():
@@ -173,14 +160,6 @@ def folders(tmp_path_factory):
     for name, net in networks.items():
         hub.save_network(net, root / name)
     return root
-
-
-def run(folder, outdir, *options):
-    return CliRunner().invoke(generate.main, [f'--network={folder}', f'--outdir={outdir}', '--steps=2', *options])
-
-
-def contents(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(Path(folder).rglob('*')) if path.is_file()}
 
 
 def test_greyscale_images_are_saved(folders, tmp_path):
@@ -217,7 +196,7 @@ def test_npz_holds_image_seed_and_label(folders, tmp_path):
     assert result.exit_code == 0, result.output
     with np.load(tmp_path / '000004.npz') as found:
         assert (found['seed'], found['label']) == (4, 1)
-        expected = all_images(hub.load_network(folders / 'rgb'), [4], num_steps=2, class_idx=1)[0]
+        expected = all_images(hub.load_network(folders / 'rgb'), [4], num_steps=2, labels=labels.one_class(1))[0]
         np.testing.assert_array_equal(found['image'], expected.float().numpy())
 
 
@@ -272,12 +251,6 @@ def test_sample_grid_for_the_training_loop(tmp_path):
     assert pixels.shape == (134, 134, 3)
     expected = generation.to_uint8(all_images(tiny(3), range(4), num_steps=2))
     assert np.array_equal(pixels[68:132:8, 2:66:8].transpose(2, 0, 1), expected[2])
-
-
-def launch(ranks, *args):
-    launcher = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={ranks}'] if ranks > 1 else []
-    return subprocess.run([sys.executable, *launcher, 'generate.py', *args], cwd=ROOT, capture_output=True, text=True,
-                          env={**os.environ, 'CUDA_VISIBLE_DEVICES': ''})
 
 
 def test_two_ranks_write_the_images_of_one(folders, tmp_path):

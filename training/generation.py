@@ -1,12 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Seeds to images: one random generator a seed, so that an image is a function of its seed and of nothing else in the batch."""
 
+import functools
+import math
 from typing import NamedTuple
 
 import torch
 
-from training import images, registry, samplers
+from training import images, registry, samplers, schedules
+from training.guidance import Guidance, Guided, check
+from training.labels import uniform
 
+NO_GUIDANCE = Guidance()
 CPU_CHUNK = 8  # rows per network call on the CPU, where PyTorch's results depend on the batch size; so they are always as many
 
 
@@ -15,7 +20,7 @@ class Samples(NamedTuple):
 
     seeds: list  # [n] whole numbers, as given
     images: torch.Tensor  # [n,C,H,W] float64, network units
-    labels: torch.Tensor | None  # [n] int64 class of each image, None for unconditional networks
+    labels: torch.Tensor | None  # [n] int64 classes or [n,label_dim] vectors, None for unconditional networks
 
 
 class SeededDraws:
@@ -39,57 +44,64 @@ class SeededDraws:
 
 
 @torch.no_grad()
-def generate_images(net, seeds, *, schedule=samplers.edm, stepper=samplers.heun, num_steps=18, batch=64, class_idx=None,
-                    device=None, rank=0, world=1):
+def generate_images(net, seeds, *, schedule=samplers.edm, stepper=samplers.heun, num_steps=18, batch=64, labels=None,
+                    guidance=NO_GUIDANCE, device=None, rank=0, world=1):
     """Yields Samples for this rank's share of the seeds, in order, `batch` at a time.
 
     net: a denoiser in eval mode. schedule(num_steps) -> levels and stepper: pieces of samplers.py with their options bound.
-    class_idx: the class of every image; None draws one per seed. device: where to sample, by default where the network is.
-    rank, world: this process takes every world-th seed. The images depend on neither of these nor on `batch`: bit for bit on the
-    CPU at equal threads, to rounding of the network on a GPU. No autograd graph is kept.
-    Raises ValueError for a class that the network does not have and for levels that the schedule refuses."""
+    labels: a source of labels.py; None draws a class for each seed. guidance: a Guidance. device: where to sample, by default
+    where the network is. rank, world: this process takes every world-th seed. The images depend on neither of these nor on
+    `batch`: bit for bit on the CPU at equal threads, to rounding of the network on a GPU. No autograd graph is kept.
+    Raises ValueError for guidance that the network does not allow and for levels that the schedule refuses."""
     assert not getattr(net, 'training', False), 'sampling needs the network in eval mode'
     assert batch >= 1, f'batch must be 1 or more, got {batch}'
-    check_class(net, class_idx)
+    check(net, guidance)
     device = torch.device(device) if device is not None else network_device(net)
     sigmas = noise_levels(net, schedule, num_steps)
+    labels = labels or (uniform(net.label_dim) if net.label_dim else None)
     mine = list(seeds)[rank::world]
+    rows = CPU_CHUNK if device.type == 'cpu' else min(batch, len(mine))
     for first in range(0, len(mine), batch):
-        yield _sample(net, mine[first:first + batch], sigmas, stepper, class_idx, device)
+        yield _sample(net, mine[first:first + batch], sigmas, stepper, labels, guidance, device, rows)
 
 
-def _sample(net, seeds, sigmas, stepper, class_idx, device):
+def _sample(net, seeds, sigmas, stepper, source, guidance, device, rows):
     # The order of the draws is the published one: latents, class, then one draw a step.
     draws = SeededDraws(seeds, device)
     latents = draws.randn([net.img_channels, *resolution(net)])
-    labels = draws.randint(net.label_dim) if net.label_dim else None
-    if class_idx is not None:
-        labels = torch.full_like(labels, class_idx)
+    labels = source(draws, seeds) if source else None
     x = latents.to(torch.float64) * sigmas[0]
-    x = stepper(ConditionedDenoiser(net, labels), x, sigmas, draws.randn_like)
+    x = stepper(guided(net, labels, guidance, rows), x, sigmas, draws.randn_like)
     return Samples(seeds, x, labels)
 
 
-class ConditionedDenoiser:
-    """A network with its class labels bound: (x, sigma) -> D, in chunks of one fixed size on the CPU."""
+def guided(net, labels=None, guidance=NO_GUIDANCE, rows=CPU_CHUNK):
+    """The denoiser that a stepper walks: the network with its labels, led away from what the guidance says."""
+    denoise = ConditionedDenoiser(net, labels, rows)
+    if guidance.weight == 1:
+        return denoise
+    guide = ConditionedDenoiser(net, None, rows) if guidance.net is None else ConditionedDenoiser(guidance.net, labels, rows)
+    return Guided(denoise, guide, guidance.weight, guidance.interval)
 
-    def __init__(self, net, labels=None):
-        self.net = net
-        self.class_labels = None
-        if labels is not None:
-            self.class_labels = torch.nn.functional.one_hot(labels, net.label_dim).to(torch.float32)  # [N, label_dim]
+
+class ConditionedDenoiser:
+    """A network with its labels bound: (x, sigma) -> D, always `rows` rows at a time, so that D does not depend on the batch.
+
+    labels: int64 [N] classes, float32 [N, label_dim] vectors, or None for "no label". Attribute calls: evaluations so far."""
+
+    def __init__(self, net, labels=None, rows=CPU_CHUNK):
+        self.net, self.rows, self.calls = net, rows, 0
+        classes = labels is not None and labels.ndim == 1
+        self.labels = torch.nn.functional.one_hot(labels, net.label_dim).to(torch.float32) if classes else labels  # [N, label_dim]
 
     def __call__(self, x, sigma):
-        sigma = sigma.to(x.device, torch.float32)
-        if x.device.type != 'cpu':
-            return self.net(x, sigma, self.class_labels)
-        rows = range(0, len(x), CPU_CHUNK)
-        return torch.cat([self._chunk(x, sigma, first) for first in rows])
+        return self._in_chunks(self.net, x, sigma)[0]
 
-    def _chunk(self, x, sigma, first):
-        rows = slice(first, first + CPU_CHUNK)
-        labels = None if self.class_labels is None else _padded(self.class_labels[rows])
-        return self.net(_padded(x[rows]), sigma, labels)[:len(x[rows])]
+    def outputs(self, x, sigma):
+        """(D, what else the network gives [N,K,H,W], K = 0 where that is nothing)."""
+        if not hasattr(self.net, 'outputs'):
+            return self(x, sigma), x[:, :0]
+        return self._in_chunks(self.net.outputs, x, sigma)
 
     def round_sigma(self, sigma):
         """The network's nearest level, for networks that know discrete levels only; sigma on the CPU in and out."""
@@ -97,32 +109,47 @@ class ConditionedDenoiser:
             return sigma
         return self.net.round_sigma(sigma.to(network_device(self.net))).to(sigma)
 
+    def _in_chunks(self, function, x, sigma):
+        """The tensors that function(x, sigma, labels) gives, put together from calls of equal size."""
+        self.calls += 1
+        sigma = sigma.to(x.device, torch.float32)
+        chunks = []
+        for first in range(0, len(x), self.rows):
+            part = slice(first, first + self.rows)
+            found = function(self._padded(x[part]), sigma, None if self.labels is None else self._padded(self.labels[part]))
+            found = found if isinstance(found, tuple) else (found,)
+            chunks.append([tensor[:len(x[part])] for tensor in found])
+        return [torch.cat(pieces) for pieces in zip(*chunks)]
 
-def _padded(rows):
-    """The rows, with rows of zeros up to CPU_CHUNK."""
-    return torch.cat([rows, rows.new_zeros([CPU_CHUNK - len(rows), *rows.shape[1:]])])
+    def _padded(self, rows):
+        """The rows, with rows of zeros up to the number of rows of a call."""
+        missing = self.rows - len(rows)
+        return torch.cat([rows, rows.new_zeros([missing, *rows.shape[1:]])]) if missing else rows
 
 
 def noise_levels(net, schedule, num_steps):
-    """The schedule's levels within the network's range, rounded to levels that it knows; float64 [num_steps + 1], ending in 0."""
-    chosen = registry.parameters(schedule)
-    limits = {}
-    if 'sigma_min' in chosen:
-        limits['sigma_min'] = max(chosen['sigma_min'], net.sigma_min)
-    if 'sigma_max' in chosen:
-        limits['sigma_max'] = min(chosen['sigma_max'], net.sigma_max)
-    levels = schedule(num_steps, **limits)
+    """The schedule's levels within the network's range, rounded to levels that it knows; float64 [T + 1], ending in 0."""
+    levels = schedule(num_steps, **sigma_range(net, schedule))
     return torch.cat([ConditionedDenoiser(net).round_sigma(levels[:-1]), levels[-1:]])
 
 
-def check_class(net, class_idx):
-    """Raises ValueError if the network has no such class."""
-    if class_idx is None:
-        return
-    if not net.label_dim:
-        raise ValueError(f'got class {class_idx}, but the network is unconditional: it has no classes')
-    if not 0 <= class_idx < net.label_dim:
-        raise ValueError(f'got class {class_idx}, but the network has classes 0 to {net.label_dim - 1}')
+def sigma_range(net, schedule):
+    """{sigma_min, sigma_max} of a schedule (those that it has), cut to the network's."""
+    chosen, cut = registry.parameters(schedule), {'sigma_min': max, 'sigma_max': min}
+    return {key: limit(chosen[key], getattr(net, key)) for key, limit in cut.items() if key in chosen}
+
+
+def with_time(net, schedule, stepper, sigmas):
+    """The stepper, its sigma(t) fitted to the schedule's range where it has one by name, and to the levels where that has no bounds.
+
+    Raises ValueError for a range that the curve does not join."""
+    name = stepper.keywords.get('schedule')
+    if name is None:
+        return stepper
+    ends = sigma_range(net, schedule)
+    if not 0 < ends['sigma_min'] <= ends['sigma_max'] < math.inf:
+        ends = {'sigma_min': float(sigmas[-2]), 'sigma_max': float(sigmas[0])}
+    return functools.partial(stepper, schedule=registry.build(name, schedules.TIMES, '--schedule', **ends))
 
 
 def resolution(net):
@@ -150,6 +177,16 @@ def to_physical(images, units):
         return images
     scale, offset = (images.new_tensor(units[key]).reshape(-1, 1, 1) for key in ('scale', 'offset'))  # [1 or C,1,1]
     return images * scale + offset
+
+
+def to_network(image, units):
+    """An image as it lies in its file back in network units, float64 [C,H,W]: to_uint8 and to_physical undone, within their rounding.
+
+    image: an array [C,H,W]; uint8 for pictures."""
+    image = torch.as_tensor(image, dtype=torch.float64)
+    scale, offset = (torch.as_tensor(value, dtype=torch.float64).reshape(-1, 1, 1) for value in
+                     ((127.5, 127.5) if units is None else (units['scale'], units['offset'])))
+    return (image - offset) / scale
 
 
 def sample_grid(net, count, path, **options):

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Guidance: a denoiser led away from a worse one, D_0 + w (D_1 - D_0), at the noise levels of an interval or at all."""
+
+import math
+from typing import NamedTuple
+
+LEVELS = 1000  # indices t of IDDPM's cosine schedule, in which an interval may be given
+OFFSET = 0.008  # s of that schedule
+
+
+class Guidance(NamedTuple):
+    """What generate_images needs to know of guidance; the default is none."""
+
+    weight: float = 1.0  # w; 1 is the conditional network alone
+    interval: tuple = (0.0, math.inf)  # (lo, hi]: the levels sigma at which it acts
+    net: object = None  # D_0 of autoguidance, told the same labels; None is D_1's own network, told no label
+
+
+class Guided:
+    """(x, sigma) -> D_0 + w (D_1 - D_0) inside the interval, and D_1 from a single call outside of it.
+
+    denoise, guide: (x, sigma) -> D_1, D_0. Ho & Salimans 2022 with w = 1 + their w: D_0 has no label; Karras et al. 2024a: D_0 is a
+    worse network. interval: (lo, hi] in sigma, Kynkäänniemi et al. 2024. Where a stepper says with begin_step at which level its
+    step starts, that decides for all evaluations of the step; otherwise the level of each call does. w = 1 calls no guide."""
+
+    def __init__(self, denoise, guide, weight, interval=(0.0, math.inf)):
+        self.denoise, self.guide, self.weight, self.interval = denoise, guide, weight, interval
+        self._start = None
+
+    def begin_step(self, sigma):
+        """The level, before churn, at which the next calls' step starts."""
+        self._start = sigma
+
+    def __call__(self, x, sigma):
+        return self._led(x, sigma, self.denoise(x, sigma))
+
+    def outputs(self, x, sigma):
+        """(the guided D, what else D_1's network gives)."""
+        D_1, rest = self.denoise.outputs(x, sigma)
+        return self._led(x, sigma, D_1), rest
+
+    def round_sigma(self, sigma):
+        """D_1's nearest level."""
+        return self.denoise.round_sigma(sigma)
+
+    def _led(self, x, sigma, D_1):
+        low, high = self.interval
+        if self.weight == 1 or not low < (sigma if self._start is None else self._start) <= high:
+            return D_1
+        D_1, D_0 = D_1.to(x.dtype), self.guide(x, sigma).to(x.dtype)
+        return D_0 + self.weight * (D_1 - D_0)
+
+
+def check(net, guidance):
+    """Raises ValueError where a network cannot be guided in this way."""
+    weight, guide = guidance.weight, guidance.net
+    if not 0 <= weight < math.inf:
+        raise ValueError(f'the weight must be 0 or more, got {weight:g}')
+    if guide is None:
+        if weight != 1 and not net.label_dim:
+            raise ValueError('the network is unconditional, so that there is no label to leave out; give a worse network to lead '
+                             'away from (--gnet)')
+        return
+    for what, of in (('images', _shape), ('label_dim', lambda net: net.label_dim), ('units', lambda net: getattr(net, 'units', None))):
+        if of(guide) != of(net):
+            raise ValueError(f'the guiding network has {what} {of(guide)}, the network {of(net)}; they must be equal')
+
+
+def _shape(net):
+    size = net.img_resolution
+    return [net.img_channels, *([size, size] if isinstance(size, int) else size)]
+
+
+def interval(text):
+    """"lo,hi" in sigma, or "t:lo,hi" in indices 0 to 999, as (lo, hi) in sigma. Raises ValueError for anything else.
+
+    t counts the levels of IDDPM's cosine schedule with T = 1000, from the lowest noise up; a level is in t:lo,hi where its nearest
+    index is one of lo ... hi. So t:0,999 is every level."""
+    kind, _, bounds = text.rpartition(':')
+    try:
+        low, high = (float(bound) for bound in bounds.split(','))
+    except ValueError:
+        low = high = math.nan
+    if kind == '' and 0 <= low < high:
+        return low, high
+    if kind == 't' and 0 <= low <= high < LEVELS and low.is_integer() and high.is_integer():
+        return (level_at(low - 0.5) if low > 0 else 0.0), (level_at(high + 0.5) if high < LEVELS - 1 else math.inf)
+    raise ValueError(f'give lo,hi with 0 <= lo < hi in sigma, or t:lo,hi with whole numbers 0 <= lo <= hi <= {LEVELS - 1}')
+
+
+def level_at(t):
+    """sigma at the index t (fractions too): alpha_bar = cos^2(pi/2 (u + s) / (1 + s)) over its value at u = 0, u = (t + 1) / T."""
+    share = _angle_cosine((t + 1) / LEVELS) / _angle_cosine(0.0)  # sqrt(alpha_bar)
+    return math.sqrt(max(1 / share ** 2 - 1, 0.0))
+
+
+def index_at(sigma):
+    """The index t of 0 ... 999 whose level is nearest to sigma, along the schedule."""
+    angle = math.acos(_angle_cosine(0.0) / math.sqrt(1 + sigma ** 2)) if sigma < math.inf else math.pi / 2
+    t = ((1 + OFFSET) * angle * 2 / math.pi - OFFSET) * LEVELS - 1
+    return min(max(round(t), 0), LEVELS - 1)
+
+
+def _angle_cosine(u):
+    return math.cos(math.pi / 2 * (u + OFFSET) / (1 + OFFSET))
+
+
+def describe(guidance):
+    """One line: the weight, and the interval in sigma and in t."""
+    low, high = guidance.interval
+    where = 'at all levels' if (low, high) == (0, math.inf) else (
+        f'where {low:.4g} < sigma <= {high:.4g} (t = {index_at(low)} to {index_at(high)} of 0 to {LEVELS - 1})')
+    return f'guidance {guidance.weight:g} {where}'
