@@ -18,16 +18,19 @@ from torch_utils.command_line import Command, Number, groups, ints, version_opti
 from training import run_folder
 from training.assembly import PRECISIONS, build_objective
 from training.conditioning import CEP
-from training.configuration import configure, evaluations_per_image
+from training.configuration import DIFFUSION, configure, evaluations_per_image
 from training.consistency import CHAINS
 from training.corruption import PROTOCOLS
+from training.discrete import DIFFUSIONS
 from training.ema import exponent
+from training.hybrid import OBJECTIVES
 from training.networks import ARCHS
 from training.noise import NOISE
 from training.pairs import PAIRINGS
 from training.penalty import PENALTIES
 from training.preconditioning import PRECONDS, build_network
 from training.registry import Spec
+from training.timesteps import TIMESTEPS
 from training.training_loop import training_loop
 from training.weighting import WEIGHTS
 
@@ -68,6 +71,11 @@ COUNT, WHOLE = click.IntRange(min=1), click.IntRange(min=0)
 @click.option('--corruption-protocol', type=click.Choice(PROTOCOLS), default='fixed', show_default=True,
               help='published: membership and noise of the ambient-laws code, image for image')
 # The objective, one slot each.
+@click.option('--objective', type=Spec(OBJECTIVES), help='Discrete-time objective of --precond=iddpm: hybrid and vlb learn the '
+              'variance of a sampling step too  [default: none; --noise and --weight instead]')
+@click.option('--diffusion', type=Spec(DIFFUSIONS), help=f'Its schedule, kept in config.json  [default: {DIFFUSION}]')
+@click.option('--timesteps', type=Spec(TIMESTEPS), help='How its timesteps are drawn for clean images; second_moment: by their losses, '
+              'for vlb  [default: uniform]')
 @click.option('--noise', type=Spec(NOISE), help='Noise-level distribution p(sigma)  [default: as published for --precond]')
 @click.option('--weight', type=Spec(WEIGHTS), help='Loss weight w(sigma)  [default: as published for --precond]')
 @click.option('--penalty', type=Spec(PENALTIES), default='squared', show_default=True, help='What an error costs')

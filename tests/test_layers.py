@@ -21,7 +21,8 @@ ROOMS = {
        'training.noise training.penalty training.timesteps training.weighting '
        'metrics.frechet metrics.inception metrics.kernel metrics.likelihood metrics.manifold metrics.memorisation metrics.scores',
     4: 'training.batch training.dataset training.networks training.pairs training.schedules metrics.bound metrics.detectors',
-    5: 'training.consistency training.data_stats training.labels training.loss training.preconditioning training.samplers training.sources',
+    5: 'training.consistency training.data_stats training.hybrid training.labels training.loss training.preconditioning '
+       'training.samplers training.sources',
     6: 'training.conversion training.feed training.generation training.hub training.validation metrics.evaluate',
     7: 'training.assembly training.posthoc training.publish training.sampling',
     8: 'training.configuration training.training_loop metrics.generated',

@@ -21,7 +21,7 @@ def note(sampler, t, losses, counts=None):
 
 
 def published():
-    return SecondMoment(GOLDEN['num_timesteps'], GOLDEN['history_per_term'], GOLDEN['uniform_prob'])
+    return SecondMoment(GOLDEN['history_per_term'], GOLDEN['uniform_prob']).over(torch.arange(GOLDEN['num_timesteps']))
 
 
 def lasts(sampler, t):
@@ -56,7 +56,7 @@ def test_draws_and_importance_weights_equal_the_published_ones():
 def test_rings_hold_the_last_losses_as_a_plain_loop_would(batch):
     """With one t many times in a batch, more often than the history is long, too."""
     rng = np.random.default_rng(batch)
-    sampler, loop = SecondMoment(6, history=3), {t: [] for t in range(6)}
+    sampler, loop = SecondMoment(history=3).over(torch.arange(6)), {t: [] for t in range(6)}
     for _ in range(30):
         t, losses = rng.integers(0, 6, batch) ** 2 % 6, rng.random(batch)
         for key, value in zip(t, losses, strict=True):
@@ -67,7 +67,7 @@ def test_rings_hold_the_last_losses_as_a_plain_loop_would(batch):
 
 def test_micro_batches_and_ranks_do_not_matter():
     """Noted in parts or at once: the state is the same, for it moves once a step."""
-    whole, parts = SecondMoment(4, history=2), SecondMoment(4, history=2)
+    whole, parts = SecondMoment(history=2).over(torch.arange(4)), SecondMoment(history=2).over(torch.arange(4))
     t, losses = torch.tensor([3, 1, 3, 0, 3, 2, 1, 0]), torch.arange(8.0)
     note(whole, t, losses)
     for rows in (slice(0, 3), slice(3, 8)):
@@ -79,7 +79,7 @@ def test_micro_batches_and_ranks_do_not_matter():
 
 
 def test_uniform_until_every_timestep_has_its_history():
-    sampler = SecondMoment(3, history=2)
+    sampler = SecondMoment(history=2).over(torch.arange(3))
     note(sampler, [0, 0, 1, 1, 2], [9.0, 9, 1, 1, 1])
     assert torch.equal(sampler.probabilities(), torch.full([3], 1 / 3, dtype=torch.float64))
     assert torch.equal(sampler.draw(torch.tensor([0.1, 0.5, 0.9]).double())[1], torch.ones(3, dtype=torch.float64))
@@ -88,13 +88,13 @@ def test_uniform_until_every_timestep_has_its_history():
 
 
 def test_rows_that_do_not_count_and_broken_losses_leave_no_trace():
-    sampler = SecondMoment(2, history=2)
+    sampler = SecondMoment(history=2).over(torch.arange(2))
     note(sampler, [0, 0, 1, 1], [1.0, float('nan'), float('inf'), 5], torch.tensor([True, True, True, False]))
     assert sampler.counts.tolist() == [1, 0] and sampler.losses.tolist() == [[1, 0], [0, 0]]
 
 
 def test_all_losses_zero_is_uniform():
-    sampler = SecondMoment(2, history=1)
+    sampler = SecondMoment(history=1).over(torch.arange(2))
     note(sampler, [0, 1], [0.0, 0.0])
     assert sampler.probabilities().tolist() == [0.5, 0.5]
 
@@ -103,7 +103,7 @@ def test_weighted_mean_is_unbiased_and_has_less_variance():
     """E_q[w L] is the plain mean over t; for steady L_t the estimate hardly varies, where plain draws do."""
     steps = 50
     losses = torch.logspace(0, -3, steps, dtype=torch.float64)
-    sampler = SecondMoment(steps, history=4)
+    sampler = SecondMoment(history=4).over(torch.arange(steps))
     note(sampler, torch.arange(steps).repeat(4), losses.repeat(4))
     u = torch.from_numpy(np.random.default_rng(0).random(20000))
     t, weight = sampler.draw(u)
@@ -114,14 +114,14 @@ def test_weighted_mean_is_unbiased_and_has_less_variance():
 
 
 def test_ends_of_the_unit_interval_are_timesteps():
-    sampler = SecondMoment(5, history=1)
+    sampler = SecondMoment(history=1).over(torch.arange(5))
     note(sampler, range(5), [0.0, 1, 2, 3, 0])
     t, _ = sampler.draw(torch.tensor([0.0, 1.0], dtype=torch.float64))
     assert t.min() >= 0 and t.max() <= 4
 
 
 def test_state_restores_to_the_bit():
-    sampler, other = SecondMoment(4, history=3), SecondMoment(4, history=3)
+    sampler, other = SecondMoment(history=3).over(torch.arange(4)), SecondMoment(history=3).over(torch.arange(4))
     note(sampler, [0, 1, 2, 3] * 4, range(16))
     other.load_state_dict(sampler.state_dict())
     for each in (sampler, other):

@@ -8,17 +8,19 @@ import numpy as np
 import torch
 
 from torch_utils import distributed, misc
-from training import conditioning, hub, registry, validation
+from training import conditioning, discrete, hub, registry, validation
 from training.consistency import CHAINS, ConsistencyTerm
 from training.corruption import Corruption, LabelCorruption
 from training.dataset import ImageDataset, ImageStore
 from training.ema import HalfLifeEMA, PowerFunctionEMA
 from training.feed import Feed
+from training.hybrid import OBJECTIVES
 from training.loss import AmbientLoss, Objective
-from training.noise import NOISE
+from training.noise import NOISE, Levels
 from training.pairs import PairStream
 from training.penalty import PENALTIES
 from training.preconditioning import build_network
+from training.timesteps import TIMESTEPS
 from training.weighting import WEIGHTS
 
 PRECISIONS = {'fp32': torch.float32, 'tf32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
@@ -47,20 +49,27 @@ def build_cep(spec, label_dim):
 def build_objective(options, net):
     """(noise distribution, Objective) from options['objective'] for this network."""
     o = options['objective']
-    noise = registry.build(o['noise'], NOISE, '--noise')
+    discrete_time = 'kind' in o
+    diffusion = discrete.build_diffusion(options['network']['diffusion']) if discrete_time else None
+    noise = Levels(diffusion.levels.tolist()) if discrete_time else registry.build(o['noise'], NOISE, '--noise')
     weight = registry.build(o['weight'], WEIGHTS, '--weight', sigma_data=net.sigma_data)
     penalty = registry.build(o['penalty'], PENALTIES, '--penalty', sigma_data=net.sigma_data)
     one = torch.ones(1, 1, 1, 1)
     probe('--weight', o['weight'], lambda: weight(one))
     probe('--penalty', o['penalty'], lambda: penalty(one, one))
     terms = {'denoise': AmbientLoss(weight, penalty, inverse=o['ambient_weight'] == 'inverse')}
+    if discrete_time:
+        make_terms = registry.build(o['kind'], OBJECTIVES, '--objective')
+        probe('--objective', o['kind'], lambda: make_terms(None, diffusion))
+        terms = make_terms(terms['denoise'], diffusion)
     if o['consistency']:
         plan = registry.build(o['consistency'], CHAINS, '--consistency')
         try:
             terms['consistency'] = ConsistencyTerm(plan, noise, weight, options['batch'])
         except ValueError as err:
             raise click.ClickException(f'--consistency={o["consistency"]}: {err}') from None
-    return noise, Objective(terms)
+    timesteps = registry.build(o['timesteps'], TIMESTEPS, '--timesteps').over(diffusion.levels) if discrete_time else None
+    return noise, Objective(terms, timesteps)
 
 
 def probe(slot, spec, call):
@@ -114,6 +123,7 @@ def load_data(options, net, noise, rows, device):
         labels = corrupt_labels(options['label_corruption'], dataset, labels, train)
     stream = PairStream(sigma_n[train], noise, options['objective']['pairing'], batch=options['batch'], seed=options['seed'],
                         upper=dataset.sigma_max[train])
+    check_timesteps(options['objective'], stream)
     feed = Feed(stream, store, train, sigma_n=sigma_n, raw_idx=dataset.raw_idx, labels=labels, rows=rows, device=device,
                 workers=data['workers'])
     noisy = int((sigma_n[train] > 0).sum())
@@ -125,6 +135,20 @@ def load_data(options, net, noise, rows, device):
         line += (f'\nNote: --penalty={options["objective"]["penalty"]} aims between mean and median, where the ambient loss counts on the '
                  'mean; see docs/penalties.md')
     return Data(stream, feed, checker, line)
+
+
+def check_timesteps(objective, stream):
+    """Refuses to draw anew the levels of clean images where these are not free to have any level, or where there are none."""
+    spec = objective.get('timesteps', 'uniform')
+    if registry.parse(spec)[0] == 'uniform':
+        return
+    here, clean = f'--timesteps={spec} draws the levels of clean images', stream.bars == 0
+    if not clean.any():
+        raise click.ClickException(f'{here}, and all of these are noisy; use uniform')
+    if not clean.all() and registry.parse(stream.spec)[0] == 'sigma_first':
+        raise click.ClickException(f'{here}, and --pairing={stream.spec} chooses images by their level; use skip or truncate, or uniform')
+    if stream.tops is not None:
+        raise click.ClickException(f'{here}, and some of these have a sigma_max; use uniform')
 
 
 def corrupt_labels(options, dataset, labels, train):

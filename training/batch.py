@@ -18,6 +18,7 @@ class Batch(NamedTuple):
     class_labels: torch.Tensor | None = None  # [N,label_dim]
     augment_labels: torch.Tensor | None = None  # [N,augment_dim]
     raw_idx: torch.Tensor | None = None  # [N] int64, which images these are
+    factor: torch.Tensor | None = None  # [N], importance weights, where the levels come from timesteps.py
 
 
 class Evaluation(NamedTuple):
@@ -25,9 +26,11 @@ class Evaluation(NamedTuple):
 
     x: torch.Tensor  # [N,C,H,W]
     D: torch.Tensor  # [N,C,H,W], estimates E[x_0 | x]
+    rest: torch.Tensor | None = None  # [N,K,H,W], what else the network gives, where it was asked for it
 
 
-def evaluate(net, batch):
-    """Takes the images up from sigma_n to sigma and calls the denoiser, once."""
+def evaluate(net, batch, outputs=False):
+    """Takes the images up from sigma_n to sigma and calls the denoiser, once. outputs: for all that it gives, see Precond.outputs()."""
     x = ambient.add_noise(batch.images, batch.sigma_n, batch.sigma, batch.noise)
-    return Evaluation(x, net(x, batch.sigma, class_labels=batch.class_labels, augment_labels=batch.augment_labels))
+    labels = dict(class_labels=batch.class_labels, augment_labels=batch.augment_labels)
+    return Evaluation(x, *net.outputs(x, batch.sigma, **labels)) if outputs else Evaluation(x, net(x, batch.sigma, **labels))

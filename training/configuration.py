@@ -13,7 +13,9 @@ from training.corruption import Corruption, LabelCorruption
 from training.dataset import ImageDataset
 from training.networks import ARCHS
 from training.pairs import with_inverse_weight
-from training.registry import build
+from training.registry import build, parse
+
+DIFFUSION = 'cosine:steps=4000'  # the schedule of a discrete-time objective that is told none
 
 # Noise distribution and weight that each preconditioning was published with.
 PUBLISHED = {'edm': ('lognormal', 'edm'), 'iddpm': ('iddpm_levels', 'snr'), 've': ('loguniform', 'snr'), 'vp': ('vp_uniform', 'snr')}
@@ -35,10 +37,10 @@ def configure(o):
         corruption=dict(sigma=o.sigma, probability=o.corruption_probability, seed=o.corruption_seed, protocol=o.corruption_protocol),
         val=validation_options(o),
         network=network_config(o, dataset),
-        objective=dict(noise=o.noise or noise, weight=o.weight or weight, penalty=o.penalty,
+        objective=dict(noise=None if o.objective else o.noise or noise, weight=o.weight or weight, penalty=o.penalty,
                        pairing=with_inverse_weight(o.pairing) if o.ambient_weight == 'inverse' else o.pairing,
                        ambient_weight=o.ambient_weight,
-                       consistency=consistency_spec(o)),
+                       consistency=consistency_spec(o), **discrete_objective(o, dataset)),
         label_corruption=label_corruption(o), cep=o.cep,
         augment=o.augment,
         optimizer=dict(lr=o.lr, betas=[0.9, 0.999], eps=1e-8, weight_decay=o.weight_decay),
@@ -64,6 +66,28 @@ def check_batch(o):
         good = max(n for n in range(1, min(o.batch_gpu, part) + 1) if part % n == 0)
         raise click.ClickException(f'--batch={o.batch} is not divisible by {world} ranks x --batch-gpu={o.batch_gpu}; '
                                    f'try --batch-gpu={good}')
+
+
+def discrete_objective(o, dataset):
+    """{}, or what --objective and --timesteps add to the options of an objective. Refuses what does not go with them."""
+    if o.objective is None:
+        for name, value in [('diffusion', o.diffusion), ('timesteps', o.timesteps)]:
+            if value is not None:
+                raise click.ClickException(f'--{name}={value} is for discrete-time objectives: add --objective=hybrid, say')
+        return {}
+    here, (name, _) = f'--objective={o.objective}', parse(o.objective)
+    if o.precond != 'iddpm':
+        raise click.ClickException(f'{here} has discrete timesteps, which --precond={o.precond} does not know; use --precond=iddpm')
+    if o.noise:
+        raise click.ClickException(f'--noise={o.noise} does not go with {here}, whose levels are those of --diffusion; leave it out')
+    if name != 'simple' and dataset.units is not None:
+        raise click.ClickException(f'{here} is about the probability of grey levels, and this data is not 8-bit; use --objective=simple')
+    own = [('weight', o.weight, None), ('penalty', o.penalty, 'squared'), ('ambient-weight', o.ambient_weight, 'none')]
+    for option, value, plain in own if name == 'vlb' else []:
+        if value != plain:
+            raise click.ClickException(f'--{option}={value} does not go with {here}: the bound says what an error costs; '
+                                       'use hybrid or simple, or leave it out')
+    return dict(kind=o.objective, timesteps=o.timesteps or 'uniform')
 
 
 def consistency_spec(o):
@@ -137,6 +161,10 @@ def network_config(o, dataset):
         config['precond'] = o.precond
         if o.sigma_data is not None:
             raise click.ClickException(f'--sigma-data={o.sigma_data} goes with --precond=edm; --precond={o.precond} has no such constant')
+    if o.objective:
+        config['diffusion'] = o.diffusion or DIFFUSION
+        if parse(o.objective)[0] == 'simple':
+            config['learned_variance'] = False
     if dataset.units is not None:
         config['units'] = dataset.units
     return config

@@ -111,7 +111,7 @@ class ConsistencyTerm(torch.nn.Module):
         coeff = self._coeff(randn.step)
         if coeff == 0:
             return {'consistency': batch.images.new_zeros(len(batch.images))}
-        x, D = seen or evaluate(net, batch)
+        x, D, _ = seen or evaluate(net, batch)
         rows = self._rows(len(x), x.device)
         sigma, sigma_prime, chain_noise = self._draw(batch, x, randn, rows)
         labels = dict(class_labels=_take(batch.class_labels, rows), augment_labels=_take(batch.augment_labels, rows))

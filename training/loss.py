@@ -7,6 +7,7 @@ import torch
 
 from training import ambient, penalty
 from training.batch import Batch, Evaluation, evaluate
+from training.timesteps import Uniform
 
 __all__ = ['AmbientLoss', 'Batch', 'Evaluation', 'Objective', 'evaluate']
 
@@ -26,7 +27,7 @@ class AmbientLoss(torch.nn.Module):
         """{'denoise': [N]}, and 'log_weight' where the weight is learned.
 
         seen: the Evaluation, where the caller has it already. This term draws nothing from randn."""
-        x, D = seen or evaluate(net, batch)
+        x, D, _ = seen or evaluate(net, batch)
         y_hat = ambient.predict_at(D, x, batch.sigma, level=batch.sigma_n)  # E[y | x]
         sigma = ambient.column(batch.sigma, x)
         loss = self.weight(sigma) * self.penalty(y_hat - batch.images, sigma)
@@ -40,16 +41,19 @@ class AmbientLoss(torch.nn.Module):
 
 
 class Objective(torch.nn.Module):
-    """Named terms that share one evaluation of the denoiser; parameters of the terms are parameters of the objective."""
+    """Named terms that share one evaluation of the denoiser; parameters of the terms are parameters of the objective.
 
-    def __init__(self, terms):
+    The first term is what the run trains on clean images, and is judged by. timesteps: a piece of timesteps.TIMESTEPS over its levels;
+    whoever calls lets it redraw() a batch before, and update() after the last micro-batch of a step."""
+
+    def __init__(self, terms, timesteps=None):
         super().__init__()
-        self.terms = torch.nn.ModuleDict(terms)
+        self.terms, self.timesteps = torch.nn.ModuleDict(terms), timesteps or Uniform()
 
     def forward(self, net, batch, randn):
         """{term name: [N]} of all terms; nothing is summed here, so that each can be reported by itself."""
-        seen = evaluate(net, batch)
+        seen = evaluate(net, batch, outputs='bound' in self.terms)
         values = {}
         for term in self.terms.values():
             values |= term(net, batch, randn, seen)
-        return values
+        return self.timesteps.weigh(values, batch)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from training import discrete
 from training.networks import NETWORKS
 
 
@@ -118,19 +119,34 @@ class VEPrecond(Precond):
 
 
 class iDDPMPrecond(Precond):
-    """Discrete noise levels u_0 > ... > u_M = 0, a cosine schedule; F also gives C channels for a variance, see outputs()."""
+    """Discrete noise levels u_0 > ... > u_M = 0; F also gives C channels for a variance, see outputs().
 
-    options = {'C_1': 0.001, 'C_2': 0.008, 'M': 1000}
+    By default the published cosine schedule, whose timesteps are M - 1 - j. diffusion: one of discrete.py, such as "cosine:steps=4000",
+    whose T levels these are then, and whose timesteps t = T - 1 - j the network is told as t * 1000 / T. learned_variance: whether the
+    channels for the variance are there."""
+
+    options = {'C_1': 0.001, 'C_2': 0.008, 'M': 1000, 'diffusion': None, 'learned_variance': True}
     model_type = 'DhariwalUNet'
-    output_multiple = 2
 
     def prepare(self):
+        self.output_multiple = 2 if self.learned_variance else 1
+        self.time_scale = 1.0
+        if self.diffusion is None:
+            u = self._published_levels()
+        else:
+            diffusion = discrete.build_diffusion(self.diffusion, 'network configuration: diffusion')
+            u, self.M = np.append(diffusion.levels.flip(0).numpy(), 0.0), diffusion.steps
+            self.time_scale = discrete.TRAINED_TIMES / diffusion.steps
+        # Levels that follow from the configuration are not among the weights, which may go to a network of another diffusion.
+        self.register_buffer('u', torch.tensor(u, dtype=torch.float32), persistent=self.diffusion is None)
+        self.sigma_min, self.sigma_max = float(u[self.M - 1]), float(u[0])
+
+    def _published_levels(self):
         alpha_bar = np.sin(0.5 * np.pi * np.arange(self.M + 1) / (self.M * (self.C_2 + 1))) ** 2
         u = np.zeros(self.M + 1)
         for j in range(self.M, 0, -1):
             u[j - 1] = math.sqrt((u[j] ** 2 + 1) / max(alpha_bar[j - 1] / alpha_bar[j], self.C_1) - 1)
-        self.register_buffer('u', torch.tensor(u, dtype=torch.float32))
-        self.sigma_min, self.sigma_max = float(u[self.M - 1]), float(u[0])
+        return u
 
     def round_sigma(self, sigma, return_index=False):
         """The nearest level of u, with sigma's shape and dtype, or its index."""
@@ -139,8 +155,8 @@ class iDDPMPrecond(Precond):
         return index if return_index else self.u[index].to(sigma.dtype)
 
     def coefficients(self, sigma):
-        c_noise = self.M - 1 - self.round_sigma(sigma, return_index=True).float()
-        return 1, -sigma, 1 / (sigma ** 2 + 1).sqrt(), c_noise
+        t = self.M - 1 - self.round_sigma(sigma, return_index=True).float()
+        return 1, -sigma, 1 / (sigma ** 2 + 1).sqrt(), t * self.time_scale
 
 
 def build_network(config):

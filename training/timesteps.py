@@ -1,32 +1,69 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which timesteps t a discrete-time objective looks at: all alike, or more of those whose loss is large (Nichol & Dhariwal 2021)."""
+"""Which timesteps a discrete-time objective looks at: all alike, or more of those whose loss is large (Nichol & Dhariwal 2021)."""
+
+import math
 
 import torch
 
 from torch_utils import distributed
 
 
-class Uniform:
-    """Every timestep alike, as the pairs have them."""
+class Uniform(torch.nn.Module):
+    """Every timestep alike, as the pairs have them: nothing is drawn anew, weighed or remembered."""
+
+    def over(self, levels):
+        """This, for the noise levels of a diffusion, ascending."""
+        return self
+
+    def redraw(self, batch, randn):
+        """The batch, with the levels to look at."""
+        return batch
+
+    def weigh(self, terms, batch):
+        """The terms {name: [N]}, so that their mean is the one over uniform timesteps."""
+        return terms
+
+    def update(self):
+        """After the step: what it has taught about the timesteps."""
 
 
-class SecondMoment(torch.nn.Module):
+class SecondMoment(Uniform):
     """Draws t with p_t ~ sqrt(E[L_t^2]), over the last losses of each t, and weighs by 1 / (T p_t): unbiased, with less variance.
 
-    steps: T. history: losses of each t that count; until every t has so many, all are drawn alike. uniform: share of plain uniform draws,
-    which keeps every p_t above 0. The last losses are the state, equal on all ranks; nothing here waits for the device.
+    history: losses of each t that count; until every t has so many, all are drawn alike. uniform: share of plain uniform draws, which
+    keeps every p_t above 0. The last losses are the state, equal on all ranks; nothing here waits for the device.
     Only clean images are drawn anew (and noted): the level of a noisy one is a matter of its sigma_n, and stays as the pairs have it."""
 
-    def __init__(self, steps=1000, history=10, uniform=0.001):
+    def __init__(self, history=10, uniform=0.001):
         super().__init__()
         if history < 1:
             raise ValueError(f'history={history} must be at least 1')
         if not 0 < uniform <= 1:
             raise ValueError(f'uniform={uniform} must be above 0, so that every timestep can be drawn, and at most 1')
         self.history, self.uniform = history, uniform
-        self.register_buffer('losses', torch.zeros(steps, history, dtype=torch.float64))  # rings: loss n of a t lies at n % history
-        self.register_buffer('counts', torch.zeros(steps, dtype=torch.int64))  # losses seen of each t
         self._noted = []
+
+    def over(self, levels):
+        steps = len(levels)
+        self.register_buffer('levels', levels.float(), persistent=False)
+        # Rings: loss number n of a t, counted from 0, lies at n % history.
+        self.register_buffer('losses', torch.zeros(steps, self.history, dtype=torch.float64, device='cpu'))
+        self.register_buffer('counts', torch.zeros(steps, dtype=torch.int64, device='cpu'))  # losses seen of each t
+        return self
+
+    def redraw(self, batch, randn):
+        """Draws the levels of the clean images by the losses so far. Batch.factor holds the importance weights."""
+        u = torch.special.erfc(randn('timestep', [len(batch.images)]).double() * -math.sqrt(0.5)) / 2  # uniform, from normal draws
+        t, weight = self.draw(u)
+        clean = batch.sigma_n.flatten() == 0
+        sigma = self.levels[t].where(clean, batch.sigma.flatten()).reshape(batch.sigma.shape)
+        return batch._replace(sigma=sigma, factor=weight.float().where(clean, 1))
+
+    def weigh(self, terms, batch):
+        """Multiplies by the importance weights; remembers the losses of the clean images, without these, for update()."""
+        t = torch.searchsorted(self.levels, batch.sigma.flatten())
+        self.note(t, sum(terms.values()), batch.sigma_n.flatten() == 0)
+        return {name: values * batch.factor for name, values in terms.items()}
 
     def probabilities(self):
         """p_t, float64 [T]."""
@@ -43,7 +80,7 @@ class SecondMoment(torch.nn.Module):
         return t, 1 / (len(p) * p[t])
 
     def note(self, t, losses, counts):
-        """Remembers losses [N] at t int64 [N] for the next update(), where `counts` holds, bool [N]."""
+        """Remembers losses [N] at t int64 [N] for the next update(), where `counts` holds, bool [N], and they are finite."""
         fine = counts & losses.isfinite()
         self._noted.append((t.where(fine, len(self.counts)), losses.detach().double().where(fine, 0)))
 
@@ -51,7 +88,7 @@ class SecondMoment(torch.nn.Module):
         """Moves what all ranks noted since the last call into the state, in the order of the global batch."""
         t, losses = (distributed.all_rows(torch.cat(column)) for column in zip(*self._noted, strict=True))
         self._noted.clear()
-        # Sorted by t and otherwise in order, so that the k-th loss of a t knows its place in the ring, and that newer ones overwrite it.
+        # Sorted by t and otherwise in order, so that each loss knows its place in the ring, and whether a later one will take it.
         order = t.argsort(stable=True)
         t, losses = t[order], losses[order]
         place, steps = torch.arange(len(t), device=t.device), len(self.counts)

@@ -74,8 +74,9 @@ class Run:
         self.augment = AugmentPipe(p=self.options['augment']) if self.options['augment'] else None
 
     def _setup_step(self):
-        inner = torch.compile(self.net) if self.options['compile'] else self.net
-        self.train_step = TrainStep(inner, self.objective)
+        if self.options['compile']:
+            self.net.model.compile()  # in place: whatever is asked of the network runs through it
+        self.train_step = TrainStep(self.net, self.objective)
         if torch.distributed.is_initialized():
             ids = [self.device] if self.device.type == 'cuda' else None
             ddp = torch.nn.parallel.DistributedDataParallel
@@ -130,6 +131,7 @@ class Run:
             if self.augment is not None:
                 images, augment_labels = self.augment(batch.images, batch.sigma_n, draws)
                 batch = batch._replace(images=images, augment_labels=augment_labels)
+            batch = self.objective.timesteps.redraw(batch, draws)
             with self._sync(i == rounds - 1), misc.seeded(o['seed'], p.step, 'dropout', distributed.rank(), i, device=self.device):
                 terms = self.train_step(batch, draws)
                 total = sum(term.sum() for term in terms.values())
@@ -138,6 +140,7 @@ class Run:
                 part = self.rank_batch / o['batch_gpu']  # the gradient of the round's own mean
                 self.noise_scale.note_part([p.grad for p in self.params if p.grad is not None], part)
             self._report_terms(terms, batch)
+        self.objective.timesteps.update()
         self._update()
         p.nimg += o['batch']
         p.step += 1
@@ -227,7 +230,7 @@ class Run:
         """Held-out loss of the EMA into stats.jsonl, if asked for."""
         if self.data.validation is None:
             return
-        fields = self.data.validation(self.ema.module, self.objective.terms['denoise'], self.device)
+        fields = self.data.validation(self.ema.module, next(iter(self.objective.terms.values())), self.device)
         if distributed.rank() == 0:
             self.folder.log({'nimg': self.progress.nimg, **fields})
             for write in self.writers:

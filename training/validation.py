@@ -90,7 +90,7 @@ class Validation:
             # Rows whose own level is above this one are computed at theirs, where the loss is zero, and not counted.
             batch = Batch(images, misc.batched(sigma_n), misc.batched(torch.maximum(level, sigma_n)),
                           draws('held out', images.shape), class_labels=labels)
-            values = term(net, batch)['denoise']
+            values = next(iter(term(net, batch).values()))
             allowed = (sigma_n < level) & (level <= sigma_max)
             for name, mask in [('clean', allowed & (sigma_n == 0)), ('noisy', allowed & (sigma_n > 0))]:
                 stats.report(name, values, mask=mask)
