@@ -48,7 +48,8 @@ class NetworkImages:
         self.shape = self._net.img_channels, *generation.resolution(self._net)
         self.labels = [{'seeds': ranges(seeds)} for seeds in self._seeds]
         told = {key: o[key] for key in (*sampling.NAMES, *sampling.KEYS) if o[key] is not None}
-        self.facts = {'network': o.network, 'sha256': network_digest(self._net), **told}
+        sigmas = generation.noise_levels(self._net, self._pieces['schedule'], self._pieces['num_steps'])
+        self.facts = {'network': o.network, 'sha256': network_digest(self._net), **told, 'sigmas': sigmas.tolist()}
 
     def repeats(self):
         """Yields the batches of each repeat."""

@@ -13,7 +13,7 @@ from tiny import make_zip
 from unets import DATA, ROOT, all_images, contents, golden_network, launch, refused, run, tiny
 
 import generate
-from training import generation, guidance, hub, labels, registry, samplers, sampling, schedules
+from training import discrete, generation, guidance, hub, labels, registry, samplers, sampling, schedules
 from training.guidance import Guidance
 
 
@@ -28,6 +28,7 @@ def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp('networks')
     networks = {'grey': tiny(), 'rgb': tiny(3, label_dim=3), 'dropout': tiny(3, label_dim=3, label_dropout=0.1),
                 'worse': tiny(3, label_dim=3, key='worse'), 'iddpm': tiny(precond='iddpm'),
+                'discrete': tiny(precond='iddpm', diffusion='cosine:steps=100'),
                 'published': golden_network('edm_ddpmpp_cond_aug')}
     for name, net in networks.items():
         hub.save_network(net, root / name)
@@ -127,10 +128,28 @@ def test_every_sampler_runs_on_all_levels(folders, tmp_path, stepper, levels):
 
 
 def test_the_variance_that_a_network_learned(folders, tmp_path):
-    learned, _ = arrays(folders / 'iddpm', tmp_path / 'a', '--sampler=ancestral:variance=learned', steps=3)
-    auto, _ = arrays(folders / 'iddpm', tmp_path / 'b', '--sampler=ancestral', steps=3)
-    small, _ = arrays(folders / 'iddpm', tmp_path / 'c', '--sampler=ancestral:variance=small', steps=3)
-    assert torch.equal(learned, auto) and not torch.equal(learned, small)
+    """auto takes it where the network was trained to give it; others may have channels that nothing has trained."""
+    for kind in ('discrete', 'iddpm'):
+        found = {}
+        for variance in ('learned', 'auto', 'small'):
+            options = [f'--sampler=ancestral:variance={variance}', '--levels=edm']
+            found[variance], _ = arrays(folders / kind, tmp_path / kind / variance, *options, steps=3)
+        assert torch.equal(found['auto'], found['learned' if kind == 'discrete' else 'small'])
+        assert not torch.equal(found['learned'], found['small'])
+
+
+def test_a_network_of_discrete_timesteps_is_sampled_on_its_own(folders, tmp_path):
+    """By the steppers of such timesteps and unless told otherwise: evenly spaced, D clipped as published."""
+    levels = discrete.build_diffusion('cosine:steps=100').levels
+    for name in ('ancestral', 'ddim'):
+        sigmas, stepper = pieces(folders / 'discrete', tmp_path, f'--sampler={name}', '--steps=12')
+        torch.testing.assert_close(sigmas[:-1].flip(0), levels[discrete.kept_steps(100, '12')], rtol=1e-6, atol=0)
+        assert stepper.keywords['clip'] is True
+        assert pieces(folders / 'discrete', tmp_path, f'--sampler={name}:clip=false')[1].keywords['clip'] is False
+    for options in (['--sampler=heun'], ['--sampler=ancestral', '--levels=edm'], ['--sampler=ancestral', '--rho=5']):
+        sigmas, stepper = pieces(folders / 'discrete', tmp_path, *options)
+        assert sigmas[0] < 81 and not stepper.keywords.get('clip')
+    assert pieces(folders / 'iddpm', tmp_path, '--sampler=ancestral')[0][0] < 81  # published: no timesteps are said to be its own
 
 
 # --- guidance and labels

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from training import noise, preconditioning, registry, schedules
+from training.discrete import build_diffusion, kept_steps
 
 GOLDEN = load_file(Path(__file__).parent / 'data' / 'samplers' / 'samplers.safetensors')
 RANGED = {name: piece for name, piece in schedules.SCHEDULES.items() if name != 'explicit'}
@@ -22,7 +23,7 @@ def test_levels_fall_from_end_to_end(name, num_steps):
     assert sigmas.dtype == torch.float64 and sigmas.shape == (num_steps + 1,) and sigmas.device.type == 'cpu'
     assert (sigmas[1:] < sigmas[:-1]).all() and sigmas[-1] == 0
     ends = registry.parameters(RANGED[name])
-    if name != 'iddpm':  # whose levels are what they are
+    if name not in ('iddpm', 'respaced'):  # whose levels are what they are
         assert [sigmas[0].item(), sigmas[-2].item()] == pytest.approx([ends['sigma_max'], ends['sigma_min']], rel=1e-9)
 
 
@@ -50,6 +51,24 @@ def test_published_levels(name):
     """The levels at which the published sampler called its denoiser: equal to rounding."""
     calls = GOLDEN[f'abl_euler_{name}_linear_none.sigma_calls']
     torch.testing.assert_close(schedules.SCHEDULES[name](8)[:-1], calls, rtol=1e-12, atol=0)
+
+
+def test_respaced_levels_are_those_of_the_kept_timesteps():
+    """The published list of 25 of 1000 and of ddim50; within a range, those of the timesteps in it."""
+    levels = build_diffusion('linear').levels
+    for num_steps, spacing, spec in ((25, 'even', '25'), (50, 'ddim', 'ddim50')):
+        sigmas = schedules.respaced(num_steps, diffusion='linear', spacing=spacing)
+        assert torch.equal(sigmas[:-1].flip(0), levels[kept_steps(1000, spec)])
+    cut = schedules.respaced(7, diffusion='linear', sigma_min=levels[100].item(), sigma_max=levels[700].item())
+    assert torch.equal(cut[:-1].flip(0), levels[100:701:100])
+
+
+@pytest.mark.parametrize('kwargs, text', [
+    ({'num_steps': 0}, '1 or more'), ({'num_steps': 1001}, 'cannot be kept'), ({'spacing': 'odd'}, 'choose from even, ddim'),
+    ({'num_steps': 51, 'spacing': 'ddim'}, 'try ddim50'), ({'sigma_min': 1e6}, 'no level of cosine')])
+def test_timesteps_that_cannot_be_kept_are_refused(kwargs, text):
+    with pytest.raises(ValueError, match=text):
+        schedules.respaced(**{'num_steps': 8} | kwargs)
 
 
 def test_log_linear_steps_divide():
@@ -112,7 +131,7 @@ def test_explicit_levels_that_are_refused(kwargs, words):
 
 @pytest.mark.parametrize('kwargs', [{'num_steps': 0}, {'sigma_min': 0.0}, {'sigma_min': 80.0, 'sigma_max': 80.0}, {'sigma_max': math.inf},
                                     {'sigma_min': math.nan}, {'sigma_min': 2.0, 'sigma_max': 1.0}])
-@pytest.mark.parametrize('name', RANGED)
+@pytest.mark.parametrize('name', sorted(RANGED.keys() - {'respaced'}))
 def test_levels_that_do_not_fall_are_refused(name, kwargs):
     with pytest.raises(ValueError):
         RANGED[name](**{'num_steps': 18, **kwargs})

@@ -103,6 +103,11 @@ class ConditionedDenoiser:
             return self(x, sigma), x[:, :0]
         return self._in_chunks(self.net.outputs, x, sigma)
 
+    @property
+    def gives_variance(self):
+        """Whether outputs() has the variance of a sampling step."""
+        return getattr(self.net, 'gives_variance', False)
+
     def round_sigma(self, sigma):
         """The network's nearest level, for networks that know discrete levels only; sigma on the CPU in and out."""
         if not hasattr(self.net, 'round_sigma'):

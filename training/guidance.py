@@ -39,6 +39,11 @@ class Guided:
         D_1, rest = self.denoise.outputs(x, sigma)
         return self._led(x, sigma, D_1), rest
 
+    @property
+    def gives_variance(self):
+        """Whether D_1's network gives the variance of a sampling step."""
+        return self.denoise.gives_variance
+
     def round_sigma(self, sigma):
         """D_1's nearest level."""
         return self.denoise.round_sigma(sigma)

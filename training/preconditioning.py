@@ -27,6 +27,7 @@ class Precond(nn.Module):
     options = {}                # its own constructor arguments, with their defaults; each becomes an attribute
     model_type = 'SongUNet'     # the network where none is named
     output_multiple = 1         # channels of F for each channel of the image
+    gives_variance = False      # whether the others have been trained to be the variance of a sampling step, see discrete.py
     sigma_data = 0.5            # std of the data, for the pieces of the objective that ask for it
 
     def __init__(self, img_resolution, img_channels, label_dim=0, use_fp16=False, model_type=None, **kwargs):
@@ -130,6 +131,7 @@ class iDDPMPrecond(Precond):
 
     def prepare(self):
         self.output_multiple = 2 if self.learned_variance else 1
+        self.gives_variance = self.learned_variance and self.diffusion is not None
         self.time_scale = 1.0
         if self.diffusion is None:
             u = self._published_levels()
@@ -140,6 +142,12 @@ class iDDPMPrecond(Precond):
         # Levels that follow from the configuration are not among the weights, which may go to a network of another diffusion.
         self.register_buffer('u', torch.tensor(u, dtype=torch.float32), persistent=self.diffusion is None)
         self.sigma_min, self.sigma_max = float(u[self.M - 1]), float(u[0])
+
+    def own_diffusion(self):
+        """The Diffusion whose levels these are."""
+        if self.diffusion is not None:
+            return discrete.build_diffusion(self.diffusion)
+        return discrete.Cosine(self.M, s=self.C_2, largest=1 - self.C_1)
 
     def _published_levels(self):
         alpha_bar = np.sin(0.5 * np.pi * np.arange(self.M + 1) / (self.M * (self.C_2 + 1))) ** 2

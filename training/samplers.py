@@ -186,7 +186,8 @@ def ancestral(denoise, x, sigmas, randn_like, *, variance='auto', clip=False, st
 
     variance: small, that of the posterior given x_0 = D ("beta tilde"); large ("beta"); learned, between both as the network says:
     exp(v ln large + (1 - v) ln small), v = (output + 1) / 2 (Nichol & Dhariwal 2021, equation 15), for which denoise needs a
-    method outputs(x, sigma) -> (D, output [N,C,H,W]); auto, learned where such an output is there and small elsewhere.
+    method outputs(x, sigma) -> (D, output [N,C,H,W]); auto, learned where such an output is there and was trained to be that
+    (denoise.gives_variance, True where it does not say), small elsewhere.
     clip: D to [-1,1], as DDPM does for pictures. Raises ValueError where there is no output to learn from."""
     if variance not in VARIANCES:
         raise ValueError(f'variance={variance}: choose from {", ".join(VARIANCES)}')
@@ -205,7 +206,8 @@ def ancestral(denoise, x, sigmas, randn_like, *, variance='auto', clip=False, st
 def _mean_and_share(denoise, x, sigma, variance):
     """D, and v: where the log variance lies between that of small (0) and large (1); 0-dim or [N,C,H,W]."""
     fixed = {'small': 0.0, 'large': 1.0}
-    if variance in fixed or not hasattr(denoise, 'outputs') and variance == 'auto':
+    offers = hasattr(denoise, 'outputs') and getattr(denoise, 'gives_variance', True)
+    if variance in fixed or variance == 'auto' and not offers:
         return _mean(denoise, x, sigma), fixed.get(variance, 0.0)
     D, output = denoise.outputs(x, sigma) if hasattr(denoise, 'outputs') else (x, x[:, :0])
     if output.shape == x.shape:

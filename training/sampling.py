@@ -33,8 +33,9 @@ OPTIONS = options_of(
     click.option('--gnet-weights', metavar='WHICH', default='ema', show_default=True, help='The same for --gnet'),
     click.option('--sampler', '--solver', metavar='|'.join(samplers.STEPPERS) + '[:k=v]', type=Spec(samplers.STEPPERS), default='heun',
                  show_default=True, help='What walks down the noise levels, with its keys'),
-    click.option('--levels', '--disc', metavar='|'.join(schedules.SCHEDULES) + '[:k=v]', type=Spec(schedules.SCHEDULES), default='edm',
-                 show_default=True, help='The noise levels, with their keys, such as explicit:sigmas=80|10|1'),
+    click.option('--levels', '--disc', metavar='|'.join(schedules.SCHEDULES) + '[:k=v]', type=Spec(schedules.SCHEDULES),
+                 help='The noise levels, with their keys, such as explicit:sigmas=80|10|1  [default: edm; its own, respaced, where a '
+                 'network of --objective is sampled by ancestral or ddim]'),
     click.option('--steps', metavar='INT', type=COUNT,
                  help=f'Sampling steps N; heun evaluates the network 2N - 1 times, the others N times  [default: {STEPS}]'),
     click.option('--sigma-min', metavar='FLOAT', type=float, help='Key of --levels: the lowest  [default: its own, or the network\'s]'),
@@ -120,8 +121,14 @@ def sampler_pieces(net, steps, sampler, levels, stop_sigma, stop_variance, sigma
     if stop_sigma is not None and stop_variance is not None:
         raise click.ClickException('--stop-sigma and --stop-variance are the same option, as a level and as its square; give one of them')
     keys['stop_sigma'] = stop_sigma if stop_variance is None else math.sqrt(stop_variance)
-    schedule = combine('levels', levels, schedules.SCHEDULES, {'sigma_min': sigma_min, 'sigma_max': sigma_max, 'rho': rho})
+    ends = {'sigma_min': sigma_min, 'sigma_max': sigma_max, 'rho': rho}
     stepper = combine('sampler', sampler, samplers.STEPPERS, keys)
+    if levels is None and rho is None and trained_for(net, stepper):
+        levels, schedule = f'respaced of {net.diffusion}', own_levels(net, ends)
+        stepper = functools.partial(stepper, **{'clip': net.units is None, **stepper.keywords})
+    else:
+        levels = levels or 'edm'
+        schedule = combine('levels', levels, schedules.SCHEDULES, ends)
     steps = steps or (None if 'sigmas' in registry.parameters(schedule) else STEPS)  # levels that are given are their own number
     try:
         sigmas = generation.noise_levels(net, schedule, steps)
@@ -135,6 +142,17 @@ def sampler_pieces(net, steps, sampler, levels, stop_sigma, stop_variance, sigma
     if stepper.keywords.get('variance') == 'learned' and net.output_multiple < 2:
         raise click.ClickException(f'--sampler={sampler}: the network gives no variance; choose variance=small or large')
     return {'schedule': schedule, 'num_steps': steps, 'stepper': stepper}
+
+
+def trained_for(net, stepper):
+    """Whether a network was trained on the timesteps that a stepper walks in, as IDDPM's are."""
+    return bool(getattr(net, 'diffusion', None)) and 'clip' in registry.parameters(stepper)
+
+
+def own_levels(net, ends):
+    """The schedule of a network's own timesteps, which published samplers take evenly spaced, and clip D on: the first step is long."""
+    given = {key: value for key, value in ends.items() if value is not None}
+    return functools.partial(schedules.respaced, diffusion=net.diffusion, **given)
 
 
 def combine(slot, spec, pieces, keys):

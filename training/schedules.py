@@ -7,6 +7,7 @@ import math
 
 import torch
 
+from training.discrete import build_diffusion, kept_steps
 from training.noise import IDDPMLevels
 
 EPSILON_S = 1e-3  # the time at which VP sampling reaches its lowest level
@@ -117,6 +118,21 @@ def iddpm(num_steps, *, sigma_min=0.002, sigma_max=81.0, C_1=0.001, C_2=0.008, M
     return _ending_in_zero(levels[places.round().long()])
 
 
+def respaced(num_steps, *, diffusion='cosine:steps=1000', spacing='even', sigma_min=0.0, sigma_max=math.inf):
+    """Some timesteps of a discrete diffusion, of those whose level is in the range; see discrete.kept_steps.
+
+    spacing: even, from the first to the last (Nichol & Dhariwal 2021), or ddim, by whole strides from the first (Song et al. 2020)."""
+    _require(spacing in ('even', 'ddim'), f'spacing={spacing}: choose from even, ddim')
+    levels = build_diffusion(diffusion, 'diffusion').levels
+    levels = levels[(levels >= sigma_min) & (levels <= sigma_max)]
+    _require(num_steps >= 1, f'the number of steps must be 1 or more, got {num_steps}')
+    _require(len(levels) > 0, f'no level of {diffusion} lies between sigma_min={sigma_min:g} and sigma_max={sigma_max:g}')
+    if num_steps == 1:
+        return _ending_in_zero(levels[-1:])  # from the top: the published lists of one step keep the lowest
+    kept = kept_steps(len(levels), f'{"ddim" if spacing == "ddim" else ""}{num_steps}')
+    return _ending_in_zero(levels[kept].flip(0))
+
+
 def explicit(num_steps, *, sigmas=None, sigma_min=0.0, sigma_max=math.inf):
     """The levels that are given: such as 80|10|1|0.1 on the command line, or numbers; the 0 at the end is added.
 
@@ -169,5 +185,6 @@ def _require(holds, text):
         raise ValueError(text)
 
 
-SCHEDULES = {'cosine': cosine, 'edm': edm, 'explicit': explicit, 'iddpm': iddpm, 'log_linear': log_linear, 've': ve, 'vp': vp}
+SCHEDULES = {'cosine': cosine, 'edm': edm, 'explicit': explicit, 'iddpm': iddpm, 'log_linear': log_linear,
+             'respaced': respaced, 've': ve, 'vp': vp}
 TIMES = {'linear': Linear, 've': VE, 'vp': VP}
