@@ -20,7 +20,7 @@ from metrics.bound import variational_bound, write_picture
 from metrics.likelihood import log_likelihood
 from torch_utils import distributed, misc
 from torch_utils.command_line import Command, Number, version_option
-from training import discrete, hub, preconditioning
+from training import discrete, hub
 from training.dataset import ImageDataset
 
 SIGMA_MIN, SIGMA_MAX, SIGMA_DATA = 0.002, 80.0, 0.5  # EDM's, where neither the options nor the network say otherwise
@@ -60,11 +60,11 @@ OWN_OPTIONS = {'ode': ('trace', 'probes', 'sigma_min', 'sigma_max', 'sigma_data'
               f'[default: the network\'s own, or {DIFFUSION}]')
 @click.option('--steps', metavar='LIST', help='vlb: only so many of its steps, such as 250 or ddim50  [default: all]')
 @click.option('--variance', type=click.Choice(['auto', 'learned', 'large', 'small']), default='auto', show_default=True,
-              help='vlb: of the reverse steps; auto: learned where the network has channels for it, else large')
+              help='vlb: of the reverse steps; auto: learned where the network was trained to give it, else large')
 @click.option('--plot', metavar='PNG', help='vlb: a picture of the terms')
 @click.option('--seed', metavar='INT', type=click.IntRange(min=0), default=0, show_default=True, help='Of all noise')
-@click.option('--weights', type=click.Choice(['ema', 'raw']), default='ema', show_default=True,
-              help='Which weights of a training state')
+@click.option('--weights', metavar='WHICH', default='ema', show_default=True,
+              help='Which weights of a training state: ema, raw or ema:LENGTH')
 @click.option('--batch', '--batch-size', 'batch', metavar='INT', type=COUNT, default=64, show_default=True,
               help='Images at a time on each rank; changes no value')
 @click.option('--threads', metavar='INT', type=COUNT, help='CPU threads of each rank; equal values need equal threads')
@@ -151,7 +151,8 @@ class BoundMethod:
         has_channels = getattr(net, 'output_multiple', 1) > 1
         if o.variance == 'learned' and not has_channels:
             raise click.ClickException('--variance=learned: the network has no channels for the variance; choose large or small')
-        self.variance = ('learned' if has_channels else 'large') if o.variance == 'auto' else o.variance
+        trained = getattr(net, 'gives_variance', False)
+        self.variance = ('learned' if trained else 'large') if o.variance == 'auto' else o.variance
         self.terms = 3, self.diffusion.steps
 
     def __call__(self, images, raw_idx, repeat, class_labels, progress):
@@ -177,12 +178,10 @@ class BoundMethod:
 
 def pick_diffusion(net, o):
     """The Diffusion whose levels the bound visits: that of the network, or the one asked for, respaced by --steps."""
-    own = isinstance(net, preconditioning.iDDPMPrecond)
+    own = hasattr(net, 'own_diffusion')
     if own and o.diffusion:
         raise click.ClickException(f'--diffusion={o.diffusion}: the network has levels of its own; leave the option out')
-    # What iddpm writes as u_j is this schedule, counted from its end.
-    diffusion = (discrete.Cosine(net.M, s=net.C_2, largest=1 - net.C_1) if own
-                 else discrete.build_diffusion(o.diffusion or DIFFUSION))
+    diffusion = net.own_diffusion() if own else discrete.build_diffusion(o.diffusion or DIFFUSION)
     try:
         return diffusion.respace(o.steps) if o.steps else diffusion
     except ValueError as err:

@@ -253,16 +253,19 @@ def test_the_bound_carries_its_terms(here):
     assert 'prior_bits_per_dim' in output and 'terms.png' in output
 
 
-def test_a_network_with_levels_of_its_own(here):
-    """iddpm: the bound visits its very levels, and takes the variance from its further channels unless told otherwise."""
-    net = small('iddpm', img_channels=1, M=20)
+@pytest.mark.parametrize('options, own', [(dict(M=20), 'large'), (dict(diffusion='cosine:steps=20'), 'learned'),
+                                          (dict(diffusion='linear:steps=40', learned_variance=False), 'large')])
+def test_a_network_with_levels_of_its_own(here, options, own):
+    """iddpm: the bound visits its very levels, and takes the variance that it was trained to give; told so, that of other channels."""
+    net = small('iddpm', img_channels=1, **options)
     hub.save_network(net, 'iddpm')
-    run('--network=iddpm', '--data=data.zip', '--method=vlb', '--npz-path=each.npz')
-    result = json.loads(Path('iddpm.vlb.json').read_text())
-    np.testing.assert_allclose(np.load('each.npz')['levels'], net.u[:-1].flip(0).double(), rtol=1e-6)
-    run('--network=iddpm', '--data=data.zip', '--method=vlb', '--variance=large', '--out-path=large.json')
-    large = json.loads(Path('large.json').read_text())
-    assert (result['variance'], large['variance']) == ('learned', 'large') and result['bits_per_dim'] != large['bits_per_dim']
+    found = {}
+    for variance in ('auto', 'large', *(['learned'] if net.output_multiple == 2 else [])):
+        run('--network=iddpm', '--data=data.zip', '--method=vlb', '--npz-path=each.npz', f'--variance={variance}')
+        found[variance] = json.loads(Path('iddpm.vlb.json').read_text())
+        np.testing.assert_allclose(np.load('each.npz')['levels'], net.u[:-1].flip(0).double(), rtol=1e-6)
+    assert found['auto']['variance'] == own and found['auto']['bits_per_dim'] == found[own]['bits_per_dim']
+    assert net.output_multiple == 1 or found['learned']['bits_per_dim'] != found['large']['bits_per_dim']
     assert 'levels of its own' in refused('--network=iddpm', '--data=data.zip', '--method=vlb', '--diffusion=linear')
 
 
