@@ -28,22 +28,6 @@ class Group(command_line.Command, click.Group):
     """A command with sub-commands: `eval_fid.py --gen_path=...` works as published, and so does `eval_fid.py ref ...`."""
 
 
-class Names(click.ParamType):
-    """"fid,kid" -> ('fid', 'kid'), of the choices, in their order."""
-
-    name = 'NAMES'
-
-    def __init__(self, choices):
-        self.choices = choices
-
-    def convert(self, value, param, ctx):
-        named = value if isinstance(value, tuple) else tuple(str(value).split(','))
-        unknown = [name for name in named if name not in self.choices]
-        if unknown:
-            self.fail(f'"{unknown[0]}" in "{value}" is none of {", ".join(self.choices)}', param, ctx)
-        return tuple(name for name in self.choices if name in named)
-
-
 SHARED = command_line.options_of(
     click.option('--batch-size', help='Images a rank looks at together; changes the speed, not the numbers', metavar='INT',
                  type=COUNT, default=64, show_default=True),
@@ -69,7 +53,7 @@ SAMPLING = command_line.options_of(
                  help='Evaluations of the network, each with the seeds that follow; mean, std and min are given'),
 )
 NUMBERS = command_line.options_of(
-    click.option('--metrics', type=Names(METRICS), default='fid,is', show_default=True,
+    click.option('--metrics', type=command_line.Names(METRICS), default='fid,is', show_default=True,
                  help=f'What to compute, of {",".join(METRICS)}: pr is precision and recall, dc density and coverage; kid, pr and dc '
                  'need the features of the reference'),
     click.option('--kid-subsets', metavar='INT', type=COUNT, default=Settings.kid_subsets, show_default=True, help='Subsets of KID'),

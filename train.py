@@ -13,8 +13,10 @@ import click
 import torch
 
 from dnnlib import EasyDict, Logger
+from metrics.detectors import DETECTORS
+from metrics.evaluate import METRICS
 from torch_utils import checkpoint, distributed
-from torch_utils.command_line import Command, Number, groups, ints, version_option
+from torch_utils.command_line import Command, Names, Number, groups, ints, version_option
 from training import run_folder
 from training.assembly import PRECISIONS, build_objective
 from training.conditioning import CEP
@@ -151,6 +153,15 @@ COUNT, WHOLE = click.IntRange(min=1), click.IntRange(min=0)
 @click.option('--samples', metavar='INT', type=WHOLE, default=64, show_default=True,
               help='Images in the grid drawn at each snapshot; 0: none')
 @click.option('--val', metavar='DATA|SHARE', help='Held-out images: a data set, or a share of --data such as 0.05')
+@click.option('--metrics-every', metavar='TICKS', type=WHOLE, default=0, show_default=True,
+              help='Ticks between metrics of the weight average\'s images; 0: none')
+@click.option('--metrics', metavar='NAMES', type=Names(METRICS), default='fid', show_default=True,
+              help=f'Which, of {",".join(METRICS)}; they are logged as Metrics/fid2k')
+@click.option('--metrics-num', metavar='INT', type=click.IntRange(min=2), default=2000, show_default=True,
+              help='Images that they are of, seeds 0 and up: 18 steps of EDM\'s sampler each')
+@click.option('--metrics-ref', metavar='NPZ|URL', help='What they compare with, as eval_fid.py ref writes it; kid, pr and dc need its '
+              '--keep-features')
+@click.option('--metrics-detector', type=Spec(DETECTORS), default='inception', show_default=True, help='Where features come from')
 @click.option('--transfer', metavar='REF', help='Start from the weights of a network: snapshot folder, .pt state, Hugging Face name')
 @click.option('--resume', metavar='latest|PT', help='Continue exactly: the newest state of this run under --outdir, or this state file')
 @click.option('--tensorboard', is_flag=True, help='Mirror the statistics to TensorBoard, in the run\'s folder')
@@ -200,7 +211,6 @@ def launch(config, o, state_path, state):
     if distributed.rank() != 0:
         training_loop(config, run_dir, distributed.device(), (), state, state_path)
         return
-    run_folder.RunFolder(run_dir, fractional=False).write_options(config)
     writers = open_writers(o, run_dir, config)
     try:
         with Logger(os.path.join(run_dir, 'log.txt')):

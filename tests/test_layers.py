@@ -24,7 +24,7 @@ ROOMS = {
     5: 'training.consistency training.data_stats training.hybrid training.labels training.loss training.preconditioning '
        'training.samplers training.sources',
     6: 'training.conversion training.feed training.generation training.hub training.validation metrics.evaluate',
-    7: 'training.assembly training.posthoc training.publish training.sampling',
+    7: 'training.assembly training.posthoc training.publish training.sampling metrics.periodic',
     8: 'training.configuration training.training_loop metrics.generated',
     9: 'checkpoint_tool dataset_tool eval_fid eval_nll generate plot_run train examples.demo '
        'benchmarks.consistency_bias benchmarks.consistency_toys benchmarks.data_loading benchmarks.evaluation benchmarks.outliers '

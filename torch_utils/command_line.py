@@ -101,6 +101,22 @@ class IntList(click.ParamType):
         return numbers
 
 
+class Names(click.ParamType):
+    """"fid,kid" -> ('fid', 'kid'), of the choices, in their order."""
+
+    name = 'NAMES'
+
+    def __init__(self, choices):
+        self.choices = choices
+
+    def convert(self, value, param, ctx):
+        named = value if isinstance(value, tuple) else tuple(str(value).split(','))
+        unknown = [name for name in named if name not in self.choices]
+        if unknown:
+            self.fail(f'"{unknown[0]}" in "{value}" is none of {", ".join(self.choices)}', param, ctx)
+        return tuple(name for name in self.choices if name in named)
+
+
 class Number(click.ParamType):
     """A finite number within bounds; the bounds of click let nan through."""
 

@@ -11,6 +11,7 @@ from training.assembly import build_cep
 from training.consistency import CHAINS, published_spec
 from training.corruption import Corruption, LabelCorruption
 from training.dataset import ImageDataset
+from training.images import is_picture
 from training.networks import ARCHS
 from training.pairs import with_inverse_weight
 from training.registry import build, parse
@@ -35,7 +36,7 @@ def configure(o):
         data=dict(path=o.data, use_labels=o.cond, keep=o.dataset_keep_percentage, xflip=o.xflip,
                   cache_gib=o.cache_gib if o.cache else 0.0, workers=o.workers),
         corruption=dict(sigma=o.sigma, probability=o.corruption_probability, seed=o.corruption_seed, protocol=o.corruption_protocol),
-        val=validation_options(o),
+        val=validation_options(o), metrics=metrics_options(o, dataset),
         network=network_config(o, dataset),
         objective=dict(noise=None if o.objective else o.noise or noise, weight=o.weight or weight, penalty=o.penalty,
                        pairing=with_inverse_weight(o.pairing) if o.ambient_weight == 'inverse' else o.pairing,
@@ -141,6 +142,20 @@ def validation_options(o):
     if not 0 < share < 1:
         raise click.ClickException(f'--val={o.val}: a share must lie between 0 and 1; or give a data set')
     return dict(share=share)
+
+
+def metrics_options(o, dataset):
+    """{} or what PeriodicMetrics is made from, and `every`, in ticks."""
+    if not o.metrics_every:
+        if o.metrics_ref is not None:
+            raise click.ClickException(f'--metrics-ref={o.metrics_ref} is for metrics during training; add --metrics-every=TICKS')
+        return {}
+    here = f'--metrics-every={o.metrics_every}'
+    if o.metrics_ref is None:
+        raise click.ClickException(f'{here} compares with reference statistics: add --metrics-ref=NPZ, as "eval_fid.py ref" writes it')
+    if not is_picture(dataset.image_shape[0], dataset.units):
+        raise click.ClickException(f'{here} compares 8-bit grey or RGB images, and --data={o.data} has none; use --metrics-every=0')
+    return dict(every=o.metrics_every, num=o.metrics_num, ref=o.metrics_ref, names=list(o.metrics), detector=o.metrics_detector)
 
 
 def network_config(o, dataset):

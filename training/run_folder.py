@@ -13,7 +13,7 @@ from torch_utils import checkpoint, distributed
 
 # What a continued run may be told anew; whatever else differs is refused by name.
 MAY_CHANGE = ('duration_kimg', 'tick_kimg', 'snapshot_ticks', 'state_ticks', 'batch_gpu', 'precision', 'compile', 'bench', 'samples', 'gns',
-              'data.workers', 'data.cache_gib', 'versions', 'ranks', 'transfer', 'desc')
+              'data.workers', 'data.cache_gib', 'versions', 'ranks', 'transfer', 'desc', 'metrics')
 
 
 class RunFolder:

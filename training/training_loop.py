@@ -13,11 +13,12 @@ import psutil
 import torch
 
 from dnnlib import EasyDict, format_time
+from metrics.periodic import PeriodicMetrics
 from torch_utils import checkpoint, distributed, misc, training_stats
 from training import assembly, gradients, hub, posthoc
 from training.augment import AugmentPipe
 from training.feed import micro_batches
-from training.generation import sample_grid
+from training.generation import resolution, sample_grid
 from training.run_folder import RunFolder, stop_if_orphan
 
 GROUPS = [f'{kind}/q{quartile}' for kind in ('clean', 'noisy') for quartile in (1, 2, 3, 4)]  # losses are reported by these
@@ -48,6 +49,7 @@ class Run:
         self.first_row = distributed.rank() * self.rank_batch
         self._setup_numerics()
         self._setup_network(resuming)
+        self.metrics = self._metrics() if options['metrics'] else None
         rows = slice(self.first_row, self.first_row + self.rank_batch)
         self.data = assembly.load_data(options, self.net, self.noise, rows, device)
         self._setup_step()
@@ -72,6 +74,10 @@ class Run:
         self.objective.to(self.device)
         self.quartiles = self.noise.icdf(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)).float().to(self.device)
         self.augment = AugmentPipe(p=self.options['augment']) if self.options['augment'] else None
+
+    def _metrics(self):
+        what = {key: value for key, value in self.options['metrics'].items() if key != 'every'}
+        return PeriodicMetrics(**what, shape=(self.net.img_channels, *resolution(self.net)), device=self.device)
 
     def _setup_step(self):
         if self.options['compile']:
@@ -231,12 +237,24 @@ class Run:
         if self.data.validation is None:
             return
         fields = self.data.validation(self.ema.module, next(iter(self.objective.terms.values())), self.device)
+        self._log(fields)
+        means = '  '.join(f'{name} {fields[name]:.5g}' for name in ('Val/clean', 'Val/noisy') if fields.get(name) is not None)
+        distributed.print0(f'    held out: {means}')
+
+    def measure(self):
+        """Metrics of the EMA's images into stats.jsonl."""
+        fields = self.metrics(self.ema.module)
+        if fields:
+            self._log(fields)
+            shown = '  '.join(f'{name.removeprefix("Metrics/")} {value:.5g}' for name, value in fields.items() if value is not None)
+            distributed.print0(f'    metrics: {shown}')
+
+    def _log(self, fields):
+        """A line of stats.jsonl beside that of the tick."""
         if distributed.rank() == 0:
             self.folder.log({'nimg': self.progress.nimg, **fields})
             for write in self.writers:
                 write(fields, self.progress.nimg)
-        means = '  '.join(f'{name} {fields[name]:.5g}' for name in ('Val/clean', 'Val/noisy') if fields.get(name) is not None)
-        distributed.print0(f'    held out: {means}')
 
     # ---- save
 
@@ -282,6 +300,8 @@ def training_loop(options, run_dir, device, writers=(), state=None, state_path=N
         run.restore(state, state_path)
     elif distributed.rank() == 0:
         run.folder.rewind_log(0)  # of a run that ended before its first state
+    if distributed.rank() == 0:
+        run.folder.write_options(options)  # nothing is refused from here on: those of a continued run give way to what works
     # Rounded, because 0.24 * 1e3 is a little more than 240: that would be a step too many.
     total_nimg, tick_nimg = round(options['duration_kimg'] * 1e3), round(options['tick_kimg'] * 1e3)
     p = run.progress
@@ -311,6 +331,8 @@ def training_loop(options, run_dir, device, writers=(), state=None, state_path=N
         if at(options['snapshot_ticks']):
             run.validate()
             run.save_snapshot()
+        if at(options['metrics'].get('every')):
+            run.measure()
         if at(options['state_ticks']):
             run.save_state()
         p.seconds += time.time() - tick_start - seconds
