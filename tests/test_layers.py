@@ -27,7 +27,8 @@ ROOMS = {
     7: 'training.assembly training.posthoc training.publish training.sampling metrics.periodic',
     8: 'training.configuration training.training_loop metrics.generated',
     9: 'checkpoint_tool dataset_tool eval_fid eval_nll generate plot_run train examples.demo '
-       'benchmarks.consistency_bias benchmarks.consistency_toys benchmarks.data_loading benchmarks.evaluation benchmarks.outliers '
+       'benchmarks.consistency_bias benchmarks.consistency_toys benchmarks.data_loading benchmarks.evaluation '
+       'benchmarks.improved_ddpm benchmarks.outliers '
        'benchmarks.penalty_bias benchmarks.sampling',
 }
 FLOORS = {name: floor for floor, names in ROOMS.items() for name in names.split()}
