@@ -1,131 +1,201 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Improved DDPM (Nichol & Dhariwal 2021) on handwritten digits: schedules, objectives, few steps, and the noise of gradients.
+"""Improved DDPM on digits, by the program's own commands: schedules, objectives, learned variances in few steps, gradient noise.
 
-python benchmarks/improved_ddpm.py --outdir=iddpm --seeds=0,1,2 --jobs=2"""
+python benchmarks/improved_ddpm.py train --out=runs/digits
+python benchmarks/improved_ddpm.py noise --out=runs/digits"""
 
-import concurrent.futures
+import contextlib
+import functools
+import importlib
+import io
 import json
+import math
 import os
-import statistics
-import subprocess
 import sys
 from pathlib import Path
 
 import click
+import numpy as np
+import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from torch_utils.command_line import Command, ints  # noqa: E402 (the folder above had to be found first)
+from dnnlib.util import replacing  # noqa: E402 (the folder above had to be found first)
+from torch_utils import misc  # noqa: E402
+from training import assembly, hub  # noqa: E402
+from training.batch import Batch  # noqa: E402
+from training.dataset import ImageDataset  # noqa: E402
 
-COUNT, STEPS, FEW = 898, 250, 25  # half of the digits; timesteps trained on; steps sampled in
-TRAIN = ['--cond=1', '--precond=iddpm', '--arch=ddpmpp', '--cbase=24', '--cres=1,2', '--blocks=1', '--attn=4', '--augment=0',
-         '--dropout=0.05', '--batch=128', '--lr=2e-3', '--lr-rampup=0.01', '--ema=0.008', '--tick=5', '--snap=1000', '--dump=0', '--samples=0',
-         '--gns=1', '--batch-gpu=64']
-ARMS = {  # name -> options
-    'linear, simple': ['--objective=simple', f'--diffusion=linear:steps={STEPS}'],
-    'cosine, simple': ['--objective=simple', f'--diffusion=cosine:steps={STEPS}'],
-    'cosine, hybrid': ['--objective=hybrid', f'--diffusion=cosine:steps={STEPS}'],
-    'cosine, vlb': ['--objective=vlb', f'--diffusion=cosine:steps={STEPS}'],
-    'cosine, vlb, resampled': ['--objective=vlb', f'--diffusion=cosine:steps={STEPS}', '--timesteps=second_moment'],
+IMAGES, JUDGED, STEPS = 898, 128, 25  # generated images, held-out images whose bits are counted, steps of a sample
+TRAIN = ['--cond=1', '--precond=iddpm', '--cres=1,2', '--blocks=1', '--attn=0', '--augment=0', '--dropout=0', '--batch=128',
+         '--lr-rampup=0.01', '--ema=0.006', '--tick=16', '--snap=1000', '--dump=0', '--samples=0', '--threads=1']
+WIDTH, LR = 16, 2e-3  # --cbase, and --lr at that width; at others it goes by 1 / sqrt(width)
+ARMS = {  # (--objective, schedule, --timesteps, width)
+    'linear, simple': ('simple', 'linear', 'uniform', WIDTH),
+    'cosine, simple': ('simple', 'cosine', 'uniform', WIDTH),
+    'cosine, hybrid': ('hybrid', 'cosine', 'uniform', WIDTH),
+    'cosine, vlb': ('vlb', 'cosine', 'uniform', WIDTH),
+    'cosine, vlb, resampled': ('vlb', 'cosine', 'second_moment', WIDTH),
+    'linear, hybrid': ('hybrid', 'linear', 'uniform', WIDTH),
+    'cosine, hybrid, width 8': ('hybrid', 'cosine', 'uniform', 8),
+    'cosine, hybrid, width 32': ('hybrid', 'cosine', 'uniform', 32),
 }
-# What the networks of an objective are sampled with.
-VARIANCES = {'simple': ['small', 'large'], 'hybrid': ['small', 'large', 'learned'], 'vlb': ['learned']}
+SAMPLERS = {**{name: f'ancestral:variance={name}' for name in ('small', 'large', 'learned')}, 'ddim': 'ddim', 'heun': 'heun'}
+MICRO, PARTS, WARM = 32, 128, 400  # images of a gradient, gradients, and batches that fill the resampler's history
 
 
-def run(*command):
-    """A command of the project, one thread, silent unless it fails."""
-    done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True,
-                          env={**os.environ, 'OMP_NUM_THREADS': '1'})
-    if done.returncode:
-        raise click.ClickException(f'{" ".join(map(str, command))}: {(done.stderr or done.stdout).strip().splitlines()[-1]}')
+def call(script, *arguments):
+    """Runs a command of the program in this process, silently."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        importlib.import_module(script).main([*map(str, arguments)], script, standalone_mode=False)
 
 
-def read(path):
-    """A JSON file."""
-    return json.loads(Path(path).read_text(encoding='utf-8'))
+def make_data(path):
+    """The two halves of the digits, and the statistics of the second."""
+    for part, name in enumerate(['train', 'held-out']):
+        if not os.path.exists(path(f'{name}.zip')):
+            call('dataset_tool', '--source=digits', f'--dest={path(f"{name}.zip")}', f'--part={part}/2')
+    if not os.path.exists(path('held-out.npz')):
+        call('eval_fid', 'ref', f'--data={path("held-out.zip")}', f'--dest={path("held-out.npz")}', '--detector=pixels')
 
 
-def distance(network, folder, name, *sampler):
-    """Fréchet distance in pixel space to the held-out digits, of as many samples."""
-    result = folder / f'{name}.json'
-    run('eval_fid.py', f'--network={network}', f'--ref-stats={folder.parent / "reference.npz"}', '--detector=pixels', '--metrics=fid',
-        f'--seeds=0-{COUNT - 1}', f'--num={COUNT}', f'--out-path={result}', *sampler)
-    return read(result)['fid_score']
+def train(path, arm, seed, kimg, steps):
+    """Trains one arm; returns its snapshot's folder."""
+    objective, schedule, timesteps, width = ARMS[arm]
+    run = path(f'{arm.replace(", ", "-").replace(" ", "")}-{seed}')
+    if not os.path.exists(run):
+        call('train', f'--outdir={run}', '--nosubdir', f'--data={path("train.zip")}', *TRAIN, f'--seed={seed}', f'--duration={kimg / 1e3}',
+             f'--objective={objective}', f'--diffusion={schedule}:steps={steps}', f'--timesteps={timesteps}', f'--cbase={width}',
+             f'--lr={LR * math.sqrt(WIDTH / width)}')
+    return next(entry.path for entry in os.scandir(run) if entry.name.startswith('network-snapshot'))
 
 
-def bits(network, folder, name, *options):
-    """Bits per dimension of held-out digits."""
-    result = folder / f'{name}.json'
-    run('eval_nll.py', f'--network={network}', f'--data={folder.parent / "reference.zip"}', f'--out-path={result}', *options)
-    return read(result)['bits_per_dim']
-
-
-def evaluate(outdir, name, seed, kimg, images):
-    """{measure: value} of one arm and seed: trained, then looked at with its own and with fixed variances."""
-    folder = outdir / f'{name.replace(", ", "-")}-{seed}'
-    run('train.py', f'--outdir={folder}', '--nosubdir', f'--data={outdir / "train.zip"}', *TRAIN, *ARMS[name], f'--seed={seed}',
-        f'--duration={kimg / 1e3}')
-    network = max(folder.glob('network-snapshot-*'))
-    found = {'vlb': bits(network, folder, 'vlb', '--method=vlb', f'--num={images}'),
-             'vlb few': bits(network, folder, 'vlb-few', '--method=vlb', f'--num={images}', f'--steps={FEW}')}
-    for variance in VARIANCES[name.split(', ')[1]]:
-        found[f'fd {variance}'] = distance(network, folder, f'fd-{variance}', f'--steps={FEW}', f'--sampler=ancestral:variance={variance}')
-    lines = [json.loads(line) for line in (folder / 'stats.jsonl').read_text(encoding='utf-8').splitlines()]
-    late = [line for line in lines if line.get('GNS/signal') is not None][-4:]
-    found['gns'] = statistics.fmean(line['GNS/spread'] for line in late) / statistics.fmean(line['GNS/signal'] for line in late)
+def judge(path, network):
+    """{name: figure} of a network: bits per dimension of held-out digits, and Fréchet distances in pixels to them by sampler."""
+    run, found = functools.partial(os.path.join, os.path.dirname(network)), {}
+    variances = ['large', 'small', *(['learned'] if hub.load_network(network).gives_variance else [])]
+    for variance in variances:
+        call('eval_nll', f'--network={network}', f'--data={path("held-out.zip")}', '--method=vlb', f'--num={JUDGED}', '--threads=1',
+             f'--variance={variance}', f'--out-path={run("bits.json")}')
+        found[f'bits, {variance}'] = json.loads(Path(run('bits.json')).read_text())['bits_per_dim']
+    for name, sampler in SAMPLERS.items():
+        if name == 'learned' and 'learned' not in variances:
+            continue
+        call('eval_fid', f'--network={network}', f'--ref_stats={path("held-out.npz")}', '--detector=pixels', f'--num={IMAGES}',
+             f'--seeds=0-{IMAGES - 1}', f'--sampler={sampler}', f'--steps={STEPS if name != "heun" else (STEPS + 1) // 2}',
+             f'--out_path={run("distance.json")}')
+        found[f'{STEPS} steps, {name}'] = json.loads(Path(run('distance.json')).read_text())['fid_score']
     return found
 
 
-def prepare(outdir):
-    """Digits for training, the other half, and its statistics."""
-    outdir.mkdir(parents=True, exist_ok=True)
-    for part, name in enumerate(['train', 'reference']):
-        run('dataset_tool.py', '--source=digits', f'--dest={outdir / f"{name}.zip"}', f'--part={part}/2', f'--max-images={COUNT}')
-    run('eval_fid.py', 'ref', f'--data={outdir / "reference.zip"}', f'--dest={outdir / "reference.npz"}', '--detector=pixels')
+def remember(path, name, value):
+    """Writes one more figure to figures.json."""
+    figures = load(path)
+    figures[name] = value
+    with replacing(path('figures.json')) as part, open(part, 'w', encoding='utf-8') as f:
+        json.dump(figures, f, indent=1)
 
 
-def show(results, seeds):
-    """A table of means over the seeds, then paired differences with their standard errors."""
-    measures = list(dict.fromkeys(key for found in results.values() for key in found))
-    print('| | ' + ' | '.join(measures) + ' |\n|-|' + '-|' * len(measures))
-    for name in ARMS:
-        rows = [results[name, seed] for seed in seeds]
-        cells = [f'{statistics.fmean(row[key] for row in rows):.4g}' if key in rows[0] else '' for key in measures]
-        print(f'| {name} | ' + ' | '.join(cells) + ' |')
-    of = lambda name, key: [results[name, seed][key] for seed in seeds]
-    less = lambda a, b: [x - y for x, y in zip(a, b)]
-    over = lambda a, b: [x / y for x, y in zip(a, b)]
-    hybrid, simple, vlb = 'cosine, hybrid', 'cosine, simple', 'cosine, vlb'
-    pairs = {'hybrid - simple, bits per dimension': less(of(hybrid, 'vlb'), of(simple, 'vlb')),
-             f'hybrid - simple, bits in {FEW} steps': less(of(hybrid, 'vlb few'), of(simple, 'vlb few')),
-             'cosine - linear, bits per dimension': less(of(simple, 'vlb'), of('linear, simple', 'vlb')),
-             'cosine - linear, distance, small variance': less(of(simple, 'fd small'), of('linear, simple', 'fd small')),
-             f'learned - small variance, {FEW} steps': less(of(hybrid, 'fd learned'), of(hybrid, 'fd small')),
-             f'learned - large variance, {FEW} steps': less(of(hybrid, 'fd learned'), of(hybrid, 'fd large')),
-             'gradient noise scale, vlb / hybrid': over(of(vlb, 'gns'), of(hybrid, 'gns')),
-             'gradient noise scale, resampled vlb / vlb': over(of(f'{vlb}, resampled', 'gns'), of(vlb, 'gns'))}
-    for name, values in pairs.items():
-        error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float('nan')
-        print(f'{name}: {statistics.fmean(values):+.4f} +- {error:.4f} ({", ".join(f"{value:+.4f}" for value in values)})')
+def load(path):
+    return json.loads(Path(path('figures.json')).read_text()) if os.path.exists(path('figures.json')) else {}
 
 
-@click.command(cls=Command)
-@click.option('--outdir', metavar='DIR', default='iddpm', show_default=True, help='Where everything goes')
-@click.option('--seeds', metavar='LIST', callback=ints, default='0,1,2', show_default=True, help='Seeds of the trainings')
-@click.option('--kimg', metavar='KIMG', type=float, default=50, show_default=True, help='Length of each training')
-@click.option('--images', metavar='INT', type=int, default=128, show_default=True, help='Held-out digits for bits per dimension')
-@click.option('--jobs', metavar='INT', type=int, default=1, show_default=True, help='Trainings at a time, each on one thread')
-def main(outdir, seeds, kimg, images, jobs):
-    """Train every arm with every seed, and print what came of it as a table."""
-    outdir = Path(outdir).absolute()
-    prepare(outdir)
-    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-        futures = {(name, seed): pool.submit(evaluate, outdir, name, seed, kimg, images) for seed in seeds for name in ARMS}
-        results = {key: future.result() for key, future in futures.items()}
-    lines = [{'arm': name, 'seed': seed, **found} for (name, seed), found in results.items()]
-    (outdir / 'results.json').write_text(json.dumps(lines, indent=1), encoding='utf-8')
-    show(results, seeds)
+def mean(values):
+    """"mean ± standard error"."""
+    values = torch.tensor(values, dtype=torch.float64)
+    return f'{values.mean():.4g} ± {values.std() / len(values) ** 0.5:.2g}' if len(values) > 1 else f'{values.mean():.4g}'
+
+
+def print_table(path, arms, seeds):
+    """All figures, an arm a line."""
+    figures = load(path)
+    columns = [f'bits, {name}' for name in ('large', 'small', 'learned')] + [f'{STEPS} steps, {name}' for name in SAMPLERS]
+    print(f'| arm | {" | ".join(columns)} |\n|{" --- |" * (len(columns) + 1)}')
+    for arm in arms:
+        rows = [figures[f'{arm}/{seed}'] for seed in range(seeds) if f'{arm}/{seed}' in figures]
+        cells = [mean([row[column] for row in rows]) if rows and column in rows[0] else '' for column in columns]
+        print(f'| {arm} | {" | ".join(cells)} |')
+
+
+# ---- gradient noise
+
+
+def gradient_noise(path, network, objective, timesteps, seed):
+    """tr(Sigma) / |G|^2 of the objective's gradient at the weights of a network, in images (McCandlish et al. 2018, appendix A.1).
+
+    G is the mean over MICRO * PARTS images, Sigma the covariance of one image's gradient; both estimates are unbiased."""
+    net = hub.load_network(network).train().requires_grad_(True)
+    spec = dict(noise=None, weight='snr', penalty='squared', pairing='skip', ambient_weight='none', consistency=None, kind=objective,
+                timesteps=timesteps)
+    _, objective = assembly.build_objective(dict(network=net.config, objective=spec, batch=MICRO), net)
+    dataset = ImageDataset(path('train.zip'), use_labels=True)
+    images = dataset.to_network(np.stack([dataset.decode(i) for i in dataset.raw_idx])).float()
+    labels, levels = torch.from_numpy(dataset.labels(np.arange(len(dataset)))), net.own_diffusion().levels.float()
+
+    def terms(step):
+        draws = misc.Draws(misc.seed_of(seed, 'gradient noise'), step)
+        pick = lambda name, count: (torch.special.ndtr(draws(name, [MICRO])) * count).long().clamp(max=count - 1)
+        rows, sigma = pick('rows', len(images)), levels[pick('t', len(levels))].reshape(-1, 1, 1, 1)
+        batch = Batch(images[rows], torch.zeros_like(sigma), sigma, draws('noise', images[rows].shape), class_labels=labels[rows])
+        return sum(objective(net, objective.timesteps.redraw(batch, draws), draws).values())
+
+    with torch.no_grad():
+        for step in range(WARM * (timesteps != 'uniform')):
+            terms(-1 - step)
+            objective.timesteps.update()
+    whole, squares = None, []
+    for step in range(PARTS):
+        gradient = torch.cat([g.flatten() for g in torch.autograd.grad(terms(step).mean(), list(net.parameters()))]).double()
+        squares.append(gradient.square().sum().item())
+        whole = gradient if whole is None else whole + gradient
+    small, large = sum(squares) / PARTS, (whole / PARTS).square().sum().item()
+    signal = (PARTS * large - small) / (PARTS - 1)
+    spread = (small - large) / (1 / MICRO - 1 / (MICRO * PARTS))
+    return {'spread': spread, 'signal': signal}
+
+
+def print_noise(path, arm, seeds):
+    """The noise scale of three objectives at the weights of one arm."""
+    figures = load(path)
+    print(f'\nat the weights of "{arm}":\n\n| gradient of | tr(Sigma) / tr(Sigma) of vlb | noise scale, images |\n| --- | --- | --- |')
+    key = lambda name, seed: figures.get(f'noise/{arm}/{name}/{seed}')
+    for name in NOISE:
+        found = [(key(name, seed), key('vlb', seed)) for seed in range(seeds) if key(name, seed)]
+        shares = [one['spread'] / vlb['spread'] for one, vlb in found]
+        # A ratio of means, never a mean of ratios: the signal of one measurement may be next to nothing.
+        scale = sum(one['spread'] for one, _ in found) / sum(one['signal'] for one, _ in found)
+        print(f'| {name} | {mean(shares) if name != "hybrid" else ""} | {scale:.3g} |')
+
+
+NOISE = {'hybrid': ('hybrid', 'uniform'), 'vlb': ('vlb', 'uniform'), 'vlb, resampled': ('vlb', 'second_moment')}
+
+
+@click.command()
+@click.argument('what', type=click.Choice(['train', 'noise']))
+@click.option('--out', required=True, help='Folder of data, runs and figures; what is there is not made again')
+@click.option('--arms', default=';'.join(ARMS), help='Which, separated by semicolons')
+@click.option('--seeds', default='0-2', help='First and last')
+@click.option('--kimg', default=128.0, help='Training length')
+@click.option('--steps', default=1000, help='T')
+def main(what, out, arms, seeds, kimg, steps):
+    """Trains and judges every arm, or measures the gradient noise at trained weights; prints tables."""
+    torch.set_num_threads(1)
+    os.makedirs(out, exist_ok=True)
+    path, arms, (first, last) = functools.partial(os.path.join, out), arms.split(';'), map(int, seeds.split('-'))
+    make_data(path)
+    for seed in range(first, last + 1):
+        for arm in arms:
+            network = train(path, arm, seed, kimg, steps)
+            if what == 'train' and f'{arm}/{seed}' not in load(path):
+                remember(path, f'{arm}/{seed}', judge(path, network))
+            for name, spec in NOISE.items() if what == 'noise' else []:
+                if (key := f'noise/{arm}/{name}/{seed}') not in load(path):
+                    remember(path, key, gradient_noise(path, network, *spec, seed))
+    if what == 'train':
+        print_table(path, arms, last + 1)
+    else:
+        for arm in arms:
+            print_noise(path, arm, last + 1)
 
 
 if __name__ == '__main__':

@@ -34,7 +34,7 @@ OPTIONS = options_of(
     click.option('--sampler', '--solver', metavar='|'.join(samplers.STEPPERS) + '[:k=v]', type=Spec(samplers.STEPPERS), default='heun',
                  show_default=True, help='What walks down the noise levels, with its keys'),
     click.option('--levels', '--disc', metavar='|'.join(schedules.SCHEDULES) + '[:k=v]', type=Spec(schedules.SCHEDULES),
-                 help='The noise levels, with their keys, such as explicit:sigmas=80|10|1  [default: edm; its own, respaced, where a '
+                 help='The noise levels, with their keys, such as explicit:sigmas=80|10|1  [default: edm; its own timesteps where a '
                  'network of --objective is sampled by ancestral or ddim]'),
     click.option('--steps', metavar='INT', type=COUNT,
                  help=f'Sampling steps N; heun evaluates the network 2N - 1 times, the others N times  [default: {STEPS}]'),
@@ -72,6 +72,7 @@ def prepare(o, seeds):
     net = load(o.network, weights=o.weights)
     guidance = pick_guidance(net, load(o.gnet, weights=o.gnet_weights) if o.gnet else None, o.guidance, o.guidance_interval)
     keys = {key: o[key] for key in KEYS}
+    o.levels = o.levels or default_levels(net, o.sampler, o.rho)  # so that a record of the options tells what was done
     return net, {'labels': pick_labels(net, seeds, o.labels, o.class_idx), 'guidance': guidance,
                  **sampler_pieces(net, o.steps, o.sampler, o.levels, o.stop_sigma, o.stop_variance, **keys)}
 
@@ -121,14 +122,11 @@ def sampler_pieces(net, steps, sampler, levels, stop_sigma, stop_variance, sigma
     if stop_sigma is not None and stop_variance is not None:
         raise click.ClickException('--stop-sigma and --stop-variance are the same option, as a level and as its square; give one of them')
     keys['stop_sigma'] = stop_sigma if stop_variance is None else math.sqrt(stop_variance)
-    ends = {'sigma_min': sigma_min, 'sigma_max': sigma_max, 'rho': rho}
+    levels = levels or default_levels(net, sampler, rho)
+    schedule = combine('levels', levels, schedules.SCHEDULES, {'sigma_min': sigma_min, 'sigma_max': sigma_max, 'rho': rho})
     stepper = combine('sampler', sampler, samplers.STEPPERS, keys)
-    if levels is None and rho is None and trained_for(net, stepper):
-        levels, schedule = f'respaced of {net.diffusion}', own_levels(net, ends)
-        stepper = functools.partial(stepper, **{'clip': net.units is None, **stepper.keywords})
-    else:
-        levels = levels or 'edm'
-        schedule = combine('levels', levels, schedules.SCHEDULES, ends)
+    if has_timesteps_for(net, sampler) and net.units is None:
+        stepper = functools.partial(stepper, **{'clip': True, **stepper.keywords})  # as published
     steps = steps or (None if 'sigmas' in registry.parameters(schedule) else STEPS)  # levels that are given are their own number
     try:
         sigmas = generation.noise_levels(net, schedule, steps)
@@ -144,15 +142,15 @@ def sampler_pieces(net, steps, sampler, levels, stop_sigma, stop_variance, sigma
     return {'schedule': schedule, 'num_steps': steps, 'stepper': stepper}
 
 
-def trained_for(net, stepper):
-    """Whether a network was trained on the timesteps that a stepper walks in, as IDDPM's are."""
-    return bool(getattr(net, 'diffusion', None)) and 'clip' in registry.parameters(stepper)
+def has_timesteps_for(net, sampler):
+    """Whether the network was trained on timesteps such as the sampler was made for, which is one that can clip D."""
+    return bool(getattr(net, 'diffusion', None)) and 'clip' in registry.parameters(samplers.STEPPERS[registry.parse(sampler)[0]])
 
 
-def own_levels(net, ends):
-    """The schedule of a network's own timesteps, which published samplers take evenly spaced, and clip D on: the first step is long."""
-    given = {key: value for key, value in ends.items() if value is not None}
-    return functools.partial(schedules.respaced, diffusion=net.diffusion, **given)
+def default_levels(net, sampler, rho):
+    """The --levels that are meant where none are given: the network's own timesteps for such samplers, EDM's otherwise."""
+    own = rho is None and has_timesteps_for(net, sampler)
+    return f'respaced:diffusion={net.diffusion.replace(",", "|")}' if own else 'edm'
 
 
 def combine(slot, spec, pieces, keys):

@@ -121,9 +121,10 @@ def iddpm(num_steps, *, sigma_min=0.002, sigma_max=81.0, C_1=0.001, C_2=0.008, M
 def respaced(num_steps, *, diffusion='cosine:steps=1000', spacing='even', sigma_min=0.0, sigma_max=math.inf):
     """Some timesteps of a discrete diffusion, of those whose level is in the range; see discrete.kept_steps.
 
-    spacing: even, from the first to the last (Nichol & Dhariwal 2021), or ddim, by whole strides from the first (Song et al. 2020)."""
+    diffusion: a piece of discrete.DIFFUSIONS, with | in place of commas. spacing: even, from the
+    first to the last (Nichol & Dhariwal 2021), or ddim, by whole strides from the first (Song et al. 2020)."""
     _require(spacing in ('even', 'ddim'), f'spacing={spacing}: choose from even, ddim')
-    levels = build_diffusion(diffusion, 'diffusion').levels
+    levels = build_diffusion(diffusion.replace('|', ','), 'diffusion').levels
     levels = levels[(levels >= sigma_min) & (levels <= sigma_max)]
     _require(num_steps >= 1, f'the number of steps must be 1 or more, got {num_steps}')
     _require(len(levels) > 0, f'no level of {diffusion} lies between sigma_min={sigma_min:g} and sigma_max={sigma_max:g}')
