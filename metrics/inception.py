@@ -10,7 +10,7 @@ URL = 'https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights
 SHA256 = '6726825d'  # its first digits
 SIDE = 299           # the network's input resolution
 POOL_DIM = 2048
-CPU_CHUNK = 8        # images that the CPU looks at together: their activations stay in its caches
+CPU_CHUNK = 8        # images that the CPU looks at together: smaller activations, and less work to find them memory
 
 
 class Inception(torch.nn.Module):
