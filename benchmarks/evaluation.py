@@ -2,7 +2,7 @@
 """Evaluation against its peers in one run: Fréchet distance, Inception's features, and distances within a bound of memory.
 
 python benchmarks/evaluation.py frechet
-python benchmarks/evaluation.py features [--data=PATH] [--threads=1] [--half] [--compile]      (with torch-fidelity installed: against its network)
+python benchmarks/evaluation.py features [--data=PATH] [--threads=1] [--half] [--compile]   (against torch-fidelity if installed)
 python benchmarks/evaluation.py distances [--images=50000] [--dim=2048]"""
 
 import argparse
