@@ -10,8 +10,12 @@ import tempfile
 
 import click
 
+from dnnlib import UserError
+from dnnlib.files import new_folder
 from torch_utils.command_line import Command, Number, version_option
-from training import hub, posthoc, publish
+from training.checkpoints import posthoc, publish
+from training.checkpoints.load import load_network
+from training.checkpoints.save import save_network
 
 ROUGH = 0.05  # error of a profile that is worth a warning
 REF = "REF is a snapshot folder, a training-state .pt, EDM's .pkl, a URL or a Hugging Face name."
@@ -61,8 +65,8 @@ def export(ref, format, dest, weights):
 def push(ref, name, private, revision, metrics, samples, dry_run, weights):
     with tempfile.TemporaryDirectory() as parent:
         folder = dry_run or os.path.join(parent, 'network')
-        with publish.new_folder(folder) as part:
-            found = publish.fill(part, hub.load_network(ref, weights=weights), ref, metrics, samples)
+        with new_folder(folder) as part:
+            found = publish.fill(part, load_network(ref, weights=weights), ref, metrics, samples)
         for what in ('samples', 'metrics'):
             click.echo(f'{what}: {found[what] or "none found; give them with --" + what}')
         address = None if dry_run else publish.push(folder, name, private, revision)
@@ -77,9 +81,9 @@ def push(ref, name, private, revision, metrics, samples, dry_run, weights):
 def reconstruct_ema(run, length, kimg, dest):
     """Reconstruct a power-function EMA of any length from those that RUN has stored (train.py --power-ema)."""
     if os.path.exists(dest):
-        raise click.ClickException(f'--dest={dest} exists; choose a new name')
+        raise UserError(f'--dest={dest} exists; choose a new name')
     net, used, error = posthoc.reconstruct(run, length, None if kimg is None else round(kimg * 1e3))
-    hub.save_network(net, dest)
+    save_network(net, dest)
     for name, factor in used:
         click.echo(f'{factor:+12.5f}  {name}')
     click.echo(f'{dest}: EMA of length {length:g} from {len(used)} stored averages, whose profile is {error:.2%} off')

@@ -16,9 +16,10 @@ import click
 import numpy as np
 from tqdm import tqdm
 
+from dnnlib import UserError
 from torch_utils.command_line import Command, hyphens, version_option
-from training import conversion, sources
-from training.data_stats import describe
+from training.data.convert import sources, transforms, writers
+from training.data.convert.statistics import describe
 
 CHUNK = 32  # images that a worker process takes at a time
 SAMPLE = 256  # images, at most, that tell what the others should be like
@@ -83,7 +84,7 @@ def parse_units(ctx, param, value):
               help='Which ones --max-images takes: the first, or evenly over all classes')
 @click.option('--part', metavar='K/N', callback=parse_part,
               help='Use every N-th image from the K-th on, counted from 0; before --max-images')
-@click.option('--transform', type=click.Choice(conversion.TRANSFORMS), help='Crop before resizing; needs --resolution')
+@click.option('--transform', type=click.Choice(transforms.TRANSFORMS), help='Crop before resizing; needs --resolution')
 @click.option('--resolution', metavar='WxH', callback=parse_size,
               help='Size to resize to (Lanczos); sides that the network can halve at each of its levels')
 @click.option('--channels', type=click.Choice(['1', '3']), help='Make every image grey, or RGB')
@@ -104,7 +105,7 @@ def convert(**options):
 
     Labels come from class folders, or from a dataset.json in the source, which wins. MNIST keeps its 28x28 pixels."""
     check_options(options)
-    writer = conversion.ArchiveWriter(options['dest'])
+    writer = writers.ArchiveWriter(options['dest'])
     source = sources.open_source(options['source'], options['layout'])
     apply_tables(source, options)
     indices = select(source, options)
@@ -119,13 +120,13 @@ def check_options(options):
     """Refuses combinations that cannot work."""
     size, transform = options['resolution'], options['transform']
     if transform and not size:
-        raise click.ClickException(f'--transform={transform} needs --resolution=WIDTHxHEIGHT')
+        raise UserError(f'--transform={transform} needs --resolution=WIDTHxHEIGHT')
     if transform == 'center-crop' and size[0] != size[1]:
-        raise click.ClickException(f'--transform=center-crop crops a square; --resolution={size[0]}x{size[1]} is none')
+        raise UserError(f'--transform=center-crop crops a square; --resolution={size[0]}x{size[1]} is none')
     if transform == 'center-crop-wide' and size[0] < size[1]:
-        raise click.ClickException(f'--transform=center-crop-wide needs a width above the height, not {size[0]}x{size[1]}')
+        raise UserError(f'--transform=center-crop-wide needs a width above the height, not {size[0]}x{size[1]}')
     if options['sample'] == 'spread' and not options['max_images']:
-        raise click.ClickException('--sample=spread needs --max-images')
+        raise UserError('--sample=spread needs --max-images')
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -143,14 +144,14 @@ def apply_tables(source, options):
         source.sigma_max = read_levels(options['sigma_max'], '--sigma-max', source.names)
     if source.sigmas is not None:
         if not all(isinstance(s, (int, float)) and 0 <= s < float('inf') for s in source.sigmas):
-            raise click.ClickException('noise levels (--sigmas, or "sigmas" in the source) must be numbers of 0 or more')
+            raise UserError('noise levels (--sigmas, or "sigmas" in the source) must be numbers of 0 or more')
         if options['resolution']:
-            raise click.ClickException('--resolution would colour the noise of images that have sigmas; leave it out, or resize '
+            raise UserError('--resolution would colour the noise of images that have sigmas; leave it out, or resize '
                                        'before the noise is there')
     if source.sigma_max is not None:
         limits = [float('inf') if limit is None else limit for limit in source.sigma_max]
         if not all(isinstance(limit, (int, float)) and limit > 0 for limit in limits):
-            raise click.ClickException('upper limits (--sigma-max, or "sigma_max" in the source) must be numbers above 0')
+            raise UserError('upper limits (--sigma-max, or "sigma_max" in the source) must be numbers above 0')
         source.sigma_max = [limit if limit < float('inf') else None for limit in limits]  # JSON has no infinity
     source.units = options['units'] or source.units
 
@@ -161,12 +162,12 @@ def read_levels(text, option, names):
         return [float(text)] * len(names)
     except ValueError:
         if not os.path.isfile(text):
-            raise click.ClickException(f'{option}={text}: neither a number nor a file') from None
+            raise UserError(f'{option}={text}: neither a number nor a file') from None
     values = sources.match(read_table(text, option), names, f'{option}={text}')
     try:
         return [None if value is None else float(value) for value in values]
     except (TypeError, ValueError):
-        raise click.ClickException(f'{option}={text}: must hold one number an image') from None
+        raise UserError(f'{option}={text}: must hold one number an image') from None
 
 
 def read_table(path, option):
@@ -180,7 +181,7 @@ def read_table(path, option):
                 return found.get(option.strip('-').replace('-', '_'), found) if isinstance(found, dict) else found
             rows = [[_value(text) for text in row] for row in csv.reader(file) if row]
     except (OSError, ValueError, csv.Error) as err:
-        raise click.ClickException(f'{option}={path}: {sources.unreadable(err)}; give CSV, JSON or .npy') from None
+        raise UserError(f'{option}={path}: {sources.unreadable(err)}; give CSV, JSON or .npy') from None
     if rows and str(rows[0][0]).lower() in ('file', 'filename', 'name', 'image'):
         rows = rows[1:]  # a heading
     if all(len(row) == 1 for row in rows):
@@ -260,17 +261,17 @@ def plan(source, indices, options):
     step = -(-len(indices) // SAMPLE)
     kinds = _kinds(source, indices[::step]) or _kinds(source, indices)
     if not kinds:
-        raise click.ClickException(f'--source={options["source"]}: none of its {len(indices)} images can be read')
+        raise UserError(f'--source={options["source"]}: none of its {len(indices)} images can be read')
     target, size = int(options['channels'] or 0) or None, options['resolution']
     # With a new size or a given number of channels, images may differ in them.
     traits = [(kind.is_8bit, None if target else kind.channels, None if size else (kind.height, kind.width)) for kind in kinds]
     is_8bit, channels, shape = usual = collections.Counter(traits).most_common(1)[0][0]
-    as_png = is_8bit and (target or channels) in conversion.PNG_COLOURS
+    as_png = is_8bit and (target or channels) in writers.PNG_COLOURS
     if as_png and options['units']:
-        raise click.ClickException('--units is for float data; these images are 8-bit, with offset and scale 127.5')
+        raise UserError('--units is for float data; these images are 8-bit, with offset and scale 127.5')
     if is_8bit and not as_png:
         source.units = source.units or {'offset': 127.5, 'scale': 127.5}  # 8-bit values that PNG has no channels for
-    return conversion.Job(usual, options['transform'], size, target, as_png)
+    return transforms.Job(usual, options['transform'], size, target, as_png)
 
 
 def _kinds(source, indices):
@@ -287,7 +288,7 @@ def report(source, bad, count, options):
     for index, problem in bad.items():
         click.echo(f'{source.names[index]}: {problem}', err=True)
     if bad and options['on_bad'] == 'fail':
-        raise click.ClickException(f'{len(bad)} of {count} images cannot be used (listed above); repair them, leave them out '
+        raise UserError(f'{len(bad)} of {count} images cannot be used (listed above); repair them, leave them out '
                                    'with --on-bad=skip, or make them alike with --channels and --resolution')
     if bad:
         click.echo(f'Left out {len(bad)} of {count} images (listed above)', err=True)
@@ -314,7 +315,7 @@ def write(pool, source, job, indices, writer, options):
     if small:
         click.echo(f'Left out {small} of {len(indices)} images, too small for --transform={job.transform}', err=True)
     if not written:
-        raise click.ClickException(f'--source={options["source"]}: none of its {len(indices)} images can be used')
+        raise UserError(f'--source={options["source"]}: none of its {len(indices)} images can be used')
     writer.write_json('dataset.json', metadata(source, written, None if job.as_png else (*sums, values)))
     return len(written)
 
@@ -325,7 +326,7 @@ def metadata(source, written, sums):
     meta = {'labels': pairs(source.labels) if source.labels else None}
     meta |= {key: pairs(values) for key, values in (('sigmas', source.sigmas), ('sigma_max', source.sigma_max)) if values is not None}
     if sums is not None:
-        meta['units'] = source.units or conversion.propose_units(*sums)
+        meta['units'] = source.units or transforms.propose_units(*sums)
     return meta
 
 

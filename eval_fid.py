@@ -12,14 +12,18 @@ import os
 import click
 
 import dnnlib
-from dnnlib.util import file_digest
-from metrics import generated, memorisation, report
+from dnnlib import UserError
+from dnnlib.files import file_digest
+from metrics import memorisation, report
 from metrics.detectors import DETECTORS
 from metrics.evaluate import METRICS, Settings, check_reference, collect, evaluate_batches, needs_features
-from metrics.image_files import ImageFiles
+from metrics.image_files import PROTOCOL_NUM, FileImages, ImageFiles, digest_of, ranges
 from metrics.statistics import load_statistics, save_statistics
-from torch_utils import command_line, distributed, misc
-from training import images, registry, sampling
+from torch_utils import command_line, distributed, misc, registry
+from torch_utils.command_line import Spec
+from training.run.metrics import NetworkImages
+from training.sampling import options as sampling
+from training.sampling.writers import write_grid
 
 COUNT = click.IntRange(min=1)
 
@@ -31,7 +35,7 @@ class Group(command_line.Command, click.Group):
 SHARED = command_line.options_of(
     click.option('--batch-size', help='Images a rank looks at together; changes the speed, not the numbers', metavar='INT',
                  type=COUNT, default=64, show_default=True),
-    click.option('--detector', type=registry.Spec(DETECTORS), default='inception', show_default=True,
+    click.option('--detector', type=Spec(DETECTORS), default='inception', show_default=True,
                  help='Where features come from: inception:channels_last=true,precision=bf16,compile=true (FID proper has none of '
                  'these), pixels, dinov2:model=NAME|DIR (needs transformers), torchscript:path=FILE, '
                  'module:name=package.module.Class,weights=FILE.safetensors. The last two execute code: the archive\'s, and that of '
@@ -47,7 +51,7 @@ REFERENCE = command_line.options_of(
 SAMPLING = command_line.options_of(
     click.option('--network', metavar='REF',
                  help='In place of --gen-path: a network generates in memory, as generate.py does with its options from --class on'),
-    click.option('--seeds', type=command_line.IntList(), default=f'0-{generated.PROTOCOL_NUM - 1}', show_default=True,
+    click.option('--seeds', type=command_line.IntList(), default=f'0-{PROTOCOL_NUM - 1}', show_default=True,
                  help='Which images of the network'),
     click.option('--repeats', metavar='INT', type=COUNT, default=1, show_default=True,
                  help='Evaluations of the network, each with the seeds that follow; mean, std and min are given'),
@@ -70,7 +74,7 @@ NUMBERS = command_line.options_of(
 @REFERENCE
 @click.option('--out-path', help='Where the result goes  [default: beside the images or network, GEN_PATH.fid.json]', metavar='JSON')
 @click.option('--num', '--num-images', 'num', metavar='INT', type=click.IntRange(min=2),
-              help=f'How many generated images, the first in sorted order  [default: all, which must be {generated.PROTOCOL_NUM}]; '
+              help=f'How many generated images, the first in sorted order  [default: all, which must be {PROTOCOL_NUM}]; '
               'under torchrun write --num-images')
 @NUMBERS
 @SAMPLING
@@ -91,7 +95,7 @@ def main(ctx, **options):
     if ctx.invoked_subcommand:
         if given:
             word = ctx.invoked_subcommand
-            raise click.ClickException(f'{option_name(given[0])}: the options of "{word}" go after that word')
+            raise UserError(f'{option_name(given[0])}: the options of "{word}" go after that word')
         return
     check_options(dnnlib.EasyDict(options), given)
     distributed.init()
@@ -109,7 +113,7 @@ def main(ctx, **options):
 def ref(**options):
     """Writes the statistics of reference images, all of them."""
     if not options['dest'].endswith('.npz'):
-        raise click.ClickException(f'--dest={options["dest"]}: must end in .npz')
+        raise UserError(f'--dest={options["dest"]}: must end in .npz')
     distributed.init()
     write_reference(dnnlib.EasyDict(options))
 
@@ -136,23 +140,23 @@ def option_name(key):
 def check_options(o, given):
     """What can be refused before any work. given: the options on the command line."""
     if (o.gen_path is None) == (o.network is None):
-        raise click.ClickException('--gen-path is missing: the folder, zip, npz or npy of generated images, or --network' if o.network
+        raise UserError('--gen-path is missing: the folder, zip, npz or npy of generated images, or --network' if o.network
                                    is None else 'pass one of --gen-path=PATH (images) and --network=REF, got both')
     if (o.ref_stats is None) == (o.ref_path is None):
-        raise click.ClickException('pass one of --ref-stats=NPZ (statistics) and --ref-path=PATH (images), '
+        raise UserError('pass one of --ref-stats=NPZ (statistics) and --ref-path=PATH (images), '
                                    f'got {"none" if o.ref_stats is None else "both"}')
     if o.ref_stats and o.split:
-        raise click.ClickException(f'--split={o.split}: goes with --ref-path; statistics carry the split that "ref --split" gave them')
+        raise UserError(f'--split={o.split}: goes with --ref-path; statistics carry the split that "ref --split" gave them')
     alone = [key for key in ('seeds', 'repeats', *sampling.NAMES, *sampling.KEYS) if key in given]
     if alone and o.network is None:
-        raise click.ClickException(f'{option_name(alone[0])}: goes with --network=REF')
+        raise UserError(f'{option_name(alone[0])}: goes with --network=REF')
 
 
 def evaluate(o):
     """The main command: reads or generates, measures, prints, and writes the JSON."""
     out_path = o.out_path or default_output(o)
     prepare_output(out_path, '--out-path')
-    source = generated.NetworkImages(o) if o.network else generated.FileImages(o)
+    source = NetworkImages(o) if o.network else FileImages(o)
     reference, digest = open_reference(o)
     detector = make_detector(o)
     detector.dim(source.shape)
@@ -175,7 +179,7 @@ def evaluate(o):
 def open_reference(o):
     """(reference ImageFiles or Statistics, SHA-256 of the file; None for a folder). Only rank 0 holds features."""
     if o.ref_path:
-        return ImageFiles(o.ref_path, '--ref-path'), generated.digest_of(o.ref_path)
+        return ImageFiles(o.ref_path, '--ref-path'), digest_of(o.ref_path)
     path = distributed.first_on_node(dnnlib.open_url, o.ref_stats)
     features = needs_features(o.metrics) and distributed.rank() == 0
     return load_statistics(path, f'--ref-stats={o.ref_stats}', features), file_digest(path)
@@ -208,7 +212,7 @@ def find_nearest(o):
                (('--gen-path', o.gen_path), ('--train', o.train), ('--held-out', o.held_out)) if path}
     shapes = {option: files.shape for option, files in sources.items()}
     if len(set(shapes.values())) > 1:
-        raise click.ClickException('images must be of one size and mode, got ' +
+        raise UserError('images must be of one size and mode, got ' +
                                    ', '.join(f'{list(shape)} in {option}' for option, shape in shapes.items()))
     detector = make_detector(o)
     features = {option: statistics_of(files, detector, o, True).features for option, files in sources.items()}
@@ -221,15 +225,15 @@ def write_nearest(o, sources, features, detector, out_path, picture):
     try:
         found = memorisation.neighbours(features['--gen-path'], features['--train'], detector.device)
     except ValueError as err:
-        raise click.ClickException(f'--train={o.train}: {err}') from None
+        raise UserError(f'--train={o.train}: {err}') from None
     unseen = memorisation.neighbours(features['--held-out'], features['--train'], detector.device) if o.held_out else None
     values = memorisation.report(found, unseen)
     pairs = list(zip(*memorisation.closest_pairs(found, o.pairs)))
     shown = [image for ours, theirs in pairs for image in (sources['--gen-path'][ours], sources['--train'][theirs])]
-    images.write_grid(picture, shown, columns=2 * math.ceil(math.sqrt(len(pairs) / 2)))
+    write_grid(picture, shown, columns=2 * math.ceil(math.sqrt(len(pairs) / 2)))
     named = [{'generated': sources['--gen-path'].name(ours), 'train': sources['--train'].name(theirs), 'distance': found.first[ours],
               'ratio': found.ratio[ours]} for ours, theirs in pairs]
-    used = {option.strip('-').replace('-', '_'): {'path': files.path, 'num_images': len(files), 'sha256': generated.digest_of(files.path)}
+    used = {option.strip('-').replace('-', '_'): {'path': files.path, 'num_images': len(files), 'sha256': digest_of(files.path)}
             for option, files in sources.items()}
     result = {**values, **used, 'closest_pairs': named, **common_facts(o, detector)}
     report.write_json(out_path, result)
@@ -242,7 +246,7 @@ def make_detector(o):
     weights = {'weights': o.detector_weights} if o.detector_weights else {}
     name = registry.parse(o.detector)[0]
     if weights and 'weights' not in registry.parameters(DETECTORS[name]):
-        raise click.ClickException(f'--detector-weights={o.detector_weights}: --detector={name} has no weights; leave the option out')
+        raise UserError(f'--detector-weights={o.detector_weights}: --detector={name} has no weights; leave the option out')
     made = registry.build(o.detector, DETECTORS, '--detector', **weights)
     return distributed.first_on_node(made, device=distributed.pick_device(o.device))
 
@@ -256,11 +260,11 @@ def default_output(o):
 def prepare_output(path, option):
     """Makes the folder, and refuses a path that cannot become a file, before hours are spent."""
     if os.path.isdir(path):
-        raise click.ClickException(f'{option}={path}: is a folder, expected the name of a file')
+        raise UserError(f'{option}={path}: is a folder, expected the name of a file')
     folder = os.path.dirname(os.path.abspath(path))
     os.makedirs(folder, exist_ok=True)
     if not os.access(folder, os.W_OK):
-        raise click.ClickException(f'{option}={path}: the folder {folder} is not writable')
+        raise UserError(f'{option}={path}: the folder {folder} is not writable')
 
 
 def provenance(values, o, source, detector, reference, digest, settings):
@@ -291,7 +295,7 @@ def common_facts(o, detector):
         'device': str(detector.device),
         'ranks': distributed.size(),
         'versions': misc.versions(),
-        'options': {**o, **({'seeds': o.seeds and generated.ranges(o.seeds)} if 'seeds' in o else {})},
+        'options': {**o, **({'seeds': o.seeds and ranges(o.seeds)} if 'seeds' in o else {})},
     }
 
 

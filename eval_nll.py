@@ -16,12 +16,14 @@ import torch
 from tqdm import tqdm
 
 import dnnlib
-from metrics.bound import variational_bound, write_picture
-from metrics.likelihood import log_likelihood
+from dnnlib import UserError
 from torch_utils import distributed, misc
 from torch_utils.command_line import Command, Number, version_option
-from training import discrete, hub
-from training.dataset import ImageDataset
+from training.checkpoints.load import load_network
+from training.data.dataset import ImageDataset
+from training.diffusion import discrete
+from training.likelihood.bound import variational_bound, write_picture
+from training.likelihood.flow import log_likelihood
 
 SIGMA_MIN, SIGMA_MAX, SIGMA_DATA = 0.002, 80.0, 0.5  # EDM's, where neither the options nor the network say otherwise
 DIFFUSION = 'cosine:steps=1000'
@@ -81,7 +83,7 @@ def main(ctx, **options):
     o = dnnlib.EasyDict(options)
     for key in (key for method, keys in OWN_OPTIONS.items() if method != o.method for key in keys):
         if ctx.get_parameter_source(key) == click.core.ParameterSource.COMMANDLINE:
-            raise click.ClickException(f'--{key.replace("_", "-")}: not an option of --method={o.method}; leave it out')
+            raise UserError(f'--{key.replace("_", "-")}: not an option of --method={o.method}; leave it out')
     if o.threads:
         torch.set_num_threads(o.threads)
     distributed.init()
@@ -94,7 +96,7 @@ def run(o):
     for path, option, suffix in ((out_path, '--out-path', '.json'), (o.npz_path, '--npz-path', '.npz'), (o.plot, '--plot', '.png')):
         if path:
             prepare_output(path, option, suffix)
-    net = hub.load_network(o.network, device=distributed.pick_device(o.device), weights=o.weights)
+    net = load_network(o.network, device=distributed.pick_device(o.device), weights=o.weights)
     net.compute_dtype = torch.float32  # half precision rounds the trace away
     dataset, conditional = open_data(net, o)
     items = choose_items(dataset, o)
@@ -145,12 +147,12 @@ class BoundMethod:
 
     def __init__(self, net, dataset, o):
         if dataset.is_float:
-            raise click.ClickException(f'--method=vlb: is a bound for 8-bit images, and --data={o.data} holds others; use --method=ode')
+            raise UserError(f'--method=vlb: is a bound for 8-bit images, and --data={o.data} holds others; use --method=ode')
         self.net, self.o = net, o
         self.diffusion = pick_diffusion(net, o)
         has_channels = getattr(net, 'output_multiple', 1) > 1
         if o.variance == 'learned' and not has_channels:
-            raise click.ClickException('--variance=learned: the network has no channels for the variance; choose large or small')
+            raise UserError('--variance=learned: the network has no channels for the variance; choose large or small')
         trained = getattr(net, 'gives_variance', False)
         self.variance = ('learned' if trained else 'large') if o.variance == 'auto' else o.variance
         self.terms = 3, self.diffusion.steps
@@ -180,30 +182,30 @@ def pick_diffusion(net, o):
     """The Diffusion whose levels the bound visits: that of the network, or the one asked for, respaced by --steps."""
     own = hasattr(net, 'own_diffusion')
     if own and o.diffusion:
-        raise click.ClickException(f'--diffusion={o.diffusion}: the network has levels of its own; leave the option out')
+        raise UserError(f'--diffusion={o.diffusion}: the network has levels of its own; leave the option out')
     diffusion = net.own_diffusion() if own else discrete.build_diffusion(o.diffusion or DIFFUSION)
     try:
         return diffusion.respace(o.steps) if o.steps else diffusion
     except ValueError as err:
-        raise click.ClickException(f'--steps={o.steps}: {err}') from None
+        raise UserError(f'--steps={o.steps}: {err}') from None
 
 
 def open_data(net, o):
     """(ImageDataset, whether the network is given its labels), of the network's shape and units."""
     conditional = bool(net.label_dim) if o.cond is None else o.cond
     if conditional and not net.label_dim:
-        raise click.ClickException('--cond=1: the network takes no labels; leave the option out')
+        raise UserError('--cond=1: the network takes no labels; leave the option out')
     dataset = ImageDataset(o.data, use_labels=conditional)
     height, width = (net.img_resolution,) * 2 if isinstance(net.img_resolution, int) else net.img_resolution
     expected = [net.img_channels, height, width]
     if list(dataset.image_shape) != expected:
-        raise click.ClickException(f'--data={o.data}: its images are {list(dataset.image_shape)}, the network makes {expected} '
+        raise UserError(f'--data={o.data}: its images are {list(dataset.image_shape)}, the network makes {expected} '
                                    '[C,H,W]; convert them with dataset_tool.py')
     if dataset.units != net.units:
-        raise click.ClickException(f'--data={o.data}: its units are {dataset.units or "8-bit"}, those of the network '
+        raise UserError(f'--data={o.data}: its units are {dataset.units or "8-bit"}, those of the network '
                                    f'{net.units or "8-bit"}; convert it like the training data')
     if dataset.label_dim > net.label_dim or (conditional and dataset.classes is None and dataset.label_dim != net.label_dim):
-        raise click.ClickException(f'--data={o.data}: its labels have {dataset.label_dim} dimensions, those of the network '
+        raise UserError(f'--data={o.data}: its labels have {dataset.label_dim} dimensions, those of the network '
                                    f'{net.label_dim}; number the classes as in the training data, or use --cond=0')
     return dataset, conditional
 
@@ -212,13 +214,13 @@ def choose_items(dataset, o):
     """The items that are evaluated, int64: the first --num of those without noise of their own."""
     clean = np.flatnonzero(dataset.native_sigma == 0)
     if not len(clean):
-        raise click.ClickException(f'--data={o.data}: all {len(dataset)} images carry noise ("sigmas" in dataset.json); the '
+        raise UserError(f'--data={o.data}: all {len(dataset)} images carry noise ("sigmas" in dataset.json); the '
                                    'likelihood is that of clean images')
     if len(clean) < len(dataset):
         distributed.print0(f'{len(dataset) - len(clean)} of {len(dataset)} images carry noise and are left out')
     option = '--num' if distributed.size() == 1 else '--num-images'  # torchrun takes --num for its own --numa-binding
     if o.num is not None and o.num > len(clean):
-        raise click.ClickException(f'{option}={o.num}: --data={o.data} holds only {len(clean)} clean images; pass '
+        raise UserError(f'{option}={o.num}: --data={o.data} holds only {len(clean)} clean images; pass '
                                    f'{option}={len(clean)} or less')
     return clean[:o.num]
 
@@ -228,7 +230,7 @@ def flow_options(net, o):
     sigma_min = o.sigma_min or max(SIGMA_MIN, net.sigma_min)
     sigma_max = o.sigma_max or min(SIGMA_MAX, net.sigma_max)
     if not net.sigma_min <= sigma_min < sigma_max <= net.sigma_max:
-        raise click.ClickException(f'--sigma-min={sigma_min:g} --sigma-max={sigma_max:g}: must rise, within the range of the '
+        raise UserError(f'--sigma-min={sigma_min:g} --sigma-max={sigma_max:g}: must rise, within the range of the '
                                    f'network, {net.sigma_min:g} to {net.sigma_max:g}')
     return dict(sigma_min=sigma_min, sigma_max=sigma_max, sigma_data=o.sigma_data or getattr(net, 'sigma_data', SIGMA_DATA),
                 rtol=o.rtol, atol=o.atol, max_steps=o.max_steps)
@@ -249,11 +251,11 @@ def measure(net, dataset, items, conditional, method, o):
                     terms += sums
                     for name, values in part.items():
                         found[name][repeat, rows] = values.cpu().double()
-        except (ValueError, click.ClickException) as err:
+        except (ValueError, UserError) as err:
             error = getattr(err, 'message', f'--network={o.network}: {err}')
     errors = [message for message in distributed.all_values(error) if message]
     if errors:
-        raise click.ClickException(errors[0])
+        raise UserError(errors[0])
     gather = lambda values: distributed.all_sum(values.to(distributed.device())).cpu().numpy()
     return {name: gather(values) for name, values in found.items()}, gather(terms) / (o.repeats * len(items))
 
@@ -340,11 +342,11 @@ def default_path(network, suffix):
 def prepare_output(path, option, suffix):
     """Makes the folder, and refuses a path that cannot become a file, before hours are spent."""
     if os.path.isdir(path) or not path.endswith(suffix):
-        raise click.ClickException(f'{option}={path}: expected the name of a file that ends in {suffix}')
+        raise UserError(f'{option}={path}: expected the name of a file that ends in {suffix}')
     folder = os.path.dirname(os.path.abspath(path))
     os.makedirs(folder, exist_ok=True)
     if not os.access(folder, os.W_OK):
-        raise click.ClickException(f'{option}={path}: the folder {folder} is not writable')
+        raise UserError(f'{option}={path}: the folder {folder} is not writable')
 
 
 METHODS = {'ode': FlowMethod, 'vlb': BoundMethod}

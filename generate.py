@@ -11,10 +11,14 @@ import click
 import torch
 from tqdm import tqdm
 
-from dnnlib import EasyDict
+from dnnlib import EasyDict, UserError
 from torch_utils import distributed
 from torch_utils.command_line import Command, IntList, version_option
-from training import generation, guidance, images, sampling
+from training.sampling import guidance
+from training.sampling import options as sampling
+from training.sampling.generate import generate_images, network_device, resolution
+from training.sampling.pixels import is_picture, pictures, to_network, to_physical, to_uint8
+from training.sampling.writers import Files, Writers, read_image, write_grid
 
 GRID_IMAGES = 64
 
@@ -53,23 +57,23 @@ def run(o):
     check_writable(o.outdir)
     grid = grid_path(o.grid, o.outdir)
     net, pieces = sampling.prepare(o, seeds)
-    files = images.Files(o.outdir, pick_format(o.format, net), o.subdirs)
+    files = Files(o.outdir, pick_format(o.format, net), o.subdirs)
     missing = distributed.from_rank0(find_missing, files, seeds, net, o.skip_existing)
     distributed.print0(f'Generating {len(missing)} images from {o.network} to {o.outdir}'
                        + (f', {guidance.describe(pieces["guidance"])}' if o.guidance != 1 else ''))
     first_images = FirstImages(net, seeds[:GRID_IMAGES] if grid else [])
     if distributed.rank() == 0:
         first_images.read(files, set(seeds) - set(missing))
-    batches = generation.generate_images(net, missing, batch=o.batch, rank=distributed.rank(), world=distributed.size(), **pieces)
+    batches = generate_images(net, missing, batch=o.batch, rank=distributed.rank(), world=distributed.size(), **pieces)
     written = write_all(net, batches, len(missing[distributed.rank()::distributed.size()]), files, first_images)
     if grid:
-        write_grid(grid, first_images.images, net)
+        write_first_images(grid, first_images.images, net)
     report(written, len(missing), seeds, files)
 
 
 def find_missing(files, seeds, net, skip_existing):
     """The seeds to make images of; removes what a killed run left of them."""
-    shape = [net.img_channels, *generation.resolution(net)]
+    shape = [net.img_channels, *resolution(net)]
     missing = files.missing(seeds, shape) if skip_existing else seeds
     files.remove_leftovers(missing)
     return missing
@@ -80,12 +84,12 @@ class FirstImages:
 
     def __init__(self, net, seeds):
         self.row, self.units = {seed: i for i, seed in enumerate(seeds)}, net.units
-        self.images = torch.zeros([len(seeds), net.img_channels, *generation.resolution(net)], device=generation.network_device(net))
+        self.images = torch.zeros([len(seeds), net.img_channels, *resolution(net)], device=network_device(net))
 
     def read(self, files, seeds):
         """Takes those of the seeds that were there already from their files."""
         for seed in self.row.keys() & seeds:
-            self.images[self.row[seed]] = generation.to_network(images.read(files.path(seed)), self.units)
+            self.images[self.row[seed]] = to_network(read_image(files.path(seed)), self.units)
 
     def take(self, part):
         """Takes what a batch has of them."""
@@ -95,8 +99,8 @@ class FirstImages:
 
 
 def write_all(net, batches, share, files, first_images):
-    """Samples and writes this rank's images; returns how many. Raises click.ClickException that says how many came to be."""
-    writers = images.Writers()
+    """Samples and writes this rank's images; returns how many. Raises UserError that says how many came to be."""
+    writers = Writers()
     try:
         with writers, tqdm(total=share, unit='img', desc='rank 0' if distributed.size() > 1 else None,
                            disable=True if distributed.rank() else None) as bar:
@@ -107,7 +111,7 @@ def write_all(net, batches, share, files, first_images):
                 bar.update(len(part.seeds))
     except OSError as err:
         whose = f' of rank {distributed.rank()}' if distributed.size() > 1 else ''
-        raise click.ClickException(f'{err.filename}: {err.strerror}; {writers.written} of {share} images{whose} were written; '
+        raise UserError(f'{err.filename}: {err.strerror}; {writers.written} of {share} images{whose} were written; '
                                    'make room, and go on with --skip-existing') from None
     return writers.written
 
@@ -116,13 +120,13 @@ def check_finite(part):
     """Refuses images that are no numbers, which would be written as black ones."""
     bad = (~part.images.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
     if bad:
-        raise click.ClickException(f'the image of seed {part.seeds[bad[0]]} is not finite ({len(bad)} of {len(part.seeds)} in '
+        raise UserError(f'the image of seed {part.seeds[bad[0]]} is not finite ({len(bad)} of {len(part.seeds)} in '
                                    'its batch are not); the weights are broken, or too large for --precision=fp16')
 
 
 def submit(writers, part, units, files):
     """Hands one batch to the writer threads, already on the CPU."""
-    arrays = generation.to_uint8(part.images) if files.format == 'png' else generation.to_physical(part.images, units).float()
+    arrays = to_uint8(part.images) if files.format == 'png' else to_physical(part.images, units).float()
     told = [None] * len(part.seeds) if part.labels is None else part.labels.cpu().numpy()
     for seed, array, label in zip(part.seeds, arrays.cpu().numpy(), told):
         writers.submit(files.write, seed, array, label)
@@ -132,16 +136,16 @@ def report(written, missing, seeds, files):
     """Says how many images were written, over all ranks, and refuses another number than was wanted."""
     written = int(distributed.all_sum(torch.tensor(written, device=distributed.device())))
     if written != missing:
-        raise click.ClickException(f'{written} of {missing} images were written to {files.outdir}')
+        raise UserError(f'{written} of {missing} images were written to {files.outdir}')
     there = f': {written} written, {len(seeds) - missing} were there already' if missing < len(seeds) else ''
     distributed.print0(f'{len(seeds)} images ({files.format}) in {files.outdir}{there}')
 
 
-def write_grid(path, first_images, net):
+def write_first_images(path, first_images, net):
     """The picture of the first images, each of which one rank has."""
     first_images = distributed.all_sum(first_images.to(distributed.device()))
     if distributed.rank() == 0:
-        images.write_grid(path, generation.pictures(first_images, net.units))
+        write_grid(path, pictures(first_images, net.units))
         print(f'The first {len(first_images)} images in one picture: {path}')
 
 
@@ -158,17 +162,17 @@ def grid_path(grid, outdir):
         return None
     path = os.path.abspath(outdir) + '-grid.png' if grid == 'beside outdir' else grid
     if not path.endswith('.png'):
-        raise click.ClickException(f'--grid={grid}: the picture is a PNG; give a name that ends in .png')
+        raise UserError(f'--grid={grid}: the picture is a PNG; give a name that ends in .png')
     check_writable(os.path.dirname(os.path.abspath(path)))
     return path
 
 
 def pick_format(format, net):
     """The file format asked for, or the one that fits; refuses PNG for what is no 8-bit picture."""
-    picture = images.is_picture(net.img_channels, net.units)
+    picture = is_picture(net.img_channels, net.units)
     if format == 'png' and not picture:
         what = f'{net.img_channels} channels' if net.units is None else 'data that is not 8-bit'
-        raise click.ClickException(f'--format=png: the network makes {what}, and a PNG holds 8-bit grey or RGB; use npy or npz')
+        raise UserError(f'--format=png: the network makes {what}, and a PNG holds 8-bit grey or RGB; use npy or npz')
     return format or ('png' if picture else 'npy')
 
 

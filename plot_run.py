@@ -9,7 +9,8 @@ import re
 
 import click
 
-from dnnlib.util import replacing
+from dnnlib import UserError
+from dnnlib.files import replacing
 from torch_utils.command_line import Command, version_option
 
 PICTURES = {  # file -> (title, pattern of the names in it); one panel for what stands before the last "/" that splits a family
@@ -25,7 +26,7 @@ def read_stats(folder):
     """{name: [(nimg, value), ...]} of a run's folder. A last line cut off by a crash is left out."""
     path = os.path.join(folder, 'stats.jsonl')
     if not os.path.isfile(path):
-        raise click.ClickException(f'{folder}: no stats.jsonl in it; give the folder of a run, such as runs/00000-name')
+        raise UserError(f'{folder}: no stats.jsonl in it; give the folder of a run, such as runs/00000-name')
     curves = {}
     with open(path, encoding='utf-8') as f:
         lines = f.read().split('\n')
@@ -34,7 +35,7 @@ def read_stats(folder):
             fields = json.loads(line) if line.strip() else {}
         except ValueError:
             if number < len(lines):
-                raise click.ClickException(f'{path}: line {number} is not JSON') from None
+                raise UserError(f'{path}: line {number} is not JSON') from None
             continue
         for name, value in fields.items():
             if isinstance(value, (int, float)):
@@ -57,7 +58,7 @@ def draw(title, panels, path):
     try:
         import matplotlib
     except ImportError:
-        raise click.ClickException('plot_run.py needs the package matplotlib: pip install matplotlib') from None
+        raise UserError('plot_run.py needs the package matplotlib: pip install matplotlib') from None
     matplotlib.use('agg')
     from matplotlib import pyplot
 
@@ -91,7 +92,7 @@ def main(run, dest):
     """Draw the curves of a run: losses by term, level and cleanness, held-out losses, speed."""
     curves = read_stats(run)
     if not any(families(curves, pattern) for _, pattern in PICTURES.values()):
-        raise click.ClickException(f'{run}: its stats.jsonl has no curves yet; the first come with the first tick')
+        raise UserError(f'{run}: its stats.jsonl has no curves yet; the first come with the first tick')
     dest = dest or os.path.join(run, 'plots')
     os.makedirs(dest, exist_ok=True)
     for file, (title, pattern) in PICTURES.items():

@@ -12,29 +12,28 @@ import os
 import click
 import torch
 
-from dnnlib import EasyDict, Logger
+from dnnlib import EasyDict, Logger, UserError
 from metrics.detectors import DETECTORS
 from metrics.evaluate import METRICS
 from torch_utils import checkpoint, distributed
-from torch_utils.command_line import Command, Names, Number, groups, ints, version_option
-from training import run_folder
-from training.assembly import PRECISIONS, build_objective
-from training.conditioning import CEP
-from training.configuration import DIFFUSION, configure, evaluations_per_image
-from training.consistency import CHAINS
-from training.corruption import PROTOCOLS
-from training.discrete import DIFFUSIONS
-from training.ema import exponent
-from training.hybrid import OBJECTIVES
-from training.networks import ARCHS
-from training.noise import NOISE
-from training.pairs import PAIRINGS
-from training.penalty import PENALTIES
-from training.preconditioning import PRECONDS, build_network
-from training.registry import Spec
-from training.timesteps import TIMESTEPS
-from training.training_loop import training_loop
-from training.weighting import WEIGHTS
+from torch_utils.command_line import Command, Names, Number, Spec, groups, ints, version_option
+from training.data.corruption import PROTOCOLS
+from training.data.pairs import PAIRINGS
+from training.diffusion.discrete import DIFFUSIONS
+from training.diffusion.noise import NOISE
+from training.networks.conditioning import CEP
+from training.networks.ema import exponent
+from training.networks.preconditioning import PRECONDS, build_network
+from training.networks.unet import ARCHS
+from training.objective.consistency import CHAINS
+from training.objective.penalty import PENALTIES
+from training.objective.timesteps import TIMESTEPS
+from training.objective.variational import OBJECTIVES
+from training.objective.weighting import WEIGHTS
+from training.run import folder
+from training.run.build import PRECISIONS, build_objective
+from training.run.options import DIFFUSION, configure, evaluations_per_image
+from training.run.training_loop import training_loop
 
 
 def lengths(ctx, param, value):
@@ -190,7 +189,7 @@ def check_mirrors(o):
     """Refuses mirrors of the statistics whose packages are not there."""
     for package, wanted in [('tensorboard', o.tensorboard), ('wandb', o.wandb)]:
         if wanted and importlib.util.find_spec(package) is None:
-            raise click.ClickException(f'--{package} needs the package {package}: pip install {package}')
+            raise UserError(f'--{package} needs the package {package}: pip install {package}')
 
 
 def print_config(config, o):
@@ -216,7 +215,7 @@ def launch(config, o, state_path, state):
         with Logger(os.path.join(run_dir, 'log.txt')):
             training_loop(config, run_dir, distributed.device(), writers, state, state_path)
             print(f'Done: {run_dir}', flush=True)
-    except click.ClickException:
+    except UserError:
         take_back(run_dir)
         raise
 
@@ -238,10 +237,10 @@ def find_state(config, o):
     if o.resume is None:
         return None, None
     if o.transfer and o.resume != 'latest':
-        raise click.ClickException('--resume=FILE and --transfer exclude each other: one continues a run, the other starts a new one')
+        raise UserError('--resume=FILE and --transfer exclude each other: one continues a run, the other starts a new one')
     free = ('seed',) if o.seed is None else ()  # a continued run keeps its seed
-    path, state = (run_folder.latest_state(o.outdir, config, free) if o.resume == 'latest'
-                   else (o.resume, run_folder.load_state(o.resume, config, free)))
+    path, state = (folder.latest_state(o.outdir, config, free) if o.resume == 'latest'
+                   else (o.resume, folder.load_state(o.resume, config, free)))
     # Rank 0 decides, because a state may appear while the ranks look.
     chosen = distributed.broadcast(path)
     if chosen != path:
@@ -258,14 +257,14 @@ def choose_folder(config, o, state_path):
     if o.nosubdir:
         fresh = o.resume == 'latest' and not checkpoint.states(o.outdir)  # the run that is there ended before its first state
         if os.path.exists(os.path.join(o.outdir, 'options.json')) and not fresh:
-            raise click.ClickException(f'--outdir={o.outdir} holds a run already; continue it with --resume=latest, '
+            raise UserError(f'--outdir={o.outdir} holds a run already; continue it with --resume=latest, '
                                        'or choose another folder')
         os.makedirs(o.outdir, exist_ok=True)
         return o.outdir
     kind = 'cond' if o.cond else 'uncond'
     stem = os.path.splitext(os.path.basename(os.path.normpath(o.data)))[0]
     name = o.expr_id or '-'.join(filter(None, [stem, kind, o.arch, o.precond, f'batch{o.batch}', config['precision'], o.desc]))
-    return run_folder.create(o.outdir, name)
+    return folder.create(o.outdir, name)
 
 
 def open_writers(o, run_dir, config):

@@ -11,7 +11,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from training.consistency import CHAINS, consistency_error, u_statistic  # noqa: E402 (the folder above had to be found first)
+from training.objective.consistency import CHAINS, consistency_error, u_statistic  # noqa: E402 (the folder above had to be found first)
 
 PAIRS = [(0.5, 0.25), (0.5, 0.05), (0.6, 0.3)]  # sigma -> sigma'
 STEPS = [1, 2, 5, 20]

@@ -24,13 +24,13 @@ sys.path[:0] = [str(ROOT), str(ROOT / 'benchmarks')]
 
 from consistency_bias import DATA  # noqa: E402 (the folders above had to be found first)
 
-from torch_utils import misc  # noqa: E402
-from training import registry, weighting  # noqa: E402
-from training.batch import Batch  # noqa: E402
-from training.consistency import CHAINS, ConsistencyTerm  # noqa: E402
-from training.ema import HalfLifeEMA  # noqa: E402
-from training.loss import AmbientLoss, Objective  # noqa: E402
-from training.noise import LogNormal  # noqa: E402
+from torch_utils import misc, registry  # noqa: E402
+from training.data.batches import Batch  # noqa: E402
+from training.diffusion.noise import LogNormal  # noqa: E402
+from training.networks.ema import HalfLifeEMA  # noqa: E402
+from training.objective import weighting  # noqa: E402
+from training.objective.consistency import CHAINS, ConsistencyTerm  # noqa: E402
+from training.objective.loss import AmbientLoss, Objective  # noqa: E402
 
 SIGMA_N, SIGMA_DATA, POINTS, BATCH = 0.5, 0.6, 20_000, 128
 ERROR_AT = {'below': [0.05, 0.1, 0.2, 0.3, 0.4], 'above': [0.6, 1.0, 2.0]}  # of sigma_n: where the denoiser is judged

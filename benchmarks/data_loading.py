@@ -16,9 +16,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from training.conversion import encode_png  # noqa: E402 (the folder above had to be found first)
-from training.corruption import Corruption  # noqa: E402
-from training.dataset import ImageDataset, ImageStore  # noqa: E402
+from training.data.convert.writers import encode_png  # noqa: E402 (the folder above had to be found first)
+from training.data.corruption import Corruption  # noqa: E402
+from training.data.dataset import ImageDataset  # noqa: E402
+from training.data.store import ImageStore  # noqa: E402
 
 
 def make_archive(path, images, size):

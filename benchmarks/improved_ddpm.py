@@ -20,11 +20,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from dnnlib.util import replacing  # noqa: E402 (the folder above had to be found first)
+from dnnlib.files import replacing  # noqa: E402 (the folder above had to be found first)
 from torch_utils import misc  # noqa: E402
-from training import assembly, hub  # noqa: E402
-from training.batch import Batch  # noqa: E402
-from training.dataset import ImageDataset  # noqa: E402
+from training.checkpoints.load import load_network  # noqa: E402
+from training.data.batches import Batch  # noqa: E402
+from training.data.dataset import ImageDataset  # noqa: E402
+from training.run.build import build_objective  # noqa: E402
 
 IMAGES, JUDGED, STEPS = 898, 128, 25  # generated images, held-out images whose bits are counted, steps of a sample
 TRAIN = ['--cond=1', '--precond=iddpm', '--cres=1,2', '--blocks=1', '--attn=0', '--augment=0', '--dropout=0', '--batch=128',
@@ -73,7 +74,7 @@ def train(path, arm, seed, kimg, steps):
 def judge(path, network):
     """{name: figure} of a network: bits per dimension of held-out digits, and Fréchet distances in pixels to them by sampler."""
     run, found = functools.partial(os.path.join, os.path.dirname(network)), {}
-    variances = ['large', 'small', *(['learned'] if hub.load_network(network).gives_variance else [])]
+    variances = ['large', 'small', *(['learned'] if load_network(network).gives_variance else [])]
     for variance in variances:
         call('eval_nll', f'--network={network}', f'--data={path("held-out.zip")}', '--method=vlb', f'--num={JUDGED}', '--threads=1',
              f'--variance={variance}', f'--out-path={run("bits.json")}')
@@ -124,10 +125,10 @@ def gradient_noise(path, network, objective, timesteps, seed):
     """tr(Sigma) / |G|^2 of the objective's gradient at the weights of a network, in images (McCandlish et al. 2018, appendix A.1).
 
     G is the mean over MICRO * PARTS images, Sigma the covariance of one image's gradient; both estimates are unbiased."""
-    net = hub.load_network(network).train().requires_grad_(True)
+    net = load_network(network).train().requires_grad_(True)
     spec = dict(noise=None, weight='snr', penalty='squared', pairing='skip', ambient_weight='none', consistency=None, kind=objective,
                 timesteps=timesteps)
-    _, objective = assembly.build_objective(dict(network=net.config, objective=spec, batch=MICRO), net)
+    _, objective = build_objective(dict(network=net.config, objective=spec, batch=MICRO), net)
     dataset = ImageDataset(path('train.zip'), use_labels=True)
     images = dataset.to_network(np.stack([dataset.decode(i) for i in dataset.raw_idx])).float()
     labels, levels = torch.from_numpy(dataset.labels(np.arange(len(dataset)))), net.own_diffusion().levels.float()

@@ -14,19 +14,24 @@ import click
 import torch
 from tqdm import tqdm
 
+from dnnlib import UserError
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from dnnlib.util import replacing  # noqa: E402 (the folder above had to be found first)
-from torch_utils import misc  # noqa: E402
+from dnnlib.files import replacing  # noqa: E402 (the folder above had to be found first)
+from torch_utils import (
+    misc,  # noqa: E402
+    registry,  # noqa: E402
+)
 from torch_utils.command_line import Command, version_option  # noqa: E402
-from training import registry  # noqa: E402
-from training.loss import AmbientLoss, Batch  # noqa: E402
-from training.networks import NETWORKS  # noqa: E402
-from training.noise import NOISE  # noqa: E402
-from training.pairs import PairStream  # noqa: E402
-from training.penalty import PENALTIES  # noqa: E402
-from training.preconditioning import EDMPrecond  # noqa: E402
-from training.weighting import WEIGHTS  # noqa: E402
+from training.data.batches import Batch  # noqa: E402
+from training.data.pairs import PairStream  # noqa: E402
+from training.diffusion.noise import NOISE  # noqa: E402
+from training.networks.preconditioning import EDMPrecond  # noqa: E402
+from training.networks.unet import NETWORKS  # noqa: E402
+from training.objective.loss import AmbientLoss  # noqa: E402
+from training.objective.penalty import PENALTIES  # noqa: E402
+from training.objective.weighting import WEIGHTS  # noqa: E402
 
 PLAIN, ROBUST = 'squared', 'pseudo_huber'
 SPECS = (PLAIN, ROBUST, 'pseudo_huber_norm')
@@ -51,7 +56,7 @@ def digits():
     try:
         from sklearn.datasets import load_digits
     except ImportError:
-        raise click.ClickException('--data=digits needs the package scikit-learn: pip install scikit-learn') from None
+        raise UserError('--data=digits needs the package scikit-learn: pip install scikit-learn') from None
     return Toy(torch.from_numpy(load_digits().images).float().unsqueeze(1) / 8 - 1, sigma_data=0.75, width=192, steps=1500)
 
 
@@ -204,7 +209,7 @@ def draw(results, path):
     try:
         import matplotlib
     except ImportError:
-        raise click.ClickException('--png needs the package matplotlib: pip install matplotlib') from None
+        raise UserError('--png needs the package matplotlib: pip install matplotlib') from None
     matplotlib.use('agg')
     from matplotlib import pyplot
 

@@ -12,7 +12,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from torch_utils.command_line import Command, version_option  # noqa: E402 (the folder above had to be found first)
-from training import ambient, penalty  # noqa: E402
+from training.diffusion import ambient  # noqa: E402
+from training.objective import penalty  # noqa: E402
 
 RARE = 0.1  # P(x_0 = 1); otherwise x_0 = 0: mean 0.1, median 0, std 0.3
 STD = (RARE * (1 - RARE)) ** 0.5

@@ -20,7 +20,11 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from torch_utils import misc  # noqa: E402 (the folder above had to be found first)
-from training import generation, images, preconditioning, samplers  # noqa: E402
+from training.diffusion import schedules  # noqa: E402
+from training.networks import preconditioning  # noqa: E402
+from training.sampling.generate import generate_images, network_device, resolution  # noqa: E402
+from training.sampling.pixels import to_uint8  # noqa: E402
+from training.sampling.writers import Files, Writers  # noqa: E402
 
 ARCHS = {
     'small': dict(img_resolution=16, img_channels=3, model_type='SongUNet', model_channels=32, channel_mult=[1, 2], num_blocks=1,
@@ -47,8 +51,8 @@ def make_network(arch, device, precision, compile):
 @torch.no_grad()
 def plain_loop(net, count, batch, steps, outdir):
     """Batch by batch: draw, walk, convert, save each image before the next batch begins."""
-    device, shape = generation.network_device(net), [net.img_channels, *generation.resolution(net)]
-    levels = samplers.edm(steps).to(device)
+    device, shape = network_device(net), [net.img_channels, *resolution(net)]
+    levels = schedules.edm(steps).to(device)
     for first in range(0, count, batch):
         seeds = range(first, min(first + batch, count))
         sources = [torch.Generator(device).manual_seed(seed) for seed in seeds]
@@ -66,15 +70,15 @@ def plain_loop(net, count, batch, steps, outdir):
 
 def ours(net, count, batch, steps, outdir, threads=4):
     """generate_images, with writer threads or, without them, a write of each batch before the next one."""
-    files = images.Files(outdir, 'png')
-    parts = generation.generate_images(net, range(count), num_steps=steps, batch=batch)
-    pixels = ((part.seeds, generation.to_uint8(part.images).cpu().numpy()) for part in parts)
+    files = Files(outdir, 'png')
+    parts = generate_images(net, range(count), num_steps=steps, batch=batch)
+    pixels = ((part.seeds, to_uint8(part.images).cpu().numpy()) for part in parts)
     if not threads:
         for seeds, arrays in pixels:
             for seed, array in zip(seeds, arrays):
                 files.write(seed, array)
         return
-    with images.Writers(threads) as writers:
+    with Writers(threads) as writers:
         for seeds, arrays in pixels:
             for seed, array in zip(seeds, arrays):
                 writers.submit(files.write, seed, array)
@@ -98,7 +102,7 @@ def rates(arms, args):
 
 def flops_per_image(net, steps):
     """Counted floating-point operations of all 2N - 1 evaluations of one image (matrix products and convolutions)."""
-    x = torch.zeros([1, net.img_channels, net.img_resolution, net.img_resolution], device=generation.network_device(net))
+    x = torch.zeros([1, net.img_channels, net.img_resolution, net.img_resolution], device=network_device(net))
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         net(x, torch.tensor(1.0))
     return counter.get_total_flops() * (2 * steps - 1)

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Helpers that know nothing of tensors."""
 
-from dnnlib.util import EasyDict, Logger, format_time, open_url, replacing
+from dnnlib.download import open_url
+from dnnlib.files import replacing
+from dnnlib.util import EasyDict, Logger, UserError, format_time
 
-__all__ = ['EasyDict', 'Logger', 'format_time', 'open_url', 'replacing']
+__all__ = ['EasyDict', 'Logger', 'UserError', 'format_time', 'open_url', 'replacing']

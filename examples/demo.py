@@ -12,13 +12,16 @@ import time
 import click
 import numpy as np
 
+from dnnlib import UserError
+
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
 from torch_utils.command_line import Command, version_option  # noqa: E402 (the checkout need not be installed)
-from training.corruption import Corruption  # noqa: E402
-from training.dataset import ImageDataset, ImageStore  # noqa: E402
-from training.generation import to_uint8  # noqa: E402
+from training.data.corruption import Corruption  # noqa: E402
+from training.data.dataset import ImageDataset  # noqa: E402
+from training.data.store import ImageStore  # noqa: E402
+from training.sampling.pixels import to_uint8  # noqa: E402
 
 COUNT = 898  # half of the 1,797 digits, the last one left out
 TRAIN = ['--sigma=0.4', '--corruption_probability=0.9', '--cbase=32', '--cres=1,2', '--blocks=2', '--attn=4', '--augment=0',
@@ -29,7 +32,7 @@ def run(*command):
     """Prints a command of the project as a user would type it, and runs it."""
     print(f'\n$ python {" ".join(command)}', flush=True)
     if subprocess.run([sys.executable, *command], cwd=ROOT).returncode:
-        raise click.ClickException(f'{command[0]} failed; its message stands above')
+        raise UserError(f'{command[0]} failed; its message stands above')
 
 
 def distance(outdir, name, images):

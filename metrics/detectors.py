@@ -5,12 +5,12 @@ import importlib
 import os
 import sys
 
-import click
 import safetensors
 import safetensors.torch
 import torch
 
-from dnnlib.util import file_digest
+from dnnlib import UserError
+from dnnlib.files import file_digest
 from metrics import inception
 from torch_utils import distributed
 
@@ -31,14 +31,14 @@ class Detector:
         self._rgb, self._max_dim, self._dims = rgb, max_dim, {}
 
     def dim(self, shape):
-        """Number of features of images [C,H,W]; raises click.ClickException for images it cannot take."""
+        """Number of features of images [C,H,W]; raises UserError for images it cannot take."""
         shape = tuple(shape)
         if self._rgb and shape[0] not in (1, 3):
-            raise click.ClickException(f'--detector={self.name}: takes 1 or 3 channels, got {shape[0]}; use --detector=pixels')
+            raise UserError(f'--detector={self.name}: takes 1 or 3 channels, got {shape[0]}; use --detector=pixels')
         if shape not in self._dims:
             self._dims[shape] = self(torch.zeros(1, *shape, dtype=torch.uint8))[0].shape[1]
         if self._max_dim and self._dims[shape] > self._max_dim:
-            raise click.ClickException(f'--detector={self.name}: images {list(shape)} have {self._dims[shape]} numbers each, allowed '
+            raise UserError(f'--detector={self.name}: images {list(shape)} have {self._dims[shape]} numbers each, allowed '
                                        f'are {self._max_dim}; use --detector=inception')
         return self._dims[shape]
 
@@ -49,7 +49,7 @@ class Detector:
         features, logits = found if isinstance(found, (tuple, list)) and len(found) == 2 else (found, None)
         if not isinstance(features, torch.Tensor) or features.ndim != 2 or len(features) != len(images):
             got = list(features.shape) if isinstance(features, torch.Tensor) else type(features).__name__
-            raise click.ClickException(f'--detector={self.name}: returned {got} for {len(images)} images, expected features [n,D], '
+            raise UserError(f'--detector={self.name}: returned {got} for {len(images)} images, expected features [n,D], '
                                        'or a pair of features [n,D] and logits [n,K]')
         return features, logits
 
@@ -83,13 +83,13 @@ def torchscript_detector(device, path='', return_features=False):
 
     Opening one executes the code in it: take only files that you trust."""
     if not path:
-        raise click.ClickException('--detector=torchscript: name the archive, --detector=torchscript:path=FILE')
+        raise UserError('--detector=torchscript: name the archive, --detector=torchscript:path=FILE')
     if not os.path.isfile(path):
-        raise click.ClickException(f'--detector=torchscript:path={path}: no such file')
+        raise UserError(f'--detector=torchscript:path={path}: no such file')
     try:
         net = torch.jit.load(path, map_location=device).eval()
     except (RuntimeError, ValueError) as err:
-        raise click.ClickException(f'--detector=torchscript:path={path}: not a TorchScript archive ({_first_line(err)})') from None
+        raise UserError(f'--detector=torchscript:path={path}: not a TorchScript archive ({_first_line(err)})') from None
     call = (lambda images: net(images, return_features=True)) if return_features else net
     return Detector('torchscript', _guarded(call, f'torchscript:path={path}'), device, path, file_digest(path))
 
@@ -100,11 +100,11 @@ def module_detector(device, name='', weights=None):
     module, _, attribute = name.rpartition('.')
     where = f'--detector=module:name={name}'
     if not module:
-        raise click.ClickException(f'{where}: name a class as package.module.Class')
+        raise UserError(f'{where}: name a class as package.module.Class')
     try:
         made = getattr(importlib.import_module(module), attribute)()
     except (ImportError, AttributeError, TypeError) as err:
-        raise click.ClickException(f'{where}: {_first_line(err)}; is its folder on PYTHONPATH?') from None
+        raise UserError(f'{where}: {_first_line(err)}; is its folder on PYTHONPATH?') from None
     if weights is not None:
         _load_safetensors(made, weights)
     if isinstance(made, torch.nn.Module):
@@ -120,12 +120,12 @@ def dinov2_detector(device, model='facebook/dinov2-large'):
     try:
         import transformers
     except ImportError:
-        raise click.ClickException('--detector=dinov2: needs the package transformers: pip install transformers') from None
+        raise UserError('--detector=dinov2: needs the package transformers: pip install transformers') from None
     folder = _model_folder(model)
     try:
         net = transformers.Dinov2Model.from_pretrained(folder).to(device).eval().requires_grad_(False)
     except (OSError, ValueError, safetensors.SafetensorError) as err:
-        raise click.ClickException(f'--detector=dinov2:model={model}: {_first_line(err)}') from None
+        raise UserError(f'--detector=dinov2:model={model}: {_first_line(err)}') from None
     mean, std = (torch.tensor(values, device=device).reshape(1, 3, 1, 1) for values in (DINO_MEAN, DINO_STD))
 
     def features(images):
@@ -139,14 +139,14 @@ def _model_folder(model):
     """Local folder of a model: the given one, or the Hub's cache, filled where it is not."""
     if os.path.isdir(model):
         if not os.path.isfile(os.path.join(model, 'model.safetensors')):
-            raise click.ClickException(f'--detector=dinov2:model={model}: has no model.safetensors')
+            raise UserError(f'--detector=dinov2:model={model}: has no model.safetensors')
         return model
     import huggingface_hub  # slow to import, and needed for names of the Hub alone
     try:
         huggingface_hub.hf_hub_download(model, 'config.json')
         return os.path.dirname(huggingface_hub.hf_hub_download(model, 'model.safetensors'))
     except (OSError, ValueError) as err:  # what the client raises for missing names, repositories and connections
-        raise click.ClickException(
+        raise UserError(
             f'--detector=dinov2:model={model}: not a folder, not in the cache {huggingface_hub.constants.HF_HUB_CACHE}, and '
             f'https://huggingface.co/{model} says: {_first_line(err)}; fetch config.json and model.safetensors elsewhere and name '
             'their folder: --detector=dinov2:model=DIR') from None
@@ -155,11 +155,11 @@ def _model_folder(model):
 def _load_safetensors(net, path):
     where = f'--detector=module: weights={path}'
     if not os.path.isfile(path):
-        raise click.ClickException(f'{where}: no such file')
+        raise UserError(f'{where}: no such file')
     try:
         net.load_state_dict(safetensors.torch.load_file(path))
     except (safetensors.SafetensorError, RuntimeError, AttributeError) as err:
-        raise click.ClickException(f'{where}: {_first_line(err)}') from None
+        raise UserError(f'{where}: {_first_line(err)}') from None
 
 
 def _guarded(net, spec):
@@ -169,14 +169,14 @@ def _guarded(net, spec):
         try:
             return net(images)
         except (RuntimeError, TypeError, ValueError) as err:
-            raise click.ClickException(f'--detector={spec}: called with uint8 {list(images.shape)}: {_last_line(err)}') from None
+            raise UserError(f'--detector={spec}: called with uint8 {list(images.shape)}: {_last_line(err)}') from None
 
     return call
 
 
 def _check_precision(precision):
     if precision not in PRECISIONS:
-        raise click.ClickException(f'--detector=inception:precision={precision}: choose from {", ".join(PRECISIONS)}')
+        raise UserError(f'--detector=inception:precision={precision}: choose from {", ".join(PRECISIONS)}')
 
 
 def _first_line(err):

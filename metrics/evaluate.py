@@ -3,10 +3,10 @@
 
 import dataclasses
 
-import click
 import torch
 from tqdm import tqdm
 
+from dnnlib import UserError
 from metrics import kernel, manifold, scores
 from metrics.frechet import frechet_distance
 from metrics.image_files import BadImages
@@ -49,14 +49,14 @@ def collect(batches, detector, total=None, metrics=('fid',), settings=Settings()
 
     batches: an iterable of uint8 tensors or arrays [n,C,H,W]; rank r of R yields images r, r + R, r + 2R, ... in this order, so that
     the ranks do not change the order of all. total: images over all ranks, for the progress bar. keep_features: whatever the metrics.
-    Raises click.ClickException; an error on one rank is raised on all of them."""
+    Raises UserError; an error on one rank is raised on all of them."""
     run, error = _Run(detector, settings, 'is' in metrics, keep_features or needs_features(metrics)), None
     try:
         with tqdm(total=total, unit='img', desc='features', disable=None if distributed.rank() == 0 else True) as bar:
             for images in batches:
                 run.add(torch.as_tensor(images))
                 bar.update(len(images) * distributed.size())
-    except click.ClickException as err:
+    except UserError as err:
         error = err
     _raise_any(error)
     return run.result()
@@ -68,7 +68,7 @@ def _raise_any(error):
     found = [each for each in distributed.all_values(told) if each]
     lines, bad = ([each for each in found if isinstance(each, str) is kind] for kind in (True, False))
     if lines:
-        raise click.ClickException(lines[0])
+        raise UserError(lines[0])
     if bad:
         raise BadImages(bad[0][0], [item for _, items, _ in bad for item in items], sum(total for *_, total in bad))
 
@@ -83,11 +83,11 @@ class _Run:
 
     def add(self, images):
         if images.dtype != torch.uint8 or images.ndim != 4:
-            raise click.ClickException(f'images must be uint8 [n,C,H,W], got {images.dtype} {list(images.shape)}')
+            raise UserError(f'images must be uint8 [n,C,H,W], got {images.dtype} {list(images.shape)}')
         if self.moments is None:
             self._begin(tuple(images.shape[1:]))
         if self.shape != tuple(images.shape[1:]):
-            raise click.ClickException(f'images are {list(images.shape[1:])}, earlier ones {list(self.shape)} [C,H,W]')
+            raise UserError(f'images are {list(images.shape[1:])}, earlier ones {list(self.shape)} [C,H,W]')
         features, logits = self.detector(images)
         self.moments.add(features)
         if self.features is not None:
@@ -104,14 +104,14 @@ class _Run:
         classes = self.logits[0].shape[1] if self.logits else None
         shape, classes = distributed.broadcast((self.shape, classes))
         if shape is None:
-            raise click.ClickException('there are no images')
+            raise UserError('there are no images')
         if self.moments is None:
             self._begin(tuple(shape))
         own = self.moments.count
         self.moments.all_reduce()
         mine = range(distributed.rank(), self.moments.count, distributed.size())
         if not all(distributed.all_values(own == len(mine))):
-            raise click.ClickException(f'{self.moments.count} images are unevenly shared among {distributed.size()} ranks')
+            raise UserError(f'{self.moments.count} images are unevenly shared among {distributed.size()} ranks')
         sums = self._class_sums(mine, classes) if classes else None
         features = None if self.features is None else self._all_features(mine)
         facts = {'detector': self.detector.name, 'detector_sha256': self.detector.sha256, 'shape': tuple(shape)}
@@ -121,7 +121,7 @@ class _Run:
         try:
             where = scores.split_of(self.moments.count, self.settings.splits, self.settings.seed)
         except ValueError as err:
-            raise click.ClickException(f'--splits={self.settings.splits}: {err}') from None
+            raise UserError(f'--splits={self.settings.splits}: {err}') from None
         logits = torch.cat(self.logits) if self.logits else torch.zeros(0, classes)
         sums = scores.split_sums(logits, where[mine.start::mine.step], self.settings.splits)
         return distributed.all_sum(sums.to(distributed.device())).cpu()
@@ -153,18 +153,18 @@ def needs_features(metrics):
 def check_reference(reference, detector, shape, name, metrics=('fid',)):
     """Refuses reference statistics that cannot be compared with images [C,H,W] seen through the detector; name: the file's."""
     if reference.detector not in (None, detector.name):
-        raise click.ClickException(f'{name}: made with detector "{reference.detector}", not "{detector.name}"; '
+        raise UserError(f'{name}: made with detector "{reference.detector}", not "{detector.name}"; '
                                    f'pass --detector={reference.detector} or other statistics')
     if None not in (reference.detector_sha256, detector.sha256) and reference.detector_sha256 != detector.sha256:
-        raise click.ClickException(f'{name}: made with detector weights {reference.detector_sha256[:8]}, not '
+        raise UserError(f'{name}: made with detector weights {reference.detector_sha256[:8]}, not '
                                    f'{detector.sha256[:8]}; pass the weights it was made with')
     if len(reference.mean) != (dim := detector.dim(shape)):
-        raise click.ClickException(f'{name}: has {len(reference.mean)} dimensions, these images have {dim} with detector '
+        raise UserError(f'{name}: has {len(reference.mean)} dimensions, these images have {dim} with detector '
                                    f'"{detector.name}"; pass the --detector and image size it was made with')
     if detector.name == 'pixels' and reference.shape not in (None, tuple(shape)):
-        raise click.ClickException(f'{name}: made from {list(reference.shape)} images, these are {list(shape)} [C,H,W]')
+        raise UserError(f'{name}: made from {list(reference.shape)} images, these are {list(shape)} [C,H,W]')
     if needs_features(metrics) and reference.features is None:
-        raise click.ClickException(f'{name}: --metrics={",".join(metrics)} compare images, and these statistics hold no features; '
+        raise UserError(f'{name}: --metrics={",".join(metrics)} compare images, and these statistics hold no features; '
                                    'make them with "ref --keep-features", or pass the images with --ref-path')
 
 
@@ -184,7 +184,7 @@ def numbers(found, reference, metrics=('fid',), settings=Settings(), device=None
                                                 settings.dc_k if 'dc' in metrics else None, device)
     except ValueError as err:
         hint = '; pass --kid-subset-size' if 'subsets of' in str(err) else ''
-        raise click.ClickException(f'--metrics={",".join(metrics)}: {err}{hint}') from None
+        raise UserError(f'--metrics={",".join(metrics)}: {err}{hint}') from None
     return values
 
 

@@ -11,11 +11,12 @@ import zipfile
 import zlib
 from pathlib import Path
 
-import click
 import numpy as np
 import PIL.Image
 import torch
 
+from dnnlib import UserError
+from dnnlib.files import file_digest
 from torch_utils import distributed
 
 LOSSY = ('.jpg', '.jpeg', '.webp')
@@ -24,7 +25,7 @@ ARRAYS = ('.npy', '.npz')
 NAMED = 20  # how many bad files an error names; it counts the others
 
 
-class BadImages(click.ClickException):
+class BadImages(UserError):
     """Images that cannot be used. bad: [(name, why)]; total: how many were looked at."""
 
     def __init__(self, where, bad, total):
@@ -43,7 +44,7 @@ class ImageFiles:
         self.path, self._where = str(path), f'{option}={path}'
         self._names, self._load = _open_source(self.path, self._where)
         if not len(self._names):
-            raise click.ClickException(f'{self._where}: holds no images ({", ".join(PICTURES)} or uint8 .npy)')
+            raise UserError(f'{self._where}: holds no images ({", ".join(PICTURES)} or uint8 .npy)')
         self._files = _state_of_files(self.path)
         lossy = sum(str(name).lower().endswith(LOSSY) for name in self._names)
         if lossy:
@@ -92,7 +93,7 @@ class ImageFiles:
         changed = next((found for _, found in listings if found), [])
         if changed or len({count for count, _ in listings}) > 1:
             example = f' ({len(changed)} files, such as {changed[0]})' if changed else ''
-            raise click.ClickException(f'{self._where}: changed while it was read{example}; evaluate it when nothing writes to it')
+            raise UserError(f'{self._where}: changed while it was read{example}; evaluate it when nothing writes to it')
 
     def _first_readable(self):
         """(name, shape) of the first image that can be decoded: what the others are compared with."""
@@ -150,7 +151,7 @@ def _open_source(path, where):
     if os.path.isdir(path):
         return _image_names(_files_in(path)), lambda name: _decode(Path(path, name).read_bytes(), name)
     if not os.path.isfile(path):
-        raise click.ClickException(f'{where}: no such folder or file')
+        raise UserError(f'{where}: no such folder or file')
     try:
         if suffix == '.zip':
             archive = zipfile.ZipFile(path)
@@ -160,8 +161,8 @@ def _open_source(path, where):
             return range(len(array)), lambda i: np.ascontiguousarray(np.moveaxis(array[i], channel_axis, 0))
     except DAMAGE as err:
         reason = (str(err) or type(err).__name__).splitlines()[0]
-        raise click.ClickException(f'{where}: cannot be read ({reason})') from None
-    raise click.ClickException(f'{where}: not a folder, .zip, .npz or .npy of images')
+        raise UserError(f'{where}: cannot be read ({reason})') from None
+    raise UserError(f'{where}: not a folder, .zip, .npz or .npy of images')
 
 
 def _image_names(files):
@@ -205,3 +206,46 @@ def _decode(data, name):
 # What Pillow, numpy and zipfile raise for files that are damaged or are something else.
 DAMAGE = (OSError, SyntaxError, ValueError, EOFError, KeyError, struct.error, zlib.error, zipfile.BadZipFile, NotImplementedError,
           PIL.Image.DecompressionBombError)
+PROTOCOL_NUM = 50000  # the count of generated images behind published distances, which fall as it grows
+
+
+class FileImages:
+    """--gen-path, and how many of its images are evaluated."""
+
+    def __init__(self, o):
+        self._o, self._files = o, ImageFiles(o.gen_path, '--gen-path')
+        self.shape, self.found = self._files.shape, len(self._files)
+        self.count = choose_count(o, self.found, f'--gen-path={o.gen_path}: found {self.found} images')
+        self.check_unchanged = self._files.check_unchanged
+        self.facts = {'path': o.gen_path, 'sha256': digest_of(o.gen_path)}
+        self.labels = [{}]
+        if self.count < self.found:
+            distributed.print0(f'evaluating the first {self.count} of {self.found} images, in sorted order')
+
+    def repeats(self):
+        """Yields this rank's batches, once."""
+        yield self._files.batches(self._o.batch_size, self.count)
+
+
+def digest_of(path):
+    """SHA-256 of a file; None of a folder, whose files have a digest each and together none that others would find."""
+    return file_digest(path) if os.path.isfile(path) else None
+
+
+def ranges(numbers):
+    """Whole numbers as IntList reads them: [0, 1, 2, 5] -> "0-2,5"."""
+    numbers = sorted(set(numbers))
+    starts = [n for i, n in enumerate(numbers) if not i or n != numbers[i - 1] + 1]
+    ends = [n for i, n in enumerate(numbers) if i == len(numbers) - 1 or numbers[i + 1] != n + 1]
+    return ','.join(str(first) if first == last else f'{first}-{last}' for first, last in zip(starts, ends))
+
+
+def choose_count(o, found, what):
+    """How many generated images are evaluated; published distances need the published number unless told otherwise."""
+    option = '--num-images' if 'TORCHELASTIC_RUN_ID' in os.environ else '--num'  # torchrun takes --num for its own --numa-binding
+    if o.num is None and found != PROTOCOL_NUM:
+        raise UserError(f'{what}, expected {PROTOCOL_NUM}; pass {option}={found} to evaluate these')
+    count = o.num or found
+    if count > found:
+        raise UserError(f'{option}={count}: {what} only; pass {option}={found} or less')
+    return count

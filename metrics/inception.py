@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Inception-v3 of 2015-12-05 whose pooled features define the FID: published weights, TensorFlow-1 resize, uint8 in."""
 
-import click
 import torch
 
-from dnnlib import open_url
+from dnnlib import UserError, open_url
 
 URL = 'https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth'
 SHA256 = '6726825d'  # its first digits
@@ -18,7 +17,7 @@ class Inception(torch.nn.Module):
 
     weights: path or URL of a state dict with the published names, or None for the published file, fetched once and checked.
     The attribute compute_dtype (None, torch.bfloat16, torch.float16) is what convolutions work in; published numbers need None.
-    Raises click.ClickException where the file is missing, cannot be fetched, or holds something else."""
+    Raises UserError where the file is missing, cannot be fetched, or holds something else."""
 
     def __init__(self, weights=None):
         super().__init__()
@@ -127,8 +126,8 @@ def weights_file(weights=None):
         return open_url(weights)
     try:
         return open_url(URL, SHA256)
-    except click.ClickException as err:
-        raise click.ClickException(f'{err.message}, or name it: --detector-weights=PATH') from None
+    except UserError as err:
+        raise UserError(f'{err.message}, or name it: --detector-weights=PATH') from None
 
 
 def read_weights(weights, expected):
@@ -138,11 +137,11 @@ def read_weights(weights, expected):
         state = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as err:  # the safe reader fails in many ways on a file that is no state dict
         reason = (str(err) or type(err).__name__).splitlines()[0]
-        raise click.ClickException(f'--detector-weights={path}: not a file of weights ({reason})') from None
+        raise UserError(f'--detector-weights={path}: not a file of weights ({reason})') from None
     fits = isinstance(state, dict) and state.keys() == expected.keys()
     wrong = next((k for k in expected if not fits or state[k].shape != expected[k].shape), None)
     if wrong:
-        raise click.ClickException(f'--detector-weights={path}: not the FID network: "{wrong}" is missing or misshapen')
+        raise UserError(f'--detector-weights={path}: not the FID network: "{wrong}" is missing or misshapen')
     return {key: tensor.to(expected[key].dtype) for key, tensor in state.items()}
 
 

@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 
-from dnnlib.util import replacing
+from dnnlib.files import replacing
 from torch_utils import misc
 
 PER_IMAGE_SET = ('inception_score', 'inception_score_mean', 'inception_score_std')  # numbers that know no reference

@@ -6,11 +6,11 @@ import os
 import zipfile
 import zlib
 
-import click
 import numpy as np
 import torch
 
 import dnnlib
+from dnnlib import UserError
 from torch_utils import distributed
 
 
@@ -97,19 +97,19 @@ def load_statistics(path, name=None, features=True):
     """Reads an .npz of statistics, ours or a published one (`mu`, `sigma` alone).
 
     name: what errors call the file. features: whether to read them too, where they were kept; they may be many.
-    Raises click.ClickException where it is no such file."""
+    Raises UserError where it is no such file."""
     name = name or path
     found = _read_arrays(path, name, {'mu', 'sigma', *FACTS} - (set() if features else {'features'}))
     if not {'mu', 'sigma'} <= found.keys():
-        raise click.ClickException(f'{name}: has no mu and sigma; images go with --ref-path, statistics are made by "ref"')
+        raise UserError(f'{name}: has no mu and sigma; images go with --ref-path, statistics are made by "ref"')
     mean, cov = (np.asarray(found.pop(key), dtype=np.float64) for key in ('mu', 'sigma'))
     if mean.ndim != 1 or cov.shape != (len(mean), len(mean)):
-        raise click.ClickException(f'{name}: mu {list(mean.shape)} and sigma {list(cov.shape)} do not fit together')
+        raise UserError(f'{name}: mu {list(mean.shape)} and sigma {list(cov.shape)} do not fit together')
     if not (np.isfinite(mean).all() and np.isfinite(cov).all()):
-        raise click.ClickException(f'{name}: mu or sigma is not finite')
+        raise UserError(f'{name}: mu or sigma is not finite')
     rows = found.pop('features', None)
     if rows is not None and (rows.ndim != 2 or rows.shape[1] != len(mean)):
-        raise click.ClickException(f'{name}: features {list(rows.shape)} and mu {list(mean.shape)} do not fit together')
+        raise UserError(f'{name}: features {list(rows.shape)} and mu {list(mean.shape)} do not fit together')
     facts = {key: value.tolist() for key, value in found.items()} | {'features': rows}
     if 'shape' in facts:
         facts['shape'] = tuple(facts['shape'])
@@ -119,13 +119,13 @@ def load_statistics(path, name=None, features=True):
 def _read_arrays(path, name, keys):
     """{key: array} of those of the keys that are there; published files may hold more."""
     if not os.path.isfile(path):
-        raise click.ClickException(f'{name}: no such file')
+        raise UserError(f'{name}: no such file')
     try:
         with np.load(path, allow_pickle=False) as data:
             return {key: data[key] for key in data.files if key in keys}
     except (ValueError, TypeError, AttributeError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as err:
         reason = (str(err) or type(err).__name__).splitlines()[0]
-        raise click.ClickException(f'{name}: not a readable .npz of statistics ({reason})') from None
+        raise UserError(f'{name}: not a readable .npz of statistics ({reason})') from None
 
 
 FACTS = tuple(field.name for field in dataclasses.fields(Statistics)[2:])

@@ -5,21 +5,23 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
-import hub_server
 import pytest
 import safetensors.torch
-import tiny
 import torch
 from click.testing import CliRunner
 from PIL import Image
 
 import checkpoint_tool
+from tests.support import GOLDEN, hub_server, tiny
 from torch_utils import misc
-from training import diffusers_export, generation, hub, preconditioning
+from training.checkpoints import diffusers
+from training.checkpoints.load import load_network
+from training.checkpoints.save import save_network
+from training.networks import preconditioning
+from training.sampling.generate import generate_images
 
-DATA = Path(__file__).parent / 'data' / 'hub'
+DATA = GOLDEN / 'hub'
 METRICS = {'fid_score': 12.5, 'inception_score': 2.25, 'num_images': 500, 'found_images': 500, 'ranks': 1,
            'detector': {'name': 'inception'},
            'reference': {'path': '/home/me/ref.npz', 'sha256': 'ab' * 32, 'num_images': 64, 'split': 'train'}}
@@ -54,8 +56,8 @@ def run(tmp_path_factory):
 
 
 def samples(ref, **options):
-    net = hub.load_network(ref, **options)
-    return torch.cat([part.images for part in generation.generate_images(net, [0, 1], num_steps=2)])
+    net = load_network(ref, **options)
+    return torch.cat([part.images for part in generate_images(net, [0, 1], num_steps=2)])
 
 
 # --- strip and export
@@ -79,8 +81,8 @@ def test_a_pickle_is_converted(tmp_path):
     source = DATA / 'edm_pickle' / 'network-snapshot.pkl'
     result = tool('strip', source, f'--dest={tmp_path / "net"}')
     assert result.exit_code == 0 and result.output.startswith(f'{tmp_path / "net"}: the network of ')
-    found = hub.load_network(tmp_path / 'net').state_dict()
-    assert all(torch.equal(found[key], value) for key, value in hub.load_network(source).state_dict().items())
+    found = load_network(tmp_path / 'net').state_dict()
+    assert all(torch.equal(found[key], value) for key, value in load_network(source).state_dict().items())
 
 
 def test_nothing_is_left_of_what_fails(run, tmp_path):
@@ -108,7 +110,7 @@ def adm(**config):
 def test_what_diffusers_can_be_told(tmp_path):
     """Names and shapes are those that UNet2DModel has for that config.json (diffusers 0.42.1), and every weight is there once."""
     net = adm()
-    hub.save_network(net, tmp_path / 'net')
+    save_network(net, tmp_path / 'net')
     assert tool('export', tmp_path / 'net', '--format=diffusers', f'--dest={tmp_path / "out"}').exit_code == 0
     expected = json.loads((DATA / 'diffusers_adm.json').read_text())
     assert json.loads((tmp_path / 'out' / 'unet' / 'config.json').read_text()) == expected['config']
@@ -125,7 +127,7 @@ def test_what_diffusers_can_be_told(tmp_path):
 def test_diffusers_denoises_alike(tmp_path, config):
     diffusers = pytest.importorskip('diffusers')
     net = adm(**config)
-    diffusers_export.write_diffusers(net, tmp_path)
+    diffusers.write_diffusers(net, tmp_path)
     unet = diffusers.UNet2DModel.from_pretrained(tmp_path, subfolder='unet')
     scheduler = diffusers.EDMEulerScheduler.from_pretrained(tmp_path, subfolder='scheduler')
     scheduler.set_timesteps(5)
@@ -146,7 +148,7 @@ def test_diffusers_denoises_alike(tmp_path, config):
 def test_what_diffusers_cannot_be_is_said(config, words):
     with misc.seeded(0):
         net = preconditioning.build_network({**ADM, **config})
-    assert words in diffusers_export.difference(net)
+    assert words in diffusers.difference(net)
 
 
 # --- push

@@ -12,7 +12,6 @@ import sys
 import tarfile
 import zipfile
 import zlib
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,11 +19,12 @@ from click.testing import CliRunner
 from PIL import Image
 
 import dataset_tool
-from training.corruption import Corruption
-from training.dataset import ImageDataset, ImageStore
+from tests.support import GOLDEN, ROOT
+from training.data.corruption import Corruption
+from training.data.dataset import ImageDataset
+from training.data.store import ImageStore
 
-ROOT = Path(__file__).parent.parent
-DATA = Path(__file__).parent / 'data' / 'dataset'
+DATA = GOLDEN / 'dataset'
 FACTS = json.loads((DATA / 'dataset_facts.json').read_text())
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny
 import torch
 from click.testing import CliRunner
 from PIL import Image
@@ -19,10 +18,12 @@ import dataset_tool
 import eval_fid
 import generate
 import train
-from training import hub
-from training.corruption import Corruption
-from training.dataset import ImageDataset, ImageStore
-from training.generation import generate_images
+from tests.support import tiny
+from training.checkpoints.load import load_network
+from training.data.corruption import Corruption
+from training.data.dataset import ImageDataset
+from training.data.store import ImageStore
+from training.sampling.generate import generate_images
 
 COUNT, STEPS, BATCH = 48, 3, 8
 NET = ['--cbase=8', '--cres=1,2', '--blocks=1', '--attn=4', '--samples=4', '--seed=1']
@@ -76,7 +77,7 @@ def check_run(outdir, steps=STEPS, batch=BATCH):
     assert [line['nimg'] for line in ticks] == [batch * (k + 1) for k in range(steps)]
     assert all(math.isfinite(line['Loss/denoise']) and math.isfinite(line['Grad/norm']) for line in ticks)
     assert all(line['Grad/skipped'] == 0 and line['Grad/norm'] > 0 for line in ticks)
-    net = hub.load_network(folder / f'network-snapshot-{kimg}')
+    net = load_network(folder / f'network-snapshot-{kimg}')
     state = tiny.read_state(folder / f'training-state-{kimg}.pt')
     assert state['progress']['nimg'] == steps * batch and state['progress']['step'] == steps
     for name, tensor in net.state_dict().items():
@@ -269,7 +270,7 @@ def test_training_learns(data, tmp_path):
     loss = [json.loads(line)['Loss/denoise'] for line in (folder / 'stats.jsonl').read_text().splitlines()]
     assert len(loss) == 12 and np.mean(loss[-3:]) < 0.75 * loss[0]
 
-    net = hub.load_network(next(folder.glob('network-snapshot-*')))
+    net = load_network(next(folder.glob('network-snapshot-*')))
     clean = store_of(data['grey'])
     noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
     for sigma in (0.3, 0.6, 1.2):

@@ -8,7 +8,6 @@ import sys
 import zipfile
 from pathlib import Path
 
-import click
 import numpy as np
 import PIL.Image
 import pytest
@@ -17,16 +16,19 @@ from click.testing import CliRunner
 
 import eval_fid
 import generate
-from dnnlib import EasyDict
-from metrics import generated, report
+from dnnlib import EasyDict, UserError
+from metrics import report
 from metrics.frechet import frechet_distance
+from metrics.image_files import choose_count, ranges
 from metrics.kernel import kernel_distance
 from metrics.manifold import density_coverage, precision_recall
 from metrics.statistics import load_statistics
+from tests.support import ROOT
 from torch_utils import command_line, misc
-from training import generation, hub, preconditioning
+from training.checkpoints.save import save_network
+from training.networks import preconditioning
+from training.sampling.generate import Samples
 
-ROOT = Path(__file__).parent.parent
 PIXELS = '--detector=pixels'
 
 
@@ -124,8 +126,8 @@ def test_the_advice_fits_the_launcher(monkeypatch):
     for launched, option in ((False, ' --num=3 '), (True, ' --num-images=3 ')):
         if launched:
             monkeypatch.setenv('TORCHELASTIC_RUN_ID', 'x')
-        with pytest.raises(click.ClickException, match=option):
-            generated.choose_count(options, 3, 'found 3')
+        with pytest.raises(UserError, match=option):
+            choose_count(options, 3, 'found 3')
 
 
 def test_the_published_count_needs_no_option(folders, images, monkeypatch):
@@ -310,7 +312,7 @@ def network(tmp_path_factory):
     for p in net.parameters():
         p.data = torch.randn(p.shape, generator=source) * 0.05
     folder = tmp_path_factory.mktemp('network') / 'net'
-    hub.save_network(net.eval(), str(folder))
+    save_network(net.eval(), str(folder))
     return str(folder)
 
 
@@ -361,7 +363,7 @@ def test_a_network_by_two_ranks(grey, network):
 
 
 def test_a_network_that_makes_nonsense(grey, network, monkeypatch):
-    monkeypatch.setattr('training.generation._sample', lambda net, seeds, *_: generation.Samples(
+    monkeypatch.setattr('training.generation._sample', lambda net, seeds, *_: Samples(
         seeds, torch.full((len(seeds), 1, 8, 8), float('nan')), None))
     line = refused(f'--network={network}', *FROM_NETWORK)
     assert 'seeds 0-12 give images that are not finite' in line
@@ -377,7 +379,7 @@ def test_default_places_of_results(grey, network):
 
 @pytest.mark.parametrize('seeds, text', [([3, 1, 2, 9], '1-3,9'), ([5], '5'), (range(50), '0-49'), ([0, 2, 4], '0,2,4')])
 def test_ranges(seeds, text):
-    assert generated.ranges(seeds) == text
+    assert ranges(seeds) == text
     assert command_line.IntList().convert(text, None, None) == sorted(seeds)
 
 

@@ -11,15 +11,15 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import pytest
-import tiny
 import torch
 from click.testing import CliRunner
-from test_preconditioning import small
 
 import eval_nll
-from training import hub
+from tests.support import ROOT, tiny
+from tests.training.networks.test_preconditioning import small
+from training.checkpoints import load as hub
+from training.checkpoints.save import save_network
 
-ROOT = Path(__file__).parent.parent
 QUICK = ['--rtol=1e-2', '--atol=1e-2', '--sigma-max=5']
 
 
@@ -43,8 +43,8 @@ def here(tmp_path, monkeypatch):
     """A folder with data.zip (grey 8x8, 12 images in three classes) and networks `plain` and `labelled`."""
     monkeypatch.chdir(tmp_path)
     tiny.make_zip('data.zip', count=12)
-    hub.save_network(small(img_channels=1), 'plain')
-    hub.save_network(small(img_channels=1, label_dim=4), 'labelled')
+    save_network(small(img_channels=1), 'plain')
+    save_network(small(img_channels=1, label_dim=4), 'labelled')
     return tmp_path
 
 
@@ -185,10 +185,10 @@ def test_refusals(here, args, words):
     write_data('noisy.zip', pixels, sigmas=[0.1, 0.2])
     write_data('classes.zip', pixels, labels=[0, 4])
     write_data('bare.zip', pixels)
-    hub.save_network(small('ve', img_channels=1), 've')
+    save_network(small('ve', img_channels=1), 've')
     broken = small(img_channels=1)
     next(broken.parameters()).data.fill_(torch.nan)
-    hub.save_network(broken, 'broken')
+    save_network(broken, 'broken')
     line = refused(*{'--network': '--network=plain', '--data': '--data=data.zip',
                      **{arg.partition('=')[0]: arg for arg in args}}.values())
     for word in words:
@@ -258,7 +258,7 @@ def test_the_bound_carries_its_terms(here):
 def test_a_network_with_levels_of_its_own(here, options, own):
     """iddpm: the bound visits its very levels, and takes the variance that it was trained to give; told so, that of other channels."""
     net = small('iddpm', img_channels=1, **options)
-    hub.save_network(net, 'iddpm')
+    save_network(net, 'iddpm')
     found = {}
     for variance in ('auto', 'large', *(['learned'] if net.output_multiple == 2 else [])):
         run('--network=iddpm', '--data=data.zip', '--method=vlb', '--npz-path=each.npz', f'--variance={variance}')
@@ -287,7 +287,7 @@ def test_the_bound_is_for_grey_levels(here):
     units = {'offset': 0.0, 'scale': 1.0}
     net = small(img_channels=1)
     net.config['units'] = units
-    hub.save_network(net, 'float')
+    save_network(net, 'float')
     write_data('float.zip', np.zeros([2, 1, 8, 8], np.float32), units=units)
     assert '--method=ode' in refused('--network=float', '--data=float.zip', '--method=vlb')
 

@@ -1,43 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The floors of the house, held with `ast`: who may import whom, and how long a file or a function may be."""
+"""The floors of the house, held with `ast`: which wing may import which, and how long a file or a function may be."""
 
 import ast
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
-PACKAGES = ('dnnlib', 'torch_utils', 'training', 'metrics')
+from tests.support import ROOT
 
-# A module imports only from lower floors. Two packages are one floor each, and their modules may import each other.
-ROOMS = {
-    0: 'dnnlib dnnlib.util',
-    1: 'torch_utils torch_utils.checkpoint torch_utils.command_line torch_utils.distributed torch_utils.legacy_pickle torch_utils.misc '
-       'torch_utils.pickle_machine torch_utils.training_stats',
-    2: 'training training.diffusers_export training.guidance training.hub_files training.images training.model_card training.registry '
-       'training.run_folder '
-       'metrics metrics.distances metrics.image_files metrics.report metrics.statistics',
-    3: 'training.ambient training.augment training.conditioning training.corruption training.discrete training.ema training.gradients '
-       'training.noise training.penalty training.timesteps training.weighting '
-       'metrics.frechet metrics.inception metrics.kernel metrics.likelihood metrics.manifold metrics.memorisation metrics.scores',
-    4: 'training.batch training.dataset training.networks training.pairs training.schedules metrics.bound metrics.detectors',
-    5: 'training.consistency training.data_stats training.hybrid training.labels training.loss training.preconditioning '
-       'training.samplers training.sources',
-    6: 'training.conversion training.feed training.generation training.hub training.validation metrics.evaluate',
-    7: 'training.assembly training.posthoc training.publish training.sampling metrics.periodic',
-    8: 'training.configuration training.training_loop metrics.generated',
-    9: 'checkpoint_tool dataset_tool eval_fid eval_nll generate plot_run train examples.demo '
-       'benchmarks.consistency_bias benchmarks.consistency_toys benchmarks.data_loading benchmarks.evaluation '
-       'benchmarks.improved_ddpm benchmarks.outliers '
-       'benchmarks.penalty_bias benchmarks.sampling',
-}
-FLOORS = {name: floor for floor, names in ROOMS.items() for name in names.split()}
-SHARED_FLOORS = (0, 1)
-SCRIPTS = 9
-NEVER = [('training.loss', 'training.networks'), ('training.networks', 'training.samplers'), ('training.samplers', 'training.discrete')]
+# A wing imports from the floors below its own. Its own files use each other, without a circle.
+FLOORS = [['dnnlib'], ['torch_utils'], ['metrics', 'training.diffusion'], ['training.data', 'training.networks'],
+          ['training.objective', 'training.checkpoints'], ['training.sampling', 'training.likelihood'], ['training.run'],
+          ['scripts']]
+FLOOR = {wing: floor for floor, wings in enumerate(FLOORS) for wing in wings}
+SCRIPT_FOLDERS = ('benchmarks', 'examples')
 MIRRORS = ('wandb', 'tensorboard', 'tensorboardX', 'torch.utils.tensorboard')  # for the scripts alone
-MAX_LINES, MAX_FUNCTION, MAX_LOOP = 400, 60, 150
-LONG_FUNCTIONS = {('training.training_loop', 'training_loop'): MAX_LOOP}
+CLICK = ('torch_utils.command_line', 'training.sampling.options', 'training.run.options')  # what is about options; and the scripts
+MAX_LINES, MAX_FUNCTION, MAX_LOOP = 500, 60, 150
+LONG_FUNCTIONS = {('training.run.training_loop', 'training_loop'): MAX_LOOP}
 
 # What these modules offer without touching their hidden generator; all else in numpy.random, and all of random, is out.
 KEYED = {'numpy.random': {'RandomState', 'Generator', 'Philox', 'PCG64', 'SeedSequence', 'default_rng'}, 'random': set()}
@@ -45,12 +24,13 @@ TORCH_STATE = {'manual_seed', 'seed', 'set_rng_state', 'random.manual_seed', 'ra
                'cuda.manual_seed', 'cuda.manual_seed_all', 'cuda.set_rng_state'}
 TORCH_DRAWS = {'rand', 'randn', 'randint', 'randperm', 'normal', 'bernoulli', 'multinomial', 'poisson'}  # need generator=
 TORCH_LIKE = {'rand_like', 'randn_like', 'randint_like'}  # take no generator
-SEEDED = 'training.conditioning'  # initial weights, label dropout: drawn from torch's own state, which misc.seeded sets and puts back
+# Initial weights, label dropout: drawn from torch's own state, which misc.seeded sets and puts back.
+SEEDED = ('training.networks.conditioning', 'training.networks.layers')
 
 
 def program_files():
-    return sorted(path for path in ROOT.glob('*.py')) + sorted(
-        path for folder in (*PACKAGES, 'examples', 'benchmarks') for path in (ROOT / folder).rglob('*.py'))
+    return sorted(ROOT.glob('*.py')) + sorted(
+        path for folder in ('dnnlib', 'torch_utils', 'metrics', 'training', *SCRIPT_FOLDERS) for path in (ROOT / folder).rglob('*.py'))
 
 
 def module_name(path):
@@ -59,6 +39,13 @@ def module_name(path):
 
 
 MODULES = {module_name(path): path for path in program_files()}
+
+
+def wing(name):
+    """The wing of a module; None for the package `training` itself, which only hands on names."""
+    if name == 'training':
+        return None
+    return next((wing for wing in FLOOR if name == wing or name.startswith(f'{wing}.')), 'scripts')
 
 
 def tree(name):
@@ -77,12 +64,9 @@ def imports(module):
 
 
 def trespasses(name, module):
-    """What `name` imports of the house that does not lie on a lower floor."""
-    rooms = {found for found in imports(module) if found in FLOORS and found != name}
-    # "from training import noise" names the empty package too: only the room counts.
-    rooms -= {'torch_utils', 'training', 'metrics'}
-    allowed = lambda floor: floor < FLOORS[name] or floor == FLOORS[name] and floor in SHARED_FLOORS
-    return sorted(room for room in rooms if not allowed(FLOORS[room]) or (name, room) in NEVER)
+    """What `name` imports of the house that lies neither in its own wing nor on a lower floor."""
+    found = {room for room in imports(module) if room in MODULES and wing(room) not in (None, wing(name))}
+    return sorted(room for room in found if FLOOR[wing(room)] >= FLOOR[wing(name) or 'dnnlib'])
 
 
 def global_randomness(module):
@@ -112,43 +96,45 @@ def functions(module, prefix=''):
         yield from functions(node, f'{prefix}{node.name}.' if hasattr(node, 'name') else prefix)
 
 
-def test_every_module_has_a_floor():
-    assert sorted(MODULES) == sorted(FLOORS), 'put each module on the lowest floor that holds, in ROOMS above'
-
-
 @pytest.mark.parametrize('name', sorted(MODULES))
 def test_imports_go_down(name):
     assert not trespasses(name, tree(name))
 
 
 def test_the_rule_sees_every_form_of_import():
-    bad = ['import training.loss', 'from training import loss', 'from training.loss import Objective',
-           'def f():\n    from training import loss', 'import training.loss as x', 'from training import noise',
-           'from metrics.frechet import frechet_distance']
-    assert all(trespasses('training.weighting', ast.parse(text)) for text in bad)
-    assert not trespasses('training.weighting', ast.parse('from training import registry\nfrom torch_utils import misc\nimport torch'))
-    assert trespasses('training.loss', ast.parse('from training.networks import SongUNet'))  # lower, and forbidden all the same
-    assert not trespasses('torch_utils.misc', ast.parse('from torch_utils import distributed'))
+    bad = ['import training.run.folder', 'from training.run import folder', 'from training.objective.loss import Objective',
+           'def f():\n    from training.sampling import steppers', 'import training.checkpoints.load as x', 'import generate',
+           'from training.data import pairs']
+    assert all(trespasses('training.networks.ema', ast.parse(text)) for text in bad)
+    good = 'from training.networks import layers\nfrom torch_utils import misc\nimport torch'
+    assert not trespasses('training.networks.ema', ast.parse(good))
+    assert trespasses('metrics.frechet', ast.parse('from training.diffusion import noise'))
+    assert trespasses('training', ast.parse('from training.checkpoints.load import load_network'))  # it hands on names lazily
 
 
-def test_no_circles_within_a_shared_floor():
-    graph = {name: {found for found in imports(tree(name)) if found in MODULES} - {name} for name in MODULES
-             if FLOORS[name] in SHARED_FLOORS}
+@pytest.mark.parametrize('wanted', FLOOR)
+def test_no_circles_within_a_wing(wanted):
+    graph = {name: {found for found in imports(tree(name)) if wing(found) == wanted and found in MODULES} - {name}
+             for name in MODULES if wing(name) == wanted}
+    # "from torch_utils import misc" names the package too, which is empty or hands on names: only files count.
+    graph = {name: needs - {found for found in needs if any(other.startswith(f'{found}.') for other in graph)}
+             for name, needs in graph.items()}
     while graph:
-        leaves = [name for name, needs in graph.items() if not any(need in graph for need in needs if need not in PACKAGES)]
+        leaves = [name for name, needs in graph.items() if not needs & graph.keys()]
         assert leaves, f'these import each other: {sorted(graph)}'
         for name in leaves:
             del graph[name]
 
 
-@pytest.mark.parametrize('name', sorted(name for name in MODULES if FLOORS[name] < SCRIPTS))
-def test_mirrors_are_for_the_scripts(name):
-    assert not [found for found in imports(tree(name)) if found in MIRRORS or found.split('.')[0] in MIRRORS]
+@pytest.mark.parametrize('name', sorted(name for name in MODULES if wing(name) != 'scripts'))
+def test_mirrors_and_click_are_for_scripts_and_options(name):
+    found = {part for full in imports(tree(name)) for part in (full, full.split('.')[0])}
+    assert not found & {*MIRRORS, *(() if name in CLICK else ('click',))}
 
 
 @pytest.mark.parametrize('name', sorted(MODULES))
 def test_no_global_random_state(name):
-    draws = {f'torch.{draw}' for draw in TORCH_DRAWS | TORCH_LIKE} if name == SEEDED else set()
+    draws = {f'torch.{draw}' for draw in TORCH_DRAWS | TORCH_LIKE} if name in SEEDED else set()
     assert not set(global_randomness(tree(name))) - draws
 
 

@@ -8,11 +8,11 @@ import subprocess
 import sys
 
 import pytest
-import tiny
 from click.testing import CliRunner
 from PIL import Image
 
 import plot_run
+from tests.support import tiny
 
 DRAWS = pytest.mark.skipif(importlib.util.find_spec('matplotlib') is None, reason='drawing needs the package matplotlib')
 

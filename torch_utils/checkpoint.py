@@ -4,10 +4,10 @@
 import os
 import re
 
-import click
 import torch
 
-from dnnlib.util import replacing
+from dnnlib import UserError
+from dnnlib.files import replacing
 
 KEYS = ('options', 'progress', 'net', 'ema', 'optimizer', 'objective')
 PATTERN = re.compile(r'training-state-(\d+(?:\.\d+)?)\.pt')
@@ -22,18 +22,18 @@ def save(path, state):
 
 
 def load(path):
-    """The state dict of a file, on the CPU. Raises click.ClickException when it is none."""
+    """The state dict of a file, on the CPU. Raises UserError when it is none."""
     try:
         state = torch.load(path, map_location='cpu', weights_only=True)
     except FileNotFoundError:
-        raise click.ClickException(f'{path}: no such state file') from None
+        raise UserError(f'{path}: no such state file') from None
     except Exception as err:  # a damaged file may raise almost anything, and what PyTorch says of it does not help
         reason = err.strerror if isinstance(err, OSError) and err.strerror else 'it holds more than tensors and plain values, or is damaged'
-        raise click.ClickException(f'{path}: cannot be read as a training state ({reason}); '
+        raise UserError(f'{path}: cannot be read as a training state ({reason}); '
                                    'give a training-state-*.pt that this program wrote') from None
     missing = [key for key in KEYS if not isinstance(state, dict) or key not in state]
     if missing:
-        raise click.ClickException(f'{path}: not a training state (lacks {", ".join(missing)}); '
+        raise UserError(f'{path}: not a training state (lacks {", ".join(missing)}); '
                                    'give a training-state-*.pt that this program wrote')
     return state
 

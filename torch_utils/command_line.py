@@ -9,7 +9,8 @@ import time
 
 import click
 
-from torch_utils import distributed, misc
+from dnnlib import UserError
+from torch_utils import distributed, misc, registry
 
 PATIENCE_SEC = 5  # what torchrun needs, amply, to end the other ranks after the first has failed
 
@@ -56,9 +57,11 @@ def rank0_first():
 
 @contextlib.contextmanager
 def one_line_errors():
-    """Turns errors of the file system, and of usage (which click shows with three lines of its own), into one-line errors."""
+    """Turns mistakes of the user, of usage (which click shows in three lines) and errors of the file system into one-line errors."""
     try:
         yield
+    except UserError as err:
+        raise click.ClickException(err.message) from None
     except click.UsageError as err:
         plain = click.ClickException(err.format_message())
         plain.exit_code = err.exit_code
@@ -151,3 +154,19 @@ def ints(ctx, param, value):
 def groups(ctx, param, value):
     """'0,1/3,5,7' -> [[0, 1], [3, 5, 7]]."""
     return None if value is None else [ints(ctx, param, part) for part in value.split('/')]
+
+
+class Spec(click.ParamType):
+    """A command-line option that names a piece of a registry; checked at once, handed on as the text it is."""
+
+    name = 'NAME[:key=value,...]'
+
+    def __init__(self, registry):
+        self.registry = registry
+
+    def convert(self, value, param, ctx):
+        registry.build(value, self.registry, slot=max(param.opts, key=len) if param else 'option')
+        return value
+
+    def get_metavar(self, param, ctx=None):
+        return '|'.join(self.registry) + '[:k=v]'

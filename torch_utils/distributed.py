@@ -3,8 +3,9 @@
 
 import os
 
-import click
 import torch
+
+from dnnlib import UserError
 
 _launcher_pid = None
 
@@ -18,7 +19,7 @@ def init():
         return
     if torch.cuda.is_available():
         if local_rank() >= torch.cuda.device_count():
-            raise click.ClickException(f'--nproc_per_node={local_size()} asks for more ranks than this node has GPUs '
+            raise UserError(f'--nproc_per_node={local_size()} asks for more ranks than this node has GPUs '
                                        f'({torch.cuda.device_count()}); ask for at most that')
         torch.cuda.set_device(local_rank())
     torch.distributed.init_process_group('nccl' if torch.cuda.is_available() else 'gloo')
@@ -56,15 +57,15 @@ def device():
 
 
 def pick_device(name=None):
-    """The device that --device names, on this rank; without a name its GPU, or the CPU. Raises click.ClickException."""
+    """The device that --device names, on this rank; without a name its GPU, or the CPU. Raises UserError."""
     try:
         chosen = torch.device(name) if name else device()
     except RuntimeError:
-        raise click.ClickException(f'--device={name}: no such device; choose cpu or cuda') from None
+        raise UserError(f'--device={name}: no such device; choose cpu or cuda') from None
     if chosen.type == 'cuda' and (not torch.cuda.is_available() or (chosen.index or 0) >= torch.cuda.device_count()):
-        raise click.ClickException(f'--device={name}: this machine has {torch.cuda.device_count()} usable GPUs; try --device=cpu')
+        raise UserError(f'--device={name}: this machine has {torch.cuda.device_count()} usable GPUs; try --device=cpu')
     if chosen.type not in ('cpu', 'cuda'):
-        raise click.ClickException(f'--device={name}: float64 is needed; choose cpu or cuda')
+        raise UserError(f'--device={name}: float64 is needed; choose cpu or cuda')
     return device() if name == 'cuda' else chosen
 
 
@@ -102,7 +103,7 @@ def from_rank0(function, *args):
     if rank() == 0:
         try:
             found = function(*args)
-        except (click.ClickException, OSError) as err:
+        except (UserError, OSError) as err:
             error = err
     found, error = broadcast((found, error))
     if error is not None:

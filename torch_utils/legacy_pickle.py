@@ -7,10 +7,10 @@ import math
 import mmap
 import struct
 
-import click
 import numpy as np
 import torch
 
+from dnnlib import UserError
 from torch_utils.pickle_machine import MAX_NAME, Global, Limits, Machine, Record, Refused, is_record
 
 MAX_DEPTH = 64  # of modules within modules, and of lists within arguments
@@ -37,7 +37,7 @@ def read_network(path):
     """(class name, constructor arguments, state dict) of the network `ema` in a snapshot; nothing is executed.
 
     The arguments are JSON types, but for infinities; the tensors are on the CPU, with the names and values of state_dict().
-    Raises click.ClickException, in one line, for globals, opcodes, versions and types that such files do not have, for files that are
+    Raises UserError, in one line, for globals, opcodes, versions and types that such files do not have, for files that are
     cut off, and for sizes that the file cannot hold."""
     try:
         data, limits = map_file(path), Limits()
@@ -46,7 +46,7 @@ def read_network(path):
             raise Refused('holds no network under the name "ema"')
         return Reader(len(data), limits).network(snapshot['ema'])
     except Refused as err:
-        raise click.ClickException(f'{path}: {err}; expected a network snapshot (.pkl) of EDM or ambient-laws') from None
+        raise UserError(f'{path}: {err}; expected a network snapshot (.pkl) of EDM or ambient-laws') from None
 
 
 def map_file(path):

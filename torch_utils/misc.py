@@ -70,6 +70,15 @@ def as_float(value):
     return value if value - value == 0 else None
 
 
+def state_digest(net):
+    """SHA-256 over names, types and values of a network's tensors: equal for equal weights, whatever file they come from."""
+    sha = hashlib.sha256()
+    for name, value in sorted(net.state_dict().items()):
+        value = value.detach().cpu().contiguous()
+        sha.update(f'{name} {value.dtype} {list(value.shape)}'.encode() + value.numpy().tobytes())
+    return sha.hexdigest()
+
+
 def git_commit():
     """The short commit of this checkout, with "+" where files differ from it, or "unknown" outside a checkout."""
     here = Path(__file__).resolve().parent.parent

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files that may be URLs: fetched once into a cache, gone on with where they broke off, checked by their digest."""
+
+import contextlib
+import hashlib
+import http.client
+import os
+import urllib.error
+import urllib.parse
+import urllib.request
+
+import filelock
+from tqdm import tqdm
+
+from dnnlib.files import file_digest
+from dnnlib.util import UserError
+
+
+def cache_dir():
+    """Where downloads are kept: $AMBIENT_CACHE, else the user's cache folder."""
+    root = os.environ.get('XDG_CACHE_HOME') or os.path.join(os.path.expanduser('~'), '.cache')
+    return os.environ.get('AMBIENT_CACHE') or os.path.join(root, 'ambient-trainer')
+
+
+def is_url(ref):
+    """True for http:// and https:// references."""
+    return urllib.parse.urlparse(str(ref)).scheme in ('http', 'https')
+
+
+def open_url(ref, sha256=None):
+    """Local path of a file that may be a URL; URLs are downloaded once into cache_dir(), where a broken download is gone on with.
+
+    ref: a path, or a URL that may end in #sha256=DIGEST. sha256: expected hexadecimal digest, or its first digits; a file that
+    differs is refused and not kept. Raises UserError that names the URL and the cache path."""
+    if not is_url(ref):
+        if not os.path.isfile(ref):
+            raise UserError(f'{ref}: no such file')
+        _check_digest(ref, sha256, ref)
+        return str(ref)
+    url, _, fragment = ref.partition('#')
+    if fragment.startswith('sha256='):
+        sha256 = fragment.removeprefix('sha256=')
+    name = os.path.basename(urllib.parse.urlparse(url).path) or 'download'
+    path = os.path.join(cache_dir(), f'{hashlib.sha256(url.encode()).hexdigest()[:12]}-{name}')
+    if not os.path.isfile(path):
+        _download(url, path, sha256)
+    else:
+        _check_digest(path, sha256, url)
+    return path
+
+
+def _download(url, path, sha256):
+    """Fills PATH.part, tries again as long as more of it comes, and renames it; what has come stays for the next call."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    part = f'{path}.part'
+    try:
+        with filelock.FileLock(f'{path}.lock'):  # other processes wait, then find the file
+            while not os.path.isfile(path):
+                before = _size(part)
+                try:
+                    _fetch(url, part)
+                except (OSError, http.client.HTTPException) as err:
+                    if _size(part) > before and not isinstance(err, urllib.error.HTTPError):
+                        continue
+                    raise
+                _check_digest(part, sha256, url, keep=False)
+                os.replace(part, path)
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(f'{part}.tag')
+    except (OSError, http.client.HTTPException, ValueError) as err:
+        kept = f' ({_size(part)} bytes are kept; run it again to go on)' if _size(part) else ''
+        raise UserError(f'cannot download {url}: {err}{kept}; or fetch it elsewhere and put it at {path}') from None
+
+
+def _fetch(url, part):
+    """Adds to the file `part` what it lacks of the URL. PATH.part.tag names the version that its bytes are of."""
+    have, tag = _size(part), _read_tag(part)
+    headers = {'Range': f'bytes={have}-', 'If-Range': tag} if have and tag else {}
+    with _open(urllib.request.Request(url, headers=headers), part) as response:
+        found = response.headers
+        goes_on = response.status == 206 and (found.get('Content-Range') or '').startswith(f'bytes {have}-')
+        if response.status == 206 and not goes_on:
+            raise OSError(f'the server sent {found.get("Content-Range")} when asked for the bytes from {have}')
+        have = have if goes_on else 0
+        total = int(found['Content-Length']) + have if found.get('Content-Length') else None
+        tag = found.get('ETag') or found.get('Last-Modified') or ''
+        with open(f'{part}.tag', 'w', encoding='utf-8') as f:
+            f.write('' if tag.startswith('W/') else tag)  # a weak tag does not vouch for bytes
+        with open(part, 'ab' if goes_on else 'wb') as out, tqdm(total=total, initial=have, unit='B', unit_scale=True, disable=None,
+                                                               desc=os.path.basename(part).removesuffix('.part')) as bar:
+            while chunk := response.read(1 << 20):
+                out.write(chunk)
+                bar.update(len(chunk))
+    if total is not None and _size(part) != total:
+        raise OSError(f'the connection ended after {_size(part)} of {total} bytes')
+
+
+def _open(request, part):
+    try:
+        return urllib.request.urlopen(request, timeout=60)
+    except urllib.error.HTTPError as err:
+        if err.code == 416:  # nothing lies behind what is here: it is whole, or of another version; begin anew
+            os.unlink(part)
+            return urllib.request.urlopen(request.full_url, timeout=60)
+        raise
+
+
+def _size(path):
+    return os.path.getsize(path) if os.path.isfile(path) else 0
+
+
+def _read_tag(part):
+    try:
+        with open(f'{part}.tag', encoding='utf-8') as f:
+            return f.read()
+    except FileNotFoundError:
+        return ''
+
+
+def _check_digest(path, sha256, ref, keep=True):
+    if sha256 and not (found := file_digest(path)).startswith(sha256.lower()):
+        if not keep:
+            os.unlink(path)
+        hint = f'remove {path} and fetch it again' if keep else 'what came was not kept'
+        raise UserError(f'{ref}: SHA-256 is {found}, expected {sha256}; {hint}')

@@ -1,0 +1,318 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run that was killed and continued equals the one that was not, bit for bit; what cannot be continued is refused in one line."""
+
+import contextlib
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from click.testing import CliRunner
+
+import train
+from dnnlib import UserError
+from tests.support import tiny
+from torch_utils import checkpoint
+from training.run.build import transfer_weights
+
+FULL = ['--augment=0.5', '--dropout=0.2', '--xflip=1', '--val=0.2', '--workers=2', '--threads=1', '--seed=5', '--expr-id=x']
+FORTY = '--duration=0.00064'  # 40 steps
+
+# train.py, but for a step that never ends: whoever kills it knows where it stands.
+STALLED = """
+import time, train
+from training import training_loop
+step = training_loop.Run.step
+training_loop.Run.step = lambda run: step(run) if run.progress.step < 27 else time.sleep(600)
+train.main()
+"""
+
+
+def wait_for(condition, process, log, seconds=120):
+    """Waits until a condition holds, while a process runs."""
+    end = time.time() + seconds
+    while not condition():
+        assert process.poll() is None and time.time() < end, Path(log).read_text()
+        time.sleep(0.002)
+
+
+def kill_tree(process):
+    """SIGKILL to a process and to all that it started, at once."""
+    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    for member in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.kill()
+    process.wait()
+    psutil.wait_procs(family, timeout=30)
+
+
+def states(outdir):
+    return sorted(path.name for path in Path(outdir).glob('*/training-state-*.pt'))
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    return tiny.make_zip(tmp_path_factory.mktemp('data') / 'tiny.zip')
+
+
+@pytest.fixture(scope='module')
+def straight(tmp_path_factory, data):
+    """straight(ranks): folder of 40 uninterrupted steps, made once."""
+    made = {}
+
+    def make(ranks):
+        if ranks not in made:
+            outdir = tmp_path_factory.mktemp(f'straight{ranks}')
+            tiny.finish([f'--outdir={outdir}', f'--data={data}', *tiny.FLAGS, *FULL, FORTY], outdir / 'log', ranks)
+            made[ranks] = tiny.only_folder(outdir)
+        return made[ranks]
+
+    return make
+
+
+def continue_and_compare(args, outdir, log, ranks, straight):
+    """Continues the one run under outdir to step 40; its digests must be those of the uninterrupted run."""
+    assert states(outdir) == [tiny.STEP_20]
+    output = tiny.finish([*args, '--resume=latest'], log, ranks)
+    folder = tiny.only_folder(outdir)
+    assert f'Restored network, EMA, optimizer, objective and data position from {folder / tiny.STEP_20} (0.32 kimg)' in output
+    assert tiny.digests(folder) == tiny.digests(straight(ranks))
+    assert sum('Progress/kimg' in line for line in tiny.read_log(folder)) == 8
+
+
+@pytest.mark.parametrize('ranks', [1, 2])
+def test_killed_and_continued_equals_straight(tmp_path, data, straight, ranks):
+    """20 steps + SIGKILL of the whole tree at step 27, when the log is ahead of the state + 20 steps = 40 steps."""
+    outdir, script = tmp_path / 'runs', tmp_path / 'stalled.py'
+    script.write_text(STALLED)
+    args = [f'--outdir={outdir}', f'--data={data}', *tiny.FLAGS, *FULL, FORTY]
+    process = tiny.start(args, tmp_path / 'log', ranks, script)
+    wait_for(lambda: 'tick 5 ' in (tmp_path / 'log').read_text(), process, tmp_path / 'log')
+    kill_tree(process)
+    assert [line['nimg'] for line in tiny.read_log(tiny.only_folder(outdir))] == [80, 160, 240, 320, 320, 400]  # once by --val
+    continue_and_compare(args, outdir, tmp_path / 'log2', ranks, straight)
+
+
+def kill_at_first_state(args, outdir, log, ranks):
+    """Kills a run of train.py as soon as its first state appears; again where it had come to the next one by then."""
+    for _ in range(5):
+        tiny.clear(outdir)
+        process = tiny.start(args, log, ranks)
+        wait_for(lambda: states(outdir), process, log)
+        kill_tree(process)
+        if states(outdir) == [tiny.STEP_20]:
+            return
+    pytest.fail('the run was never killed in time')
+
+
+@pytest.mark.parametrize('ranks', [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_killed_at_the_moment_of_the_state(tmp_path, data, straight, ranks):
+    """train.py itself, at full speed, killed wherever it may be."""
+    outdir = tmp_path / 'runs'
+    args = [f'--outdir={outdir}', f'--data={data}', *tiny.FLAGS, *FULL, FORTY]
+    kill_at_first_state(args, outdir, tmp_path / 'log', ranks)
+    continue_and_compare(args, outdir, tmp_path / 'log2', ranks, straight)
+
+
+def test_workers_of_a_dead_launcher_stop(tmp_path, data):
+    """SIGKILL of torchrun alone: its workers end, and write nothing more into the folder."""
+    outdir, log = tmp_path / 'runs', tmp_path / 'log'
+    args = [f'--outdir={outdir}', f'--data={data}', *tiny.FLAGS, '--threads=1', '--dump=1', '--snap=0', '--duration=1']
+    process = tiny.start(args, log, ranks=2)
+    wait_for(lambda: 'tick 2 ' in log.read_text(), process, log)
+    workers = [p for p in psutil.Process(process.pid).children(recursive=True) if any('train.py' in part for part in p.cmdline())]
+    assert len(workers) == 2
+    process.kill()
+    process.wait()
+    folder = tiny.only_folder(outdir)
+    lines = len(tiny.read_log(folder))
+    try:
+        assert psutil.wait_procs(workers, timeout=60)[1] == []
+    finally:
+        for worker in workers:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                worker.kill()
+    assert len(tiny.read_log(folder)) <= lines + 1  # one may have been in the writing
+    assert 'the launcher of this worker is gone: stopping without writing' in log.read_text()
+    assert len(tiny.read_state(max(folder.glob('*.pt')))['net'])  # whole
+    assert not [name for name in os.listdir(folder) if name.startswith('.')]
+
+
+# --- what may change, and what may not: train.py in this process
+
+
+@pytest.fixture(scope='module')
+def five_steps(tmp_path_factory, data):
+    """Folder of a run of five steps without --seed, and the flags that made it."""
+    outdir = tmp_path_factory.mktemp('five')
+    args = [f'--data={data}', *tiny.FLAGS, '--dump=1', '--snap=0', '--duration=0.00008']
+    tiny.call(f'--outdir={outdir}', *args)
+    return tiny.only_folder(outdir), args
+
+
+@pytest.fixture
+def copied(tmp_path, five_steps):
+    """(outdir, run folder, flags): a copy of five_steps for one test."""
+    folder, args = five_steps
+    shutil.copytree(folder, tmp_path / 'runs' / folder.name)
+    return tmp_path / 'runs', tmp_path / 'runs' / folder.name, args
+
+
+def refused(*args):
+    """The one line that train.py ends with."""
+    result = CliRunner().invoke(train.main, [str(arg) for arg in args])
+    assert result.exit_code == 1 and isinstance(result.exception, SystemExit), result.output
+    errors = [line for line in result.output.splitlines() if line.startswith('Error: ')]
+    assert len(errors) == 1 and result.output.rstrip().endswith(errors[0])
+    return errors[0]
+
+
+STATE_5 = 'training-state-000000.080.pt'
+
+
+def test_file_continues_in_its_folder_with_its_seed(copied, tmp_path):
+    _, folder, args = copied
+    seed = json.loads((folder / 'options.json').read_text())['seed']
+    tiny.call(f'--outdir={tmp_path / "other"}', *args, f'--resume={folder / STATE_5}', '--duration=0.00016')
+    assert not (tmp_path / 'other').exists()
+    state = tiny.read_state(folder / 'training-state-000000.160.pt')
+    assert state['options']['seed'] == json.loads((folder / 'options.json').read_text())['seed'] == seed
+    assert state['progress']['step'] == 10
+    assert [line['nimg'] for line in tiny.read_log(folder)] == [80, 160]
+
+
+def test_the_printed_seed_is_the_one_that_is_used(copied, capsys):
+    outdir, folder, args = copied
+    tiny.call(f'--outdir={outdir}', *args, '--resume=latest', '--duration=0.00008')
+    assert f'seed {json.loads((folder / "options.json").read_text())["seed"]}\n' in capsys.readouterr().out
+
+
+def test_what_may_change(copied):
+    outdir, folder, args = copied
+    tiny.call(f'--outdir={outdir}', *args, '--resume=latest', '--duration=0.00024', '--tick=0.04', '--snap=3', '--dump=2', '--workers=0',
+              '--batch-gpu=4', '--precision=bf16', '--samples=1', '--bench=0', '--cache-gib=0')
+    assert tiny.only_folder(outdir) == folder
+    assert json.loads((folder / 'options.json').read_text())['precision'] == 'bf16'
+    assert tiny.read_state(folder / 'training-state-000000.240.pt')['progress']['step'] == 15
+
+
+@pytest.mark.parametrize('flag, named', [
+    ('--lr=2e-3', 'optimizer.lr: 0.001 -> 0.002'), ('--batch=32', 'batch: 16 -> 32'), ('--sigma=0.5', 'corruption.sigma: 0.4 -> 0.5'),
+    ('--seed=1', 'seed: '), ('--expr-id=y', 'expr_id: None -> y'), ('--pairing=truncate', 'objective.pairing: skip -> truncate'),
+    ('--weight=uniform', 'objective.weight: edm -> uniform'), ('--val=0.2', 'val.share: None -> 0.2'),
+    ('--power-ema=0.1', 'power_ema: '), ('--clip=1', 'clip: 0.0 -> 1.0'),
+    ('--cbase=32', 'network.model_channels: 16 -> 32'), ('--arch=ncsnpp', 'network.encoder_type: ')])
+def test_another_option_is_refused_by_name(five_steps, tmp_path, flag, named):
+    folder, args = five_steps
+    line = refused(f'--outdir={tmp_path / "out"}', *args, f'--resume={folder / STATE_5}', '--snap=4', flag)
+    assert named in line and STATE_5 in line
+    assert not (tmp_path / 'out').exists()
+
+
+def test_files_that_are_no_states(five_steps, tmp_path):
+    folder, args = five_steps
+    whole = (folder / STATE_5).read_bytes()
+    cut, text, other, code = (tmp_path / name for name in ('cut.pt', 'text.pt', 'other.pt', 'code.pt'))
+    cut.write_bytes(whole[:len(whole) // 2])
+    text.write_text('no state')
+    torch.save({'net': {}}, other)
+    torch.save({'net': print}, code)
+    for path, reason in [(cut, 'cannot be read as a training state'), (text, 'cannot be read as a training state'),
+                         (other, 'not a training state (lacks options, progress, ema, optimizer, objective)'),
+                         (code, 'it holds more than tensors and plain values'), (tmp_path / 'none.pt', 'no such state file'),
+                         (tmp_path, 'cannot be read as a training state')]:
+        line = refused(f'--outdir={tmp_path / "out"}', *args, f'--resume={path}')
+        assert str(path) in line and reason in line, line
+
+
+def test_latest_without_a_state_starts_fresh(tmp_path, data, copied):
+    outdir, folder, args = copied
+    tiny.call(f'--outdir={tmp_path / "none"}', *args, '--resume=latest', '--duration=0.00008')
+    tiny.call(f'--outdir={outdir}', *args, '--resume=latest', '--duration=0.00008', '--lr=5e-4')  # another run's state
+    assert sorted(os.listdir(outdir)) == [folder.name, folder.name.replace('00000', '00001')]
+    assert states(tmp_path / 'none') == [STATE_5]
+
+
+def test_latest_passes_over_a_truncated_state(copied, capsys):
+    outdir, folder, args = copied
+    newer = folder / 'training-state-000000.160.pt'
+    newer.write_bytes((folder / STATE_5).read_bytes()[:50000])
+    (folder / '.training-state-000000.240.pt.123').write_bytes(b'')  # what a kill in the middle of a write leaves
+    assert os.path.getmtime(newer) > os.path.getmtime(folder / STATE_5)
+    tiny.call(f'--outdir={outdir}', *args, '--resume=latest', '--duration=0.00016')
+    output = capsys.readouterr().out
+    assert f'--resume=latest passes over: {newer}: cannot be read' in output and f'position from {folder / STATE_5}' in output
+    assert tiny.read_state(newer)['progress']['step'] == 10
+
+
+def test_latest_takes_the_newest_run(copied):
+    outdir, folder, args = copied
+    second = outdir / folder.name.replace('00000', '00001')
+    shutil.copytree(folder, second)
+    os.utime(second / STATE_5, (0, 0))
+    tiny.call(f'--outdir={outdir}', *args, '--resume=latest', '--duration=0.00016')
+    assert len(checkpoint.states(folder)) == 2 and len(checkpoint.states(second)) == 1
+
+
+def test_nosubdir_is_continued_and_never_overwritten(tmp_path, data):
+    args = [f'--outdir={tmp_path / "run"}', f'--data={data}', *tiny.FLAGS, '--dump=1', '--snap=0', '--nosubdir', '--seed=5']
+    tiny.call(*args, '--duration=0.00008', '--dump=0')  # no state: as if killed before the first
+    assert 'holds a run already' in refused(*args, '--duration=0.00008')
+    tiny.call(*args, '--duration=0.00008', '--resume=latest')
+    assert [line['nimg'] for line in tiny.read_log(tmp_path / 'run')] == [80]
+    tiny.call(*args, '--duration=0.00016', '--resume=latest')
+    assert [line['nimg'] for line in tiny.read_log(tmp_path / 'run')] == [80, 160]
+    assert 'holds a run already' in refused(*args, '--resume=latest', '--lr=5e-4')
+
+
+def test_resume_and_transfer_exclude_each_other(five_steps, tmp_path):
+    folder, args = five_steps
+    line = refused(f'--outdir={tmp_path / "out"}', *args, f'--resume={folder / STATE_5}', f'--transfer={folder / STATE_5}')
+    assert '--resume=FILE and --transfer exclude each other' in line and not (tmp_path / 'out').exists()
+
+
+def test_latest_goes_on_with_a_transferred_run(five_steps, tmp_path, capsys):
+    """The same command line starts from the other network, and continues without fetching it again."""
+    folder, args = five_steps
+    flags = [f'--outdir={tmp_path / "out"}', *args, '--resume=latest', f'--transfer={folder / STATE_5}']
+    tiny.call(*flags)
+    assert 'Transferred ' in capsys.readouterr().out
+    tiny.call(*flags, '--duration=0.00016')
+    output = capsys.readouterr().out
+    assert 'Transferred ' not in output and 'Restored ' in output and len(states(tmp_path / 'out')) == 2
+
+
+def test_transfer_copies_what_fits(five_steps, tmp_path, capsys):
+    """A class-conditional network takes all but the layer that an unconditional one lacks."""
+    folder, _ = five_steps
+    run = tiny.make_run(tmp_path, f'--transfer={folder / STATE_5}', '--cond=1')
+    source = tiny.read_state(folder / STATE_5)['ema']['halflife']
+    own = run.net.state_dict()
+    left = set(own) - set(source)
+    assert left == {'model.map_label.weight', 'model.map_label.bias'} and all(torch.equal(own[name], source[name]) for name in source)
+    assert f'Transferred {len(source)} of {len(own)} tensors' in capsys.readouterr().out
+    assert tiny.digest(run.ema.module.state_dict()) == tiny.digest(own)  # the average starts there, too
+    with pytest.raises(UserError, match='none of its tensors fits'):
+        transfer_weights(folder / STATE_5, torch.nn.Linear(2, 2))
+
+
+def test_restored_run_equals_the_saved_one(tmp_path):
+    """Every tensor and counter that a step reads is in the state: two runs go on alike, one from the other's file."""
+    first = tiny.make_run(tmp_path, '--dropout=0.2', '--augment=0.5')
+    for _ in range(3):
+        first.step()
+    first.save_state()
+    state = checkpoint.load(checkpoint.states(tmp_path)[0])
+    second = tiny.make_run(tmp_path, '--dropout=0.2', '--augment=0.5')
+    second.restore(state, 'file')
+    for run in (first, second):
+        for _ in range(3):
+            run.step()
+    for part in ('net', 'optimizer', 'objective'):
+        assert tiny.digest(getattr(first, part).state_dict()) == tiny.digest(getattr(second, part).state_dict())
+    assert tiny.digest(first.ema.state_dict()) == tiny.digest(second.ema.state_dict())
+    assert dict(first.progress) == dict(second.progress)

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Turns "min_snr:gamma=5" into the object that a registry names, or into one line that lists the choices.
+
+A registry is a plain dict at the end of the file that defines its pieces. Its values are classes, which are instantiated,
+or functions, which are partially applied: every parameter that has a default is an option of the slot."""
+
+import functools
+import inspect
+
+from dnnlib import UserError
+
+
+def parse(spec):
+    """"name:key=value,key=value" -> (name, {key: value}); values are int, float, bool, None or str, in that order of preference."""
+    name, _, rest = str(spec).partition(':')
+    options = {}
+    for item in filter(None, rest.split(',')):
+        key, equals, value = item.partition('=')
+        if not equals or not key.strip():
+            raise UserError(f'"{spec}": expected key=value after "{name}:", got "{item}"')
+        options[key.strip()] = _literal(value.strip())
+    return name.strip(), options
+
+
+def _literal(text):
+    words = {'true': True, 'false': False, 'none': None}
+    if text.lower() in words:
+        return words[text.lower()]
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def build(spec, registry, slot='option', **context):
+    """The object that `spec` names in `registry`.
+
+    spec: "name" or "name:key=value,...". slot: what to call it in errors, such as "--weight".
+    context: values the caller would give to any piece that has such a parameter and was not told otherwise (sigma_data, say).
+    Raises UserError for unknown names, unknown keys and values that the piece refuses (ValueError, TypeError)."""
+    name, options = parse(spec)
+    if name not in registry:
+        raise UserError(f'{slot}={spec}: unknown name "{name}"; choose from {", ".join(registry)}')
+    piece = registry[name]
+    accepted = parameters(piece)
+    for key, value in options.items():
+        if key not in accepted:
+            allowed = ', '.join(f'{k}={v}' for k, v in accepted.items()) or 'no keys'
+            raise UserError(f'{slot}={spec}: "{name}" has no key "{key}"; it takes {allowed}')
+        _check_type(accepted[key], key, value, f'{slot}={spec}')
+    kwargs = {k: v for k, v in context.items() if k in accepted} | options
+    try:
+        return piece(**kwargs) if inspect.isclass(piece) else functools.partial(piece, **kwargs)
+    except (ValueError, TypeError) as err:
+        raise UserError(f'{slot}={spec}: {err}') from None
+
+
+def parameters(piece):
+    """{name: default} of what a piece lets the user set: its parameters that have a default."""
+    found = inspect.signature(piece).parameters.values()
+    return {p.name: p.default for p in found if p.default is not p.empty}
+
+
+def _check_type(default, key, value, where):
+    """Numbers stay numbers and words stay words: "steps=abc" is the user's mistake, found before anything runs."""
+    number = isinstance(default, (int, float)) and not isinstance(default, bool)
+    if number and (isinstance(value, (str, bool)) or value is None):
+        raise UserError(f'{where}: "{key}" must be a number, got "{value}"')
+    if isinstance(default, int) and number and isinstance(value, float):
+        raise UserError(f'{where}: "{key}" must be a whole number, got "{value}"')
+    if isinstance(default, bool) and not isinstance(value, bool):
+        raise UserError(f'{where}: "{key}" must be true or false, got "{value}"')
+    if isinstance(default, str) and not isinstance(value, str):
+        raise UserError(f'{where}: "{key}" must be a word, got "{value}"')

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stored power-function averages of a run, and the averages of any other length that are made from them after it.
+
+One file an average and snapshot: ema-snapshot-000500-0.050.safetensors, with nimg and sigma_rel in its header."""
+
+import os
+import re
+
+import safetensors
+import safetensors.torch
+
+from dnnlib import UserError
+from dnnlib.files import replacing
+from training.checkpoints.load import load_network, load_weights
+from training.networks import ema
+
+PATTERN = re.compile(r'ema-snapshot-[\d.]+-(\d\.\d{3})\.safetensors')
+
+
+def write_average(path, average, nimg):
+    """Writes a PowerFunctionEMA as it stands after nimg images. Float32: the factors of a reconstruction can be large."""
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in average.state_dict().items()}
+    header = {'nimg': str(nimg), 'sigma_rel': repr(average.sigma_rel)}
+    with replacing(path) as part, open(part, 'wb') as f:
+        f.write(safetensors.torch.save(state, metadata=header))
+
+
+def stored_averages(run):
+    """[(path, nimg, sigma_rel), ...] of a run's folder, oldest first. Raises UserError where there are none."""
+    paths = sorted(os.path.join(run, name) for name in os.listdir(run) if PATTERN.fullmatch(name))
+    if not paths:
+        raise UserError(f'{run}: no ema-snapshot-*.safetensors in it; train with --power-ema=0.05,0.10 to store them')
+    found = []
+    for path in paths:
+        try:
+            with safetensors.safe_open(path, 'pt') as f:
+                header = f.metadata() or {}
+            found.append((path, int(header['nimg']), float(header['sigma_rel'])))
+        except (safetensors.SafetensorError, KeyError, ValueError, OSError) as err:
+            raise UserError(f'{path}: not an average that train.py wrote ({err})') from None
+    return sorted(found, key=lambda item: item[1])
+
+
+def reconstruct(run, sigma_rel, nimg=None):
+    """(network, what it was made from, error): the average of length sigma_rel at nimg images (default: the last), in eval mode.
+
+    what: [(file name, factor), ...] of the files that count. error: ema.profile_error, how far their profile is from the wanted one.
+    The network's configuration is that of the run's snapshots."""
+    stored = stored_averages(run)
+    times, profiles = sorted({item[1] for item in stored}), [item[1:] for item in stored]
+    target = (times[-1] if nimg is None else nimg, sigma_rel)
+    if target[0] not in times:
+        near = min(times, key=lambda time: abs(time - target[0]))
+        raise UserError(f'{run}: no averages are stored at {target[0] / 1e3:g} kimg; the nearest are at {near / 1e3:g}')
+    try:
+        factors = ema.reconstruction(profiles, target)
+    except ValueError as err:
+        raise UserError(f'{run}: {err}') from None
+    used = [(path, factor) for (path, _, _), factor in zip(stored, factors) if factor]
+    net = load_network(_newest_snapshot(run))
+    load_weights(net, ema.combine((safetensors.torch.load_file(path) for path, _ in used), [factor for _, factor in used]), run)
+    return net, [(os.path.basename(path), factor) for path, factor in used], ema.profile_error(profiles, target, factors)
+
+
+def _newest_snapshot(run):
+    folders = sorted(name for name in os.listdir(run) if name.startswith('network-snapshot-'))
+    if not folders:
+        raise UserError(f'{run}: no network-snapshot-* in it, whose config.json is needed')
+    return os.path.join(run, folders[-1])

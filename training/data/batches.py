@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From pairs to batches: draws the pairs of the global batch, gathers this rank's rows ahead of time, puts micro-batches on the device."""
+
+import collections
+import concurrent.futures
+from typing import NamedTuple
+
+import torch
+
+
+class Batch(NamedTuple):
+    """What one step looks at; levels are noise stds in network units, sigma >= sigma_n."""
+
+    images: torch.Tensor  # [N,C,H,W], each already at level sigma_n
+    sigma_n: torch.Tensor  # [N,1,1,1], 0 for clean images
+    sigma: torch.Tensor  # [N,1,1,1], the level to denoise from; pairs.py chose it
+    noise: torch.Tensor  # [N,C,H,W], unit normal, fresh in every step
+    class_labels: torch.Tensor | None = None  # [N,label_dim]
+    augment_labels: torch.Tensor | None = None  # [N,augment_dim]
+    raw_idx: torch.Tensor | None = None  # [N] int64, which images these are
+    factor: torch.Tensor | None = None  # [N], importance weights, where the levels come from timesteps.py
+
+
+AHEAD = 2  # global batches prepared in the background while one is in use
+
+
+class HostBatch(NamedTuple):
+    """This rank's rows of one global batch, in host memory, and where the stream of pairs stood after them."""
+
+    images: torch.Tensor        # float32 [n,C,H,W] at level sigma_n
+    sigma_n: torch.Tensor       # float32 [n]
+    sigma: torch.Tensor         # float32 [n]
+    class_labels: torch.Tensor | None
+    raw_idx: torch.Tensor       # int64 [n]
+    stream_state: dict
+
+
+class Feed:
+    """Batches of a run, in the order of its pair stream.
+
+    stream: a PairStream over positions of `items`. store: ImageStore. items: int64 [M], those of the store that may be used.
+    sigma_n [N], raw_idx [N], labels [N, label_dim] or None: of every item of the store.
+    rows: slice of the global batch that is this rank's.
+    workers: 0 prepares each batch when it is asked for; more prepare in the background.
+    What is fed does not depend on the number of ranks or workers: every rank draws all pairs and gathers its own."""
+
+    def __init__(self, stream, store, items, *, sigma_n, raw_idx, labels, rows, device, workers):
+        self.stream, self.store, self.items, self.rows, self.device = stream, store, items, rows, torch.device(device)
+        self._sigma_n, self._raw_idx = torch.as_tensor(sigma_n, dtype=torch.float32), torch.as_tensor(raw_idx)
+        self._labels = labels
+        self._pool = concurrent.futures.ThreadPoolExecutor(1) if workers else None  # one thread: the stream is drawn in order
+        self._ahead = collections.deque()
+
+    def next(self):
+        """The next HostBatch."""
+        if self._pool is None:
+            return self._prepare()
+        while len(self._ahead) <= AHEAD:
+            self._ahead.append(self._pool.submit(self._prepare))
+        return self._ahead.popleft().result()
+
+    def close(self):
+        """Stops the background thread."""
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+    def _prepare(self):
+        positions, sigma = self.stream.next()
+        where = torch.from_numpy(self.items[positions[self.rows]])
+        labels = None if self._labels is None else self._labels[where]
+        batch = HostBatch(self.store.gather(where), self._sigma_n[where], torch.from_numpy(sigma[self.rows]).float(),
+                          labels, self._raw_idx[where], self.stream.state())
+        if self.device.type != 'cuda':
+            return batch
+        return HostBatch(*[x.pin_memory() if torch.is_tensor(x) else x for x in batch])
+
+
+def micro_batches(host, size, device, draws_of):
+    """Splits a HostBatch into Batches of `size` rows on the device, each with its keyed draws: yields (Batch, draws).
+
+    draws_of(first local row) -> randn(name, shape). The noise of a row is the same however the batch is split."""
+    for first in range(0, len(host.images), size):
+        part = [x[first:first + size].to(device, non_blocking=True) if torch.is_tensor(x) else x for x in host[:-1]]
+        images, sigma_n, sigma, labels, raw_idx = part
+        draws = draws_of(first)
+        yield Batch(images=images, sigma_n=sigma_n.reshape(-1, 1, 1, 1), sigma=sigma.reshape(-1, 1, 1, 1),
+                    noise=draws('noise', images.shape), class_labels=labels, augment_labels=None, raw_idx=raw_idx), draws

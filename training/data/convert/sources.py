@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What dataset_tool.py can read: folders, zips, CIFAR-10's tar file, MNIST's idx files, arrays, scikit-learn's digits.
+
+A source has `names` (one an image), `labels`, `sigmas`, `sigma_max` (one an image, or None), `units` ({offset, scale} or None),
+kind(i) -> Kind, cheaply, and read(i) -> array [C,H,W] of kind(i)'s shape and type."""
+
+import gzip
+import io
+import math
+import os
+import pickle
+import re
+import tarfile
+import zipfile
+import zlib
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from dnnlib import UserError
+from dnnlib.archive import Archive
+
+SUFFIXES = ('.png', '.jpg', '.jpeg', '.bmp', '.webp', '.tif', '.tiff', '.pgm', '.ppm', '.npy')
+BAD_FILE = (OSError, ValueError, SyntaxError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, Image.DecompressionBombError)
+LAYOUTS = {'nhw': (0, 1, 2), 'nhwc': (0, 3, 1, 2), 'nchw': (0, 1, 2, 3)}  # axes in the order N, (C,) H, W
+
+
+class Kind(NamedTuple):
+    """What an image is before anything is done to it."""
+
+    channels: int
+    height: int
+    width: int
+    is_8bit: bool
+    mode: str
+
+    def __str__(self):
+        return f'{self.width}x{self.height} {self.mode}'
+
+
+def open_source(path, layout=None):
+    """The source at a path, told by its name. layout: nhw, nhwc or nchw, for arrays. Raises UserError."""
+    name = os.path.basename(str(path)).lower()
+    if str(path) == 'digits':
+        return _digits()
+    if not os.path.exists(path):
+        raise UserError(f'--source={path}: no such file or folder (nor is it the word "digits")')
+    if os.path.isdir(path) or name.endswith('.zip'):
+        return FileSource(path)
+    for pattern, opener in ((r'\.(tar\.gz|tgz|tar)$', _cifar), (r'idx3-ubyte(\.gz)?$', _idx), (r'\.np[yz]$', _array)):
+        if re.search(pattern, name):
+            try:
+                return opener(path, layout)
+            except (*BAD_FILE, tarfile.TarError, pickle.UnpicklingError) as err:
+                raise UserError(f'--source={path}: {unreadable(err)}') from None
+    raise UserError(f'--source={path}: not a folder, .zip, cifar-10-python.tar.gz, ...idx3-ubyte(.gz), .npy, .npz or '
+                               '"digits"')
+
+
+def unreadable(err):
+    """What an error says about a file, in one line."""
+    return f'cannot be read ({" ".join(str(err).split()) or type(err).__name__})'
+
+
+class FileSource:
+    """Image files of a folder or zip. A dataset.json gives labels, levels and units; else the top folders are the classes."""
+
+    def __init__(self, path):
+        self._archive = Archive(path)
+        self.names = [name for name in self._archive.names if name.lower().endswith(SUFFIXES)]
+        if not self.names:
+            raise UserError(f'--source={path}: no images in it (looked for {", ".join(SUFFIXES)})')
+        meta = self._archive.read_json()
+        self.units = meta.get('units')
+        self.labels, self.sigmas, self.sigma_max = (match(meta[key], self.names, f'"{key}" in {path}') if meta.get(key) else None
+                                                    for key in ('labels', 'sigmas', 'sigma_max'))
+        if 'labels' not in meta:
+            self.labels = _folder_classes(self.names)
+
+    def kind(self, index):
+        """The Kind of an image, from the header of its file."""
+        name = self.names[index]
+        if name.lower().endswith('.npy'):
+            array = self.read(index)
+            return Kind(*array.shape, array.dtype == np.uint8, str(array.dtype))
+        image = self._open(name)
+        bands = {'P': 3, 'CMYK': 3, 'I;16': 1, 'I;16B': 1, 'I;16L': 1}.get(image.mode) or len(image.getbands())
+        return Kind(bands, image.height, image.width, not image.mode.startswith(('I', 'F')), image.mode)
+
+    def read(self, index):
+        """The image, [C,H,W]: 8-bit as uint8, deeper ones as their file has them; palettes and CMYK become RGB, bits grey."""
+        name = self.names[index]
+        if name.lower().endswith('.npy'):
+            array = np.load(io.BytesIO(self._archive.read(name)), allow_pickle=False)
+            if array.ndim not in (2, 3):
+                raise ValueError(f'an array of shape {list(array.shape)} is no image [C,H,W] or [H,W]')
+            return array[None] if array.ndim == 2 else array
+        image = self._open(name)
+        converted = {'P': 'RGB', 'CMYK': 'RGB', '1': 'L'}.get(image.mode)
+        array = np.asarray(image.convert(converted) if converted else image)
+        return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
+
+    def _open(self, name):
+        data = self._archive.read(name)
+        image = Image.open(io.BytesIO(data))
+        if data[:4] == b'\x89PNG' and data[24] == 16 and not image.mode.startswith('I'):
+            raise ValueError('16 bits in several channels, of which Pillow reads 8; save it as .npy')
+        return image
+
+
+class ArraySource:
+    """Images that lie in one array [N,C,H,W]."""
+
+    sigmas = sigma_max = units = None
+
+    def __init__(self, images, labels=None):
+        self._images, self.labels = images, labels
+        self.names = [str(i) for i in range(len(images))]
+
+    def kind(self, index):
+        """The Kind that all images share."""
+        return Kind(*self._images.shape[1:], self._images.dtype == np.uint8, str(self._images.dtype))
+
+    def read(self, index):
+        """An image, [C,H,W]."""
+        return np.asarray(self._images[index])
+
+
+def _folder_classes(names):
+    """Class numbers by sorted top folder, or None where there are fewer than two of them (as published)."""
+    tops = [name.split('/')[0] if '/' in name else '' for name in names]
+    numbers = {top: number for number, top in enumerate(sorted(set(tops)))}
+    return [numbers[top] for top in tops] if len(numbers) > 1 else None
+
+
+def _digits():
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise UserError('--source=digits needs scikit-learn: pip install scikit-learn') from None
+    found = load_digits()
+    images = np.round(found.images * 255 / 16).astype(np.uint8)  # 17 grey levels, 0 to 16
+    return ArraySource(images[:, None], found.target.tolist())
+
+
+def _cifar(path, layout):
+    """The training batches of cifar-10-python.tar.gz: pickles of {data: uint8 [n, 3*32*32], labels: [n]}."""
+    images, labels = [], []
+    with tarfile.open(path) as archive:
+        for member in sorted(archive.getmembers(), key=lambda m: m.name):
+            if os.path.basename(member.name).startswith('data_batch') and member.isfile():
+                batch = _SafeUnpickler(archive.extractfile(member), encoding='latin1').load()
+                images.append(np.asarray(batch['data'], np.uint8).reshape(-1, 3, 32, 32))
+                labels.extend(int(label) for label in batch['labels'])
+    if not images:
+        raise ValueError('no data_batch files in it')
+    return ArraySource(np.concatenate(images), labels)
+
+
+class _SafeUnpickler(pickle.Unpickler):
+    """Opens pickles of plain containers and numeric arrays; any other global in them is refused before it is looked up."""
+
+    ALLOWED = {('numpy', 'ndarray'): np.ndarray, ('numpy', 'dtype'): np.dtype,
+               ('_codecs', 'encode'): lambda text, encoding: text.encode('latin1')}
+
+    def find_class(self, module, name):
+        if (module, name) in (('numpy.core.multiarray', '_reconstruct'), ('numpy._core.multiarray', '_reconstruct')):
+            return _empty_array
+        if (module, name) not in self.ALLOWED:
+            raise pickle.UnpicklingError(f'it refers to {module}.{name}, which image data has no use for')
+        return self.ALLOWED[module, name]
+
+
+def _empty_array(cls, shape, typecode):
+    """What numpy's own reconstruction makes before the state is set."""
+    return np.ndarray.__new__(np.ndarray, shape, typecode)
+
+
+def _idx(path, layout):
+    """MNIST's format: two zero bytes, type, number of dimensions, their sizes as big-endian 32 bits, then the data."""
+    images = _read_idx(path)
+    partner = str(path).replace('images', 'labels').replace('idx3', 'idx1')
+    labels = _read_idx(partner).tolist() if os.path.exists(partner) and partner != str(path) else None
+    if labels is not None and len(labels) != len(images):
+        raise ValueError(f'{len(images)} images, but {len(labels)} labels in {partner}')
+    return ArraySource(images[:, None], labels)
+
+
+def _read_idx(path):
+    with (gzip.open if str(path).endswith('.gz') else open)(path, 'rb') as file:
+        data = file.read()
+    if data[:3] != b'\0\0\x08' or len(data) < 4 + 4 * data[3]:
+        raise ValueError('not an idx file of unsigned bytes')
+    shape = np.frombuffer(data, '>u4', data[3], 4).astype(int)
+    if len(data) != 4 + 4 * data[3] + math.prod(shape):
+        raise ValueError(f'{len(data)} bytes long, not what the shape {shape.tolist()} in its header needs')
+    return np.frombuffer(data, np.uint8, offset=4 + 4 * data[3]).reshape(shape)
+
+
+def _array(path, layout):
+    if str(path).lower().endswith('.npy'):
+        return ArraySource(_as_nchw(np.load(path, mmap_mode='r', allow_pickle=False), layout, path))
+    with np.load(path, allow_pickle=False) as found:
+        keys = [key for key in found.files if found[key].ndim in (3, 4)]
+        images = 'images' if 'images' in keys else keys[0] if len(keys) == 1 else None
+        if images is None:
+            raise ValueError(f'needs an array "images", or one of three or four dimensions; it has {", ".join(found.files)}')
+        labels = found['labels'].tolist() if 'labels' in found.files else None
+        source = ArraySource(_as_nchw(found[images], layout, path), labels)
+    if labels is not None and len(labels) != len(source.names):
+        raise ValueError(f'{len(source.names)} images, but {len(labels)} labels')
+    return source
+
+
+def _as_nchw(images, layout, path):
+    """Any layout as [N,C,H,W]. Without a word on it, the channels are the one axis that is smaller than the other two."""
+    if images.ndim not in (3, 4) or images.dtype.kind not in 'uif' or images.size == 0:
+        raise UserError(f'--source={path}: {images.dtype} of shape {list(images.shape)}; expected numbers '
+                                   '[N,H,W], [N,H,W,C] or [N,C,H,W]')
+    if layout is None and images.ndim == 4:
+        smallest = lambda axis: images.shape[axis] < min(np.delete(images.shape[1:], axis - 1))
+        fits = [name for name, axis in (('nchw', 1), ('nhwc', 3)) if smallest(axis)]
+        if len(fits) != 1:
+            raise UserError(f'--source={path}: shape {list(images.shape)} may be [N,H,W,C] or [N,C,H,W]; '
+                                       'say --layout=nhwc or --layout=nchw')
+        layout = fits[0]
+    layout = layout or 'nhw'
+    if len(layout) != images.ndim:
+        raise UserError(f'--layout={layout}: the array in {path} has shape {list(images.shape)}')
+    images = images.transpose(LAYOUTS[layout])
+    return images[:, None] if layout == 'nhw' else images
+
+
+def match(table, names, where):
+    """The values of a table in the order of the names. table: [[name, value], ...], {name: value}, or values in order.
+
+    Names may be given without their folders. Raises UserError where a file is missed or the count differs."""
+    pairs = list(table.items()) if isinstance(table, dict) else list(table)
+    by_name = all(isinstance(pair, (list, tuple)) and len(pair) == 2 and isinstance(pair[0], str) for pair in pairs)
+    if not by_name:
+        if len(pairs) != len(names):
+            raise UserError(f'{where}: {len(pairs)} values for {len(names)} images; give one an image, in their order')
+        return pairs
+    found = {name.replace('\\', '/'): value for name, value in pairs}
+    keys = [name if name in found else os.path.basename(name) for name in names]
+    missing = [name for name, key in zip(names, keys) if key not in found]
+    if missing:
+        raise UserError(f'{where}: misses {len(missing)} of {len(names)} images, such as {missing[0]}')
+    return [found[key] for key in keys]

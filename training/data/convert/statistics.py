@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is in a data set, as lines for people: count, shape, range, sigma_data, classes, noise levels, signal-to-noise ratios."""
+
+import math
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from tqdm import tqdm
+
+from training.data.dataset import ImageDataset
+
+
+def describe(path, sigma=None):
+    """Lines of text about a zip or folder; sigma: noise level in network units to give the SNR of."""
+    dataset = ImageDataset(path)
+    if dataset.has_labels:
+        dataset = ImageDataset(path, use_labels=True)
+    low, high, mean, std = moments(dataset)
+    units = dataset.units or {'offset': 127.5, 'scale': 127.5}
+    shape = ' x '.join(str(side) for side in dataset.image_shape)
+    yield f'images      {len(dataset)}'
+    yield f'shape       {shape} (channels x height x width)'
+    dtype = 'float32' if dataset.is_float else 'uint8'
+    yield f'dtype       {dtype}, network = (stored - {units["offset"]:g}) / {units["scale"]:g}'
+    yield f'range       {low:g} to {high:g} stored, {_network(low, units):.4g} to {_network(high, units):.4g} in network units'
+    yield f'mean        {mean:.4f} in network units'
+    yield f'sigma_data  {std:.4f} (std of all values around their common mean, in network units)'
+    native = dataset.native_sigma
+    if native.any():
+        signal = math.sqrt(max(std ** 2 - np.square(native).mean(), 0))
+        yield f'            {signal:.4f} without the noise that the images carry'
+        yield (f'sigmas      {np.count_nonzero(native)} of {len(native)} images are noisy; least {native.min():.4g}, '
+               f'median {np.median(native):.4g}, mean {native.mean():.4g}, most {native.max():.4g} in network units')
+        std = signal
+    else:
+        yield 'sigmas      none: every image counts as clean'
+    yield from _limit_lines(dataset)
+    yield from _label_lines(dataset)
+    if sigma is not None:
+        yield (f'SNR at sigma {sigma:g}:  {snr_db(sigma):.2f} dB as 10 log10(1 + 1/sigma^2),  '
+               f'{10 * math.log10(max(std, 1e-12) ** 2 / sigma ** 2):.2f} dB as 10 log10(sigma_data^2 / sigma^2)')
+
+
+def snr_db(sigma):
+    """10 log10(1 + 1/sigma^2), the papers' figure for noisy images of unit power: 14.15 dB at 0.2."""
+    return 10 * math.log10(1 + 1 / sigma ** 2)
+
+
+def moments(dataset):
+    """(least, largest) stored value, and (mean, std) of all values in network units."""
+    def of_image(raw_idx):
+        image = dataset.decode(raw_idx)
+        values = image.astype(np.float64)
+        return image.min(), image.max(), values.mean(), values.var()
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = pool.map(of_image, dataset.raw_idx)
+        rows = np.array(list(tqdm(found, total=len(dataset), desc='Reading', unit='img', disable=None)), np.float64)
+    means, variances = rows[:, 2], rows[:, 3]
+    units = dataset.units or {'offset': 127.5, 'scale': 127.5}
+    # All images have one size, so the total variance is the mean one within images plus that of their means.
+    std = math.sqrt(variances.mean() + means.var()) / units['scale']
+    return float(rows[:, 0].min()), float(rows[:, 1].max()), float(_network(means.mean(), units)), std
+
+
+def _network(value, units):
+    return (value - units['offset']) / units['scale']
+
+
+def _limit_lines(dataset):
+    limited = dataset.sigma_max[np.isfinite(dataset.sigma_max)]
+    if not len(limited):
+        return
+    yield (f'sigma_max   {len(limited)} of {len(dataset)} images have an upper limit; least {limited.min():.4g}, '
+           f'median {np.median(limited):.4g}, mean {limited.mean():.4g}, most {limited.max():.4g} in network units')
+    idle = np.count_nonzero(dataset.native_sigma >= dataset.sigma_max)
+    if idle:
+        yield f'            {idle} of them can never be used: they are as noisy as that already'
+
+
+def _label_lines(dataset):
+    classes = dataset.classes
+    if not dataset.has_labels:
+        yield 'labels      none'
+    elif classes is None:
+        yield f'labels      vectors of length {dataset.label_dim}'
+    else:
+        counts = np.bincount(classes, minlength=dataset.label_dim)
+        yield f'labels      {dataset.label_dim} classes, {counts.min()} to {counts.max()} images each'
+        yield '            ' + ', '.join(f'{number}: {count}' for number, count in enumerate(counts))

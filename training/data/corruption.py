@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""(image, raw_idx) -> the image at its level sigma_n: who is noisy, how noisy, and the one fixed noise an image carries for ever;
+and which images carry a wrong label.
+
+An image is seen through one noisy copy only: fresh noise in another epoch, worker, rank or flip would give the clean image
+away."""
+
+import math
+
+import numpy as np
+
+from dnnlib import UserError
+
+PROTOCOLS = ('fixed', 'published')
+_MEMBERSHIP = 2 ** 64 - 1  # the second key word of the membership draw; no raw_idx reaches it
+_LABELS = 2 ** 64 - 2      # and that of the label draws
+
+
+class Corruption:
+    """Which images get noise, and which noise.
+
+    sigma: noise std that chosen images are brought to, in network units ([-1,1] for 8-bit data).
+    probability: share of the kept images that is chosen; the count is exact.
+    seed: key of the choice and of the noise.
+    protocol: 'fixed', or 'published' for the very choice and noise of the published ambient-laws code, which knows no seed.
+    Raises UserError for values out of range."""
+
+    def __init__(self, sigma=0.0, probability=0.0, seed=0, protocol='fixed'):
+        if not (math.isfinite(sigma) and sigma >= 0):
+            raise UserError(f'--sigma={sigma}: the noise level must be a number that is 0 or more')
+        if not 0 <= probability <= 1:
+            raise UserError(f'--corruption-probability={probability}: must lie between 0 and 1')
+        if not 0 <= seed < 2 ** 64:
+            raise UserError(f'--corruption-seed={seed}: must lie between 0 and 2^64 - 1')
+        if protocol not in PROTOCOLS:
+            raise UserError(f'--corruption-protocol={protocol}: choose from {", ".join(PROTOCOLS)}')
+        if protocol == 'published' and seed != 0:
+            raise UserError(f'--corruption-seed={seed}: the published protocol has no seed; leave it at 0')
+        self.sigma, self.probability, self.seed, self.protocol = float(sigma), float(probability), int(seed), protocol
+
+    @property
+    def noise_follows_flip(self):
+        """True where an image's flip is its noisy copy mirrored; the published code mirrors first and then adds noise."""
+        return self.protocol != 'published'
+
+    def levels(self, raw_idx, native_sigma, image_shape):
+        """sigma_n of each item, float64 [N]: max(native, sigma) for the items of chosen images, native for the others.
+
+        raw_idx: int [N], one entry an item; items of one image (its x-flip) share their membership.
+        native_sigma: [N], network units. image_shape: (C, H, W), which only the published choice depends on."""
+        raw_idx, native_sigma = np.asarray(raw_idx), np.asarray(native_sigma, np.float64)
+        if self.sigma == 0 or self.probability == 0:
+            return native_sigma.copy()
+        chosen = self._choose(np.unique(raw_idx), image_shape)
+        return np.where(np.isin(raw_idx, chosen), np.maximum(native_sigma, self.sigma), native_sigma)
+
+    def _choose(self, images, image_shape):
+        """The raw indices that get noise, out of the distinct ones."""
+        if self.protocol == 'published':
+            size = math.prod(image_shape)
+            # One uniform decides, after C*H*W others that a mask used up.
+            return [i for i in images if np.random.RandomState(i).random_sample(size + 1)[size] <= self.probability]
+        # Every image has a score of its own whatever else is kept, so a larger probability only adds images.
+        score = _generator(self.seed, _MEMBERSHIP).random(images[-1] + 1)[images]
+        return images[np.argsort(score, kind='stable')[:round(self.probability * len(images))]]
+
+    def noise(self, raw_idx, shape):
+        """The unit normal noise [C,H,W] of image raw_idx, a pure function of (seed, raw_idx): float32; published: float64."""
+        if self.protocol == 'published':
+            source = np.random.RandomState(raw_idx)
+            source.random_sample(math.prod(shape) + 1)  # mask and membership
+            return source.standard_normal(shape)
+        return _generator(self.seed, int(raw_idx)).standard_normal(shape, np.float32)
+
+    def apply(self, images, raw_idx, native_sigma, sigma_n, flip=None):
+        """Images at level sigma_n, float32 [N,C,H,W]: images + sqrt(sigma_n^2 - native^2) noise; never clipped, never quantised.
+
+        images: [N,C,H,W], network units, at their native level and not flipped; native_sigma, sigma_n: [N].
+        flip: bool [N], the items that the caller will mirror afterwards; it changes the noise of the published protocol only."""
+        out = np.array(images, np.float32)
+        added = np.sqrt(np.square(np.asarray(sigma_n, np.float64)) - np.square(np.asarray(native_sigma, np.float64)))
+        mirrored = np.zeros(len(out), bool) if flip is None or self.noise_follows_flip else np.asarray(flip)
+        for k in np.flatnonzero(added > 0):
+            noise = self.noise(raw_idx[k], out.shape[1:])
+            noise = noise[..., ::-1] if mirrored[k] else noise
+            out[k] += noise * noise.dtype.type(added[k])
+        return out
+
+
+class LabelCorruption:
+    """Which images carry a wrong class label, and which one: fixed per image, of an exact count (Chen et al. 2024).
+
+    rate: share of the images that is relabelled. seed: key of the choice. groups: lists of classes that are confused only within a list,
+    such as [[0, 1], [3, 5, 7]]; None: any class for any other. The new class is drawn by its frequency among the images.
+    Raises UserError for values out of range."""
+
+    def __init__(self, rate=0.0, seed=0, groups=None):
+        if not 0 <= rate <= 1:
+            raise UserError(f'--label-corruption={rate}: must lie between 0 and 1')
+        if not 0 <= seed < 2 ** 64:
+            raise UserError(f'--label-corruption-seed={seed}: must lie between 0 and 2^64 - 1')
+        listed = [c for group in groups or [] for c in group]
+        if len(listed) != len(set(listed)) or min(listed, default=0) < 0:
+            raise UserError(f'--label-corruption-groups={groups}: classes are whole numbers from 0, each in one group at most')
+        self.rate, self.seed, self.groups = float(rate), int(seed), groups
+
+    def apply(self, classes, raw_idx):
+        """Class numbers int [N] -> int64 [N], in which exactly round(rate x images) images have another class than before.
+
+        raw_idx: int [N]; items of one image (its x-flip) share label and fate. A higher rate relabels more images, and changes no other."""
+        classes = np.asarray(classes)
+        images, first, inverse = np.unique(np.asarray(raw_idx), return_index=True, return_inverse=True)
+        return self._relabel(images, classes[first].astype(np.int64))[inverse.reshape(-1)]
+
+    def _relabel(self, images, own):
+        prior = np.bincount(own)
+        likely = self._alternatives(prior)
+        count, can = round(self.rate * len(own)), np.flatnonzero(likely.sum(1)[own])
+        if len(can) < count:
+            raise UserError(f'--label-corruption={self.rate:g} asks for {count} of {len(own)} images, but only {len(can)} have '
+                                       'a class that can be taken for another one; lower it, or widen --label-corruption-groups')
+        # Two uniforms of each image whatever else is kept: who is relabelled, and as what.
+        who, what = _generator(self.seed, _LABELS).random((images[-1] + 1, 2))[images].T
+        chosen = can[np.argsort(who[can], kind='stable')[:count]]
+        labels = own.copy()
+        for c in np.unique(own[chosen]):
+            rows = chosen[own[chosen] == c]
+            steps = np.cumsum(likely[c])
+            labels[rows] = np.searchsorted(steps / steps[-1], what[rows], side='right')
+        return labels
+
+    def _alternatives(self, prior):
+        """How often each class [row] is to be taken for each other one [column]: the frequencies, without itself and other groups."""
+        group = np.zeros(len(prior), np.int64)
+        if self.groups is not None:
+            group = -1 - np.arange(len(prior))  # a class in no group is alone
+            for number, members in enumerate(self.groups):
+                if max(members, default=0) >= len(prior):
+                    raise UserError(f'--label-corruption-groups={self.groups}: the data has the classes 0 to {len(prior) - 1}')
+                group[list(members)] = number
+        return prior * (group[:, None] == group) * (1 - np.eye(len(prior), dtype=np.int64))
+
+
+def _generator(seed, word):
+    """A Philox stream of its own for every (seed, word): the two are its 128-bit key, so that no two collide."""
+    return np.random.Generator(np.random.Philox(key=np.array([seed, word], np.uint64)))

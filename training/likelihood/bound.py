@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The variational bound of images under a denoiser, term by term (Nichol & Dhariwal 2021, equations 4 to 7), and its picture."""
+
+from typing import NamedTuple
+
+import torch
+
+import dnnlib
+from dnnlib import UserError
+from training.diffusion.discrete import bound_terms, prior_bits
+from training.likelihood.flow import chunks
+
+
+class Bound(NamedTuple):
+    """The bound of each image in bits per dimension, total = prior + vb.sum(1); all float64 on the device of the images."""
+
+    total: torch.Tensor    # [N]
+    prior: torch.Tensor    # [N], what the last step still tells of the image
+    vb: torch.Tensor       # [N,T], the term of each step: KL of the reverse step, for the first one the grey levels' -log P
+    x0_mse: torch.Tensor   # [N,T], mean squared error of D (within [-1,1])
+    eps_mse: torch.Tensor  # [N,T], the same in units of the noise
+
+
+def variational_bound(net, diffusion, x0, noise, *, class_labels=None, variance='large', progress=None):
+    """Every term of the bound once, each with noise of its own.
+
+    net(x, sigma [n,1,1,1], class_labels) -> D, asked at the levels of the `diffusion` (a Diffusion); any denoiser gives a bound, a
+    bad one a loose one. x0: [N,C,H,W] grey levels k / 127.5 - 1. noise(t) -> standard normal [N,C,H,W] of step t.
+    variance: "large" (beta), "small" (beta tilde), or "learned", by the further channels of net.outputs().
+    progress(n): called after every step with N / T. On the CPU an image's result does not depend on the others.
+    Raises ValueError where the denoiser is not finite."""
+    x0, steps = x0.double(), []
+    for t in range(diffusion.steps):
+        x = x0 + float(diffusion.levels[t]) * noise(t).to(x0)
+        parts = [_terms(net, diffusion, x0[rows], x[rows], t, None if class_labels is None else class_labels[rows], variance)[:, :count]
+                 for rows, count in chunks(len(x0), x0.device)]
+        steps.append(torch.cat(parts, dim=1))  # [3,N]
+        if progress:
+            progress(len(x0) / diffusion.steps)
+    vb, x0_mse, eps_mse = torch.stack(steps, dim=2)
+    prior = torch.cat([prior_bits(diffusion, x0[rows])[:count] for rows, count in chunks(len(x0), x0.device)])
+    return Bound(prior + torch.stack([row.sum() for row in vb]), prior, vb, x0_mse, eps_mse)
+
+
+@torch.no_grad()
+def _terms(net, diffusion, x0, x, t, class_labels, variance):
+    """vb, x0_mse and eps_mse, [3,n]."""
+    sigma = x.new_full([len(x), 1, 1, 1], float(diffusion.levels[t]))
+    D, out = net.outputs(x, sigma, class_labels) if variance == 'learned' else (net(x, sigma, class_labels), None)
+    if not D.isfinite().all():
+        raise ValueError(f'the network is not finite at sigma={float(diffusion.levels[t]):.4g}')
+    when = torch.full([len(x)], t, device=x.device)
+    if out is not None:
+        return torch.stack(bound_terms(diffusion, x0, D.double(), when, out.double()))
+    return torch.stack(bound_terms(diffusion, x0, D.double(), when, fixed=variance))
+
+
+def write_picture(path, levels, terms):
+    """A PNG of the terms over the noise level: bits per dimension of each step, and the two mean squared errors.
+
+    levels: [T]. terms: {"vb", "x0_mse", "eps_mse"}: [T]. Needs matplotlib."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError('--plot needs the package matplotlib: pip install matplotlib') from None
+    matplotlib.use('agg')
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 3, figsize=(13, 3.6), layout='constrained')
+    titles = {'vb': f'Bits per dimension of each step ({sum(terms["vb"]):.3f} in all)', 'x0_mse': 'Squared error of x_0',
+              'eps_mse': 'Squared error of epsilon'}
+    for axis, (name, title) in zip(axes, titles.items()):
+        axis.plot(levels, terms[name], linewidth=1.2, marker='.' if len(levels) < 60 else None)
+        axis.set(title=title, xlabel='sigma', xscale='log', yscale='log')
+        axis.title.set_fontsize(10)
+        axis.grid(alpha=0.3)
+    with dnnlib.replacing(path) as part, open(part, 'wb') as f:
+        figure.savefig(f, format='png', dpi=110)
+    pyplot.close(figure)

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layers with the published initialisers, and the embeddings of numbers; parameters are cast where they are used."""
+
+import math
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+def initial(shape, mode, fan_in, fan_out, gain=1.0):
+    """A parameter of the shape, drawn by one of the published initialisers (the caller sets the random state).
+
+    xavier_uniform: variance 2 / (fan_in + fan_out); kaiming_uniform, kaiming_normal: variance 1 / fan_in; each times gain^2."""
+    variance = 2 / (fan_in + fan_out) if mode == 'xavier_uniform' else 1 / fan_in
+    values = torch.randn(shape) if mode == 'kaiming_normal' else math.sqrt(3) * (2 * torch.rand(shape) - 1)
+    return nn.Parameter(values * (gain * math.sqrt(variance)))
+
+
+class Linear(nn.Module):
+    """x [..., in_features] -> [..., out_features], computed in x.dtype.
+
+    init_mode, init_weight, init_bias: the initialiser's name, and gains for weight and bias."""
+
+    def __init__(self, in_features, out_features, bias=True, init_mode='kaiming_normal', init_weight=1, init_bias=0):
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        fans = {'mode': init_mode, 'fan_in': in_features, 'fan_out': out_features}
+        self.weight = initial([out_features, in_features], gain=init_weight, **fans)
+        self.bias = initial([out_features], gain=init_bias, **fans) if bias else None
+
+    def forward(self, x):
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
+class PositionalEmbedding(nn.Module):
+    """Noise labels [N] -> [N, num_channels]: cos, then sin, of label (1 / max_positions)^(i / (K - endpoint)).
+
+    K = num_channels / 2 and i = 0 ... K - 1."""
+
+    def __init__(self, num_channels, max_positions=10000, endpoint=False):
+        super().__init__()
+        self.num_channels, self.max_positions, self.endpoint = num_channels, max_positions, endpoint
+
+    def forward(self, x):
+        half = self.num_channels // 2
+        exponent = torch.arange(half, dtype=x.dtype, device=x.device) / (half - self.endpoint)
+        return _circle(x, (1 / self.max_positions) ** exponent)
+
+
+class FourierEmbedding(nn.Module):
+    """Noise labels [N] -> [N, num_channels]: cos, then sin, of 2 pi label times fixed random frequencies of std `scale`."""
+
+    def __init__(self, num_channels, scale=16):
+        super().__init__()
+        self.register_buffer('freqs', torch.randn(num_channels // 2) * scale)
+
+    def forward(self, x):
+        return _circle(x, 2 * math.pi * self.freqs.to(x.dtype))
+
+
+def _circle(x, frequencies):
+    angles = torch.outer(x, frequencies)
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+class Conv2d(nn.Module):
+    """Convolution with zero padding that may double (up) or halve (down) the resolution; kernel=0 only resamples.
+
+    resample_filter: 1-D taps of the separable resampling filter. fused_resample: filter after the convolution when going down,
+    and do not crop between filter and convolution when going up. Computes in x.dtype."""
+
+    def __init__(self, in_channels, out_channels, kernel, bias=True, up=False, down=False, resample_filter=(1, 1),
+                 fused_resample=False, init_mode='kaiming_normal', init_weight=1, init_bias=0):
+        super().__init__()
+        assert not (up and down), 'a convolution goes up or down, not both'
+        self.in_channels, self.out_channels, self.kernel = in_channels, out_channels, kernel
+        self.up, self.down, self.fused_resample = up, down, fused_resample
+        fans = {'mode': init_mode, 'fan_in': in_channels * kernel ** 2, 'fan_out': out_channels * kernel ** 2}
+        self.weight = initial([out_channels, in_channels, kernel, kernel], gain=init_weight, **fans) if kernel else None
+        self.bias = initial([out_channels], gain=init_bias, **fans) if kernel and bias else None
+        taps = torch.tensor(list(resample_filter), dtype=torch.float32)
+        self.register_buffer('resample_filter', torch.outer(taps, taps)[None, None] / taps.sum() ** 2 if up or down else None)
+        self.is_box = len(taps) == 2 and resample_filter[0] == resample_filter[1]
+        self.margin = (len(taps) - 1) // 2  # what the filter reaches over the edge of the image
+
+    def forward(self, x):
+        if not self.kernel:
+            return self._enlarge(x, self.margin) if self.up else self._shrink(x, self.margin) if self.down else x
+        edge = self.kernel // 2
+        if self.up:
+            return self._forward_up(x, edge)
+        if self.down and self.fused_resample:
+            return self._shrink(self._convolve(x, edge + self.margin), 0)
+        return self._convolve(self._shrink(x, self.margin) if self.down else x, edge)
+
+    def _forward_up(self, x, edge):
+        if self.is_box and self.kernel == 1:
+            return self._enlarge(self._convolve(x, 0), 0)  # a 1x1 convolution commutes with repetition, at a quarter of the work
+        shared = min(edge, self.margin) if self.fused_resample else 0
+        return self._convolve(self._enlarge(x, self.margin - shared), edge - shared)
+
+    def _convolve(self, x, padding):
+        return F.conv2d(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype), padding=padding)
+
+    def _enlarge(self, x, crop):
+        if self.is_box:
+            return F.interpolate(x, scale_factor=2, mode='nearest')
+        # Zeros between the pixels take away three quarters of the brightness, hence the 4.
+        kernel = (4 * self.resample_filter).to(x.dtype).expand(x.shape[1], -1, -1, -1)
+        return F.conv_transpose2d(x, kernel, stride=2, padding=crop, groups=x.shape[1])
+
+    def _shrink(self, x, padding):
+        if self.is_box:
+            return F.avg_pool2d(x, 2)
+        kernel = self.resample_filter.to(x.dtype).expand(x.shape[1], -1, -1, -1)
+        return F.conv2d(x, kernel, stride=2, padding=padding, groups=x.shape[1])
+
+
+class GroupNorm(nn.Module):
+    """Group normalisation with statistics in float32 whatever x.dtype is."""
+
+    def __init__(self, num_channels, num_groups=32, min_channels_per_group=4, eps=1e-5):
+        super().__init__()
+        self.num_groups, self.eps = min(num_groups, num_channels // min_channels_per_group), eps
+        if not self.num_groups or num_channels % self.num_groups:
+            raise ValueError(f'a layer of {num_channels} channels cannot be normalised in {self.num_groups} groups; choose model_channels '
+                             '(--cbase) and channel_mult (--cres) that give multiples of 32, or fewer than 128 channels in multiples of 4')
+        self.weight = nn.Parameter(torch.ones(num_channels))
+        self.bias = nn.Parameter(torch.zeros(num_channels))
+
+    def forward(self, x):
+        return F.group_norm(x.float(), self.num_groups, self.weight.float(), self.bias.float(), self.eps).to(x.dtype)

@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Preconditioners: D(x, sigma) = c_skip x + c_out F(c_in x, c_noise), with F a U-Net; Karras et al. 2022, table 1."""
+
+import inspect
+import json
+import math
+
+import numpy as np
+import torch
+from torch import nn
+
+from dnnlib import UserError
+from training.diffusion import discrete
+from training.networks.unet import NETWORKS
+
+
+class Precond(nn.Module):
+    """A denoiser: net(x, sigma, class_labels=None, augment_labels=None) -> D = E[x_0 | x], float32 [N,C,H,W].
+
+    x [N,C,H,W]; sigma, the noise's std: 0-dim, [N] or [N,1,1,1]; both are taken as float32. F runs in compute_dtype, by default
+    float16 (on a GPU only) where the configuration says use_fp16, and float32 elsewhere. class_labels [N, label_dim], one-hot;
+    None and all-zero rows mean "no label". augment_labels [N, augment_dim]; None means "not augmented".
+    Constructor: the published arguments, by name: img_resolution (int or [H, W]), img_channels, label_dim=0, use_fp16=False,
+    model_type, those in `options`, and the network's own. `config` holds those that were given.
+    A preconditioner defines `options`, prepare() and coefficients()."""
+
+    options = {}                # its own constructor arguments, with their defaults; each becomes an attribute
+    model_type = 'SongUNet'     # the network where none is named
+    output_multiple = 1         # channels of F for each channel of the image
+    gives_variance = False      # whether the others have been trained to be the variance of a sampling step, see discrete.py
+    sigma_data = 0.5            # std of the data, for the pieces of the objective that ask for it
+
+    def __init__(self, img_resolution, img_channels, label_dim=0, use_fp16=False, model_type=None, **kwargs):
+        super().__init__()
+        self.img_resolution, self.img_channels, self.label_dim = img_resolution, img_channels, label_dim
+        self.compute_dtype = torch.float16 if use_fp16 else torch.float32
+        for name, default in self.options.items():
+            setattr(self, name, kwargs.pop(name, default))
+        self.prepare()
+        self.model = NETWORKS[model_type or self.model_type](img_resolution, img_channels, img_channels * self.output_multiple,
+                                                             label_dim=label_dim, **kwargs)
+        self.augment_dim = self.model.augment_dim
+        self.units = None
+
+    def prepare(self):
+        """Sets what follows from `options`, before the network is made."""
+
+    def coefficients(self, sigma):
+        """sigma [N,1,1,1] -> c_skip, c_out, c_in, c_noise."""
+        raise NotImplementedError
+
+    def round_sigma(self, sigma):
+        """The nearest noise level that the network knows; any level, here."""
+        return torch.as_tensor(sigma)
+
+    def forward(self, x, sigma, class_labels=None, augment_labels=None):
+        return self.outputs(x, sigma, class_labels, augment_labels)[0]
+
+    def outputs(self, x, sigma, class_labels=None, augment_labels=None):
+        """(D [N,C,H,W], what else F gives [N, (output_multiple - 1) C, H, W]), both float32."""
+        x = x.float()
+        sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).reshape(-1, 1, 1, 1)
+        c_skip, c_out, c_in, c_noise = self.coefficients(sigma)
+        half_on_cpu = self.compute_dtype == torch.float16 and x.device.type != 'cuda'
+        inner = (c_in * x).to(torch.float32 if half_on_cpu else self.compute_dtype)
+        F_x = self.model(inner, c_noise.flatten(), self._labels(class_labels, x.device), augment_labels).float()
+        F_x, rest = F_x[:, :self.img_channels], F_x[:, self.img_channels:]
+        return c_skip * x + c_out * F_x, rest
+
+    def _labels(self, class_labels, device):
+        if not self.label_dim:
+            return None
+        if class_labels is None:
+            return torch.zeros([1, self.label_dim], device=device)
+        if class_labels.shape[-1] != self.label_dim:
+            raise ValueError(f'class_labels of shape {list(class_labels.shape)}: this network has label_dim={self.label_dim}, '
+                             f'so the labels must be one-hot rows of that width')
+        return class_labels.to(device, torch.float32).reshape(-1, self.label_dim)
+
+
+class EDMPrecond(Precond):
+    """c_* that keep the network's input and its target at unit variance for data of std sigma_data."""
+
+    options = {'sigma_min': 0.0, 'sigma_max': math.inf, 'sigma_data': 0.5}
+    model_type = 'DhariwalUNet'
+
+    def coefficients(self, sigma):
+        total = sigma ** 2 + self.sigma_data ** 2  # variance of x
+        return self.sigma_data ** 2 / total, sigma * self.sigma_data / total.sqrt(), 1 / total.sqrt(), sigma.log() / 4
+
+
+class VPPrecond(Precond):
+    """Variance-preserving: the network predicts the noise; times t in [epsilon_t, 1], scaled to [0, M - 1], label it."""
+
+    options = {'beta_d': 19.9, 'beta_min': 0.1, 'M': 1000, 'epsilon_t': 1e-5}
+
+    def prepare(self):
+        self.sigma_min, self.sigma_max = (float(self.sigma(torch.tensor(t, dtype=torch.float64, device='cpu')))
+                                          for t in (self.epsilon_t, 1.0))
+
+    def sigma(self, t):
+        """Noise level at time t: sqrt(exp(beta_d t^2 / 2 + beta_min t) - 1)."""
+        return torch.expm1(self.beta_d * t ** 2 / 2 + self.beta_min * t).sqrt()
+
+    def sigma_inv(self, sigma):
+        """The time at which the noise level is sigma."""
+        return ((self.beta_min ** 2 + 2 * self.beta_d * torch.log1p(sigma ** 2)).sqrt() - self.beta_min) / self.beta_d
+
+    def coefficients(self, sigma):
+        return 1, -sigma, 1 / (sigma ** 2 + 1).sqrt(), (self.M - 1) * self.sigma_inv(sigma)
+
+
+class VEPrecond(Precond):
+    """Variance-exploding: the network predicts the noise at the image's own scale."""
+
+    options = {'sigma_min': 0.02, 'sigma_max': 100.0}
+
+    def coefficients(self, sigma):
+        return 1, sigma, 1, (sigma / 2).log()
+
+
+class iDDPMPrecond(Precond):
+    """Discrete noise levels u_0 > ... > u_M = 0; F also gives C channels for a variance, see outputs().
+
+    By default the published cosine schedule, whose timesteps are M - 1 - j. diffusion: one of discrete.py, such as "cosine:steps=4000",
+    whose T levels these are then, and whose timesteps t = T - 1 - j the network is told as t * 1000 / T. learned_variance: whether the
+    channels for the variance are there."""
+
+    options = {'C_1': 0.001, 'C_2': 0.008, 'M': 1000, 'diffusion': None, 'learned_variance': True}
+    model_type = 'DhariwalUNet'
+
+    def prepare(self):
+        self.output_multiple = 2 if self.learned_variance else 1
+        self.gives_variance = self.learned_variance and self.diffusion is not None
+        self.time_scale = 1.0
+        if self.diffusion is None:
+            u = self._published_levels()
+        else:
+            diffusion = discrete.build_diffusion(self.diffusion, 'network configuration: diffusion')
+            u, self.M = np.append(diffusion.levels.flip(0).numpy(), 0.0), diffusion.steps
+            self.time_scale = discrete.TRAINED_TIMES / diffusion.steps
+        # Levels that follow from the configuration are not among the weights, which may go to a network of another diffusion.
+        self.register_buffer('u', torch.tensor(u, dtype=torch.float32), persistent=self.diffusion is None)
+        self.sigma_min, self.sigma_max = float(u[self.M - 1]), float(u[0])
+
+    def own_diffusion(self):
+        """The Diffusion whose levels these are."""
+        if self.diffusion is not None:
+            return discrete.build_diffusion(self.diffusion)
+        return discrete.Cosine(self.M, s=self.C_2, largest=1 - self.C_1)
+
+    def _published_levels(self):
+        alpha_bar = np.sin(0.5 * np.pi * np.arange(self.M + 1) / (self.M * (self.C_2 + 1))) ** 2
+        u = np.zeros(self.M + 1)
+        for j in range(self.M, 0, -1):
+            u[j - 1] = math.sqrt((u[j] ** 2 + 1) / max(alpha_bar[j - 1] / alpha_bar[j], self.C_1) - 1)
+        return u
+
+    def round_sigma(self, sigma, return_index=False):
+        """The nearest level of u, with sigma's shape and dtype, or its index."""
+        sigma = torch.as_tensor(sigma)
+        index = (self.u - sigma.to(self.u).reshape(-1, 1)).abs().argmin(dim=1).reshape(sigma.shape)
+        return index if return_index else self.u[index].to(sigma.dtype)
+
+    def coefficients(self, sigma):
+        t = self.M - 1 - self.round_sigma(sigma, return_index=True).float()
+        return 1, -sigma, 1 / (sigma ** 2 + 1).sqrt(), t * self.time_scale
+
+
+def build_network(config):
+    """The network that a configuration describes, with fresh weights (drawn from torch's random state: see misc.seeded).
+
+    config: the published constructor arguments (see Precond), "precond" where it is not edm, and "units" ({"offset", "scale"})
+    where the data is not 8-bit. The result's `config` equals it, in JSON types and without infinities: no bound is the default.
+    Raises UserError in one line for unknown names and for values that the network refuses."""
+    config = {key: value for key, value in json.loads(json.dumps(config)).items() if value not in (math.inf, -math.inf)}
+    kwargs = dict(config)
+    name, units = kwargs.pop('precond', 'edm'), kwargs.pop('units', None)
+    _check('precond', name, PRECONDS)
+    kind = PRECONDS[name]
+    model_type = kwargs.get('model_type', kind.model_type)
+    _check('model_type', model_type, NETWORKS)
+    allowed = _constructor_arguments(kind, model_type)
+    for key in kwargs:
+        _check('argument', key, allowed)
+    for key in ('img_resolution', 'img_channels'):
+        if key not in kwargs:
+            raise UserError(f'network configuration: "{key}" is missing')
+    try:
+        net = kind(**kwargs)
+    except (ValueError, TypeError) as err:
+        raise UserError(f'network configuration: {err}') from None
+    net.config, net.units = config, units
+    return net
+
+
+def _constructor_arguments(kind, model_type):
+    names = [*inspect.signature(Precond.__init__).parameters, *kind.options, *inspect.signature(NETWORKS[model_type]).parameters]
+    return [name for name in dict.fromkeys(names) if name not in ('self', 'kwargs', 'in_channels', 'out_channels')]
+
+
+def _check(what, name, choices):
+    if name not in choices:
+        raise UserError(f'network configuration: unknown {what} "{name}"; choose from {", ".join(choices)}')
+
+
+PRECONDS = {'edm': EDMPrecond, 'iddpm': iDDPMPrecond, 've': VEPrecond, 'vp': VPPrecond}

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Discrete-time objectives (Nichol & Dhariwal 2021): L_simple, the variational bound L_vlb, and L_hybrid = L_simple + coeff L_vlb."""
+
+import math
+
+import torch
+
+from training.diffusion import ambient, discrete
+from training.objective.loss import evaluate
+
+
+class Bound(torch.nn.Module):
+    """The bound's term of the timestep at which an image is seen, times `factor`, in bits: {'bound': [N]}, summed over C, H, W.
+
+    The network gives a variance beside D (see Diffusion.log_variance). frozen: the term teaches the variance alone, and D passes for a
+    constant. Only clean images have a bound, for it needs x_0. Where D is to be learned from it, noisy ones give what it says of D:
+    their error at sigma_n, as heavy as that of x_0 is in the divergence of clean ones; otherwise they give 0."""
+
+    def __init__(self, diffusion, factor, frozen):
+        super().__init__()
+        self.diffusion, self.factor, self.frozen = diffusion, factor, frozen
+
+    def forward(self, net, batch, randn=None, seen=None):
+        """seen: the Evaluation, with the network's channels for the variance, where there is one. Draws nothing from randn."""
+        x, D, rest = seen or evaluate(net, batch, outputs=True)
+        D = D.detach() if self.frozen else D
+        t = self.diffusion.timestep(batch.sigma.flatten())
+        log_variance = self.diffusion.log_variance(t, x, rest)
+        nats = discrete.bound(self.diffusion, batch.images, D, t, log_variance)
+        other = torch.zeros_like(nats) if self.frozen else self._error(batch, x, D, t, log_variance.detach())
+        nats = torch.where(ambient.column(batch.sigma_n, x) == 0, nats, other)
+        return {'bound': self.factor / math.log(2) * nats.flatten(1).sum(1)}
+
+    def _error(self, batch, x, D, t, log_variance):
+        """(from_x0 error)^2 / (2 variance), what an error of D costs in the divergence, with the error of an image at sigma_n."""
+        error = ambient.predict_at(D, x, batch.sigma, level=batch.sigma_n) - batch.images
+        return (self.diffusion.at('from_x0', t, x) * error).square() * (-log_variance).exp() / 2
+
+
+def simple(denoise, diffusion):
+    """The squared error of the predicted noise, at timesteps drawn alike: the denoising term with the weight snr = 1 / sigma^2."""
+    return {'denoise': denoise}
+
+
+def hybrid(denoise, diffusion, coeff=0.001):
+    """L_simple + coeff L_vlb, L_vlb = T times the mean term over t; the bound teaches the variance, and L_simple the mean.
+
+    coeff=1/T is the published code without "rescale_learned_sigmas"."""
+    if not 0 < coeff < math.inf:
+        raise ValueError(f'coeff={coeff} must be positive; --objective=simple has no bound')
+    return {'denoise': denoise, 'bound': Bound(diffusion, coeff * diffusion.steps, frozen=True)}
+
+
+def vlb(denoise, diffusion):
+    """L_vlb alone, T times the mean term over t, which teaches mean and variance."""
+    return {'bound': Bound(diffusion, diffusion.steps, frozen=False)}
+
+
+OBJECTIVES = {'hybrid': hybrid, 'simple': simple, 'vlb': vlb}

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Metrics of a network's images, made in memory: for eval_fid.py, and every so many ticks of a training against reference statistics."""
+
+import contextlib
+
+import torch
+
+import dnnlib
+from dnnlib import UserError
+from metrics.detectors import DETECTORS
+from metrics.evaluate import Settings, check_reference, evaluate_batches, needs_features
+from metrics.image_files import choose_count, ranges
+from metrics.manifold import DC_K, PR_K
+from metrics.statistics import load_statistics
+from torch_utils import distributed, misc, registry
+from training.sampling import options as sampling
+from training.sampling.generate import generate_images, noise_levels, resolution
+from training.sampling.pixels import is_picture, to_uint8
+
+
+class NetworkImages:
+    """--network: images made in memory, and rounded to 8 bits as their PNGs would be; each repeat takes the seeds that follow."""
+
+    def __init__(self, o):
+        self._o = o
+        self.found = len(set(o.seeds))
+        self.count = choose_count(o, self.found, f'--seeds={ranges(o.seeds)}: names {self.found} images')
+        span = max(o.seeds) - min(o.seeds) + 1
+        seeds = list(dict.fromkeys(o.seeds))[:self.count]
+        self._seeds = [[seed + i * span for seed in seeds] for i in range(o.repeats)]
+        self._net, self._pieces = sampling.prepare(o, [seed for part in self._seeds for seed in part])
+        if not is_picture(self._net.img_channels, self._net.units):
+            raise UserError(f'--network={o.network}: makes no 8-bit grey or RGB images, which detectors compare')
+        self.shape = self._net.img_channels, *resolution(self._net)
+        self.labels = [{'seeds': ranges(seeds)} for seeds in self._seeds]
+        told = {key: o[key] for key in (*sampling.NAMES, *sampling.KEYS) if o[key] is not None}
+        sigmas = noise_levels(self._net, self._pieces['schedule'], self._pieces['num_steps'])
+        self.facts = {'network': o.network, 'sha256': misc.state_digest(self._net), **told, 'sigmas': sigmas.tolist()}
+
+    def repeats(self):
+        """Yields the batches of each repeat."""
+        for seeds in self._seeds:
+            yield self._batches(seeds)
+
+    def _batches(self, seeds):
+        for part in generate_images(self._net, seeds, batch=self._o.batch_size, rank=distributed.rank(),
+                                               world=distributed.size(), **self._pieces):
+            if not part.images.isfinite().all():
+                raise UserError(f'--network={self._o.network}: seeds {ranges(part.seeds)} give images that are not finite')
+            yield to_uint8(part.images)
+
+    def check_unchanged(self):
+        """A network in memory stays as it is."""
+
+
+BATCH = 64  # images a rank makes together; eval_fid.py's default
+NAMES = {'fid_score': 'fid'}  # where the log is briefer than the published name
+# What eval_fid.py calls its options, in errors of the rooms that the two share, and what train.py calls them.
+RENAMED = {'--detector-weights=': '--metrics-detector=inception:weights=', '--detector=': '--metrics-detector=',
+           'pass the --detector ': 'pass the --metrics-detector ',
+           'images go with --ref-path, statistics are made by "ref"': 'statistics of images are made by "eval_fid.py ref"'}
+
+
+class PeriodicMetrics:
+    """Measures a network by the images of seeds 0 .. num - 1: EDM's sampler in 18 steps, rounded to 8 bits as their PNGs would be.
+
+    num: images over all ranks. ref: .npz or URL of Statistics. names: of evaluate.METRICS. detector: a spec of DETECTORS.
+    shape: (C,H,W) of the images. Raises UserError, on all ranks, for whatever would fail later."""
+
+    def __init__(self, num, ref, names, detector, shape, device):
+        self.num, self.names = num, tuple(names)
+        with _as_train_says():
+            path = distributed.first_on_node(dnnlib.open_url, ref)
+            name = f'--metrics-ref={ref}'
+            self.reference = load_statistics(path, name, needs_features(names) and distributed.rank() == 0)
+            self.detector = distributed.first_on_node(registry.build(detector, DETECTORS, '--detector'), device=device)
+            distributed.from_rank0(self._check, name, shape)
+        self.settings = self._settings()
+
+    def _check(self, name, shape):
+        """Refuses what the metrics cannot be computed from."""
+        chosen, reference = f'--metrics={",".join(self.names)}', self.reference
+        if needs_features(self.names) and reference.features is None:
+            raise UserError(f'{name}: {chosen} compare images, and these statistics hold no features; '
+                                       'make them with "eval_fid.py ref --keep-features"')
+        check_reference(reference, self.detector, shape, name, self.names)
+        logits = self.detector(torch.zeros(1, *shape, dtype=torch.uint8))[1]
+        if 'is' in self.names and logits is None:
+            raise UserError(f'{chosen}: the Inception score needs logits, and --metrics-detector={self.detector.name} '
+                                       'has none; leave "is" out')
+        neighbours = max([k for metric, k in (('pr', PR_K), ('dc', DC_K)) if metric in self.names], default=0)
+        if neighbours and len(reference.features) <= neighbours:
+            raise UserError(f'{name}: {chosen} need more than {neighbours} images, and it has {len(reference.features)}')
+        if 'pr' in self.names and self.num <= PR_K:
+            raise UserError(f'--metrics-num={self.num}: {chosen} need more than {PR_K} images')
+
+    def _settings(self):
+        """The published settings, cut to the number of images: KID is unbiased for subsets of any size."""
+        rows = len(self.reference.features) if self.reference.features is not None else self.num
+        plain = Settings()
+        return Settings(kid_subset_size=min(plain.kid_subset_size, self.num, rows), splits=min(plain.splits, self.num))
+
+    def __call__(self, net):
+        """{'Metrics/fid2k': value, ...} of a network in eval mode, on every rank; {} and a warning where its images have none."""
+        try:
+            values = evaluate_batches(self._batches(net), self.detector, self.reference, self.names, self.settings, self.num)
+        except UserError as err:  # of images that are not finite, say: training may recover from them
+            distributed.print0(f'Warning: no metrics this time: {err.message}')
+            return {}
+        return {f'Metrics/{NAMES.get(name, name)}{short(self.num)}': misc.as_float(value)
+                for name, value in values.items()}
+
+    def _batches(self, net):
+        """This rank's images, uint8 [n,C,H,W]."""
+        for part in generate_images(net, range(self.num), batch=BATCH, rank=distributed.rank(), world=distributed.size()):
+            if not part.images.isfinite().all():
+                raise UserError('the weight average makes images that are not finite')
+            yield to_uint8(part.images)
+
+
+@contextlib.contextmanager
+def _as_train_says():
+    """Errors inside name the options of train.py."""
+    try:
+        yield
+    except UserError as err:
+        message = err.message
+        for theirs, ours in RENAMED.items():
+            message = message.replace(theirs, ours)
+        raise UserError(message) from None
+
+
+def short(num):
+    """2000 -> "2k"; 512 -> "512": how many images a metric's name says it is of."""
+    return f'{num // 1000}k' if num % 1000 == 0 else str(num)

@@ -1,0 +1,347 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The loop: setup, restore, step, report, save. Time is counted in pairs used (nimg); a step sees one global batch."""
+
+import contextlib
+import inspect
+import os
+import re
+import time
+import warnings
+
+import psutil
+import torch
+
+from dnnlib import EasyDict, UserError, format_time
+from torch_utils import checkpoint, distributed, misc, training_stats
+from training.checkpoints import posthoc
+from training.checkpoints.card import model_card
+from training.checkpoints.load import load_weights
+from training.checkpoints.save import save_network
+from training.data.augment import AugmentPipe
+from training.data.batches import micro_batches
+from training.run import gradients
+from training.run.build import build_averages, build_net, build_objective, load_data, transfer_weights
+from training.run.folder import RunFolder, stop_if_orphan
+from training.run.metrics import PeriodicMetrics
+from training.sampling.generate import resolution, sample_grid
+
+GROUPS = [f'{kind}/q{quartile}' for kind in ('clean', 'noisy') for quartile in (1, 2, 3, 4)]  # losses are reported by these
+SHOWN = r'Loss/[^/]+|Loss/denoise/(clean|noisy)'  # losses of the console's line; stats.jsonl has them all
+HEARTBEAT_SEC = 60     # a line at least this often, so that nobody wonders whether a run hangs
+
+
+class TrainStep(torch.nn.Module):
+    """The one module that DistributedDataParallel wraps: network and objective, one forward a micro-batch."""
+
+    def __init__(self, net, objective):
+        super().__init__()
+        self.net, self.objective = net, objective
+
+    def forward(self, batch, randn):
+        return self.objective(self.net, batch, randn)
+
+
+class Run:
+    """Everything of one run on this rank."""
+
+    def __init__(self, options, folder, device, writers=(), resuming=False):
+        """options: the nested dict of JSON types that train.py makes (and options.json holds). writers: callables (fields, nimg)."""
+        self.options, self.device, self.writers = options, device, writers
+        self.folder = folder
+        self.progress = EasyDict(nimg=0, step=0, tick=0, seconds=0.0, log_bytes=0, stream=None)
+        self.rank_batch = options['batch'] // distributed.size()
+        self.first_row = distributed.rank() * self.rank_batch
+        self._setup_numerics()
+        self._setup_network(resuming)
+        self.metrics = self._metrics() if options['metrics'] else None
+        rows = slice(self.first_row, self.first_row + self.rank_batch)
+        self.data = load_data(options, self.net, self.noise, rows, device)
+        self._setup_step()
+        self.stats = training_stats.Collector(device)
+        self.guard = gradients.Guard(device)
+        self.scale = gradients.LossScale(options['loss_scale'], dynamic=options['precision'] == 'fp16', device=device)
+
+    # ---- setup
+
+    def _setup_numerics(self):
+        tf32 = self.options['precision'] == 'tf32'
+        torch.backends.cudnn.benchmark = self.options['bench']
+        torch.backends.cudnn.allow_tf32 = tf32
+        torch.backends.cuda.matmul.allow_tf32 = tf32
+        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+
+    def _setup_network(self, resuming):
+        self.net = build_net(self.options, self.device)
+        if self.options['transfer'] and not resuming:
+            transfer_weights(self.options['transfer'], self.net)
+        self.noise, self.objective = build_objective(self.options, self.net)
+        self.objective.to(self.device)
+        self.quartiles = self.noise.icdf(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)).float().to(self.device)
+        self.augment = AugmentPipe(p=self.options['augment']) if self.options['augment'] else None
+
+    def _metrics(self):
+        what = {key: value for key, value in self.options['metrics'].items() if key != 'every'}
+        return PeriodicMetrics(**what, shape=(self.net.img_channels, *resolution(self.net)), device=self.device)
+
+    def _setup_step(self):
+        if self.options['compile']:
+            self.net.model.compile()  # in place: whatever is asked of the network runs through it
+        self.train_step = TrainStep(self.net, self.objective)
+        if torch.distributed.is_initialized():
+            ids = [self.device] if self.device.type == 'cuda' else None
+            ddp = torch.nn.parallel.DistributedDataParallel
+            # Buffers are constants. PyTorch 2.13 gave the switch another name.
+            known = inspect.signature(ddp).parameters
+            switch = 'forward_sync_buffers' if 'forward_sync_buffers' in known else 'broadcast_buffers'
+            self.train_step = ddp(self.train_step, device_ids=ids, **{switch: False})
+            warnings.filterwarnings('ignore', 'Grad strides do not match')  # 1x1 kernels have several equal layouts; the sum is right
+        self.noise_scale = self._noise_scale() if self.options['gns'] else None
+        self.params = [p for p in (*self.net.parameters(), *self.objective.parameters()) if p.requires_grad]
+        self.optimizer = torch.optim.Adam(self.params, fused=True, **self.options['optimizer'])
+        self.averages = build_averages(self.options, self.net)
+        self.ema = self.averages['halflife']
+        if 'consistency' in self.objective.terms:
+            self.objective.terms['consistency'].set_teacher(self.ema.module)
+
+    def _noise_scale(self):
+        """Compares ranks where there are several, otherwise the first round of a step with all of them."""
+        batch = self.options['batch']
+        if distributed.size() == 1:
+            return gradients.NoiseScale(self.options['batch_gpu'], batch)
+        found = gradients.NoiseScale(self.rank_batch, batch)
+        self.train_step.register_comm_hook(None, found.hook)
+        return found
+
+    # ---- restore
+
+    def restore(self, state, path):
+        """Continues from a state file's content; says what was restored."""
+        load_weights(self.net, state['net'], path)
+        for name, average in self.averages.items():
+            load_weights(average.module, state['ema'][name], path)
+        self.objective.load_state_dict(state['objective'])
+        self.optimizer.load_state_dict(state['optimizer'])
+        self.progress = EasyDict(state['progress'])
+        self.scale.restore(self.progress.loss_scale)
+        self.data.stream.restore(self.progress.stream)
+        if distributed.rank() == 0:
+            self.folder.rewind_log(self.progress.log_bytes)
+        distributed.print0(f'Restored network, EMA, optimizer, objective and data position from {path} ({self.progress.nimg / 1e3:g} kimg)')
+
+    # ---- step
+
+    def step(self):
+        """One update on one global batch. Nothing here waits for the device."""
+        p, o = self.progress, self.options
+        host = self.data.feed.next()
+        draws_of = lambda row: misc.Draws(o['seed'], p.step, self.first_row + row, self.device)
+        rounds = -(-self.rank_batch // o['batch_gpu'])
+        self.optimizer.zero_grad(set_to_none=True)
+        for i, (batch, draws) in enumerate(micro_batches(host, o['batch_gpu'], self.device, draws_of)):
+            if self.augment is not None:
+                images, augment_labels = self.augment(batch.images, batch.sigma_n, draws)
+                batch = batch._replace(images=images, augment_labels=augment_labels)
+            batch = self.objective.timesteps.redraw(batch, draws)
+            with self._sync(i == rounds - 1), misc.seeded(o['seed'], p.step, 'dropout', distributed.rank(), i, device=self.device):
+                terms = self.train_step(batch, draws)
+                total = sum(term.sum() for term in terms.values())
+                (total * (self.scale.value / self.rank_batch)).backward()
+            if i == 0 and self.noise_scale is not None and distributed.size() == 1:
+                part = self.rank_batch / o['batch_gpu']  # the gradient of the round's own mean
+                self.noise_scale.note_part([p.grad for p in self.params if p.grad is not None], part)
+            self._report_terms(terms, batch)
+        self.objective.timesteps.update()
+        self._update()
+        p.nimg += o['batch']
+        p.step += 1
+        p.stream = host.stream_state
+
+    def _sync(self, last):
+        """Gradients are summed over the ranks once a step, in the last round."""
+        ddp = isinstance(self.train_step, torch.nn.parallel.DistributedDataParallel)
+        return self.train_step.no_sync() if ddp and not last else contextlib.nullcontext()
+
+    def _update(self):
+        """Learning rate, Adam, EMA. A non-finite gradient skips the update on the device (found_inf), and is counted."""
+        p, o = self.progress, self.options
+        for group in self.optimizer.param_groups:
+            group['lr'] = o['optimizer']['lr'] * min(p.nimg / max(o['lr_rampup_kimg'] * 1e3, 1e-8), 1)
+        grads = [param.grad for param in self.params if param.grad is not None]
+        factor = 1 / self.scale.value
+        if self.scale.dynamic or o['loss_scale'] != 1:
+            torch._foreach_mul_(grads, factor)
+        norm = torch.nn.utils.get_total_norm(grads)
+        bad = self.guard.note_update(norm)
+        if self.noise_scale is not None:
+            signal, spread = self.noise_scale.estimates(norm / factor)
+            self.stats.report('GNS/signal', signal * factor.square())
+            self.stats.report('GNS/spread', spread * factor.square())
+        if o['clip']:
+            gradients.clip(grads, norm, o['clip'])
+        self.optimizer.grad_scale, self.optimizer.found_inf = None, bad
+        self.optimizer.step()
+        self.scale.update(bad)
+        for average in self.averages.values():
+            average.update(self.net, p.nimg, o['batch'])
+        self.stats.report('Grad/norm', norm)
+        self.stats.report('Grad/skipped', bad)
+
+    def _report_terms(self, terms, batch):
+        """Each term under its own name, for clean and noisy rows apart, and by quartile of p(sigma). All are sums over C, H, W."""
+        self.guard.note_terms(terms, batch, self.progress.step)
+        group = torch.bucketize(batch.sigma.flatten(), self.quartiles) + 4 * (batch.sigma_n.flatten() > 0)
+        for name, values in terms.items():
+            self.stats.report_groups(f'Loss/{name}', values, group, GROUPS)
+
+    def stop_if_spoiled(self):
+        """Ends a run whose updates have been skipped over and over: says where the non-finite values come from, and saves the state."""
+        if not self.guard.must_stop(self.progress.step):
+            return
+        lines = [f'rank {rank}, term {term}, {line}' for rank, found in enumerate(distributed.all_values(self.guard.culprits()))
+                 for term, line in found.items()]
+        self.save_state()
+        distributed.barrier()
+        where = f'the last non-finite losses: {"; ".join(lines[:8])}' if lines else 'all losses were finite'
+        raise UserError(
+            f'{int(self.guard.in_row)} updates in a row were skipped for non-finite gradients, up to step {self.progress.step}; {where}. '
+            'The weights before them are saved; lower --lr, set --clip or use --precision=bf16 or fp32, with --transfer from that state')
+
+    # ---- report
+
+    def report(self, tick_seconds, tick_nimg):
+        """Gathers the statistics of a tick, writes one line to stats.jsonl and one to the console. Synchronises once."""
+        p = self.progress
+        stats = self.stats.flush()
+        rate = tick_nimg / max(tick_seconds, 1e-9)
+        fields = {'nimg': p.nimg, 'Progress/kimg': p.nimg / 1e3, 'Progress/tick': p.tick, 'Progress/step': p.step,
+                  **{name: s['mean'] for name, s in stats.items() if s['mean'] is not None},
+                  'Pairs/passed': p.stream['cursor'], 'Pairs/accepted': p.stream['used'] / p.stream['cursor'],
+                  'Optimizer/lr': self.optimizer.param_groups[0]['lr'],
+                  'Timing/seconds': round(p.seconds, 3), 'Timing/img_per_sec': round(rate, 2)}
+        if self.noise_scale is not None:
+            spread, signal = (stats[f'GNS/{name}']['mean'] for name in ('spread', 'signal'))
+            fields['GNS/batch'] = spread / signal if signal else None  # None: no finite gradient in this tick
+        if self.scale.dynamic:
+            fields['Grad/loss_scale'] = self.scale.state()[0]
+        fields |= {f'Resources/{k}': v for k, v in memory_gib(self.device).items()}
+        if distributed.rank() == 0:
+            self.folder.log({k: misc.as_float(v) if isinstance(v, float) else v for k, v in fields.items()})
+            for write in self.writers:
+                write(fields, p.nimg)
+        left = max(self.options['duration_kimg'] * 1e3 - p.nimg, 0) / max(rate, 1e-9)
+        losses = '  '.join(f'{name.removeprefix("Loss/")} {s["mean"]:.5g}' for name, s in stats.items()
+                           if re.fullmatch(SHOWN, name) and s['mean'] is not None)
+        skipped = round(stats['Grad/skipped']['mean'] * stats['Grad/skipped']['num'] / distributed.size())
+        warning = f'  SKIPPED {skipped} updates (non-finite gradients)' if skipped else ''
+        distributed.print0(f'tick {p.tick}  kimg {p.nimg / 1e3:.3f}  time {format_time(p.seconds)}  {losses}  img/s {rate:.1f}  '
+                           f'eta {format_time(left)}  mem {fields["Resources/cpu_gib"]:.2f} GiB{warning}')
+
+    def validate(self):
+        """Held-out loss of the EMA into stats.jsonl, if asked for."""
+        if self.data.validation is None:
+            return
+        fields = self.data.validation(self.ema.module, next(iter(self.objective.terms.values())), self.device)
+        self._log(fields)
+        means = '  '.join(f'{name} {fields[name]:.5g}' for name in ('Val/clean', 'Val/noisy') if fields.get(name) is not None)
+        distributed.print0(f'    held out: {means}')
+
+    def measure(self):
+        """Metrics of the EMA's images into stats.jsonl."""
+        fields = self.metrics(self.ema.module)
+        if fields:
+            self._log(fields)
+            shown = '  '.join(f'{name.removeprefix("Metrics/")} {value:.5g}' for name, value in fields.items() if value is not None)
+            distributed.print0(f'    metrics: {shown}')
+
+    def _log(self, fields):
+        """A line of stats.jsonl beside that of the tick."""
+        if distributed.rank() == 0:
+            self.folder.log({'nimg': self.progress.nimg, **fields})
+            for write in self.writers:
+                write(fields, self.progress.nimg)
+
+    # ---- save
+
+    def save_snapshot(self):
+        """EMA network folder and sample grid."""
+        if distributed.rank() != 0:
+            return
+        stop_if_orphan()
+        kimg = self.progress.nimg / 1e3
+        save_network(self.ema.module, self.folder.numbered('network-snapshot', kimg), card=model_card(self.options, kimg))
+        for average in list(self.averages.values())[1:]:
+            path = self.folder.numbered('ema-snapshot', kimg, f'-{average.sigma_rel:.3f}.safetensors')
+            posthoc.write_average(path, average, self.progress.nimg)
+        if self.options['samples']:
+            sample_grid(self.ema.module, self.options['samples'], self.folder.numbered('samples', kimg, '.png'))
+
+    def save_state(self):
+        """Everything needed to continue, in one file."""
+        if distributed.rank() != 0:
+            return
+        stop_if_orphan()
+        self.progress.log_bytes, self.progress.loss_scale = self.folder.log_bytes, self.scale.state()
+        state = dict(options=self.options, progress=dict(self.progress), net=self.net.state_dict(),
+                     ema={name: average.state_dict() for name, average in self.averages.items()}, optimizer=self.optimizer.state_dict(),
+                     objective=self.objective.state_dict())
+        checkpoint.save(self.folder.numbered('training-state', self.progress.nimg / 1e3, '.pt'), state)
+
+
+def memory_gib(device):
+    """Memory of this process, and the peak on its GPU since the last call."""
+    found = {'cpu_gib': round(psutil.Process(os.getpid()).memory_info().rss / 2**30, 3)}
+    if device.type == 'cuda':
+        found['gpu_peak_gib'] = round(torch.cuda.max_memory_allocated(device) / 2**30, 3)
+        torch.cuda.reset_peak_memory_stats(device)
+    return found
+
+
+def training_loop(options, run_dir, device, writers=(), state=None, state_path=None):
+    """Trains until options['duration_kimg'], in the folder run_dir; continues from `state` where one is given."""
+    run = Run(options, RunFolder(run_dir, fractional=options['tick_kimg'] % 1 != 0), device, writers, resuming=state is not None)
+    distributed.print0(run.data.line)
+    if state is not None:
+        run.restore(state, state_path)
+    elif distributed.rank() == 0:
+        run.folder.rewind_log(0)  # of a run that ended before its first state
+    if distributed.rank() == 0:
+        run.folder.write_options(options)  # nothing is refused from here on: those of a continued run give way to what works
+    # Rounded, because 0.24 * 1e3 is a little more than 240: that would be a step too many.
+    total_nimg, tick_nimg = round(options['duration_kimg'] * 1e3), round(options['tick_kimg'] * 1e3)
+    p = run.progress
+    tick_start_nimg, tick_start = p.nimg, time.time()
+    last_line = time.time()
+    distributed.print0(f'Training for {options["duration_kimg"]:g} kimg in {run_dir}')
+
+    while p.nimg < total_nimg:
+        stop_if_orphan()
+        run.step()
+        run.stop_if_spoiled()
+        done = p.nimg >= total_nimg
+        if time.time() - last_line > HEARTBEAT_SEC:
+            rate = (p.nimg - tick_start_nimg) / (time.time() - tick_start)
+            left = format_time((total_nimg - p.nimg) / rate)
+            distributed.print0(f'    step {p.step}  kimg {p.nimg / 1e3:.3f}  img/s {rate:.1f}  eta {left}')
+            last_line = time.time()
+        if not done and p.nimg < tick_start_nimg + tick_nimg:
+            continue
+
+        # Tick: one line of statistics, and every so many ticks a snapshot and a state.
+        p.tick += 1
+        seconds = time.time() - tick_start
+        p.seconds += seconds
+        run.report(seconds, p.nimg - tick_start_nimg)
+        at = lambda every, p=p, done=done: every and (done or p.tick % every == 0)
+        if at(options['snapshot_ticks']):
+            run.validate()
+            run.save_snapshot()
+        if at(options['metrics'].get('every')):
+            run.measure()
+        if at(options['state_ticks']):
+            run.save_state()
+        p.seconds += time.time() - tick_start - seconds
+        tick_start_nimg, tick_start, last_line = p.nimg, time.time(), time.time()
+
+    run.data.feed.close()
+    distributed.barrier()
+    return run

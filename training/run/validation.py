@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Held-out loss that two evaluations of one state agree on: fixed noise, fixed levels, clean and noisy images apart."""
+
+import math
+
+import numpy as np
+import torch
+
+from dnnlib import UserError
+from torch_utils import distributed, misc, training_stats
+from training.data.batches import Batch
+from training.data.corruption import Corruption
+from training.data.dataset import ImageDataset
+from training.data.store import ImageStore
+
+LEVELS = 8  # middles of as many equally probable bins of the run's noise distribution
+
+
+def split(raw_idx, share, seed):
+    """(training items, held-out items), int64: round(share * images) images are held out, with both of an image's x-flips."""
+    images = np.unique(raw_idx)
+    chosen = np.random.Generator(np.random.Philox(key=misc.seed_of(seed, 'held out'))).permutation(images)[:round(share * len(images))]
+    if share and not 0 < len(chosen) < len(images):
+        raise UserError(f'--val={share}: holds out {len(chosen)} of {len(images)} images; '
+                                   'choose a share that leaves some on both sides')
+    held_out = np.isin(raw_idx, chosen)
+    return np.flatnonzero(~held_out), np.flatnonzero(held_out)
+
+
+def build(options, noise, store, dataset, held_out, sigma_n, labels):
+    """The Validation that options['val'] asks for: a share of the training data (`held_out` of it), or a data set of its own.
+
+    A data set of its own is corrupted like the training data, under another seed."""
+    if 'path' in options['val']:
+        data, corrupt = options['data'], dict(options['corruption'])
+        if corrupt['protocol'] == 'fixed':
+            corrupt['seed'] += 1
+        corruption = Corruption(**corrupt)
+        dataset = check_alike(dataset, ImageDataset(options['val']['path'], use_labels=data['use_labels']))
+        sigma_n = corruption.levels(dataset.raw_idx, dataset.native_sigma, dataset.image_shape)
+        store = ImageStore(dataset, corruption, sigma_n, cache_gib=data['cache_gib'], workers=data['workers'] or None)
+        labels = torch.from_numpy(dataset.labels(np.arange(len(dataset)))) if data['use_labels'] else None
+        held_out = np.arange(len(dataset))
+    else:
+        held_out = held_out[~dataset.flip[held_out]]  # an image once
+    middles = (torch.arange(LEVELS, dtype=torch.float64) + 0.5) / LEVELS
+    return Validation(store, held_out, sigma_n, labels, noise.icdf(middles).tolist(), options['batch_gpu'], options['seed'],
+                      dataset.sigma_max)
+
+
+def check_alike(training, held_out):
+    """Returns the held-out ImageDataset, which must have the form of the training data."""
+    for name in ('image_shape', 'label_dim', 'units'):
+        expected, found = getattr(training, name), getattr(held_out, name)
+        if found != expected:
+            raise UserError(f'--val={held_out.path}: its {name} is {found}, that of the training data {expected}; '
+                                       'convert the two alike with dataset_tool.py')
+    return held_out
+
+
+class Validation:
+    """validation(net, term, device) -> {"Val/clean": ..., "Val/noisy": ..., "Val/clean/sigma=0.0478": ..., ...}.
+
+    Every held-out image is judged at every level above its own sigma_n, by the loss term that the run trains with. The noise is a
+    function of the seed, the level and the image's place, so that neither ranks nor batch size matter."""
+
+    def __init__(self, store, items, sigma_n, labels, levels, batch, seed, sigma_max=math.inf):
+        self.store, self.labels, self.levels, self.batch, self.seed = store, labels, levels, batch, seed
+        self.items, self.sigma_n = np.asarray(items), torch.as_tensor(sigma_n, dtype=torch.float32)
+        self.sigma_max = torch.as_tensor(sigma_max, dtype=torch.float32).expand(self.sigma_n.shape)
+
+    @torch.no_grad()
+    def __call__(self, net, term, device):
+        stats = training_stats.Collector(device)
+        rows = np.array_split(np.arange(len(self.items)), distributed.size())[distributed.rank()]
+        for first in range(0, len(self.items), self.batch):  # as many rounds on every rank, so that all report the same names
+            part = rows[first:first + self.batch]
+            if len(part):
+                self._judge(net, term, device, part, stats)
+        self._fill(stats)
+        return {f'Val/{name}': found['mean'] for name, found in stats.flush().items()}
+
+    def _judge(self, net, term, device, rows, stats):
+        where = torch.from_numpy(self.items[rows])
+        images, sigma_n = self.store.gather(where).to(device), self.sigma_n[where].to(device)
+        labels = None if self.labels is None else self.labels[where].to(device)
+        sigma_max = self.sigma_max[where].to(device)
+        for k, sigma in enumerate(self.levels):
+            level = torch.full_like(sigma_n, sigma)
+            draws = misc.Draws(self.seed, k, first_row=int(rows[0]), device=device)
+            # Rows whose own level is above this one are computed at theirs, where the loss is zero, and not counted.
+            batch = Batch(images, misc.batched(sigma_n), misc.batched(torch.maximum(level, sigma_n)),
+                          draws('held out', images.shape), class_labels=labels)
+            values = next(iter(term(net, batch).values()))
+            allowed = (sigma_n < level) & (level <= sigma_max)
+            for name, mask in [('clean', allowed & (sigma_n == 0)), ('noisy', allowed & (sigma_n > 0))]:
+                stats.report(name, values, mask=mask)
+                stats.report(f'{name}/sigma={sigma:.4g}', values, mask=mask)
+
+    def _fill(self, stats):
+        """Names without a value here, so that every rank adds up the same table."""
+        none = torch.zeros(0)
+        for name in ('clean', 'noisy'):
+            for sigma in (None, *self.levels):
+                stats.report(name if sigma is None else f'{name}/sigma={sigma:.4g}', none, mask=none.bool())

@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Seeds to images: one random generator a seed, so that an image is a function of its seed and of nothing else in the batch."""
+
+import functools
+import math
+from typing import NamedTuple
+
+import torch
+
+from torch_utils import registry
+from training.diffusion import schedules
+from training.sampling import steppers
+from training.sampling.guidance import Guidance, Guided, check
+from training.sampling.labels import uniform
+from training.sampling.pixels import pictures
+from training.sampling.writers import write_grid
+
+NO_GUIDANCE = Guidance()
+CPU_CHUNK = 8  # rows per network call on the CPU, where PyTorch's results depend on the batch size; so they are always as many
+
+
+class Samples(NamedTuple):
+    """What generate_images yields; the three lists are aligned."""
+
+    seeds: list  # [n] whole numbers, as given
+    images: torch.Tensor  # [n,C,H,W] float64, network units
+    labels: torch.Tensor | None  # [n] int64 classes or [n,label_dim] vectors, None for unconditional networks
+
+
+class SeededDraws:
+    """Random tensors whose row i comes from a generator of its own, seeded with seeds[i] mod 2^32."""
+
+    def __init__(self, seeds, device='cpu'):
+        self.device = torch.device(device)
+        self.generators = [torch.Generator(self.device).manual_seed(int(seed) % 2 ** 32) for seed in seeds]
+
+    def randn(self, shape, dtype=torch.float32):
+        """Standard normal [n, *shape]."""
+        return torch.stack([torch.randn(shape, generator=g, dtype=dtype, device=self.device) for g in self.generators])
+
+    def randn_like(self, x):
+        """Standard normal of x's shape and dtype."""
+        return self.randn(x.shape[1:], x.dtype)
+
+    def randint(self, high):
+        """int64 [n], uniform over 0 .. high - 1."""
+        return torch.stack([torch.randint(high, [], generator=g, device=self.device) for g in self.generators])
+
+
+@torch.no_grad()
+def generate_images(net, seeds, *, schedule=schedules.edm, stepper=steppers.heun, num_steps=18, batch=64, labels=None,
+                    guidance=NO_GUIDANCE, device=None, rank=0, world=1):
+    """Yields Samples for this rank's share of the seeds, in order, `batch` at a time.
+
+    net: a denoiser in eval mode. schedule(num_steps) -> levels and stepper: pieces of samplers.py with their options bound.
+    labels: a source of labels.py; None draws a class for each seed. guidance: a Guidance. device: where to sample, by default
+    where the network is. rank, world: this process takes every world-th seed. The images depend on neither of these nor on
+    `batch`: bit for bit on the CPU at equal threads, to rounding of the network on a GPU. No autograd graph is kept.
+    Raises ValueError for guidance that the network does not allow and for levels that the schedule refuses."""
+    assert not getattr(net, 'training', False), 'sampling needs the network in eval mode'
+    assert batch >= 1, f'batch must be 1 or more, got {batch}'
+    check(net, guidance)
+    device = torch.device(device) if device is not None else network_device(net)
+    sigmas = noise_levels(net, schedule, num_steps)
+    labels = labels or (uniform(net.label_dim) if net.label_dim else None)
+    mine = list(seeds)[rank::world]
+    rows = CPU_CHUNK if device.type == 'cpu' else min(batch, len(mine))
+    for first in range(0, len(mine), batch):
+        yield _sample(net, mine[first:first + batch], sigmas, stepper, labels, guidance, device, rows)
+
+
+def _sample(net, seeds, sigmas, stepper, source, guidance, device, rows):
+    # The order of the draws is the published one: latents, class, then one draw a step.
+    draws = SeededDraws(seeds, device)
+    latents = draws.randn([net.img_channels, *resolution(net)])
+    labels = source(draws, seeds) if source else None
+    x = latents.to(torch.float64) * sigmas[0]
+    x = stepper(guided(net, labels, guidance, rows), x, sigmas, draws.randn_like)
+    return Samples(seeds, x, labels)
+
+
+def guided(net, labels=None, guidance=NO_GUIDANCE, rows=CPU_CHUNK):
+    """The denoiser that a stepper walks: the network with its labels, led away from what the guidance says."""
+    denoise = ConditionedDenoiser(net, labels, rows)
+    if guidance.weight == 1:
+        return denoise
+    guide = ConditionedDenoiser(net, None, rows) if guidance.net is None else ConditionedDenoiser(guidance.net, labels, rows)
+    return Guided(denoise, guide, guidance.weight, guidance.interval)
+
+
+class ConditionedDenoiser:
+    """A network with its labels bound: (x, sigma) -> D, always `rows` rows at a time, so that D does not depend on the batch.
+
+    labels: int64 [N] classes, float32 [N, label_dim] vectors, or None for "no label". Attribute calls: evaluations so far."""
+
+    def __init__(self, net, labels=None, rows=CPU_CHUNK):
+        self.net, self.rows, self.calls = net, rows, 0
+        classes = labels is not None and labels.ndim == 1
+        self.labels = torch.nn.functional.one_hot(labels, net.label_dim).to(torch.float32) if classes else labels  # [N, label_dim]
+
+    def __call__(self, x, sigma):
+        return self._in_chunks(self.net, x, sigma)[0]
+
+    def outputs(self, x, sigma):
+        """(D, what else the network gives [N,K,H,W], K = 0 where that is nothing)."""
+        if not hasattr(self.net, 'outputs'):
+            return self(x, sigma), x[:, :0]
+        return self._in_chunks(self.net.outputs, x, sigma)
+
+    @property
+    def gives_variance(self):
+        """Whether outputs() has the variance of a sampling step."""
+        return getattr(self.net, 'gives_variance', False)
+
+    def round_sigma(self, sigma):
+        """The network's nearest level, for networks that know discrete levels only; sigma on the CPU in and out."""
+        if not hasattr(self.net, 'round_sigma'):
+            return sigma
+        return self.net.round_sigma(sigma.to(network_device(self.net))).to(sigma)
+
+    def _in_chunks(self, function, x, sigma):
+        """The tensors that function(x, sigma, labels) gives, put together from calls of equal size."""
+        self.calls += 1
+        sigma = sigma.to(x.device, torch.float32)
+        chunks = []
+        for first in range(0, len(x), self.rows):
+            part = slice(first, first + self.rows)
+            found = function(self._padded(x[part]), sigma, None if self.labels is None else self._padded(self.labels[part]))
+            found = found if isinstance(found, tuple) else (found,)
+            chunks.append([tensor[:len(x[part])] for tensor in found])
+        return [torch.cat(pieces) for pieces in zip(*chunks)]
+
+    def _padded(self, rows):
+        """The rows, with rows of zeros up to the number of rows of a call."""
+        missing = self.rows - len(rows)
+        return torch.cat([rows, rows.new_zeros([missing, *rows.shape[1:]])]) if missing else rows
+
+
+def noise_levels(net, schedule, num_steps):
+    """The schedule's levels within the network's range, rounded to levels that it knows; float64 [T + 1], ending in 0."""
+    levels = schedule(num_steps, **sigma_range(net, schedule))
+    return torch.cat([ConditionedDenoiser(net).round_sigma(levels[:-1]), levels[-1:]])
+
+
+def sigma_range(net, schedule):
+    """{sigma_min, sigma_max} of a schedule (those that it has), cut to the network's."""
+    chosen, cut = registry.parameters(schedule), {'sigma_min': max, 'sigma_max': min}
+    return {key: limit(chosen[key], getattr(net, key)) for key, limit in cut.items() if key in chosen}
+
+
+def with_time(net, schedule, stepper, sigmas):
+    """The stepper, its sigma(t) fitted to the schedule's range where it has one by name, and to the levels where that has no bounds.
+
+    Raises ValueError for a range that the curve does not join."""
+    name = stepper.keywords.get('schedule')
+    if name is None:
+        return stepper
+    ends = sigma_range(net, schedule)
+    if not 0 < ends['sigma_min'] <= ends['sigma_max'] < math.inf:
+        ends = {'sigma_min': float(sigmas[-2]), 'sigma_max': float(sigmas[0])}
+    return functools.partial(stepper, schedule=registry.build(name, schedules.TIMES, '--schedule', **ends))
+
+
+def resolution(net):
+    """[H, W] of a network's images."""
+    size = net.img_resolution
+    return [size, size] if isinstance(size, int) else list(size)
+
+
+def network_device(net):
+    """Where the network's parameters are; the CPU for a denoiser that has none."""
+    parameters = net.parameters() if hasattr(net, 'parameters') else ()
+    return next((p.device for p in parameters), torch.device('cpu'))
+
+
+def sample_grid(net, count, path, **options):
+    """Writes one picture of the images of seeds 0 .. count - 1. options: those of generate_images, on one rank."""
+    parts = list(generate_images(net, range(count), **options))
+    write_grid(path, pictures(torch.cat([part.images for part in parts]), net.units))

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which label each seed is sampled with: one class, uniform classes, those of a data set, or those of a file.
+
+A source is called as (draws, seeds) -> labels, int64 [n] classes or float32 [n, label_dim] vectors. Every source draws exactly one
+random number of each seed's generator, so that a seed's later draws do not depend on where its label came from."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from training.data.dataset import ImageDataset
+
+DATASET = 'dataset:'
+
+
+def uniform(label_dim):
+    """Each seed's own class, as published: uniform over 0 ... label_dim - 1."""
+    return lambda draws, seeds: draws.randint(label_dim)
+
+
+def one_class(index):
+    """The same class for every seed."""
+    return lambda draws, seeds: torch.full_like(draws.randint(2), index)
+
+
+def drawn(table):
+    """Each seed's own row of the table: labels are as frequent as they are in it."""
+    return lambda draws, seeds: table[draws.randint(len(table)).cpu()].to(draws.device)
+
+
+def listed(table):
+    """Row s of the table for seed s."""
+
+    def source(draws, seeds):
+        draws.randint(2)
+        return table[list(seeds)].to(draws.device)
+
+    return source
+
+
+def pick(net, seeds, spec=None, class_idx=None):
+    """The source that the options name; None for unconditional networks.
+
+    spec: "uniform", "dataset:PATH", or a file: .npy, .json (a list) or .txt (a line a label), whose row s is for seed s. A whole number
+    is a class, several numbers are a vector. class_idx: one class for all. Raises ValueError, in one line, for what does not fit."""
+    if spec is not None and class_idx is not None:
+        raise ValueError('one class for all and a source of labels exclude each other; give one of them')
+    if not net.label_dim:
+        if spec is not None or class_idx is not None:
+            raise ValueError('the network is unconditional: it has no classes; leave the option out')
+        return None
+    if class_idx is not None:
+        if not 0 <= class_idx < net.label_dim:
+            raise ValueError(f'the network has classes 0 to {net.label_dim - 1}')
+        return one_class(class_idx)
+    if spec in (None, 'uniform'):
+        return uniform(net.label_dim)
+    if spec.startswith(DATASET):
+        return drawn(of_dataset(spec[len(DATASET):], net.label_dim))
+    table = of_file(spec, net.label_dim)
+    if max(seeds, default=0) >= len(table):
+        raise ValueError(f'its {len(table)} rows are for the seeds 0 to {len(table) - 1}, and there is none for seed {max(seeds)}')
+    return listed(table)
+
+
+def of_dataset(path, label_dim):
+    """The labels of a data set's images, as a table."""
+    if not ImageDataset(path).has_labels:
+        raise ValueError('the data set has no labels in its dataset.json; make them with dataset_tool.py --labels')
+    dataset = ImageDataset(path, use_labels=True)
+    return _table(dataset.labels(range(len(dataset))) if dataset.classes is None else dataset.classes, label_dim)
+
+
+def of_file(path, label_dim):
+    """The labels of a file, as a table."""
+    readers = {'.json': lambda text: json.loads(text), '.txt': _lines}
+    suffix = Path(path).suffix.lower()
+    if not os.path.isfile(path):
+        raise ValueError(f'no such file; choose uniform, {DATASET}PATH, or a file: .npy, .json or .txt')
+    if suffix != '.npy' and suffix not in readers:
+        raise ValueError('a file of labels is .npy, .json or .txt')
+    try:
+        values = np.load(path, allow_pickle=False) if suffix == '.npy' else np.array(readers[suffix](Path(path).read_text('utf-8')))
+    except (ValueError, EOFError) as err:
+        raise ValueError(f'it cannot be read as a table of numbers: {str(err).splitlines()[0]}') from None
+    return _table(values, label_dim)
+
+
+def _lines(text):
+    """A label a line: one whole number, or numbers with commas or spaces between them."""
+    number = lambda word: int(word) if word.lstrip('+-').isdigit() else float(word)
+    rows = [[number(word) for word in line.replace(',', ' ').split()] for line in text.splitlines() if line.strip()]
+    return [row[0] for row in rows] if all(len(row) == 1 for row in rows) else rows
+
+
+def _table(values, label_dim):
+    """int64 [R] or float32 [R, label_dim] on the CPU; refuses what the network does not take."""
+    kind = values.dtype.kind
+    if len(values.shape) == 1 and kind == 'f' and label_dim == 1:
+        values = values[:, None]
+    if not values.size or kind not in 'iuf' or values.ndim > 2 or values.ndim == 1 and kind == 'f':
+        raise ValueError(f'labels must be whole numbers (classes) or rows of {label_dim} numbers, got {values.dtype} of shape '
+                         f'{list(values.shape)}')
+    if values.ndim == 1:
+        if not 0 <= values.min() <= values.max() < label_dim:
+            raise ValueError(f'its classes are {values.min()} to {values.max()}, and the network has 0 to {label_dim - 1}')
+        return torch.from_numpy(values.astype(np.int64))
+    if values.shape[1] != label_dim:
+        raise ValueError(f'its rows have {values.shape[1]} numbers, and the network takes {label_dim}')
+    if not np.isfinite(values).all():
+        raise ValueError(f'row {int((~np.isfinite(values)).any(axis=1).argmax())} is not finite')
+    return torch.from_numpy(values.astype(np.float32))

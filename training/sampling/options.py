@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a network is sampled, as a command line says it: the options, and the pieces that they name. Every script that samples has them."""
+
+import functools
+import math
+
+import click
+import torch
+
+from dnnlib import UserError
+from torch_utils import distributed, registry
+from torch_utils.command_line import Spec, options_of
+from training.checkpoints.load import load_network, show_recipe
+from training.diffusion import schedules
+from training.sampling import guidance, labels, steppers
+from training.sampling.generate import noise_levels, with_time
+
+STEPS = 18
+PRECISIONS = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
+POSITIVE, COUNT = click.FloatRange(min=0), click.IntRange(min=1)
+
+OPTIONS = options_of(
+    click.option('--class', 'class_idx', metavar='INT', type=click.IntRange(min=0), help='Class of all images'),
+    click.option('--labels', metavar='SOURCE',
+                 help='uniform: a class drawn for each seed; dataset:PATH: drawn as often as in a data set; FILE: .npy, .json or .txt, '
+                 'whose row s (a class, or a vector) is for seed s  [default: uniform]'),
+    click.option('--guidance', metavar='FLOAT', type=float, default=1, show_default=True,
+                 help='Weight w of D_0 + w (D_1 - D_0), where D_0 is told no label; 1 is off'),
+    click.option('--guidance-interval', metavar='LO,HI',
+                 help='Guide at LO < sigma <= HI only; or at t:LO,HI, indices 0 to 999 of the cosine schedule  [default: 0,inf]'),
+    click.option('--gnet', metavar='REF', help='D_0 is this network, told the same labels (autoguidance)'),
+    click.option('--weights', metavar='WHICH', default='ema', show_default=True,
+                 help='Which weights of a training state: ema, raw or ema:LENGTH, such as ema:0.05'),
+    click.option('--gnet-weights', metavar='WHICH', default='ema', show_default=True, help='The same for --gnet'),
+    click.option('--sampler', '--solver', metavar='|'.join(steppers.STEPPERS) + '[:k=v]', type=Spec(steppers.STEPPERS), default='heun',
+                 show_default=True, help='What walks down the noise levels, with its keys'),
+    click.option('--levels', '--disc', metavar='|'.join(schedules.SCHEDULES) + '[:k=v]', type=Spec(schedules.SCHEDULES),
+                 help='The noise levels, with their keys, such as explicit:sigmas=80|10|1  [default: edm; its own timesteps where a '
+                 'network of --objective is sampled by ancestral or ddim]'),
+    click.option('--steps', metavar='INT', type=COUNT,
+                 help=f'Sampling steps N; heun evaluates the network 2N - 1 times, the others N times  [default: {STEPS}]'),
+    click.option('--sigma-min', metavar='FLOAT', type=float, help='Key of --levels: the lowest  [default: its own, or the network\'s]'),
+    click.option('--sigma-max', metavar='FLOAT', type=float, help='Key of --levels: the highest  [default: its own, or the network\'s]'),
+    click.option('--rho', metavar='FLOAT', type=float, help='Key of --levels=edm: their exponent  [default: 7]'),
+    click.option('--S-churn', '--s-churn', 'S_churn', metavar='FLOAT', type=POSITIVE,
+                 help='Key of --sampler=heun or euler: strength of the noise added on the way  [default: 0, deterministic]'),
+    click.option('--S-min', '--s-min', 'S_min', metavar='FLOAT', type=POSITIVE, help='The lowest level that gets such noise  [default: 0]'),
+    click.option('--S-max', '--s-max', 'S_max', metavar='FLOAT', type=POSITIVE, help='The highest level that gets it  [default: inf]'),
+    click.option('--S-noise', '--s-noise', 'S_noise', metavar='FLOAT', type=POSITIVE, help='Scale of such noise  [default: 1]'),
+    click.option('--schedule', type=click.Choice(list(schedules.TIMES)),
+                 help='Key of --sampler=heun or euler: sigma(t), in whose t the steps are straight  [default: linear]'),
+    click.option('--scaling', type=click.Choice(list(steppers.SCALINGS)),
+                 help='Key of --sampler=heun or euler: the scale of the state on the way  [default: none]'),
+    click.option('--stop-sigma', metavar='FLOAT', type=POSITIVE,
+                 help='End with the mean E[x_0 | x] at the last level that is not below this, for models of noisy images  [default: 0]'),
+    click.option('--stop-variance', metavar='FLOAT', type=POSITIVE, help='The same, as the square of the level'),
+    click.option('--precision', type=click.Choice(list(PRECISIONS)),
+                 help='Inside the network; the sampler is float64  [default: as the network was saved]'),
+    click.option('--compile', metavar='[BOOL]', type=bool, is_flag=False, flag_value=True, default=False, show_default=True,
+                 help='Compile the U-Net (torch.compile): a minute or so at the start, faster after; changes pixels a little'),
+)
+# Parameters of these options, and the keys of --levels and of --sampler among them.
+NAMES = ('class_idx', 'labels', 'guidance', 'guidance_interval', 'gnet', 'weights', 'gnet_weights', 'sampler', 'levels', 'steps',
+         'stop_sigma', 'stop_variance', 'precision', 'compile')
+KEYS = ('sigma_min', 'sigma_max', 'rho', 'S_churn', 'S_min', 'S_max', 'S_noise', 'schedule', 'scaling')
+
+
+def prepare(o, seeds):
+    """(network on its device, arguments for generate_images) from the options above, --network and --device; o: an EasyDict of them.
+
+    Raises UserError, in one line, for whatever they or the network refuse; nothing has been sampled then."""
+    load = functools.partial(open_network, device=distributed.pick_device(o.device), precision=o.precision, compile=o.compile)
+    net = load(o.network, weights=o.weights)
+    guidance = pick_guidance(net, load(o.gnet, weights=o.gnet_weights) if o.gnet else None, o.guidance, o.guidance_interval)
+    keys = {key: o[key] for key in KEYS}
+    o.levels = o.levels or default_levels(net, o.sampler, o.rho)  # so that a record of the options tells what was done
+    return net, {'labels': pick_labels(net, seeds, o.labels, o.class_idx), 'guidance': guidance,
+                 **sampler_pieces(net, o.steps, o.sampler, o.levels, o.stop_sigma, o.stop_variance, **keys)}
+
+
+def open_network(ref, weights, device, precision, compile):
+    """The network, as it is to run."""
+    net = load_network(ref, device=device, weights=weights)
+    show_recipe(ref)
+    if precision:
+        net.compute_dtype = PRECISIONS[precision]
+    if compile:
+        # The U-Net alone: what is around it is in float32 and costs little, and some samplers ask for more than D.
+        net.model.compile(dynamic=False)
+    return net
+
+
+def pick_guidance(net, gnet, weight, interval):
+    """The Guidance that the options ask for; refuses options that would do nothing."""
+    if weight == 1 and (gnet is not None or interval):
+        option = 'gnet' if gnet is not None else 'guidance-interval'
+        raise UserError(f'--{option} does nothing without a --guidance other than 1; give --guidance=2, say')
+    try:
+        limits = guidance.interval(interval) if interval else (0.0, math.inf)
+    except ValueError as err:
+        raise UserError(f'--guidance-interval={interval}: {err}') from None
+    found = guidance.Guidance(weight, limits, gnet)
+    try:
+        guidance.check(net, found)
+    except ValueError as err:
+        raise UserError(f'--guidance={weight:g}: {err}') from None
+    if weight != 1 and gnet is None and not net.config.get('label_dropout'):
+        distributed.print0('Warning: the network was trained without label dropout, so that what it makes of no label means little; '
+                          'train with --label-dropout, or give --gnet')
+    return found
+
+
+def pick_labels(net, seeds, spec, class_idx):
+    """The source of labels that the options name."""
+    try:
+        return labels.pick(net, seeds, spec, class_idx)
+    except ValueError as err:
+        raise UserError(f'--class={class_idx}: {err}' if class_idx is not None else f'--labels={spec}: {err}') from None
+
+
+def sampler_pieces(net, steps, sampler, levels, stop_sigma, stop_variance, sigma_min, sigma_max, rho, **keys):
+    """{schedule, num_steps, stepper} with their options bound; what they or the network refuse is found before any file is written."""
+    if stop_sigma is not None and stop_variance is not None:
+        raise UserError('--stop-sigma and --stop-variance are the same option, as a level and as its square; give one of them')
+    keys['stop_sigma'] = stop_sigma if stop_variance is None else math.sqrt(stop_variance)
+    levels = levels or default_levels(net, sampler, rho)
+    schedule = combine('levels', levels, schedules.SCHEDULES, {'sigma_min': sigma_min, 'sigma_max': sigma_max, 'rho': rho})
+    stepper = combine('sampler', sampler, steppers.STEPPERS, keys)
+    if has_timesteps_for(net, sampler) and net.units is None:
+        stepper = functools.partial(stepper, **{'clip': True, **stepper.keywords})  # as published
+    steps = steps or (None if 'sigmas' in registry.parameters(schedule) else STEPS)  # levels that are given are their own number
+    try:
+        sigmas = noise_levels(net, schedule, steps)
+    except ValueError as err:
+        raise UserError(f'--levels={levels} with its keys: {err}') from None
+    try:
+        stepper = with_time(net, schedule, stepper, sigmas)
+        steppers.check(stepper, sigmas)
+    except ValueError as err:
+        raise UserError(f'--sampler={sampler} with its keys: {err}') from None
+    if stepper.keywords.get('variance') == 'learned' and net.output_multiple < 2:
+        raise UserError(f'--sampler={sampler}: the network gives no variance; choose variance=small or large')
+    return {'schedule': schedule, 'num_steps': steps, 'stepper': stepper}
+
+
+def has_timesteps_for(net, sampler):
+    """Whether the network was trained on timesteps such as the sampler was made for, which is one that can clip D."""
+    return bool(getattr(net, 'diffusion', None)) and 'clip' in registry.parameters(steppers.STEPPERS[registry.parse(sampler)[0]])
+
+
+def default_levels(net, sampler, rho):
+    """The --levels that are meant where none are given: the network's own timesteps for such samplers, EDM's otherwise."""
+    own = rho is None and has_timesteps_for(net, sampler)
+    return f'respaced:diffusion={net.diffusion.replace(",", "|")}' if own else 'edm'
+
+
+def combine(slot, spec, pieces, keys):
+    """The piece that --slot=SPEC names, with keys that have an option of their own; refuses what it does not take or was told twice."""
+    name, told = registry.parse(spec)
+    accepted = registry.parameters(pieces[name])
+    keys = {key: value for key, value in keys.items() if value is not None}
+    for key, value in keys.items():
+        option = f'--{key.replace("_", "-")}={value}'
+        if key not in accepted:
+            raise UserError(f'{option} is no key of --{slot}={name}, which takes {", ".join(accepted)}')
+        if key in told:
+            raise UserError(f'{option} and --{slot}={spec}: "{key}" is given twice')
+    for key, value in {**told, **keys}.items():
+        if value != value:
+            raise UserError(f'--{slot}={name}: "{key}" is nan; give a number')
+    return functools.partial(registry.build(spec, pieces, f'--{slot}'), **keys)

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Images in network units, as 8-bit pictures, in physical units, and many in one picture."""
+
+import math
+
+import numpy as np
+import torch
+
+GRID_CELL = 64  # images smaller than this are enlarged in grids by a whole factor, so that single pixels can be seen
+GRID_GAP = 2  # pixels between the images of a grid
+GRID_BACKGROUND = 255
+
+
+def is_picture(channels, units=None):
+    """True where images can be PNGs: 8-bit data (no units), grey or RGB."""
+    return channels in (1, 3) and units is None
+
+
+def grid(images, columns=None):
+    """One picture of many, row by row, as square as it gets unless `columns` is given.
+
+    images: uint8 [N,C,H,W], C = 1 or 3. Returns uint8 [C,H',W']; small images are enlarged."""
+    images = np.asarray(images)
+    count, channels, height, width = images.shape
+    columns = columns or math.ceil(math.sqrt(count))
+    zoom = max(1, GRID_CELL // max(height, width))
+    cell = height * zoom + GRID_GAP, width * zoom + GRID_GAP
+    size = [math.ceil(count / columns) * cell[0] + GRID_GAP, columns * cell[1] + GRID_GAP]
+    canvas = np.full([channels, *size], GRID_BACKGROUND, np.uint8)
+    for i, image in enumerate(images):
+        top, left = (GRID_GAP + place * length for place, length in zip(divmod(i, columns), cell))
+        canvas[:, top:top + height * zoom, left:left + width * zoom] = image.repeat(zoom, axis=1).repeat(zoom, axis=2)
+    return canvas
+
+
+def as_pictures(images):
+    """Float images [N,C,H,W] as grey uint8 [N,1,H,W] to look at: the first channel, from its lowest to its highest value."""
+    first = np.asarray(images, dtype=np.float64)[:, :1]
+    low, high = np.nanmin(first), np.nanmax(first)
+    return np.nan_to_num((first - low) / max(high - low, 1e-12) * 255).round().astype(np.uint8)
+
+
+def to_uint8(images):
+    """Network units [-1,1] to 8-bit grey levels, as published: x * 127.5 + 128, clipped, truncated."""
+    return (images * 127.5 + 128).clip(0, 255).to(torch.uint8)
+
+
+def to_physical(images, units):
+    """Network units to the data's own, x * scale + offset; as they are where units is None.
+
+    images: [N,C,H,W]. units: {"scale", "offset"}, each a number or one per channel."""
+    if units is None:
+        return images
+    scale, offset = (images.new_tensor(units[key]).reshape(-1, 1, 1) for key in ('scale', 'offset'))  # [1 or C,1,1]
+    return images * scale + offset
+
+
+def to_network(image, units):
+    """An image as it lies in its file back in network units, float64 [C,H,W]: to_uint8 and to_physical undone, within their rounding.
+
+    image: an array [C,H,W]; uint8 for pictures."""
+    image = torch.as_tensor(image, dtype=torch.float64)
+    scale, offset = (torch.as_tensor(value, dtype=torch.float64).reshape(-1, 1, 1) for value in
+                     ((127.5, 127.5) if units is None else (units['scale'], units['offset'])))
+    return (image - offset) / scale
+
+
+def pictures(batch, units=None):
+    """Images in network units as pictures, uint8 [N,1 or 3,H,W] in NumPy: data that is not 8-bit shows its first channel."""
+    if is_picture(batch.shape[1], units):
+        return to_uint8(batch).cpu().numpy()
+    return as_pictures(batch.cpu().numpy())
