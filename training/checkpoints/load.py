@@ -2,7 +2,6 @@
 """Networks, ready to use, from whatever names them: folder, training state, EDM's pickle, Hugging Face name, URL."""
 
 import contextlib
-import json
 import math
 import os
 import pickle
@@ -13,8 +12,9 @@ import safetensors
 import safetensors.torch
 import torch
 
-from dnnlib import UserError
+from dnnlib import UserError, one_line
 from dnnlib.download import is_url, open_url
+from dnnlib.files import read_json
 from torch_utils import checkpoint, distributed, legacy_pickle, misc
 from training.networks import preconditioning
 
@@ -61,7 +61,7 @@ def _build(config, state, ref):
     except UserError as err:
         raise UserError(f'{ref}: {err.message}') from None
     except (RuntimeError, ArithmeticError, AttributeError, LookupError, AssertionError) as err:  # Python's words for strange numbers
-        raise UserError(f'{ref}: network configuration: {first_line(err)}') from None
+        raise UserError(f'{ref}: network configuration: {one_line(err)}') from None
     load_weights(net, state, ref)
     return net
 
@@ -124,7 +124,7 @@ def read(ref, weights='ema'):
         return _read_folder(ref)
     if name := HUB_NAME.fullmatch(ref):
         config, path = distributed.first_on_node(_fetch_hub, ref, name['repo'], name['revision'])
-        return _read_config(config), _read_weights(path)
+        return read_json(config), _read_weights(path)
     raise UserError(f'{ref}: no such file or folder; a network is {READS}')
 
 
@@ -168,19 +168,8 @@ def _read_folder(folder):
     for name in (WEIGHTS, OLD_WEIGHTS):
         path = os.path.join(folder, name)
         if os.path.isfile(path):
-            return _read_config(os.path.join(folder, CONFIG)), _read_weights(path)
+            return read_json(os.path.join(folder, CONFIG)), _read_weights(path)
     raise UserError(f'{folder}: {CONFIG} is there, but neither {WEIGHTS} nor {OLD_WEIGHTS}')
-
-
-def _read_config(path):
-    try:
-        with open(path, encoding='utf-8') as f:
-            config = json.load(f)
-    except (json.JSONDecodeError, UnicodeDecodeError) as err:
-        raise UserError(f'{path}: not a JSON file: {err}') from None
-    if not isinstance(config, dict):
-        raise UserError(f'{path}: expected the arguments of a network as a JSON object, got {type(config).__name__}')
-    return config
 
 
 def _read_weights(path):
@@ -218,14 +207,10 @@ def _read_old_weights(path):
     try:
         state = torch.load(path, map_location='cpu', weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError) as err:
-        raise UserError(f'{path}: cannot be read as plain tensors: {first_line(err)}') from None
+        raise UserError(f'{path}: cannot be read as plain tensors: {one_line(err)}') from None
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise UserError(f'{path}: expected a state dict (name: tensor), got {type(state).__name__}')
     return state
-
-
-def first_line(err):
-    return (str(err).strip().splitlines() or [type(err).__name__])[0][:200]
 
 
 def _fetch_hub(ref, repo, revision):
@@ -265,6 +250,6 @@ def hub_errors(ref, revision, refusal='no such folder here, and the Hugging Face
     except hub.EntryNotFoundError:
         raise UserError(f'{ref}: the repository lacks {CONFIG}, or both {WEIGHTS} and {OLD_WEIGHTS}') from None
     except (OSError, ValueError, *hub.HfHubHTTPError.__bases__) as err:  # the last are errors of whichever HTTP library it uses
-        raise UserError(f'{ref}: {refusal}: {first_line(err)}') from None
+        raise UserError(f'{ref}: {refusal}: {one_line(err)}') from None
     finally:
         hub.logging.set_verbosity(level)

@@ -27,14 +27,12 @@ from training.objective.variational import OBJECTIVES
 from training.objective.weighting import WEIGHTS
 from training.run import validation
 
-PRECISIONS = {'fp32': torch.float32, 'tf32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
-
 
 def build_net(options, device):
     """The network in training mode, with the weights that the seed or --transfer gives it."""
     with misc.seeded(options['seed'], 'init'):
         net = build_network(options['network'])
-    net.compute_dtype = PRECISIONS[options['precision']]
+    net.compute_dtype = misc.PRECISIONS[options['precision']]
     if options['cep']:
         net.model.map_label.perturb = build_cep(options['cep'], net.label_dim)
     return net.to(device).train()

@@ -7,7 +7,7 @@ import os
 import re
 
 from dnnlib import UserError
-from dnnlib.files import replacing
+from dnnlib.files import write_json
 from torch_utils import checkpoint, distributed
 
 # What a continued run may be told anew; whatever else differs is refused by name.
@@ -30,9 +30,7 @@ class RunFolder:
         return self.file(f'{stem}-{kimg:010.3f}{ending}' if self.fractional else f'{stem}-{int(kimg):06d}{ending}')
 
     def write_options(self, options):
-        with replacing(self.file('options.json')) as part, open(part, 'w', encoding='utf-8') as f:
-            json.dump(options, f, indent=2, allow_nan=False)
-            f.write('\n')
+        write_json(self.file('options.json'), options)
 
     def log(self, fields):
         """Appends one line to stats.jsonl, on the disk before this returns."""
