@@ -9,7 +9,7 @@ import safetensors
 import safetensors.torch
 import torch
 
-from dnnlib import UserError, one_line
+from dnnlib import UserError, hub, one_line
 from dnnlib.files import file_digest
 from metrics import inception
 from torch_utils import distributed, misc
@@ -140,15 +140,11 @@ def _model_folder(model):
         if not os.path.isfile(os.path.join(model, 'model.safetensors')):
             raise UserError(f'--detector=dinov2:model={model}: has no model.safetensors')
         return model
-    import huggingface_hub  # slow to import, and needed for names of the Hub alone
     try:
-        huggingface_hub.hf_hub_download(model, 'config.json')
-        return os.path.dirname(huggingface_hub.hf_hub_download(model, 'model.safetensors'))
-    except (OSError, ValueError) as err:  # what the client raises for missing names, repositories and connections
-        raise UserError(
-            f'--detector=dinov2:model={model}: not a folder, not in the cache {huggingface_hub.constants.HF_HUB_CACHE}, and '
-            f'https://huggingface.co/{model} says: {one_line(err)}; fetch config.json and model.safetensors elsewhere and name '
-            'their folder: --detector=dinov2:model=DIR') from None
+        return os.path.dirname(hub.fetch(f'--detector=dinov2:model={model}', 'model.safetensors', 'config.json', repo=model)[0])
+    except UserError as err:
+        raise UserError(f'{err.message}; or fetch config.json and model.safetensors elsewhere and name their folder: '
+                        '--detector=dinov2:model=DIR') from None
 
 
 def _load_safetensors(net, path):

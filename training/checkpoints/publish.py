@@ -5,11 +5,11 @@ import os
 import re
 import shutil
 
-from dnnlib import UserError
+from dnnlib import UserError, hub
 from dnnlib.files import new_folder, read_json
 from training.checkpoints import diffusers
 from training.checkpoints.card import model_card
-from training.checkpoints.load import HUB_NAME, hub_errors, load_network
+from training.checkpoints.load import load_network
 from training.checkpoints.save import write_files
 
 SAMPLES = 'samples.png'
@@ -62,11 +62,11 @@ def push(folder, name, private=False, revision=None):
     """Uploads a folder as the repository owner/name of the Hub, made where there is none; returns the address of the commit."""
     import huggingface_hub  # slow to import, and needed for the Hub alone
 
-    if not HUB_NAME.fullmatch(name) or '@' in name:
+    if not hub.NAME.fullmatch(name) or '@' in name:
         raise UserError(f'{name}: a repository is called owner/name; its branch goes into --revision')
     api = huggingface_hub.HfApi()
     refusal = 'the Hugging Face Hub refuses (does the token of HF_TOKEN or "hf auth login" allow writing?)'
-    with hub_errors(name, revision, refusal):
+    with hub.hub_errors(name, revision, refusal):
         api.create_repo(name, private=private or None, exist_ok=True)
         if revision:
             api.create_branch(name, branch=revision, exist_ok=True)

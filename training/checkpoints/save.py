@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A network as a folder of config.json + model.safetensors + README.md."""
 
-import math
 import os
 
 import safetensors.torch
@@ -27,7 +26,7 @@ def write_files(net, folder, card=None):
     state = {key: _portable(value) for key, value in net.state_dict().items()}
     with open(os.path.join(folder, WEIGHTS), 'wb') as f:
         f.write(safetensors.torch.save(state, metadata={'format': 'pt'}))
-    write_json(os.path.join(folder, CONFIG), _finite(net.config))
+    write_json(os.path.join(folder, CONFIG), net.config)
     with open(os.path.join(folder, CARD), 'w', encoding='utf-8') as f:
         f.write(card or model_card({'network': net.config}))
 
@@ -36,8 +35,3 @@ def _portable(value):
     """A tensor of its own memory on the CPU, float32 where it is floating point."""
     value = value.detach().to('cpu', torch.float32 if value.is_floating_point() else value.dtype)
     return value.contiguous().clone()
-
-
-def _finite(config):
-    """The config without infinities and nan, which JSON does not have; a network's defaults stand in for them."""
-    return {key: value for key, value in config.items() if not (isinstance(value, float) and not math.isfinite(value))}
