@@ -123,8 +123,8 @@ def check_writable(folder):
 def prepare_output(path, option, suffix=''):
     """Makes the folder of a file, and refuses a path that cannot become one, before hours are spent."""
     if os.path.isdir(path) or not path.endswith(suffix):
-        ending = suffix and f' that ends in {suffix}'
-        raise UserError(f'{option}={path}: expected the name of a file{ending}')
+        found, ending = 'is a folder, ' if os.path.isdir(path) else '', suffix and f' that ends in {suffix}'
+        raise UserError(f'{option}={path}: {found}expected the name of a file{ending}')
     folder = os.path.dirname(os.path.abspath(path))
     try:
         check_writable(folder)

@@ -152,8 +152,8 @@ def test_the_file_of_a_reference_is_hashed(folders, images):
     (['--gen_path=gen'], ['--ref-stats', '--ref-path', 'got none']),
     (['--gen_path=gen', '--ref_path=ref', '--ref_stats=ref.npz'], ['--ref-stats', '--ref-path', 'got both']),
     (['--gen_path=nowhere', '--ref_path=ref'], ['--gen-path=nowhere', 'no such']),
-    (['--gen_path=empty', '--ref_path=ref'], ['--gen-path=empty', 'holds no images']),
-    (['--gen_path=gen', '--ref_path=empty', '--num=12'], ['--ref-path=empty', 'holds no images']),
+    (['--gen_path=empty', '--ref_path=ref'], ['--gen-path=empty', 'no images in it']),
+    (['--gen_path=gen', '--ref_path=empty', '--num=12'], ['--ref-path=empty', 'no images in it']),
     (['--gen_path=gen', '--ref_stats=nowhere.npz', '--num=12'], ['nowhere.npz', 'no such file']),
     (['--gen_path=gen', '--ref_stats=other.npz', '--num=12', PIXELS], ['other.npz', '7 dimensions', 'have 24']),
     (['--gen_path=gen', '--ref_stats=inception.npz', '--num=12', PIXELS], ['inception.npz', '--detector=inception']),
@@ -174,10 +174,10 @@ def test_the_file_of_a_reference_is_hashed(folders, images):
     (['--gen_path=gen', '--ref_stats=plain.npz', '--split=train'], ['--split=train', '--ref-path']),
     (['--network=nowhere', '--ref_path=ref', '--seeds=0-4', '--num=5', PIXELS], ['nowhere']),
     (['--network=nowhere', '--ref_path=ref', '--seeds=0-4', PIXELS], ['--seeds=0-4: names 5 images, expected 50000', '--num=5']),
-    (['nearest', '--gen-path=gen', '--train=empty', PIXELS], ['--train=empty', 'holds no images']),
+    (['nearest', '--gen-path=gen', '--train=empty', PIXELS], ['--train=empty', 'no images in it']),
     (['nearest', '--gen-path=gen', '--train=small.npy', PIXELS], ['one size', '[3, 5, 5] in --train', '[3, 2, 4] in --gen-path']),
     (['ref', '--data=ref', '--dest=ref.json'], ['--dest=ref.json', '.npz']),
-    (['ref', '--data=empty', '--dest=a.npz'], ['--data=empty', 'holds no images']),
+    (['ref', '--data=empty', '--dest=a.npz'], ['--data=empty', 'no images in it']),
 ])
 def test_refusals(folders, images, args, words):
     Path('empty').mkdir()
@@ -369,13 +369,6 @@ def test_a_network_that_makes_nonsense(grey, network, monkeypatch):
     line = refused(f'--network={network}', *FROM_NETWORK)
     assert f'--network={network}: the image of seed 0 is not finite (13 of 13 in its batch are not)' in line
     assert '--class=3' in refused(f'--network={network}', '--class=3', *FROM_NETWORK)
-
-
-def test_default_places_of_results(grey, network):
-    """Beside a local network; in the working directory for one of the Hub."""
-    local = eval_fid.default_output(EasyDict(gen_path=None, network=network))
-    assert local == network + '.fid.json'
-    assert eval_fid.default_output(EasyDict(gen_path=None, network='owner/name')) == 'owner--name.fid.json'
 
 
 @pytest.mark.parametrize('seeds, text', [([3, 1, 2, 9], '1-3,9'), ([5], '5'), (range(50), '0-49'), ([0, 2, 4], '0,2,4')])

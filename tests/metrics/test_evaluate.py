@@ -307,6 +307,12 @@ def test_dinov2(tmp_path):
         made(f'dinov2:model={tmp_path / "m"}')
 
 
+def test_a_detector_that_the_hub_does_not_give(monkeypatch):
+    monkeypatch.setattr('huggingface_hub.hf_hub_download', lambda *args, **kwargs: (_ for _ in ()).throw(OSError('offline\nand more')))
+    with pytest.raises(UserError, match=r'--detector=dinov2:model=owner/name: .* says: offline; or fetch .* --detector=dinov2:model=DIR$'):
+        detectors._model_folder('owner/name')
+
+
 # Ranks
 
 
