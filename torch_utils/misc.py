@@ -64,6 +64,12 @@ def seeded(*key, device='cpu'):
         source.set_state(before)
 
 
+def require(holds, text):
+    """Raises ValueError with the text where a condition does not hold."""
+    if not holds:
+        raise ValueError(text)
+
+
 def height_width(img_resolution):
     """[H, W] of a network's img_resolution, which is one int for squares."""
     return [img_resolution] * 2 if isinstance(img_resolution, int) else list(img_resolution)

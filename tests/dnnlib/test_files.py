@@ -112,7 +112,8 @@ def test_where_results_go(tmp_path, monkeypatch):
     assert files.beside('owner/name', '.fid.json') == 'owner--name.fid.json'
     files.prepare_output('new/deep/r.json', '--out-path', '.json')
     assert os.listdir('new/deep') == []
-    for path, message in (('out', 'is a folder, expected the name of a file$'), ('r.txt', 'expected the name of a file that ends in .json')):
+    for path, message in (('out', 'is a folder, expected the name of a file$'),
+                          ('r.txt', 'expected the name of a file that ends in .json')):
         with pytest.raises(UserError, match=f'--out-path={path}: {message}'):
             files.prepare_output(path, '--out-path', '' if path == 'out' else '.json')
     (tmp_path / 'file').write_text('')
