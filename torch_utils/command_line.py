@@ -161,11 +161,11 @@ class Spec(click.ParamType):
 
     name = 'NAME[:key=value,...]'
 
-    def __init__(self, registry):
-        self.registry = registry
+    def __init__(self, registry, **context):
+        self.registry, self.context = registry, context
 
     def convert(self, value, param, ctx):
-        registry.build(value, self.registry, slot=max(param.opts, key=len) if param else 'option')
+        registry.build(value, self.registry, max(param.opts, key=len) if param else 'option', **self.context)
         return value
 
     def get_metavar(self, param, ctx=None):

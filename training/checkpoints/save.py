@@ -45,7 +45,7 @@ def write_files(net, folder, card=None):
         json.dump(_finite(net.config), f, indent=2, allow_nan=False)
         f.write('\n')
     with open(os.path.join(folder, CARD), 'w', encoding='utf-8') as f:
-        f.write(card or model_card({'network': net.config}))
+        f.write(card or model_card(net.config))
 
 
 def _portable(value):

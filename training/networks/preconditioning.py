@@ -11,7 +11,7 @@ from torch import nn
 
 from dnnlib import UserError
 from training.diffusion import discrete
-from training.networks.unet import NETWORKS
+from training.networks.interface import network_class
 
 
 class Precond(nn.Module):
@@ -37,8 +37,8 @@ class Precond(nn.Module):
         for name, default in self.options.items():
             setattr(self, name, kwargs.pop(name, default))
         self.prepare()
-        self.model = NETWORKS[model_type or self.model_type](img_resolution, img_channels, img_channels * self.output_multiple,
-                                                             label_dim=label_dim, **kwargs)
+        self.model = network_class(model_type or self.model_type)(img_resolution, img_channels, img_channels * self.output_multiple,
+                                                                  label_dim=label_dim, **kwargs)
         self.augment_dim = self.model.augment_dim
         self.units = None
 
@@ -179,7 +179,6 @@ def build_network(config):
     _check('precond', name, PRECONDS)
     kind = PRECONDS[name]
     model_type = kwargs.get('model_type', kind.model_type)
-    _check('model_type', model_type, NETWORKS)
     allowed = _constructor_arguments(kind, model_type)
     for key in kwargs:
         _check('argument', key, allowed)
@@ -195,7 +194,7 @@ def build_network(config):
 
 
 def _constructor_arguments(kind, model_type):
-    names = [*inspect.signature(Precond.__init__).parameters, *kind.options, *inspect.signature(NETWORKS[model_type]).parameters]
+    names = [*inspect.signature(Precond.__init__).parameters, *kind.options, *inspect.signature(network_class(model_type)).parameters]
     return [name for name in dict.fromkeys(names) if name not in ('self', 'kwargs', 'in_channels', 'out_channels')]
 
 
