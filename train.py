@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import importlib.util
 import json
-import math
 import os
 
 import click
@@ -56,8 +55,6 @@ def lengths(ctx, param, value):
 
 SHARE, POSITIVE, NOT_NEGATIVE = Number(least=0, most=1), Number(above=0), Number(least=0)
 COUNT, WHOLE = click.IntRange(min=1), click.IntRange(min=0)
-# A run in which there can be any term: their options are looked at before there is one.
-ANY_RUN = dict(noise=None, weight=None, penalty=None, batch=math.inf, diffusion=DIFFUSIONS['cosine'](steps=2))
 
 
 @click.command(cls=Command, context_settings={'max_content_width': 130})
@@ -91,8 +88,8 @@ ANY_RUN = dict(noise=None, weight=None, penalty=None, batch=math.inf, diffusion=
 @click.option('--ambient-weight', type=click.Choice(['none', 'inverse']), default='none', show_default=True,
               help='inverse: weigh noisy images by (1 - sigma_n^2/sigma^2)^-2, so that their x_0 error counts like that of clean ones; '
               'sets the buffer of --pairing to 2/sqrt(3) where it has none')
-@click.option('--term', multiple=True, type=Spec(TERMS, **ANY_RUN), help='One more loss term; may be given several times')
-@click.option('--consistency', type=Spec(CHAINS, **ANY_RUN), help='Consistency loss, which reaches below sigma_n  [default: none]')
+@click.option('--term', multiple=True, type=Spec(TERMS), help='One more loss term; may be given several times')
+@click.option('--consistency', type=Spec(CHAINS), help='Consistency loss, which reaches below sigma_n  [default: none]')
 @click.option('--consistency-coeff', metavar='FLOAT', type=NOT_NEGATIVE,
               help='As published: factor of the consistency loss with euler chains; 0 = off  [default: 0]')
 @click.option('--consistency-batch-size', metavar='INT', type=COUNT, help='As published: its batch_size  [default: 32]')

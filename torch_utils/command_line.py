@@ -161,11 +161,11 @@ class Spec(click.ParamType):
 
     name = 'NAME[:key=value,...]'
 
-    def __init__(self, registry, **context):
-        self.registry, self.context = registry, context
+    def __init__(self, registry):
+        self.registry = registry
 
     def convert(self, value, param, ctx):
-        registry.build(value, self.registry, max(param.opts, key=len) if param else 'option', **self.context)
+        registry.check(value, self.registry, max(param.opts, key=len) if param else 'option')
         return value
 
     def get_metavar(self, param, ctx=None):

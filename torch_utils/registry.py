@@ -48,6 +48,25 @@ def build(spec, registry, slot='option', **context):
     spec: "name" or "name:key=value,...". slot: what to call it in errors, such as "--weight".
     context: values the caller gives to any piece that has such a parameter and was not told otherwise (sigma_data, say).
     Raises UserError for unknown names, unknown keys and values that the piece refuses (ValueError, TypeError)."""
+    piece, options = _resolve(spec, registry, slot)
+    taken = inspect.signature(piece).parameters
+    kwargs = {key: value for key, value in context.items() if key in taken} | options
+    try:
+        return piece(**kwargs) if inspect.isclass(piece) else functools.partial(piece, **kwargs)
+    except (ValueError, TypeError) as err:
+        raise UserError(f'{slot}={spec}: {err}') from None
+
+
+def check(spec, registry, slot='option'):
+    """Refuses what build() would refuse, as far as that can be told without the caller's context."""
+    piece, _ = _resolve(spec, registry, slot)
+    needed = [p for p in inspect.signature(piece).parameters.values() if p.default is p.empty]
+    if not (inspect.isclass(piece) and needed):
+        build(spec, registry, slot)
+
+
+def _resolve(spec, registry, slot):
+    """(piece, its options in their own types) that a spec names."""
     name, options = parse(spec)
     if name not in registry:
         raise UserError(f'{slot}={spec}: unknown name "{name}"; choose from {", ".join(registry)}')
@@ -58,12 +77,7 @@ def build(spec, registry, slot='option', **context):
             allowed = ', '.join(f'{k}={_shown(v)}' for k, v in accepted.items()) or 'no keys'
             raise UserError(f'{slot}={spec}: "{name}" has no key "{key}"; it takes {allowed}')
         options[key] = _checked(accepted[key], key, value, f'{slot}={spec}')
-    taken = inspect.signature(piece).parameters
-    kwargs = {key: value for key, value in context.items() if key in taken} | options
-    try:
-        return piece(**kwargs) if inspect.isclass(piece) else functools.partial(piece, **kwargs)
-    except (ValueError, TypeError) as err:
-        raise UserError(f'{slot}={spec}: {err}') from None
+    return piece, options
 
 
 def parameters(piece):
