@@ -20,7 +20,7 @@ from torch_utils.command_line import Command, Names, Number, groups, ints, versi
 from training import run_folder
 from training.assembly import PRECISIONS, build_objective
 from training.conditioning import CEP
-from training.configuration import DIFFUSION, configure, evaluations_per_image
+from training.configuration import DIFFUSION, PREDICTION, configure, evaluations_per_image
 from training.consistency import CHAINS
 from training.corruption import PROTOCOLS
 from training.discrete import DIFFUSIONS
@@ -30,7 +30,7 @@ from training.networks import ARCHS
 from training.noise import NOISE
 from training.pairs import PAIRINGS
 from training.penalty import PENALTIES
-from training.preconditioning import PRECONDS, build_network
+from training.preconditioning import PRECONDS, PREDICTIONS, build_network
 from training.registry import Spec
 from training.timesteps import TIMESTEPS
 from training.training_loop import training_loop
@@ -76,6 +76,8 @@ COUNT, WHOLE = click.IntRange(min=1), click.IntRange(min=0)
 @click.option('--objective', type=Spec(OBJECTIVES), help='Discrete-time objective of --precond=iddpm: hybrid and vlb learn the '
               'variance of a sampling step too  [default: none; --noise and --weight instead]')
 @click.option('--diffusion', type=Spec(DIFFUSIONS), help=f'Its schedule, kept in config.json  [default: {DIFFUSION}]')
+@click.option('--prediction', type=click.Choice(list(PREDICTIONS)), help='What its network predicts: edm, as EDM does; v; eps, the noise, '
+              f'as published; kept in config.json  [default: {PREDICTION}]')
 @click.option('--timesteps', type=Spec(TIMESTEPS), help='How its timesteps are drawn for clean images; second_moment: by their losses, '
               'for vlb  [default: uniform]')
 @click.option('--noise', type=Spec(NOISE), help='Noise-level distribution p(sigma)  [default: as published for --precond]')
@@ -158,7 +160,7 @@ COUNT, WHOLE = click.IntRange(min=1), click.IntRange(min=0)
 @click.option('--metrics', metavar='NAMES', type=Names(METRICS), default='fid', show_default=True,
               help=f'Which, of {",".join(METRICS)}; they are logged as Metrics/fid2k')
 @click.option('--metrics-num', metavar='INT', type=click.IntRange(min=2), default=2000, show_default=True,
-              help='Images that they are of, seeds 0 and up: 18 steps of EDM\'s sampler each')
+              help='Images that they are of, seeds 0 and up, made as generate.py makes them where it is told no sampler')
 @click.option('--metrics-ref', metavar='NPZ|URL', help='What they compare with, as eval_fid.py ref writes it; kid, pr and dc need its '
               '--keep-features')
 @click.option('--metrics-detector', type=Spec(DETECTORS), default='inception', show_default=True, help='Where features come from')

@@ -30,15 +30,17 @@ IMAGES, JUDGED, STEPS = 898, 128, 25  # generated images, held-out images whose 
 TRAIN = ['--cond=1', '--precond=iddpm', '--cres=1,2', '--blocks=1', '--attn=0', '--augment=0', '--dropout=0', '--batch=128',
          '--lr-rampup=0.01', '--ema=0.006', '--tick=16', '--snap=1000', '--dump=0', '--samples=0', '--threads=1']
 WIDTH, LR = 16, 2e-3  # --cbase, and --lr at that width; at others it goes by 1 / sqrt(width)
-ARMS = {  # (--objective, schedule, --timesteps, width)
-    'linear, simple': ('simple', 'linear', 'uniform', WIDTH),
-    'cosine, simple': ('simple', 'cosine', 'uniform', WIDTH),
-    'cosine, hybrid': ('hybrid', 'cosine', 'uniform', WIDTH),
-    'cosine, vlb': ('vlb', 'cosine', 'uniform', WIDTH),
-    'cosine, vlb, resampled': ('vlb', 'cosine', 'second_moment', WIDTH),
-    'linear, hybrid': ('hybrid', 'linear', 'uniform', WIDTH),
-    'cosine, hybrid, width 8': ('hybrid', 'cosine', 'uniform', 8),
-    'cosine, hybrid, width 32': ('hybrid', 'cosine', 'uniform', 32),
+ARMS = {  # (--objective, schedule, --timesteps, width, --prediction)
+    'linear, simple': ('simple', 'linear', 'uniform', WIDTH, 'eps'),
+    'cosine, simple': ('simple', 'cosine', 'uniform', WIDTH, 'eps'),
+    'cosine, hybrid': ('hybrid', 'cosine', 'uniform', WIDTH, 'eps'),
+    'cosine, vlb': ('vlb', 'cosine', 'uniform', WIDTH, 'eps'),
+    'cosine, vlb, resampled': ('vlb', 'cosine', 'second_moment', WIDTH, 'eps'),
+    'linear, hybrid': ('hybrid', 'linear', 'uniform', WIDTH, 'eps'),
+    'cosine, hybrid, width 8': ('hybrid', 'cosine', 'uniform', 8, 'eps'),
+    'cosine, hybrid, width 32': ('hybrid', 'cosine', 'uniform', 32, 'eps'),
+    'cosine, hybrid, v': ('hybrid', 'cosine', 'uniform', WIDTH, 'v'),
+    'cosine, hybrid, edm': ('hybrid', 'cosine', 'uniform', WIDTH, 'edm'),
 }
 SAMPLERS = {**{name: f'ancestral:variance={name}' for name in ('small', 'large', 'learned')}, 'ddim': 'ddim', 'heun': 'heun'}
 MICRO, PARTS, WARM = 32, 128, 400  # images of a gradient, gradients, and batches that fill the resampler's history
@@ -61,12 +63,12 @@ def make_data(path):
 
 def train(path, arm, seed, kimg, steps):
     """Trains one arm; returns its snapshot's folder."""
-    objective, schedule, timesteps, width = ARMS[arm]
+    objective, schedule, timesteps, width, prediction = ARMS[arm]
     run = path(f'{arm.replace(", ", "-").replace(" ", "")}-{seed}')
     if not os.path.exists(run):
         call('train', f'--outdir={run}', '--nosubdir', f'--data={path("train.zip")}', *TRAIN, f'--seed={seed}', f'--duration={kimg / 1e3}',
              f'--objective={objective}', f'--diffusion={schedule}:steps={steps}', f'--timesteps={timesteps}', f'--cbase={width}',
-             f'--lr={LR * math.sqrt(WIDTH / width)}')
+             f'--prediction={prediction}', f'--lr={LR * math.sqrt(WIDTH / width)}')
     return next(entry.path for entry in os.scandir(run) if entry.name.startswith('network-snapshot'))
 
 

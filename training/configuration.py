@@ -11,12 +11,15 @@ from training.assembly import build_cep
 from training.consistency import CHAINS, published_spec
 from training.corruption import Corruption, LabelCorruption
 from training.dataset import ImageDataset
+from training.discrete import build_diffusion
 from training.images import is_picture
 from training.networks import ARCHS
 from training.pairs import with_inverse_weight
 from training.registry import build, parse
 
 DIFFUSION = 'cosine:steps=4000'  # the schedule of a discrete-time objective that is told none
+PREDICTION = 'edm'  # and what its network predicts
+SAMPLING = {'sampler': 'ancestral', 'steps': 50}  # and what its samples are made with, in fewer steps where it has fewer
 
 # Noise distribution and weight that each preconditioning was published with.
 PUBLISHED = {'edm': ('lognormal', 'edm'), 'iddpm': ('iddpm_levels', 'snr'), 've': ('loguniform', 'snr'), 'vp': ('vp_uniform', 'snr')}
@@ -72,7 +75,7 @@ def check_batch(o):
 def discrete_objective(o, dataset):
     """{}, or what --objective and --timesteps add to the options of an objective. Refuses what does not go with them."""
     if o.objective is None:
-        for name, value in [('diffusion', o.diffusion), ('timesteps', o.timesteps)]:
+        for name, value in [('diffusion', o.diffusion), ('timesteps', o.timesteps), ('prediction', o.prediction)]:
             if value is not None:
                 raise click.ClickException(f'--{name}={value} is for discrete-time objectives: add --objective=hybrid, say')
         return {}
@@ -160,7 +163,7 @@ def metrics_options(o, dataset):
 
 def network_config(o, dataset):
     """config.json of the network: published constructor arguments."""
-    height, width = dataset.resolution
+    (height, width), prediction = dataset.resolution, o.prediction or PREDICTION
     config = dict(img_resolution=height if height == width else [height, width], img_channels=dataset.image_shape[0],
                   label_dim=dataset.label_dim, use_fp16=o.fp16, **ARCHS[o.arch], dropout=o.dropout)
     given = dict(model_channels=o.cbase, channel_mult=o.cres, num_blocks=o.blocks, attn_resolutions=o.attn, sigma_data=o.sigma_data,
@@ -174,10 +177,12 @@ def network_config(o, dataset):
         build_cep(o.cep, dataset.label_dim)
     if o.precond != 'edm':
         config['precond'] = o.precond
-        if o.sigma_data is not None:
-            raise click.ClickException(f'--sigma-data={o.sigma_data} goes with --precond=edm; --precond={o.precond} has no such constant')
+        if o.sigma_data is not None and not (o.objective and prediction == 'edm'):
+            raise click.ClickException(f'--sigma-data={o.sigma_data} goes with --precond=edm; --precond={o.precond} has no such constant '
+                                       'but under --objective with --prediction=edm')
     if o.objective:
-        config['diffusion'] = o.diffusion or DIFFUSION
+        config |= dict(diffusion=o.diffusion or DIFFUSION, prediction=prediction)
+        config['sampling'] = SAMPLING | dict(steps=min(SAMPLING['steps'], build_diffusion(config['diffusion']).steps))
         if parse(o.objective)[0] == 'simple':
             config['learned_variance'] = False
     if dataset.units is not None:

@@ -13,7 +13,8 @@ from torch_utils import checkpoint, distributed
 
 # What a continued run may be told anew; whatever else differs is refused by name.
 MAY_CHANGE = ('duration_kimg', 'tick_kimg', 'snapshot_ticks', 'state_ticks', 'batch_gpu', 'precision', 'compile', 'bench', 'samples', 'gns',
-              'data.workers', 'data.cache_gib', 'versions', 'ranks', 'transfer', 'desc', 'metrics')
+              'data.workers', 'data.cache_gib', 'versions', 'ranks', 'transfer', 'desc', 'metrics',
+              'network.sampling')
 
 
 class RunFolder:
@@ -75,7 +76,10 @@ def create(outdir, name):
 def load_state(path, options, free=()):
     """The state in a file, refused unless its run's options equal `options` but for MAY_CHANGE and the keys in `free`."""
     state = checkpoint.load(path)
-    found = checkpoint.differences(state['options'], options, ignore=(*MAY_CHANGE, *free))
+    before = state['options']
+    if 'diffusion' in before['network']:  # a run from before there was a choice
+        before = before | dict(network={'prediction': 'eps', **before['network']})
+    found = checkpoint.differences(before, options, ignore=(*MAY_CHANGE, *free))
     if found:
         raise click.ClickException(f'--resume={path}: the state was trained with other options ({"; ".join(found[:6])}); '
                                    'give the same options, or start a new run from its weights with --transfer')

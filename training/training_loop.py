@@ -15,7 +15,7 @@ import torch
 from dnnlib import EasyDict, format_time
 from metrics.periodic import PeriodicMetrics
 from torch_utils import checkpoint, distributed, misc, training_stats
-from training import assembly, gradients, hub, posthoc
+from training import assembly, gradients, hub, posthoc, sampling
 from training.augment import AugmentPipe
 from training.feed import micro_batches
 from training.generation import resolution, sample_grid
@@ -243,7 +243,7 @@ class Run:
 
     def measure(self):
         """Metrics of the EMA's images into stats.jsonl."""
-        fields = self.metrics(self.ema.module)
+        fields = self.metrics(self.ema.module, **sampling.default_pieces(self.ema.module))
         if fields:
             self._log(fields)
             shown = '  '.join(f'{name.removeprefix("Metrics/")} {value:.5g}' for name, value in fields.items() if value is not None)
@@ -269,7 +269,8 @@ class Run:
             path = self.folder.numbered('ema-snapshot', kimg, f'-{average.sigma_rel:.3f}.safetensors')
             posthoc.write_average(path, average, self.progress.nimg)
         if self.options['samples']:
-            sample_grid(self.ema.module, self.options['samples'], self.folder.numbered('samples', kimg, '.png'))
+            sample_grid(self.ema.module, self.options['samples'], self.folder.numbered('samples', kimg, '.png'),
+                        **sampling.default_pieces(self.ema.module))
 
     def save_state(self):
         """Everything needed to continue, in one file."""
