@@ -177,6 +177,13 @@ def test_runs_from_before_there_was_a_choice_go_on(tmp_path):
         run_folder.load_state(str(path), tiny.options(tmp_path, *flags))
 
 
+def test_transfer_between_predictions_is_warned_of(tmp_path, capsys):
+    hub.save_network(small('iddpm'), tmp_path / 'published')
+    for prediction, warnings in (('edm', 1), ('eps', 0)):
+        assembly.transfer_weights(str(tmp_path / 'published'), small('iddpm', diffusion='cosine:steps=50', prediction=prediction))
+        assert capsys.readouterr().out.count('predicts eps, which this network is to unlearn; --prediction=eps keeps it') == warnings
+
+
 # ---- data that is not 8-bit
 
 
