@@ -25,7 +25,7 @@ from training.diffusion.noise import NOISE
 from training.networks.conditioning import CEP
 from training.networks.ema import exponent
 from training.networks.interface import ARCHS
-from training.networks.preconditioning import PRECONDS, build_network
+from training.networks.preconditioning import PRECONDS, PREDICTIONS, build_network
 from training.objective.consistency import CHAINS
 from training.objective.loss import TERMS
 from training.objective.penalty import PENALTIES
@@ -36,7 +36,7 @@ from training.run import folder
 from training.run.build import PRECISIONS, build_objective
 from training.run.config import to_json
 from training.run.optimizer import LR_SCHEDULES, OPTIMIZERS
-from training.run.options import DIFFUSION, configure
+from training.run.options import DIFFUSION, PREDICTION, configure
 from training.run.training_loop import training_loop
 
 
@@ -79,6 +79,8 @@ COUNT, WHOLE = click.IntRange(min=1), click.IntRange(min=0)
 @click.option('--objective', type=Spec(OBJECTIVES), help='Discrete-time objective of --precond=iddpm: hybrid and vlb learn the '
               'variance of a sampling step too  [default: none; --noise and --weight instead]')
 @click.option('--diffusion', type=Spec(DIFFUSIONS), help=f'Its schedule, kept in config.json  [default: {DIFFUSION}]')
+@click.option('--prediction', type=click.Choice(list(PREDICTIONS)), help='What its network predicts: edm, as EDM does; v; eps, the noise, '
+              f'as published; kept in config.json  [default: {PREDICTION}]')
 @click.option('--timesteps', type=Spec(TIMESTEPS), help='How its timesteps are drawn for clean images; second_moment: by their losses, '
               'for vlb  [default: uniform]')
 @click.option('--noise', type=Spec(NOISE), help='Noise-level distribution p(sigma)  [default: as published for --precond]')
@@ -165,7 +167,7 @@ COUNT, WHOLE = click.IntRange(min=1), click.IntRange(min=0)
 @click.option('--metrics', metavar='NAMES', type=Names(METRICS), default='fid', show_default=True,
               help=f'Which, of {",".join(METRICS)}; they are logged as Metrics/fid2k')
 @click.option('--metrics-num', metavar='INT', type=click.IntRange(min=2), default=2000, show_default=True,
-              help='Images that they are of, seeds 0 and up: 18 steps of EDM\'s sampler each')
+              help='Images that they are of, seeds 0 and up, made as generate.py makes them where it is told no sampler')
 @click.option('--metrics-ref', metavar='NPZ|URL', help='What they compare with, as eval_fid.py ref writes it; kid, pr and dc need its '
               '--keep-features')
 @click.option('--metrics-detector', type=Spec(DETECTORS), default='inception', show_default=True, help='Where features come from')
@@ -246,7 +248,8 @@ def find_state(config, o):
         return config, None, None
     if o.transfer and o.resume != 'latest':
         raise UserError('--resume=FILE and --transfer exclude each other: one continues a run, the other starts a new one')
-    free = ('run.seed',) if o.seed is None else ()  # a continued run keeps its seed
+    # A continued run keeps its seed, and what its network predicts: its first command may have had another default.
+    free = [key for key, given in (('run.seed', o.seed), ('network.arguments.prediction', o.prediction)) if given is None]
     path, state, told = (folder.latest_state(o.outdir, config, free) if o.resume == 'latest'
                          else (o.resume, *folder.load_state(o.resume, config, free)))
     # Rank 0 decides, because a state may appear while the ranks look.
@@ -254,7 +257,8 @@ def find_state(config, o):
     if chosen != path:
         path, state, told = (chosen, *folder.load_state(chosen, config, free)) if chosen else (None, None, None)
     if told is not None:
-        config = dataclasses.replace(config, run=dataclasses.replace(config.run, seed=told.run.seed))
+        config = dataclasses.replace(config, run=dataclasses.replace(config.run, seed=told.run.seed),
+                                     network=dataclasses.replace(config.network, arguments=told.network.arguments))
     return config, path, state
 
 

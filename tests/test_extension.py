@@ -83,9 +83,9 @@ import {script}
 if __name__ == '__main__':
     {script}.main()
 '''
-FLAGS = ['--sigma=0.4', '--corruption-probability=0.7', '--batch=16', '--tick=0.032', '--snap=2', '--dump=1', '--samples=4', '--lr-rampup=0',
-         '--lr=0.01', '--augment=0.1', '--threads=1', '--nosubdir', '--arch=pointwise:scales=1|3', '--cbase=6', '--term=drift:coeff=0.5,every=2',
-         '--optimizer=momentum:beta=0.5', '--lr-schedule=stairs:kimg=0.048']
+FLAGS = ['--sigma=0.4', '--corruption-probability=0.7', '--batch=16', '--tick=0.032', '--snap=2', '--dump=1', '--samples=4',
+         '--lr-rampup=0', '--lr=0.01', '--augment=0.1', '--threads=1', '--nosubdir', '--arch=pointwise:scales=1|3', '--cbase=6',
+         '--term=drift:coeff=0.5,every=2', '--optimizer=momentum:beta=0.5', '--lr-schedule=stairs:kimg=0.048']
 
 
 @pytest.fixture(scope='module')

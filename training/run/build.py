@@ -90,12 +90,14 @@ def build_averages(config, net):
 
 def transfer_weights(ref, net):
     """Copies every tensor of another network that has the same name and shape; says what was left as initialised."""
-    source = load_network(ref).state_dict()
-    own = net.state_dict()
-    fitting = {name: tensor for name, tensor in source.items() if name in own and own[name].shape == tensor.shape}
+    other, own = load_network(ref), net.state_dict()
+    fitting = {name: tensor for name, tensor in other.state_dict().items() if name in own and own[name].shape == tensor.shape}
     if not fitting:
         raise UserError(f'--transfer={ref}: none of its tensors fits this network; use its architecture (see its config.json)')
     net.load_state_dict(fitting, strict=False)
+    theirs, ours = (getattr(one, 'prediction', None) for one in (other, net))
+    if None not in (theirs, ours) and theirs != ours:
+        distributed.print0(f'Warning: {ref} predicts {theirs}, which this network is to unlearn; --prediction={theirs} keeps it')
     left = sorted(set(own) - set(fitting))
     rest = f'; as initialised: {", ".join(left[:8])}' if left else ''
     few = 'Warning: another architecture? ' if 2 * len(fitting) < len(own) else ''

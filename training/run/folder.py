@@ -14,7 +14,7 @@ from training.run.config import from_json, to_json
 # What a continued run may be told anew; whatever else differs is refused by name.
 MAY_CHANGE = ('run.duration_kimg', 'run.tick_kimg', 'run.snapshot_ticks', 'run.state_ticks', 'run.batch_gpu', 'run.precision',
               'run.compile', 'run.bench', 'run.samples', 'run.gns', 'run.versions', 'run.ranks', 'run.desc', 'run.metrics', 'data.workers',
-              'data.cache_gib', 'network.transfer')
+              'data.cache_gib', 'network.transfer', 'network.arguments.sampling')
 
 
 class RunFolder:

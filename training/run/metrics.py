@@ -62,7 +62,7 @@ RENAMED = {'--detector-weights=': '--metrics-detector=inception:weights=', '--de
 
 
 class PeriodicMetrics:
-    """Measures a network by the images of seeds 0 .. num - 1: EDM's sampler in 18 steps, rounded to 8 bits as their PNGs would be.
+    """Measures a network by the images of seeds 0 .. num - 1, rounded to 8 bits as their PNGs would be.
 
     num: images over all ranks. ref: .npz or URL of Statistics. names: of evaluate.METRICS. detector: a spec of DETECTORS.
     shape: (C,H,W) of the images. Raises UserError, on all ranks, for whatever would fail later."""
@@ -100,19 +100,21 @@ class PeriodicMetrics:
         plain = Settings()
         return Settings(kid_subset_size=min(plain.kid_subset_size, self.num, rows), splits=min(plain.splits, self.num))
 
-    def __call__(self, net):
-        """{'Metrics/fid2k': value, ...} of a network in eval mode, on every rank; {} and a warning where its images have none."""
+    def __call__(self, net, **pieces):
+        """{'Metrics/fid2k': value, ...} of a network in eval mode, on every rank; {} and a warning where its images have none.
+
+        pieces: schedule, stepper and num_steps of generate_images; EDM's sampler in 18 steps, where they are not given."""
         try:
-            values = evaluate_batches(self._batches(net), self.detector, self.reference, self.names, self.settings, self.num)
+            values = evaluate_batches(self._batches(net, pieces), self.detector, self.reference, self.names, self.settings, self.num)
         except UserError as err:  # of images that are not finite, say: training may recover from them
             distributed.print0(f'Warning: no metrics this time: {err.message}')
             return {}
         return {f'Metrics/{NAMES.get(name, name)}{short(self.num)}': misc.as_float(value)
                 for name, value in values.items()}
 
-    def _batches(self, net):
+    def _batches(self, net, pieces):
         """This rank's images, uint8 [n,C,H,W]."""
-        for part in generate_images(net, range(self.num), batch=BATCH, rank=distributed.rank(), world=distributed.size()):
+        for part in generate_images(net, range(self.num), batch=BATCH, rank=distributed.rank(), world=distributed.size(), **pieces):
             if not part.images.isfinite().all():
                 raise UserError('the weight average makes images that are not finite')
             yield to_uint8(part.images)

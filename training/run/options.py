@@ -10,6 +10,7 @@ from torch_utils import distributed, misc, registry
 from training.data.corruption import LabelCorruption
 from training.data.dataset import ImageDataset
 from training.data.pairs import with_inverse_weight
+from training.diffusion.discrete import build_diffusion
 from training.networks.interface import ARCHS, network_class
 from training.objective.consistency import published_spec
 from training.objective.loss import TERMS
@@ -19,6 +20,8 @@ from training.run.build import build_cep, build_corruption
 from training.sampling.pixels import is_picture
 
 DIFFUSION = 'cosine:steps=4000'  # the schedule of a discrete-time objective that is told none
+PREDICTION = 'edm'  # and what its network predicts
+SAMPLING = {'sampler': 'ancestral', 'steps': 50}  # and what its samples are made with, in fewer steps where it has fewer
 
 # Noise distribution and weight that each preconditioning was published with.
 PUBLISHED = {'edm': ('lognormal', 'edm'), 'iddpm': ('iddpm_levels', 'snr'), 've': ('loguniform', 'snr'), 'vp': ('vp_uniform', 'snr')}
@@ -72,7 +75,7 @@ def objective(o, dataset):
     if o.objective:
         check_discrete(o, dataset)
     else:
-        for name, value in [('diffusion', o.diffusion), ('timesteps', o.timesteps)]:
+        for name, value in [('diffusion', o.diffusion), ('timesteps', o.timesteps), ('prediction', o.prediction)]:
             if value is not None:
                 raise UserError(f'--{name}={value} is for discrete-time objectives: add --objective=hybrid, say')
     inverse = o.ambient_weight == 'inverse'
@@ -121,7 +124,7 @@ def consistency_spec(o):
 
 def network_arguments(o, dataset):
     """config.json of the network: published constructor arguments."""
-    height, width = dataset.resolution
+    (height, width), prediction = dataset.resolution, o.prediction or PREDICTION
     found = dict(img_resolution=height if height == width else [height, width], img_channels=dataset.image_shape[0],
                  label_dim=dataset.label_dim, use_fp16=o.fp16, **architecture(o))
     given = dict(sigma_data=o.sigma_data, augment_dim=9 if o.augment and takes(found, 'augment_dim') else None)
@@ -136,10 +139,12 @@ def network_arguments(o, dataset):
         build_cep(o.cep, dataset.label_dim)
     if o.precond != 'edm':
         found['precond'] = o.precond
-        if o.sigma_data is not None:
-            raise UserError(f'--sigma-data={o.sigma_data} goes with --precond=edm; --precond={o.precond} has no such constant')
+        if o.sigma_data is not None and not (o.objective and prediction == 'edm'):
+            raise UserError(f'--sigma-data={o.sigma_data} goes with --precond=edm; --precond={o.precond} has no such constant '
+                            'but under --objective with --prediction=edm')
     if o.objective:
-        found['diffusion'] = o.diffusion or DIFFUSION
+        found |= dict(diffusion=o.diffusion or DIFFUSION, prediction=prediction)
+        found['sampling'] = SAMPLING | dict(steps=min(SAMPLING['steps'], build_diffusion(found['diffusion']).steps))
         if registry.parse(o.objective)[0] == 'simple':
             found['learned_variance'] = False
     if dataset.units is not None:

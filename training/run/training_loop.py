@@ -25,6 +25,7 @@ from training.run.config import to_json
 from training.run.folder import RunFolder, stop_if_orphan
 from training.run.metrics import PeriodicMetrics
 from training.run.optimizer import LearningRate
+from training.sampling import options as sampling
 from training.sampling.generate import resolution, sample_grid
 
 GROUPS = [f'{kind}/q{quartile}' for kind in ('clean', 'noisy') for quartile in (1, 2, 3, 4)]  # losses are reported by these
@@ -250,7 +251,7 @@ class Run:
 
     def measure(self):
         """Metrics of the EMA's images into stats.jsonl."""
-        fields = self.metrics(self.ema.module)
+        fields = self.metrics(self.ema.module, **sampling.default_pieces(self.ema.module))
         if fields:
             self._log(fields)
             shown = '  '.join(f'{name.removeprefix("Metrics/")} {value:.5g}' for name, value in fields.items() if value is not None)
@@ -277,7 +278,8 @@ class Run:
             path = self.folder.numbered('ema-snapshot', kimg, f'-{average.sigma_rel:.3f}.safetensors')
             posthoc.write_average(path, average, self.progress.nimg)
         if self.config.run.samples:
-            sample_grid(self.ema.module, self.config.run.samples, self.folder.numbered('samples', kimg, '.png'))
+            sample_grid(self.ema.module, self.config.run.samples, self.folder.numbered('samples', kimg, '.png'),
+                        **sampling.default_pieces(self.ema.module))
 
     def save_state(self):
         """Everything needed to continue, in one file."""

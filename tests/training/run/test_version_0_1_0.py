@@ -82,8 +82,8 @@ def test_options_become_the_tree(name):
     ('samples-mix.npy', 'mix', ['--sampler=heun']), ('samples-hybrid.npy', 'hybrid', ['--sampler=heun', '--levels=edm']),
     ('samples-anc.npy', 'hybrid', ['--sampler=ancestral'])])
 def test_a_snapshot_makes_the_same_images(file, folder, options, tmp_path):
-    result = CliRunner().invoke(generate.main, [f'--network={WRITTEN / folder / SNAPSHOT}', f'--outdir={tmp_path}', '--seeds=0-3', '--steps=4',
-                                                '--format=npy', '--threads=1', *options])
+    args = [f'--network={WRITTEN / folder / SNAPSHOT}', f'--outdir={tmp_path}', '--seeds=0-3', '--steps=4', '--format=npy', '--threads=1']
+    result = CliRunner().invoke(generate.main, [*args, *options])
     assert result.exit_code == 0, result.output
     expected = np.load(WRITTEN / file)
     found = np.stack([np.load(tmp_path / f'{seed:06d}.npy') for seed in range(4)])
