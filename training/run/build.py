@@ -75,11 +75,14 @@ def probe(slot, spec, call):
 
 
 def build_optimizer(config, params):
-    """The optimizer of an OptimizerConfig."""
+    """The optimizer of an OptimizerConfig, a fused one: it skips an update on the device where found_inf says so."""
     try:
-        return registry.build(config.kind, OPTIMIZERS, '--optimizer')(params, config.lr)
+        made = registry.build(config.kind, OPTIMIZERS, '--optimizer')(params, config.lr)
     except ValueError as err:
         raise UserError(f'--optimizer={config.kind}: {err}') from None
+    if not all(group.get('fused') for group in made.param_groups):
+        raise UserError(f'--optimizer={config.kind}: it must be made with fused=True, or updates with bad gradients could not be skipped')
+    return made
 
 
 def build_averages(config, net):
