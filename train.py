@@ -5,6 +5,7 @@ python train.py --outdir=runs --data=cifar.zip --sigma=0.2 --corruption_probabil
 torchrun --standalone --nproc_per_node=8 train.py --outdir=runs --data=cifar.zip --sigma=0.2 --corruption_probability=0.9"""
 
 import contextlib
+import dataclasses
 import importlib.util
 import json
 import os
@@ -15,7 +16,7 @@ import torch
 from dnnlib import EasyDict, Logger, UserError
 from metrics.detectors import DETECTORS
 from metrics.evaluate import METRICS
-from torch_utils import checkpoint, distributed, misc
+from torch_utils import checkpoint, distributed, misc, registry
 from torch_utils.command_line import Command, Names, Number, Spec, groups, ints, version_option
 from training.data.corruption import PROTOCOLS
 from training.data.pairs import PAIRINGS
@@ -23,16 +24,19 @@ from training.diffusion.discrete import DIFFUSIONS
 from training.diffusion.noise import NOISE
 from training.networks.conditioning import CEP
 from training.networks.ema import exponent
-from training.networks.preconditioning import PRECONDS, build_network
-from training.networks.unet import ARCHS
+from training.networks.interface import ARCHS
+from training.networks.preconditioning import PRECONDS, PREDICTIONS, build_network
 from training.objective.consistency import CHAINS
+from training.objective.loss import TERMS
 from training.objective.penalty import PENALTIES
 from training.objective.timesteps import TIMESTEPS
 from training.objective.variational import OBJECTIVES
 from training.objective.weighting import WEIGHTS
 from training.run import folder
 from training.run.build import build_objective
-from training.run.options import DIFFUSION, configure, evaluations_per_image
+from training.run.config import to_json
+from training.run.optimizer import LR_SCHEDULES, OPTIMIZERS
+from training.run.options import DIFFUSION, PREDICTION, configure
 from training.run.training_loop import training_loop
 
 
@@ -58,7 +62,7 @@ COUNT, WHOLE = click.IntRange(min=1), click.IntRange(min=0)
 @click.option('--outdir', metavar='DIR', required=True, help='Where runs go; this one gets the next numbered folder in it')
 @click.option('--data', metavar='ZIP|DIR', required=True, help='Training images, as dataset_tool.py writes them')
 @click.option('--cond', metavar='BOOL', type=bool, default=False, show_default=True, help='Class-conditional, by the labels of the data')
-@click.option('--arch', type=click.Choice(list(ARCHS)), default='ddpmpp', show_default=True, help='Network architecture')
+@click.option('--arch', type=Spec(ARCHS), default='ddpmpp', show_default=True, help='Network, with its keys: ddpmpp:cbase=128,cres=1|2|2')
 @click.option('--precond', type=click.Choice(list(PRECONDS)), default='edm', show_default=True, help='Preconditioning')
 # Imperfect data.
 @click.option('--sigma', metavar='FLOAT', type=float, default=0.0, show_default=True,
@@ -75,6 +79,8 @@ COUNT, WHOLE = click.IntRange(min=1), click.IntRange(min=0)
 @click.option('--objective', type=Spec(OBJECTIVES), help='Discrete-time objective of --precond=iddpm: hybrid and vlb learn the '
               'variance of a sampling step too  [default: none; --noise and --weight instead]')
 @click.option('--diffusion', type=Spec(DIFFUSIONS), help=f'Its schedule, kept in config.json  [default: {DIFFUSION}]')
+@click.option('--prediction', type=click.Choice(list(PREDICTIONS)), help='What its network predicts: edm, as EDM does; v; eps, the noise, '
+              f'as published; kept in config.json  [default: {PREDICTION}]')
 @click.option('--timesteps', type=Spec(TIMESTEPS), help='How its timesteps are drawn for clean images; second_moment: by their losses, '
               'for vlb  [default: uniform]')
 @click.option('--noise', type=Spec(NOISE), help='Noise-level distribution p(sigma)  [default: as published for --precond]')
@@ -84,6 +90,7 @@ COUNT, WHOLE = click.IntRange(min=1), click.IntRange(min=0)
 @click.option('--ambient-weight', type=click.Choice(['none', 'inverse']), default='none', show_default=True,
               help='inverse: weigh noisy images by (1 - sigma_n^2/sigma^2)^-2, so that their x_0 error counts like that of clean ones; '
               'sets the buffer of --pairing to 2/sqrt(3) where it has none')
+@click.option('--term', multiple=True, type=Spec(TERMS), help='One more loss term; may be given several times')
 @click.option('--consistency', type=Spec(CHAINS), help='Consistency loss, which reaches below sigma_n  [default: none]')
 @click.option('--consistency-coeff', metavar='FLOAT', type=NOT_NEGATIVE,
               help='As published: factor of the consistency loss with euler chains; 0 = off  [default: 0]')
@@ -106,15 +113,18 @@ COUNT, WHOLE = click.IntRange(min=1), click.IntRange(min=0)
 @click.option('--batch', metavar='INT', type=COUNT, default=512, show_default=True, help='Global batch size')
 @click.option('--batch-gpu', metavar='INT', type=COUNT,
               help='Rows a rank works on at a time; smaller accumulates gradients  [default: all]')
-@click.option('--cbase', metavar='INT', type=COUNT, help='Channels of the first level  [default: of --arch]')
-@click.option('--cres', metavar='LIST', callback=ints, help='Channels of each level, in multiples of --cbase  [default: of --arch]')
-@click.option('--blocks', metavar='INT', type=COUNT, help='Residual blocks a level  [default: of --arch]')
-@click.option('--attn', metavar='LIST', callback=ints, help='Heights of the levels that attend  [default: of --arch]')
+@click.option('--cbase', metavar='INT', type=COUNT, help='Key of --arch: channels of the first level')
+@click.option('--cres', metavar='LIST', callback=ints, help='Key of --arch: channels of each level, in multiples of --cbase')
+@click.option('--blocks', metavar='INT', type=COUNT, help='Key of --arch: residual blocks a level')
+@click.option('--attn', metavar='LIST', callback=ints, help='Key of --arch: heights of the levels that attend')
 @click.option('--sigma-data', metavar='FLOAT', type=POSITIVE, help='Std of the data, for network and loss (--precond=edm)  [default: 0.5]')
+@click.option('--optimizer', type=Spec(OPTIMIZERS), default='adam', show_default=True, help='Optimizer, with its keys')
 @click.option('--lr', metavar='FLOAT', type=POSITIVE, default=1e-3, show_default=True, help='Learning rate')
 @click.option('--lr-rampup', metavar='MIMG', type=NOT_NEGATIVE, default=10, show_default=True,
               help='Million images over which it rises from 0')
-@click.option('--weight-decay', metavar='FLOAT', type=NOT_NEGATIVE, default=0.0, show_default=True, help='L2 weight decay of Adam')
+@click.option('--lr-schedule', type=Spec(LR_SCHEDULES), default='constant', show_default=True,
+              help='How it falls; ref counts steps, kimg thousand images (those of --duration where it is 0)')
+@click.option('--weight-decay', metavar='FLOAT', type=NOT_NEGATIVE, help='Key of --optimizer  [default: 0 for adam]')
 @click.option('--ema', metavar='MIMG', type=NOT_NEGATIVE, default=0.5, show_default=True,
               help='Half-life of the weight average, in million images')
 @click.option('--power-ema', metavar='LIST', callback=lengths, default='', help='Widths of power-function averages to store at each '
@@ -122,7 +132,7 @@ COUNT, WHOLE = click.IntRange(min=1), click.IntRange(min=0)
 @click.option('--clip', metavar='FLOAT', type=NOT_NEGATIVE, default=0.0, show_default=True, help='Largest norm of the gradient; 0 = any')
 @click.option('--gns', metavar='BOOL', type=bool, default=False, show_default=True,
               help='Report the gradient noise scale; needs several ranks, or --batch-gpu below --batch')
-@click.option('--dropout', metavar='FLOAT', type=Number(least=0, most=0.99), default=0.13, show_default=True, help='Dropout probability')
+@click.option('--dropout', metavar='FLOAT', type=Number(least=0, most=0.99), help='Key of --arch: dropout probability  [default: 0.13]')
 @click.option('--augment', metavar='FLOAT', type=SHARE, default=0.12, show_default=True,
               help='Augmentation probability; noisy images get exact symmetries only')
 @click.option('--xflip', metavar='BOOL', type=bool, default=False, show_default=True,
@@ -157,7 +167,7 @@ COUNT, WHOLE = click.IntRange(min=1), click.IntRange(min=0)
 @click.option('--metrics', metavar='NAMES', type=Names(METRICS), default='fid', show_default=True,
               help=f'Which, of {",".join(METRICS)}; they are logged as Metrics/fid2k')
 @click.option('--metrics-num', metavar='INT', type=click.IntRange(min=2), default=2000, show_default=True,
-              help='Images that they are of, seeds 0 and up: 18 steps of EDM\'s sampler each')
+              help='Images that they are of, seeds 0 and up, made as generate.py makes them where it is told no sampler')
 @click.option('--metrics-ref', metavar='NPZ|URL', help='What they compare with, as eval_fid.py ref writes it; kid, pr and dc need its '
               '--keep-features')
 @click.option('--metrics-detector', type=Spec(DETECTORS), default='inception', show_default=True, help='Where features come from')
@@ -179,7 +189,7 @@ def main(**options):
     distributed.init()
     check_mirrors(o)
     config = configure(o)
-    state_path, state = find_state(config, o)
+    config, state_path, state = find_state(config, o)
     print_config(config, o)
     if not o.dry_run:
         launch(config, o, state_path, state)
@@ -195,13 +205,13 @@ def check_mirrors(o):
 def print_config(config, o):
     """What will be trained, on rank 0: the configuration, the size of the network, the network evaluations an image."""
     with torch.device('meta'):
-        net = build_network(config['network'])
-    _, objective = build_objective(config, net)
+        net = build_network(config.network.arguments)
+    _, objective = build_objective(config.objective, net, config.run.batch)
     params = sum(p.numel() for p in (*net.parameters(), *objective.parameters()))
     if o.dry_run:
-        distributed.print0(json.dumps(config, indent=2))
+        distributed.print0(json.dumps(to_json(config), indent=2))
     distributed.print0(f'{type(net.model).__name__} with {params / 1e6:.2f} M parameters, {type(net).__name__}; '
-                       f'{evaluations_per_image(config):.3g} network evaluations an image and step; seed {config["seed"]}')
+                       f'{objective.evaluations:.3g} network evaluations an image and step; seed {config.run.seed}')
 
 
 def launch(config, o, state_path, state):
@@ -233,21 +243,23 @@ def take_back(run_dir):
 
 
 def find_state(config, o):
-    """(path, content) of the state to continue from, the same on every rank; (None, None) for a fresh start."""
+    """(Config, path, content) of the state to continue from, the same on every rank; path and content are None for a fresh start."""
     if o.resume is None:
-        return None, None
+        return config, None, None
     if o.transfer and o.resume != 'latest':
         raise UserError('--resume=FILE and --transfer exclude each other: one continues a run, the other starts a new one')
-    free = ('seed',) if o.seed is None else ()  # a continued run keeps its seed
-    path, state = (folder.latest_state(o.outdir, config, free) if o.resume == 'latest'
-                   else (o.resume, folder.load_state(o.resume, config, free)))
+    # A continued run keeps its seed, and what its network predicts: its first command may have had another default.
+    free = [key for key, given in (('run.seed', o.seed), ('network.arguments.prediction', o.prediction)) if given is None]
+    path, state, told = (folder.latest_state(o.outdir, config, free) if o.resume == 'latest'
+                         else (o.resume, *folder.load_state(o.resume, config, free)))
     # Rank 0 decides, because a state may appear while the ranks look.
     chosen = distributed.broadcast(path)
     if chosen != path:
-        path, state = chosen, chosen and checkpoint.load(chosen)
-    if state is not None:
-        config['seed'] = state['options']['seed']
-    return path, state
+        path, state, told = (chosen, *folder.load_state(chosen, config, free)) if chosen else (None, None, None)
+    if told is not None:
+        config = dataclasses.replace(config, run=dataclasses.replace(config.run, seed=told.run.seed),
+                                     network=dataclasses.replace(config.network, arguments=told.network.arguments))
+    return config, path, state
 
 
 def choose_folder(config, o, state_path):
@@ -263,7 +275,8 @@ def choose_folder(config, o, state_path):
         return o.outdir
     kind = 'cond' if o.cond else 'uncond'
     stem = os.path.splitext(os.path.basename(os.path.normpath(o.data)))[0]
-    name = o.expr_id or '-'.join(filter(None, [stem, kind, o.arch, o.precond, f'batch{o.batch}', config['precision'], o.desc]))
+    parts = [stem, kind, registry.parse(o.arch)[0], o.precond, f'batch{o.batch}', config.run.precision, o.desc]
+    name = o.expr_id or '-'.join(filter(None, parts))
     return folder.create(o.outdir, name)
 
 
@@ -276,7 +289,7 @@ def open_writers(o, run_dir, config):
         writers.append(lambda fields, nimg: [board.add_scalar(k, v, nimg) for k, v in fields.items() if v is not None] and board.flush())
     if o.wandb:
         import wandb
-        project = wandb.init(project=o.wandb, name=os.path.basename(run_dir), dir=run_dir, config=config)
+        project = wandb.init(project=o.wandb, name=os.path.basename(run_dir), dir=run_dir, config=to_json(config))
         writers.append(lambda fields, nimg: project.log({**fields, 'nimg': nimg}))
     return writers
 

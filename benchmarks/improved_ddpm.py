@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Improved DDPM on digits, by the program's own commands: schedules, objectives, learned variances in few steps, gradient noise.
+"""Improved DDPM on digits, by the program's own commands: schedules, objectives, predictions, samplers in few steps, gradient noise.
 
 python benchmarks/improved_ddpm.py train --out=runs/digits
+python benchmarks/improved_ddpm.py samplers --out=runs/digits
 python benchmarks/improved_ddpm.py noise --out=runs/digits"""
 
 import contextlib
 import functools
 import importlib
 import io
+import itertools
 import math
 import os
 import sys
@@ -30,17 +32,21 @@ IMAGES, JUDGED, STEPS = 898, 128, 25  # generated images, held-out images whose 
 TRAIN = ['--cond=1', '--precond=iddpm', '--cres=1,2', '--blocks=1', '--attn=0', '--augment=0', '--dropout=0', '--batch=128',
          '--lr-rampup=0.01', '--ema=0.006', '--tick=16', '--snap=1000', '--dump=0', '--samples=0', '--threads=1']
 WIDTH, LR = 16, 2e-3  # --cbase, and --lr at that width; at others it goes by 1 / sqrt(width)
-ARMS = {  # (--objective, schedule, --timesteps, width)
-    'linear, simple': ('simple', 'linear', 'uniform', WIDTH),
-    'cosine, simple': ('simple', 'cosine', 'uniform', WIDTH),
-    'cosine, hybrid': ('hybrid', 'cosine', 'uniform', WIDTH),
-    'cosine, vlb': ('vlb', 'cosine', 'uniform', WIDTH),
-    'cosine, vlb, resampled': ('vlb', 'cosine', 'second_moment', WIDTH),
-    'linear, hybrid': ('hybrid', 'linear', 'uniform', WIDTH),
-    'cosine, hybrid, width 8': ('hybrid', 'cosine', 'uniform', 8),
-    'cosine, hybrid, width 32': ('hybrid', 'cosine', 'uniform', 32),
+ARMS = {  # (--objective, schedule, --timesteps, width, --prediction)
+    'linear, simple': ('simple', 'linear', 'uniform', WIDTH, 'eps'),
+    'cosine, simple': ('simple', 'cosine', 'uniform', WIDTH, 'eps'),
+    'cosine, hybrid': ('hybrid', 'cosine', 'uniform', WIDTH, 'eps'),
+    'cosine, vlb': ('vlb', 'cosine', 'uniform', WIDTH, 'eps'),
+    'cosine, vlb, resampled': ('vlb', 'cosine', 'second_moment', WIDTH, 'eps'),
+    'linear, hybrid': ('hybrid', 'linear', 'uniform', WIDTH, 'eps'),
+    'cosine, hybrid, width 8': ('hybrid', 'cosine', 'uniform', 8, 'eps'),
+    'cosine, hybrid, width 32': ('hybrid', 'cosine', 'uniform', 32, 'eps'),
+    'cosine, hybrid, v': ('hybrid', 'cosine', 'uniform', WIDTH, 'v'),
+    'cosine, hybrid, edm': ('hybrid', 'cosine', 'uniform', WIDTH, 'edm'),
 }
 SAMPLERS = {**{name: f'ancestral:variance={name}' for name in ('small', 'large', 'learned')}, 'ddim': 'ddim', 'heun': 'heun'}
+BUDGETS = 9, 17, 25, 35, 49  # network evaluations of a sample
+EVERY_SAMPLER = 'ancestral', 'ddim', 'dpmpp_2m', 'heun'
 MICRO, PARTS, WARM = 32, 128, 400  # images of a gradient, gradients, and batches that fill the resampler's history
 
 
@@ -61,12 +67,12 @@ def make_data(path):
 
 def train(path, arm, seed, kimg, steps):
     """Trains one arm; returns its snapshot's folder."""
-    objective, schedule, timesteps, width = ARMS[arm]
+    objective, schedule, timesteps, width, prediction = ARMS[arm]
     run = path(f'{arm.replace(", ", "-").replace(" ", "")}-{seed}')
     if not os.path.exists(run):
         call('train', f'--outdir={run}', '--nosubdir', f'--data={path("train.zip")}', *TRAIN, f'--seed={seed}', f'--duration={kimg / 1e3}',
              f'--objective={objective}', f'--diffusion={schedule}:steps={steps}', f'--timesteps={timesteps}', f'--cbase={width}',
-             f'--lr={LR * math.sqrt(WIDTH / width)}')
+             f'--prediction={prediction}', f'--lr={LR * math.sqrt(WIDTH / width)}')
     return next(entry.path for entry in os.scandir(run) if entry.name.startswith('network-snapshot'))
 
 
@@ -81,11 +87,16 @@ def judge(path, network):
     for name, sampler in SAMPLERS.items():
         if name == 'learned' and 'learned' not in variances:
             continue
-        call('eval_fid', f'--network={network}', f'--ref_stats={path("held-out.npz")}', '--detector=pixels', f'--num={IMAGES}',
-             f'--seeds=0-{IMAGES - 1}', f'--sampler={sampler}', f'--steps={STEPS if name != "heun" else (STEPS + 1) // 2}',
-             f'--out_path={run("distance.json")}')
-        found[f'{STEPS} steps, {name}'] = read_json(run('distance.json'))['fid_score']
+        found[f'{STEPS} steps, {name}'] = distance(path, network, sampler, STEPS)
     return found
+
+
+def distance(path, network, sampler, evaluations):
+    """Fréchet distance in pixels to the held-out digits of samples that take so many network evaluations; heun's on EDM's levels."""
+    steps, result = (evaluations + 1) // 2 if sampler == 'heun' else evaluations, os.path.join(os.path.dirname(network), 'distance.json')
+    call('eval_fid', f'--network={network}', f'--ref_stats={path("held-out.npz")}', '--detector=pixels', f'--num={IMAGES}',
+         f'--seeds=0-{IMAGES - 1}', f'--sampler={sampler}', f'--steps={steps}', f'--out_path={result}')
+    return read_json(result)['fid_score']
 
 
 def remember(path, name, value):
@@ -114,6 +125,15 @@ def print_table(path, arms, seeds):
         rows = [figures[f'{arm}/{seed}'] for seed in range(seeds) if f'{arm}/{seed}' in figures]
         cells = [mean([row[column] for row in rows]) if rows and column in rows[0] else '' for column in columns]
         print(f'| {arm} | {" | ".join(cells)} |')
+
+
+def print_samplers(path, arm, seeds):
+    """Distances of one arm, a sampler a line and a number of evaluations a column."""
+    figures = load(path)
+    print(f'\n"{arm}":\n\n| evaluations | {" | ".join(map(str, BUDGETS))} |\n|{" --- |" * (len(BUDGETS) + 1)}')
+    for sampler in EVERY_SAMPLER:
+        found = [[figures.get(f'samplers/{arm}/{sampler}/{budget}/{seed}') for seed in range(seeds)] for budget in BUDGETS]
+        print(f'| `{sampler}` | {" | ".join(mean([value for value in cell if value is not None]) for cell in found)} |')
 
 
 # ---- gradient noise
@@ -170,14 +190,14 @@ NOISE = {'hybrid': ('hybrid', 'uniform'), 'vlb': ('vlb', 'uniform'), 'vlb, resam
 
 
 @click.command()
-@click.argument('what', type=click.Choice(['train', 'noise']))
+@click.argument('what', type=click.Choice(['train', 'samplers', 'noise']))
 @click.option('--out', required=True, help='Folder of data, runs and figures; what is there is not made again')
 @click.option('--arms', default=';'.join(ARMS), help='Which, separated by semicolons')
 @click.option('--seeds', default='0-2', help='First and last')
 @click.option('--kimg', default=128.0, help='Training length')
 @click.option('--steps', default=1000, help='T')
 def main(what, out, arms, seeds, kimg, steps):
-    """Trains and judges every arm, or measures the gradient noise at trained weights; prints tables."""
+    """Trains and judges every arm, or measures samplers or the gradient noise at trained weights; prints tables."""
     torch.set_num_threads(1)
     os.makedirs(out, exist_ok=True)
     path, arms, (first, last) = functools.partial(os.path.join, out), arms.split(';'), map(int, seeds.split('-'))
@@ -187,14 +207,16 @@ def main(what, out, arms, seeds, kimg, steps):
             network = train(path, arm, seed, kimg, steps)
             if what == 'train' and f'{arm}/{seed}' not in load(path):
                 remember(path, f'{arm}/{seed}', judge(path, network))
+            for sampler, budget in itertools.product(EVERY_SAMPLER, BUDGETS) if what == 'samplers' else []:
+                if (key := f'samplers/{arm}/{sampler}/{budget}/{seed}') not in load(path):
+                    remember(path, key, distance(path, network, sampler, budget))
             for name, spec in NOISE.items() if what == 'noise' else []:
                 if (key := f'noise/{arm}/{name}/{seed}') not in load(path):
                     remember(path, key, gradient_noise(path, network, *spec, seed))
     if what == 'train':
         print_table(path, arms, last + 1)
-    else:
-        for arm in arms:
-            print_noise(path, arm, last + 1)
+    for arm in arms if what != 'train' else []:
+        {'noise': print_noise, 'samplers': print_samplers}[what](path, arm, last + 1)
 
 
 if __name__ == '__main__':

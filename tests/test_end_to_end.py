@@ -18,7 +18,7 @@ import dataset_tool
 import eval_fid
 import generate
 import train
-from tests.support import tiny
+from tests.support import launch, tiny
 from training.checkpoints.load import load_network
 from training.data.corruption import Corruption
 from training.data.dataset import ImageDataset
@@ -186,7 +186,8 @@ def test_two_ranks_by_torchrun(data, tmp_path):
     """The published command line on two CPU ranks: the losses are those of one rank, where nothing depends on the rank."""
     args = [f'--data={data["rgb"]}', *ISSUE, *LENGTH, *NET, '--dropout=0']
     call(train.main, f'--outdir={tmp_path / "one"}', *args)
-    done = subprocess.run(tiny.command([f'--outdir={tmp_path / "two"}', *args], ranks=2), capture_output=True, text=True, timeout=300,
+    command = launch.command(tiny.ROOT / 'train.py', [f'--outdir={tmp_path / "two"}', *args], ranks=2)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300,
                           env={**os.environ, 'OMP_NUM_THREADS': '1'})
     assert done.returncode == 0, done.stderr
     one, two = (check_run(tmp_path / name)[1] for name in ('one', 'two'))

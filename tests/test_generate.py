@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import generate
 from tests.support.tiny import make_zip
-from tests.support.unets import DATA, ROOT, all_images, contents, golden_network, launch, refused, run, tiny
+from tests.support.unets import DATA, ROOT, all_images, contents, golden_network, launched, refused, run, tiny
 from torch_utils import registry
 from training.checkpoints.load import load_network
 from training.checkpoints.save import save_network
@@ -203,7 +203,7 @@ def test_pixels_do_not_depend_on_batch_and_ranks(folders, tmp_path):
               f'--gnet={folders / "worse"}', '--guidance-interval=t:0,900', f'--labels=dataset:{data}']
     for name, batch in (('64', 64), ('3', 3)):
         assert CliRunner().invoke(generate.main, [*common, f'--outdir={tmp_path / name}', f'--batch={batch}']).exit_code == 0
-    result = launch(2, *common, f'--outdir={tmp_path / "ranks"}', '--batch=1')
+    result = launched(2, *common, f'--outdir={tmp_path / "ranks"}', '--batch=1')
     assert result.returncode == 0, result.stderr
     assert contents(tmp_path / '64') == contents(tmp_path / '3') == contents(tmp_path / 'ranks') and len(contents(tmp_path / '3')) == 7
 

@@ -17,7 +17,7 @@ from click.testing import CliRunner
 
 import train
 from dnnlib import EasyDict
-from tests.support import tiny
+from tests.support import launch, tiny
 from torch_utils import registry
 from torch_utils.command_line import Spec
 from training.data.convert.writers import encode_png
@@ -226,7 +226,7 @@ def test_mirrors_without_their_package(here, monkeypatch, package):
 
 
 def torchrun(*args, cwd):
-    command = tiny.command(args, ranks=2)
+    command = launch.command(tiny.ROOT / 'train.py', args, ranks=2)
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=120, env={**os.environ, 'OMP_NUM_THREADS': '1'})
 
 

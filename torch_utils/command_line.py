@@ -173,7 +173,7 @@ class Spec(click.ParamType):
         self.registry = registry
 
     def convert(self, value, param, ctx):
-        registry.build(value, self.registry, slot=max(param.opts, key=len) if param else 'option')
+        registry.check(value, self.registry, max(param.opts, key=len) if param else 'option')
         return value
 
     def get_metavar(self, param, ctx=None):

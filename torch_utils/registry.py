@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Turns "min_snr:gamma=5" into the object that a registry names, or into one line that lists the choices.
 
-A registry is a plain dict at the end of the file that defines its pieces. Its values are classes, which are instantiated,
-or functions, which are partially applied: every parameter that has a default is an option of the slot."""
+A registry is a plain dict. Its values are classes, which are instantiated, or functions, which are partially applied: every parameter
+that has a default is an option of the slot, but for those whose default is itself a function. The others are the caller's to give."""
 
 import functools
+import importlib
 import inspect
+import pkgutil
 
 from dnnlib import UserError
 
@@ -20,6 +22,12 @@ def parse(spec):
             raise UserError(f'"{spec}": expected key=value after "{name}:", got "{item}"')
         options[key.strip()] = _literal(value.strip())
     return name.strip(), options
+
+
+def unparse(name, options):
+    """What parse() reads: ("name", {"key": value}) -> "name:key=value"; lists as a|b|c."""
+    text = lambda value: '|'.join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+    return name + ''.join(f'{"," if i else ":"}{key}={text(value)}' for i, (key, value) in enumerate(options.items()))
 
 
 def _literal(text):
@@ -38,8 +46,27 @@ def build(spec, registry, slot='option', **context):
     """The object that `spec` names in `registry`.
 
     spec: "name" or "name:key=value,...". slot: what to call it in errors, such as "--weight".
-    context: values the caller would give to any piece that has such a parameter and was not told otherwise (sigma_data, say).
+    context: values the caller gives to any piece that has such a parameter and was not told otherwise (sigma_data, say).
     Raises UserError for unknown names, unknown keys and values that the piece refuses (ValueError, TypeError)."""
+    piece, options = _resolve(spec, registry, slot)
+    taken = inspect.signature(piece).parameters
+    kwargs = {key: value for key, value in context.items() if key in taken} | options
+    try:
+        return piece(**kwargs) if inspect.isclass(piece) else functools.partial(piece, **kwargs)
+    except (ValueError, TypeError) as err:
+        raise UserError(f'{slot}={spec}: {err}') from None
+
+
+def check(spec, registry, slot='option'):
+    """Refuses what build() would refuse, as far as that can be told without the caller's context."""
+    piece, _ = _resolve(spec, registry, slot)
+    needed = [p for p in inspect.signature(piece).parameters.values() if p.default is p.empty]
+    if not (inspect.isclass(piece) and needed):
+        build(spec, registry, slot)
+
+
+def _resolve(spec, registry, slot):
+    """(piece, its options in their own types) that a spec names."""
     name, options = parse(spec)
     if name not in registry:
         raise UserError(f'{slot}={spec}: unknown name "{name}"; choose from {", ".join(registry)}')
@@ -47,24 +74,28 @@ def build(spec, registry, slot='option', **context):
     accepted = parameters(piece)
     for key, value in options.items():
         if key not in accepted:
-            allowed = ', '.join(f'{k}={v}' for k, v in accepted.items()) or 'no keys'
+            allowed = ', '.join(f'{k}={_shown(v)}' for k, v in accepted.items()) or 'no keys'
             raise UserError(f'{slot}={spec}: "{name}" has no key "{key}"; it takes {allowed}')
-        _check_type(accepted[key], key, value, f'{slot}={spec}')
-    kwargs = {k: v for k, v in context.items() if k in accepted} | options
-    try:
-        return piece(**kwargs) if inspect.isclass(piece) else functools.partial(piece, **kwargs)
-    except (ValueError, TypeError) as err:
-        raise UserError(f'{slot}={spec}: {err}') from None
+        options[key] = _checked(accepted[key], key, value, f'{slot}={spec}')
+    return piece, options
 
 
 def parameters(piece):
-    """{name: default} of what a piece lets the user set: its parameters that have a default."""
+    """{name: default} of what a piece lets the user set."""
     found = inspect.signature(piece).parameters.values()
-    return {p.name: p.default for p in found if p.default is not p.empty}
+    return {p.name: p.default for p in found if p.default is not p.empty and not callable(p.default)}
 
 
-def _check_type(default, key, value, where):
-    """Numbers stay numbers and words stay words: "steps=abc" is the user's mistake, found before anything runs."""
+def load_all(package):
+    """Imports every file of a package, whose pieces enter their registries so: a new file needs no other edit."""
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f'{package.__name__}.{module.name}')
+
+
+def _checked(default, key, value, where):
+    """The value in the type of the default: numbers stay numbers and words stay words, "steps=abc" is found before anything runs."""
+    if isinstance(default, (list, tuple)):
+        return _numbers(key, value, where)
     number = isinstance(default, (int, float)) and not isinstance(default, bool)
     if number and (isinstance(value, (str, bool)) or value is None):
         raise UserError(f'{where}: "{key}" must be a number, got "{value}"')
@@ -74,3 +105,16 @@ def _check_type(default, key, value, where):
         raise UserError(f'{where}: "{key}" must be true or false, got "{value}"')
     if isinstance(default, str) and not isinstance(value, str):
         raise UserError(f'{where}: "{key}" must be a word, got "{value}"')
+    return value
+
+
+def _numbers(key, value, where):
+    """1|2|2 -> [1, 2, 2]."""
+    found = [_literal(item) for item in str(value).split('|')]
+    if any(isinstance(item, (bool, str)) or item is None for item in found):
+        raise UserError(f'{where}: "{key}" must be numbers with | between them, such as 1|2|2, got "{value}"')
+    return found
+
+
+def _shown(default):
+    return '|'.join(map(str, default)) if isinstance(default, (list, tuple)) else default

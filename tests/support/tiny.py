@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from PIL import Image
 
 import train
 from dnnlib import EasyDict, UserError
-from tests.support import ROOT
+from tests.support import ROOT, launch
 from training.run import training_loop
 from training.run.folder import RunFolder
 from training.run.options import configure
@@ -55,21 +54,17 @@ def make_run(folder, *flags):
     return training_loop.Run(options(folder, *flags), RunFolder(str(folder), fractional=True), torch.device('cpu'))
 
 
-def command(args, ranks=1, script=ROOT / 'train.py'):
-    """The command line of a script of one rank, or of more by torchrun."""
-    launcher = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={ranks}'] if ranks > 1 else []
-    return [sys.executable, *launcher, str(script), *map(str, args)]
-
-
-def start(args, log, ranks=1, script=ROOT / 'train.py'):
-    """Starts a command as the leader of a process group of its own, its output in the file `log`."""
+def start(args, log, ranks=1, script=ROOT / 'train.py', torchrun=False):
+    """Starts a script as the leader of a process group of its own, its output in the file `log`. torchrun: by torchrun itself."""
+    if not torchrun:
+        return launch.start(script, args, log, ranks)
     env = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)}
     with open(log, 'w') as out:
-        return subprocess.Popen(command(args, ranks, script), stdout=out, stderr=subprocess.STDOUT, env=env, start_new_session=True)
+        return subprocess.Popen(launch.command(script, args, ranks), stdout=out, stderr=subprocess.STDOUT, env=env, start_new_session=True)
 
 
 def finish(args, log, ranks=1, script=ROOT / 'train.py'):
-    """Runs a command to its end, which must be a good one; returns its output."""
+    """Runs a script to its end, which must be a good one; returns its output."""
     process = start(args, log, ranks, script)
     try:
         code = process.wait(timeout=300)

@@ -2,9 +2,6 @@
 """Real U-Nets, small enough for seconds, and generate.py at work on them: what the tests of sampling share."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
@@ -12,7 +9,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 
 import generate
-from tests.support import GOLDEN, ROOT
+from tests.support import GOLDEN, ROOT, launch
 from torch_utils import misc
 from training.checkpoints.load import load_weights
 from training.networks import preconditioning
@@ -52,10 +49,9 @@ def contents(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(Path(folder).rglob('*')) if path.is_file()}
 
 
-def launch(ranks, *args):
-    launcher = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={ranks}'] if ranks > 1 else []
-    return subprocess.run([sys.executable, *launcher, 'generate.py', *args], cwd=ROOT, capture_output=True, text=True,
-                          env={**os.environ, 'CUDA_VISIBLE_DEVICES': ''})
+def launched(ranks, *args):
+    """generate.py as a process of its own, on so many ranks."""
+    return launch.run(ROOT / 'generate.py', args, ranks)
 
 
 def refused(result):

@@ -18,7 +18,7 @@ def test_the_usage_of_the_card_works(tmp_path):
     net = small().eval()
     training.save_network(net, tmp_path / 'net')
     card = (tmp_path / 'net' / 'README.md').read_text()
-    assert card == model_card({'network': net.config})
+    assert card == model_card(net.config)
     code = [line[4:] for line in card.split('In Python, ')[1].split('\n') if line.startswith('    ')]
     assert code[0] == 'from training import load_network'
     names = {'x': torch.ones(2, net.img_channels, 8, 8), 'sigma': torch.tensor(0.5)}

@@ -6,12 +6,11 @@ import json
 from torch_utils import misc
 
 
-def model_card(options, kimg=None, metrics=(), samples=None):
+def model_card(config, options=None, kimg=None, metrics=(), samples=None):
     """Markdown for a network's folder: what it makes, how it was trained, how good it is, how to use it.
 
-    options: a run's options, of which "network" is needed. kimg: thousands of images that it was trained on. metrics: results of
-    eval_fid.py, as read from their JSON files. samples: name of a picture in the folder."""
-    config = options['network']
+    config: of the network. options: a run's options.json, where it is known. kimg: thousands of images that it was trained on.
+    metrics: results of eval_fid.py, as read from their JSON files. samples: name of a picture in the folder."""
     height, width = misc.height_width(config['img_resolution'])
     rows = {'Images': f'{config["img_channels"]} x {height} x {width}',
             'Classes': config.get('label_dim') or 'none (unconditional)',
@@ -19,13 +18,17 @@ def model_card(options, kimg=None, metrics=(), samples=None):
             'Preconditioning': config.get('precond', 'edm')}
     if kimg is not None:
         rows['Trained on'] = f'{kimg:g} thousand images'
-    told = {key: options[key] for key in CARD_OPTIONS if key in options}
-    if 'data' in options:
-        told['data'] = {key: options['data'][key] for key in CARD_DATA if key in options['data']}
+    told = public(options or {})
     training = f'Training options:\n\n```json\n{json.dumps(told, indent=2)}\n```\n' if any(told.values()) else ''
     picture = f'![Samples, one a seed, not chosen]({samples})\n\n' if samples else ''
     return CARD_TEXT.format(table='\n'.join(f'| {name} | {value} |' for name, value in rows.items()), training=training,
                             picture=picture, metrics=_metrics_table(metrics))
+
+
+def public(options):
+    """The part of a run's options that PUBLIC names."""
+    return {key: options[key] if names is None else {name: options[key][name] for name in names if name in options[key]}
+            for key, names in PUBLIC.items() if key in options}
 
 
 def _metrics_table(metrics):
@@ -43,8 +46,10 @@ def _metrics_table(metrics):
     return head + '\n'.join(lines) + '\n\n' if lines else ''
 
 
-CARD_OPTIONS = ('objective', 'corruption', 'augment', 'batch', 'optimizer', 'ema', 'precision', 'seed')
-CARD_DATA = ('use_labels', 'keep', 'xflip')  # no paths: a card is public
+# What a public card tells of a run, and no paths. The last line is of runs of version 0.1.0, whose options were flat.
+PUBLIC = {'data': ('use_labels', 'keep', 'xflip', 'augment'), 'corruption': None, 'objective': None, 'optimizer': None,
+          'run': ('batch', 'precision', 'seed'),
+          'augment': None, 'batch': None, 'ema': None, 'precision': None, 'seed': None}
 CARD_TEXT = """---
 tags:
 - diffusion

@@ -185,7 +185,8 @@ def _read_state(path, weights):
     state = checkpoint.load(path)
     try:
         config, raw, averages = state['options']['network'], state['net'], dict(state['ema'])
-    except (KeyError, TypeError, ValueError):
+        config = config.get('arguments', config)  # version 0.1.0 had them in place of the network's part of a tree
+    except (AttributeError, KeyError, TypeError, ValueError):
         raise UserError(f'{path}: this training state describes no network; a network is {READS}') from None
     sets = {_weights_name(key, first=not index): average for index, (key, average) in enumerate(averages.items())} | {'raw': {}}
     if weights.startswith('ema:'):

@@ -32,7 +32,7 @@ def fill(folder, net, ref, metrics=(), samples=None):
     found = beside(ref)
     metrics = [*dict.fromkeys(os.path.abspath(path) for path in (*found['metrics'], *metrics))]
     samples = samples or found['samples']
-    card = model_card({**found['options'], 'network': net.config}, found['kimg'], [read_json(path) for path in metrics],
+    card = model_card(net.config, found['options'], found['kimg'], [read_json(path) for path in metrics],
                       SAMPLES if samples else None)
     write_files(net, folder, card)
     if samples:

@@ -28,7 +28,7 @@ def write_files(net, folder, card=None):
         f.write(safetensors.torch.save(state, metadata={'format': 'pt'}))
     write_json(os.path.join(folder, CONFIG), net.config)
     with open(os.path.join(folder, CARD), 'w', encoding='utf-8') as f:
-        f.write(card or model_card({'network': net.config}))
+        f.write(card or model_card(net.config))
 
 
 def _portable(value):

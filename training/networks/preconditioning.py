@@ -11,7 +11,7 @@ from torch import nn
 
 from dnnlib import UserError
 from training.diffusion import discrete
-from training.networks.unet import NETWORKS
+from training.networks.interface import network_class
 
 
 class Precond(nn.Module):
@@ -37,10 +37,10 @@ class Precond(nn.Module):
         for name, default in self.options.items():
             setattr(self, name, kwargs.pop(name, default))
         self.prepare()
-        self.model = NETWORKS[model_type or self.model_type](img_resolution, img_channels, img_channels * self.output_multiple,
-                                                             label_dim=label_dim, **kwargs)
+        self.model = network_class(model_type or self.model_type)(img_resolution, img_channels, img_channels * self.output_multiple,
+                                                                  label_dim=label_dim, **kwargs)
         self.augment_dim = self.model.augment_dim
-        self.units = None
+        self.units = self.sampling = None
 
     def prepare(self):
         """Sets what follows from `options`, before the network is made."""
@@ -85,8 +85,7 @@ class EDMPrecond(Precond):
     model_type = 'DhariwalUNet'
 
     def coefficients(self, sigma):
-        total = sigma ** 2 + self.sigma_data ** 2  # variance of x
-        return self.sigma_data ** 2 / total, sigma * self.sigma_data / total.sqrt(), 1 / total.sqrt(), sigma.log() / 4
+        return *predict_edm(sigma, self.sigma_data), sigma.log() / 4
 
 
 class VPPrecond(Precond):
@@ -124,12 +123,13 @@ class iDDPMPrecond(Precond):
 
     By default the published cosine schedule, whose timesteps are M - 1 - j. diffusion: one of discrete.py, such as "cosine:steps=4000",
     whose T levels these are then, and whose timesteps t = T - 1 - j the network is told as t * 1000 / T. learned_variance: whether the
-    channels for the variance are there."""
+    channels for the variance are there. prediction: what F is, one of PREDICTIONS; as published, the noise."""
 
-    options = {'C_1': 0.001, 'C_2': 0.008, 'M': 1000, 'diffusion': None, 'learned_variance': True}
+    options = {'C_1': 0.001, 'C_2': 0.008, 'M': 1000, 'diffusion': None, 'learned_variance': True, 'prediction': 'eps', 'sigma_data': 0.5}
     model_type = 'DhariwalUNet'
 
     def prepare(self):
+        _check('prediction', self.prediction, PREDICTIONS)
         self.output_multiple = 2 if self.learned_variance else 1
         self.gives_variance = self.learned_variance and self.diffusion is not None
         self.time_scale = 1.0
@@ -164,22 +164,43 @@ class iDDPMPrecond(Precond):
 
     def coefficients(self, sigma):
         t = self.M - 1 - self.round_sigma(sigma, return_index=True).float()
-        return 1, -sigma, 1 / (sigma ** 2 + 1).sqrt(), t * self.time_scale
+        return *PREDICTIONS[self.prediction](sigma, self.sigma_data), t * self.time_scale
+
+
+def predict_edm(sigma, sigma_data):
+    """c_skip, c_out, c_in that keep input and target of F at unit variance for data of std sigma_data (Karras et al. 2022, appendix B.6).
+
+    sigma: [N,1,1,1], as are the three. As sigma grows, D becomes sigma_data F: bounded, where that of predict_eps is not."""
+    total = sigma ** 2 + sigma_data ** 2  # variance of x
+    return sigma_data ** 2 / total, sigma * sigma_data / total.sqrt(), 1 / total.sqrt()
+
+
+def predict_eps(sigma, sigma_data):
+    """c_skip, c_out, c_in of F = eps, D = x - sigma F (Ho et al. 2020): what F errs by at high levels is multiplied by sigma."""
+    return 1, -sigma, 1 / (sigma ** 2 + 1).sqrt()
+
+
+def predict_v(sigma, sigma_data):
+    """c_skip, c_out, c_in of F = v = sqrt(abar) eps - sqrt(1 - abar) x_0, abar = 1 / (1 + sigma^2) (Salimans & Ho 2022).
+
+    D = sqrt(abar) x_t - sqrt(1 - abar) F with x_t = sqrt(abar) x. With the other sign of F it is predict_edm at sigma_data = 1."""
+    c_in = 1 / (sigma ** 2 + 1).sqrt()
+    return c_in ** 2, -sigma * c_in, c_in
 
 
 def build_network(config):
     """The network that a configuration describes, with fresh weights (drawn from torch's random state: see misc.seeded).
 
-    config: the published constructor arguments (see Precond), "precond" where it is not edm, and "units" ({"offset", "scale"})
-    where the data is not 8-bit. The result's `config` equals it, in JSON types and without infinities: no bound is the default.
+    config: the published constructor arguments (see Precond), "precond" where it is not edm, "units" ({"offset", "scale"}) where the
+    data is not 8-bit, and "sampling" where the default sampler is not EDM's (see sampling/options.py). The result's `config` equals it, in
+    JSON types and without infinities: no bound is the default.
     Raises UserError in one line for unknown names and for values that the network refuses."""
     config = {key: value for key, value in json.loads(json.dumps(config)).items() if value not in (math.inf, -math.inf)}
     kwargs = dict(config)
-    name, units = kwargs.pop('precond', 'edm'), kwargs.pop('units', None)
+    name, units, sampling = kwargs.pop('precond', 'edm'), kwargs.pop('units', None), kwargs.pop('sampling', None)
     _check('precond', name, PRECONDS)
     kind = PRECONDS[name]
     model_type = kwargs.get('model_type', kind.model_type)
-    _check('model_type', model_type, NETWORKS)
     allowed = _constructor_arguments(kind, model_type)
     for key in kwargs:
         _check('argument', key, allowed)
@@ -190,12 +211,12 @@ def build_network(config):
         net = kind(**kwargs)
     except (ValueError, TypeError) as err:
         raise UserError(f'network configuration: {err}') from None
-    net.config, net.units = config, units
+    net.config, net.units, net.sampling = config, units, sampling
     return net
 
 
 def _constructor_arguments(kind, model_type):
-    names = [*inspect.signature(Precond.__init__).parameters, *kind.options, *inspect.signature(NETWORKS[model_type]).parameters]
+    names = [*inspect.signature(Precond.__init__).parameters, *kind.options, *inspect.signature(network_class(model_type)).parameters]
     return [name for name in dict.fromkeys(names) if name not in ('self', 'kwargs', 'in_channels', 'out_channels')]
 
 
@@ -204,4 +225,6 @@ def _check(what, name, choices):
         raise UserError(f'network configuration: unknown {what} "{name}"; choose from {", ".join(choices)}')
 
 
+# What F of discrete timesteps stands for: (sigma [N,1,1,1], sigma_data) -> c_skip, c_out, c_in.
+PREDICTIONS = {'edm': predict_edm, 'eps': predict_eps, 'v': predict_v}
 PRECONDS = {'edm': EDMPrecond, 'iddpm': iDDPMPrecond, 've': VEPrecond, 'vp': VPPrecond}

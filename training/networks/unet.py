@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from training.networks.conditioning import LabelEmbedding
+from training.networks.interface import ARCHS, Arch, Network, check_choice
 from training.networks.layers import Conv2d, FourierEmbedding, GroupNorm, Linear, PositionalEmbedding
 
 
@@ -67,13 +68,15 @@ class UNetBlock(nn.Module):
         return self.proj(F.scaled_dot_product_attention(query, key, value).transpose(2, 3).reshape(x.shape))
 
 
-class UNet(nn.Module):
+class UNet(Network):
     """The path both networks share: an encoder that leaves skips, and a decoder that takes them back in reverse order.
 
     img_resolution: one int or [H, W]; channels: of each level, finest first; attn_resolutions: heights of levels with attention;
     attend_always: every decoder block of such a level attends, not the last alone; block: keyword arguments of all blocks.
     Raises ValueError where a side of the image cannot be halved often enough.
     Layers are named after their level's size: enc.HxW_conv, _down, _block0, ...; dec.HxW_in0, _in1, _up, _block0, ..."""
+
+    short_names = {'model_channels': 'cbase', 'channel_mult': 'cres', 'num_blocks': 'blocks', 'attn_resolutions': 'attn'}
 
     def __init__(self, img_resolution, channels, num_blocks, attn_resolutions, attend_always, block):
         super().__init__()
@@ -144,6 +147,11 @@ class UNet(nn.Module):
                 x = self.dec[self._name(level, f'block{index}')](torch.cat([x, skips.pop()], dim=1), emb)
             side = self._side_output(level, x, side)
         return x, side
+
+    @property
+    def label_embedding(self):
+        """As Network.label_embedding."""
+        return self.map_label
 
     # A network without side paths leaves these four as they are.
 
@@ -285,17 +293,9 @@ class DhariwalUNet(UNet):
         return self.out_conv(F.silu(self.out_norm(x)))
 
 
-def check_choice(name, value, choices):
-    """ValueError in one line where value is none of the choices."""
-    if value not in choices:
-        raise ValueError(f'{name}={value} is unknown; choose from {", ".join(choices)}')
-
-
-NETWORKS = {'DhariwalUNet': DhariwalUNet, 'SongUNet': SongUNet}
-# What train.py --arch selects; --cbase and --cres override model_channels and channel_mult.
-_DDPMPP = {'model_type': 'SongUNet', 'embedding_type': 'positional', 'encoder_type': 'standard', 'decoder_type': 'standard',
-           'channel_mult_noise': 1, 'resample_filter': [1, 1], 'model_channels': 128, 'channel_mult': [2, 2, 2]}
-_NCSNPP = _DDPMPP | {'embedding_type': 'fourier', 'encoder_type': 'residual',
-                     'channel_mult_noise': 2, 'resample_filter': [1, 3, 3, 1]}
-_ADM = {'model_type': 'DhariwalUNet', 'model_channels': 192, 'channel_mult': [1, 2, 3, 4]}
-ARCHS = {'adm': _ADM, 'ddpmpp': _DDPMPP, 'ncsnpp': _NCSNPP}
+# What --arch selects; --cbase and --cres are keys of it.
+_SONG = {'encoder_type': 'standard', 'decoder_type': 'standard', 'model_channels': 128, 'channel_mult': [2, 2, 2], 'dropout': 0.13}
+ARCHS['adm'] = Arch(DhariwalUNet, model_channels=192, channel_mult=[1, 2, 3, 4], dropout=0.13)
+ARCHS['ddpmpp'] = Arch(SongUNet, **_SONG, embedding_type='positional', channel_mult_noise=1, resample_filter=[1, 1])
+ARCHS['ncsnpp'] = Arch(SongUNet, **_SONG | {'encoder_type': 'residual'}, embedding_type='fourier', channel_mult_noise=2,
+                       resample_filter=[1, 3, 3, 1])

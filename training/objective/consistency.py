@@ -4,13 +4,13 @@
 For noisy images it is the only signal below sigma_n. How x' is drawn (the chain) and how the mean is judged (the estimator) are
 chosen apart; docs/consistency.md has the bias of each pair."""
 
-import dataclasses
 import math
 
 import torch
 
-from training.diffusion import ambient, noise
-from training.objective.loss import evaluate
+from training.diffusion import ambient
+from training.diffusion.noise import normal_cdf
+from training.objective.loss import TERMS, Term, evaluate
 
 
 def mean_square(error):
@@ -30,82 +30,45 @@ ESTIMATORS = {'mean': mean_square, 'u': u_statistic}
 CHOICES = {'estimator': tuple(ESTIMATORS), 'stop': ('no', 'upper'), 'teacher': ('net', 'ema'), 'below': ('sigma', 'sigma_n')}
 
 
-@dataclasses.dataclass(frozen=True)
-class Consistency:
-    """What the command line says about the term; a subclass gives the chain's kernel, step(x, D, sigma, sigma_next, noise) -> x'.
+class ConsistencyTerm(Term):
+    """The consistency loss; a subclass gives the chain's kernel, step(x, D, sigma, sigma_next, noise) -> x'.
 
+    noise: the law that sigma' is drawn from, truncated. weight: (sigma) -> w. batch: images in a global batch.
     steps, samples: steps of a chain, and independent chains an image (K). coeff: factor of the whole term; it rises from 0 over
     the first `rampup` thousand images. batch_size: images of a global batch that are looked at, 0 for all; every: in each so
     manieth step only. Neither changes the mean contribution to the loss. weighted: multiply by the run's w(sigma).
     below: sigma' ~ p anywhere below sigma, or below sigma_n for the noisy images. grad: differentiate through the chains.
     stop=upper: no gradient into D(x, sigma), which then teaches the lower one. teacher=ema: chains and upper prediction come
-    from the averaged network, without gradient."""
+    from the averaged network, without gradient. Raises ValueError for values out of range."""
 
-    estimator: str = 'u'
-    steps: int = 20
-    samples: int = 2
-    coeff: float = 0.1
-    below: str = 'sigma'
-    stop: str = 'upper'
-    teacher: str = 'net'
-    grad: bool = False
-    weighted: bool = False
-    batch_size: int = 32
-    rampup: float = 0.0
-    every: int = 1
+    name = 'consistency'
 
-    def __post_init__(self):
-        for key, choices in CHOICES.items():
-            if getattr(self, key) not in choices:
-                raise ValueError(f'{key}={getattr(self, key)} must be one of {", ".join(choices)}')
-        for key, least in {'steps': 1, 'samples': 1, 'coeff': 0, 'batch_size': 0, 'rampup': 0, 'every': 1}.items():
-            if not least <= getattr(self, key) < math.inf:
-                raise ValueError(f'{key}={getattr(self, key)} must be {least} or more')
-        if self.estimator == 'u' and self.samples < 2:
-            raise ValueError(f'estimator=u needs samples=2 or more, got samples={self.samples}')
-
-    def fraction(self, batch):
-        """Share of a global batch of this size that the term looks at."""
-        if self.batch_size > batch:
-            raise ValueError(f'batch_size={self.batch_size} is larger than --batch={batch}; use at most that, or 0 for the whole batch')
-        return (self.batch_size or batch) / batch
-
-    def evaluations(self, batch):
-        """Network evaluations an image and step that the term adds to the one of the denoising loss."""
-        upper = 1 if self.teacher == 'ema' else 0  # the EMA's own upper prediction
-        return self.fraction(batch) * (self.samples * (self.steps + 1) + upper) / self.every
-
-
-class Bridge(Consistency):
-    """Brownian-bridge steps: exact for linear denoisers in any number of steps."""
-
-    step = staticmethod(ambient.bridge_step)
-
-
-class Euler(Consistency):
-    """Euler-Maruyama steps of the reverse-time diffusion."""
-
-    step = staticmethod(ambient.reverse_step)
-
-
-class ConsistencyTerm(torch.nn.Module):
-    """The term that `plan` (a Consistency) describes.
-
-    noise: the law that sigma' is drawn from, truncated. weight: (sigma) -> w, applied if the plan says so. batch: images in a
-    global batch. A plan with a teacher needs set_teacher() before the first step."""
-
-    def __init__(self, plan, noise, weight, batch):
+    def __init__(self, noise, weight, batch, *, estimator='u', steps=20, samples=2, coeff=0.1, below='sigma', stop='upper',
+                 teacher='net', grad=False, weighted=False, batch_size=32, rampup=0.0, every=1):
         super().__init__()
-        self.plan, self.noise, self.weight, self.batch = plan, noise, weight, batch
-        self.fraction = plan.fraction(batch)
-        self._teacher = ()
-
-    def set_teacher(self, net):
-        """The averaged network. In a tuple, so that it is no submodule: not trained, not moved, not in the state."""
-        self._teacher = (net,)
+        words = dict(estimator=estimator, stop=stop, teacher=teacher, below=below)
+        for key, value in words.items():
+            if value not in CHOICES[key]:
+                raise ValueError(f'{key}={value} must be one of {", ".join(CHOICES[key])}')
+        numbers = dict(steps=(steps, 1), samples=(samples, 1), coeff=(coeff, 0), batch_size=(batch_size, 0), rampup=(rampup, 0),
+                       every=(every, 1))
+        for key, (value, least) in numbers.items():
+            if not least <= value < math.inf:
+                raise ValueError(f'{key}={value} must be {least} or more')
+        if estimator == 'u' and samples < 2:
+            raise ValueError(f'estimator=u needs samples=2 or more, got samples={samples}')
+        if batch_size > batch:
+            raise ValueError(f'batch_size={batch_size} is larger than --batch={batch}; use at most that, or 0 for the whole batch')
+        self.noise, self.weight, self.batch = noise, weight, batch
+        self.estimate, self.steps, self.samples, self.coeff = ESTIMATORS[estimator], steps, samples, coeff
+        self.below, self.stop, self.grad, self.weighted, self.rampup, self.every = below, stop, grad, weighted, rampup, every
+        self.needs_teacher = teacher == 'ema'
+        self.fraction = (batch_size or batch) / batch  # of a global batch
+        # A chain calls the network once a step, and once more for the lower prediction; a teacher makes an upper one of its own.
+        self.evaluations = self.fraction * (samples * (steps + 1) + self.needs_teacher) / every
 
     def forward(self, net, batch, randn, seen=None):
-        """{'consistency': [N]}, zero on the rows and in the steps that are not looked at.
+        """{'consistency': [N]}, zero on the rows that are not looked at.
 
         randn.step: how many global batches came before. seen: the Evaluation, where there is one already."""
         coeff = self._coeff(randn.step)
@@ -116,10 +79,10 @@ class ConsistencyTerm(torch.nn.Module):
         sigma, sigma_prime, chain_noise = self._draw(batch, x, randn, rows)
         labels = dict(class_labels=_take(batch.class_labels, rows), augment_labels=_take(batch.augment_labels, rows))
         guide, D = self._guide(net, x[rows], sigma, D[rows], labels)
-        error = consistency_error(net, x[rows], sigma, sigma_prime, D, chain_noise, step=self.plan.step, guide=guide,
-                                  grad=self.plan.grad and guide is net, **labels)
-        value = ESTIMATORS[self.plan.estimator](error)
-        if self.plan.weighted:
+        error = consistency_error(net, x[rows], sigma, sigma_prime, D, chain_noise, step=self.step, guide=guide,
+                                  grad=self.grad and guide is net, **labels)
+        value = self.estimate(error)
+        if self.weighted:
             # Detached: a learned weight would grow just to shrink this term, which adds no u of its own.
             value = self.weight(sigma).detach() * value
         # Rows are whole, the share of the batch need not be: the factor keeps coeff's meaning for every size of micro-batch.
@@ -127,12 +90,9 @@ class ConsistencyTerm(torch.nn.Module):
         return {'consistency': value.new_zeros(len(x)).index_put((rows,), scale * value.flatten(1).sum(1))}
 
     def _coeff(self, step):
-        """The factor at this step: zero in skipped steps, which the others make up for."""
-        plan = self.plan
-        if step % plan.every:
-            return 0
-        ramp = min(step * self.batch / (plan.rampup * 1e3), 1) if plan.rampup else 1
-        return plan.coeff * plan.every * ramp
+        """The factor at this step, which makes up for the skipped ones."""
+        ramp = min(step * self.batch / (self.rampup * 1e3), 1) if self.rampup else 1
+        return self.coeff * self.every * ramp
 
     def _rows(self, n, device):
         """Evenly spread rows of a micro-batch of n: the same share of every rank and accumulation round, never none."""
@@ -145,21 +105,33 @@ class ConsistencyTerm(torch.nn.Module):
         sigma' has a draw of its own. The published code reuses the normal that made sigma, so that there sigma' = sigma for every
         row but the clamped ones, and most of the chains have no length."""
         sigma, limit = ambient.column(batch.sigma, x), ambient.column(batch.sigma_n, x)
-        if self.plan.below == 'sigma':
+        if self.below == 'sigma':
             limit = sigma
         limit = torch.where(limit > 0, limit, sigma)  # clean images have no level of their own to go below
-        u = noise.normal_cdf(randn('consistency_sigma', [len(x), 1, 1, 1]).to(x))
+        u = normal_cdf(randn('consistency_sigma', [len(x), 1, 1, 1]).to(x))
         sigma_prime = torch.minimum(self.noise.below(limit, u), sigma)
-        shape = [len(x), self.plan.samples, *x.shape[1:]]
-        return sigma[rows], sigma_prime[rows], [randn(f'consistency_noise_{i}', shape)[rows].to(x) for i in range(self.plan.steps)]
+        shape = [len(x), self.samples, *x.shape[1:]]
+        return sigma[rows], sigma_prime[rows], [randn(f'consistency_noise_{i}', shape)[rows].to(x) for i in range(self.steps)]
 
     def _guide(self, net, x, sigma, D, labels):
         """(who walks the chains, the upper prediction)."""
-        if self.plan.teacher == 'ema':
-            (guide,) = self._teacher
+        if self.needs_teacher:
+            (guide,) = self.teacher
             with torch.no_grad():
                 return guide, guide(x, sigma, **labels)
-        return net, D.detach() if self.plan.stop == 'upper' else D
+        return net, D.detach() if self.stop == 'upper' else D
+
+
+class Bridge(ConsistencyTerm):
+    """Brownian-bridge steps: exact for linear denoisers in any number of steps."""
+
+    step = staticmethod(ambient.bridge_step)
+
+
+class Euler(ConsistencyTerm):
+    """Euler-Maruyama steps of the reverse-time diffusion."""
+
+    step = staticmethod(ambient.reverse_step)
 
 
 def consistency_error(net, x, sigma, sigma_prime, D, chain_noise, *, step=ambient.reverse_step, guide=None, grad=True,
@@ -200,3 +172,4 @@ def published_spec(**given):
 
 
 CHAINS = {'bridge': Bridge, 'euler': Euler}
+TERMS |= CHAINS

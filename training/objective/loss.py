@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 
+from torch_utils import registry
 from training.diffusion import ambient
 from training.objective import penalty
 from training.objective.timesteps import Uniform
@@ -27,12 +28,33 @@ def evaluate(net, batch, outputs=False):
     return Evaluation(x, *net.outputs(x, batch.sigma, **labels)) if outputs else Evaluation(x, net(x, batch.sigma, **labels))
 
 
-class AmbientLoss(torch.nn.Module):
+class Term(torch.nn.Module):
+    """A part of an objective, and what it needs of the rest of the program.
+
+    A piece of TERMS. What its constructor asks for by name is given to it: `noise` (p(sigma)), `weight`, `penalty`, `batch` (images of
+    a global batch), `diffusion` (of a discrete-time network, else None); its other parameters are the keys of --term=NAME:key=value.
+    forward(net, batch, randn, seen) -> {name: [N]}; seen is the Evaluation that all terms share, randn(name, shape) its keyed draws.
+    Its parameters are trained with the network's and stored with them."""
+
+    name = ''              # of its values, logged as Loss/NAME
+    needs_outputs = False  # all that the network gives, not D alone: Evaluation.rest
+    needs_teacher = False  # the averaged network, by set_teacher(net) before the first step
+    every = 1              # it is looked at in each so manieth step only, and 0 in the others
+    evaluations = 0.0      # network evaluations an image and step that it adds to the shared one, on average
+
+    def set_teacher(self, net):
+        """Takes the averaged network where needs_teacher says so. In a tuple: not trained, not moved, not in the state."""
+        self.teacher = (net,)
+
+
+class AmbientLoss(Term):
     """Denoising score matching against the image as it is, at its own level sigma_n (Daras et al. 2024, 2025).
 
     weight: (sigma) -> w; penalty: (error, sigma) -> rho. With sigma_n = 0 this is the plain EDM, VP or VE loss.
     inverse: multiply by (1 - r)^-2, r = sigma_n^2 / sigma^2, so that w weighs the squared x_0 error of noisy images as it does that of
     clean ones (Ambient Omni, Daras et al. 2025). It is without bound near sigma_n: pairs.with_inverse_weight keeps a distance."""
+
+    name = 'denoise'
 
     def __init__(self, weight, penalty=penalty.squared, inverse=False):
         super().__init__()
@@ -56,19 +78,54 @@ class AmbientLoss(torch.nn.Module):
 
 
 class Objective(torch.nn.Module):
-    """Named terms that share one evaluation of the denoiser; parameters of the terms are parameters of the objective.
+    """Terms that share one evaluation of the denoiser; parameters of the terms are parameters of the objective.
 
-    The first term is what the run trains on clean images, and is judged by. timesteps: a piece of timesteps.TIMESTEPS over its levels;
-    whoever calls lets it redraw() a batch before, and update() after the last micro-batch of a step."""
+    The first term is looked at in every step; it is what the run is judged by. timesteps: a piece of timesteps.TIMESTEPS over its
+    levels; whoever calls lets it redraw() a batch before, and update() after the last micro-batch of a step.
+    Raises ValueError for terms of one name."""
 
     def __init__(self, terms, timesteps=None):
         super().__init__()
-        self.terms, self.timesteps = torch.nn.ModuleDict(terms), timesteps or Uniform()
+        names = [term.name for term in terms]
+        if len(set(names)) < len(names):
+            raise ValueError(f'two of the terms {", ".join(names)} have one name; take one of them')
+        if terms[0].every != 1:
+            raise ValueError(f'every={terms[0].every}: the first term, {names[0]}, must be looked at in every step')
+        self.terms, self.timesteps = torch.nn.ModuleDict(zip(names, terms)), timesteps or Uniform()
+
+    @property
+    def first(self):
+        """The term that the run is judged by."""
+        return next(iter(self.terms.values()))
+
+    @property
+    def evaluations(self):
+        """Network evaluations (forward passes of one image) that a pair costs on average."""
+        return 1 + sum(term.evaluations for term in self.terms.values())
+
+    def set_teacher(self, net):
+        """Gives the averaged network to the terms that need it."""
+        for term in self.terms.values():
+            if term.needs_teacher:
+                term.set_teacher(net)
 
     def forward(self, net, batch, randn):
         """{term name: [N]} of all terms; nothing is summed here, so that each can be reported by itself."""
-        seen = evaluate(net, batch, outputs='bound' in self.terms)
+        due = {name: randn.step % term.every == 0 for name, term in self.terms.items()}
+        seen = evaluate(net, batch, outputs=any(term.needs_outputs for name, term in self.terms.items() if due[name]))
         values = {}
-        for term in self.terms.values():
-            values |= term(net, batch, randn, seen)
+        for name, term in self.terms.items():
+            values |= term(net, batch, randn, seen) if due[name] else {name: self._nothing(term, seen)}
         return self.timesteps.weigh(values, batch)
+
+    def _nothing(self, term, seen):
+        """Zeros that hang on the term's own parameters: every rank must have gradients of all of them in every step."""
+        return seen.x.new_zeros(len(seen.x)) + sum(0 * p.sum() for p in term.parameters() if p.requires_grad)
+
+
+def build_objective(config, slot='--term', timesteps=None, **context):
+    """The Objective of the terms in config, a list of specs of TERMS; context: see Term. Raises UserError."""
+    return Objective([registry.build(spec, TERMS, slot, **context) for spec in config], timesteps)
+
+
+TERMS = {'denoise': AmbientLoss}  # the other files of this wing add theirs

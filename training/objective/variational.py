@@ -5,20 +5,27 @@ import math
 
 import torch
 
+from dnnlib import UserError
+from torch_utils import registry
 from training.diffusion import ambient, discrete
-from training.objective.loss import evaluate
+from training.objective.loss import TERMS, Term, evaluate
 
 
-class Bound(torch.nn.Module):
-    """The bound's term of the timestep at which an image is seen, times `factor`, in bits: {'bound': [N]}, summed over C, H, W.
+class Bound(Term):
+    """coeff L_vlb, by its term of the timestep at which an image is seen, times T, in bits: {'bound': [N]}, summed over C, H, W.
 
     The network gives a variance beside D (see Diffusion.log_variance). frozen: the term teaches the variance alone, and D passes for a
     constant. Only clean images have a bound, for it needs x_0. Where D is to be learned from it, noisy ones give what it says of D:
     their error at sigma_n, as heavy as that of x_0 is in the divergence of clean ones; otherwise they give 0."""
 
-    def __init__(self, diffusion, factor, frozen):
+    name = 'bound'
+    needs_outputs = True
+
+    def __init__(self, diffusion, coeff=1.0, frozen=True):
         super().__init__()
-        self.diffusion, self.factor, self.frozen = diffusion, factor, frozen
+        if diffusion is None:
+            raise ValueError('the bound is one over timesteps: use --precond=iddpm with an --objective')
+        self.diffusion, self.factor, self.frozen = diffusion, coeff * diffusion.steps, frozen
 
     def forward(self, net, batch, randn=None, seen=None):
         """seen: the Evaluation, with the network's channels for the variance, where there is one. Draws nothing from randn."""
@@ -37,23 +44,33 @@ class Bound(torch.nn.Module):
         return (self.diffusion.at('from_x0', t, x) * error).square() * (-log_variance).exp() / 2
 
 
-def simple(denoise, diffusion):
+def simple():
     """The squared error of the predicted noise, at timesteps drawn alike: the denoising term with the weight snr = 1 / sigma^2."""
-    return {'denoise': denoise}
+    return ['denoise']
 
 
-def hybrid(denoise, diffusion, coeff=0.001):
+def hybrid(coeff=0.001):
     """L_simple + coeff L_vlb, L_vlb = T times the mean term over t; the bound teaches the variance, and L_simple the mean.
 
     coeff=1/T is the published code without "rescale_learned_sigmas"."""
     if not 0 < coeff < math.inf:
         raise ValueError(f'coeff={coeff} must be positive; --objective=simple has no bound')
-    return {'denoise': denoise, 'bound': Bound(diffusion, coeff * diffusion.steps, frozen=True)}
+    return ['denoise', registry.unparse('bound', {'coeff': coeff})]
 
 
-def vlb(denoise, diffusion):
+def vlb():
     """L_vlb alone, T times the mean term over t, which teaches mean and variance."""
-    return {'bound': Bound(diffusion, diffusion.steps, frozen=False)}
+    return ['bound:frozen=False']
+
+
+def terms_of(kind=None, inverse=False, slot='--objective'):
+    """The terms, as specs of TERMS, of a piece of OBJECTIVES; None: the denoising term alone. inverse: see AmbientLoss."""
+    try:
+        terms = registry.build(kind, OBJECTIVES, slot)() if kind else ['denoise']
+    except ValueError as err:
+        raise UserError(f'{slot}={kind}: {err}') from None
+    return [f'{term}:inverse=True' if inverse and term == 'denoise' else term for term in terms]
 
 
 OBJECTIVES = {'hybrid': hybrid, 'simple': simple, 'vlb': vlb}
+TERMS['bound'] = Bound

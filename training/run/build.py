@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Options -> the objects of a run: network, objective, averages, data. The same dict of JSON types makes the same objects."""
+"""Configuration -> the objects of a run: network, objective, optimizer, averages, data. Equal configurations make equal objects."""
 
 from typing import NamedTuple
 
@@ -14,27 +14,25 @@ from training.data.corruption import Corruption, LabelCorruption
 from training.data.dataset import ImageDataset
 from training.data.pairs import PairStream
 from training.data.store import ImageStore
-from training.diffusion import discrete
 from training.diffusion.noise import NOISE, Levels
 from training.networks import conditioning
 from training.networks.ema import HalfLifeEMA, PowerFunctionEMA
 from training.networks.preconditioning import build_network
-from training.objective.consistency import CHAINS, ConsistencyTerm
-from training.objective.loss import AmbientLoss, Objective
+from training.objective import loss
 from training.objective.penalty import PENALTIES
 from training.objective.timesteps import TIMESTEPS
-from training.objective.variational import OBJECTIVES
 from training.objective.weighting import WEIGHTS
 from training.run import validation
+from training.run.optimizer import OPTIMIZERS
 
 
-def build_net(options, device):
-    """The network in training mode, with the weights that the seed or --transfer gives it."""
-    with misc.seeded(options['seed'], 'init'):
-        net = build_network(options['network'])
-    net.compute_dtype = misc.PRECISIONS[options['precision']]
-    if options['cep']:
-        net.model.map_label.perturb = build_cep(options['cep'], net.label_dim)
+def build_net(config, device='cpu', *, seed=0, precision='fp32'):
+    """The network of a NetworkConfig in training mode, with the weights that the seed gives it."""
+    with misc.seeded(seed, 'init'):
+        net = build_network(config.arguments)
+    net.compute_dtype = misc.PRECISIONS[precision]
+    if config.cep:
+        net.model.label_embedding.perturb = build_cep(config.cep, net.label_dim)
     return net.to(device).train()
 
 
@@ -48,30 +46,22 @@ def build_cep(spec, label_dim):
     return perturb
 
 
-def build_objective(options, net):
-    """(noise distribution, Objective) from options['objective'] for this network."""
-    o = options['objective']
-    discrete_time = 'kind' in o
-    diffusion = discrete.build_diffusion(options['network']['diffusion']) if discrete_time else None
-    noise = Levels(diffusion.levels.tolist()) if discrete_time else registry.build(o['noise'], NOISE, '--noise')
-    weight = registry.build(o['weight'], WEIGHTS, '--weight', sigma_data=net.sigma_data)
-    penalty = registry.build(o['penalty'], PENALTIES, '--penalty', sigma_data=net.sigma_data)
+def build_objective(config, net, batch):
+    """(noise distribution, Objective) of an ObjectiveConfig for this network. batch: images of a global batch."""
+    diffusion = net.own_diffusion() if config.noise is None else None
+    noise = Levels(diffusion.levels.tolist()) if diffusion else registry.build(config.noise, NOISE, '--noise')
+    weight = registry.build(config.weight, WEIGHTS, '--weight', sigma_data=net.sigma_data)
+    penalty = registry.build(config.penalty, PENALTIES, '--penalty', sigma_data=net.sigma_data)
     one = torch.ones(1, 1, 1, 1)
-    probe('--weight', o['weight'], lambda: weight(one))
-    probe('--penalty', o['penalty'], lambda: penalty(one, one))
-    terms = {'denoise': AmbientLoss(weight, penalty, inverse=o['ambient_weight'] == 'inverse')}
-    if discrete_time:
-        make_terms = registry.build(o['kind'], OBJECTIVES, '--objective')
-        probe('--objective', o['kind'], lambda: make_terms(None, diffusion))
-        terms = make_terms(terms['denoise'], diffusion)
-    if o['consistency']:
-        plan = registry.build(o['consistency'], CHAINS, '--consistency')
-        try:
-            terms['consistency'] = ConsistencyTerm(plan, noise, weight, options['batch'])
-        except ValueError as err:
-            raise UserError(f'--consistency={o["consistency"]}: {err}') from None
-    timesteps = registry.build(o['timesteps'], TIMESTEPS, '--timesteps').over(diffusion.levels) if discrete_time else None
-    return noise, Objective(terms, timesteps)
+    probe('--weight', config.weight, lambda: weight(one))
+    probe('--penalty', config.penalty, lambda: penalty(one, one))
+    timesteps = registry.build(config.timesteps, TIMESTEPS, '--timesteps')
+    terms = [registry.build(spec, loss.TERMS, '--term', noise=noise, weight=weight, penalty=penalty, batch=batch, diffusion=diffusion)
+             for spec in config.terms]
+    try:
+        return noise, loss.Objective(terms, timesteps.over(diffusion.levels) if diffusion else timesteps)
+    except ValueError as err:
+        raise UserError(f'--term={",".join(config.terms)}: {err}') from None
 
 
 def probe(slot, spec, call):
@@ -82,24 +72,42 @@ def probe(slot, spec, call):
         raise UserError(f'{slot}={spec}: {err}') from None
 
 
-def build_averages(options, net):
+def build_optimizer(config, params):
+    """The optimizer of an OptimizerConfig, a fused one: it skips an update on the device where found_inf says so."""
+    try:
+        made = registry.build(config.kind, OPTIMIZERS, '--optimizer')(params, config.lr)
+    except ValueError as err:
+        raise UserError(f'--optimizer={config.kind}: {err}') from None
+    if not all(group.get('fused') for group in made.param_groups):
+        raise UserError(f'--optimizer={config.kind}: it must be made with fused=True, or updates with bad gradients could not be skipped')
+    return made
+
+
+def build_averages(config, net):
     """{name: average} of the network's weights: "halflife", which snapshots hold, and a "power_..." for each of --power-ema."""
-    lengths = {f'power_{sigma_rel:.3f}': PowerFunctionEMA(net, sigma_rel) for sigma_rel in options['power_ema']}
-    return {'halflife': HalfLifeEMA(net, **options['ema']), **lengths}
+    lengths = {f'power_{sigma_rel:.3f}': PowerFunctionEMA(net, sigma_rel) for sigma_rel in config.power_ema}
+    return {'halflife': HalfLifeEMA(net, config.ema_halflife_kimg, config.ema_rampup_ratio), **lengths}
 
 
 def transfer_weights(ref, net):
     """Copies every tensor of another network that has the same name and shape; says what was left as initialised."""
-    source = load_network(ref).state_dict()
-    own = net.state_dict()
-    fitting = {name: tensor for name, tensor in source.items() if name in own and own[name].shape == tensor.shape}
+    other, own = load_network(ref), net.state_dict()
+    fitting = {name: tensor for name, tensor in other.state_dict().items() if name in own and own[name].shape == tensor.shape}
     if not fitting:
         raise UserError(f'--transfer={ref}: none of its tensors fits this network; use its architecture (see its config.json)')
     net.load_state_dict(fitting, strict=False)
+    theirs, ours = (getattr(one, 'prediction', None) for one in (other, net))
+    if None not in (theirs, ours) and theirs != ours:
+        distributed.print0(f'Warning: {ref} predicts {theirs}, which this network is to unlearn; --prediction={theirs} keeps it')
     left = sorted(set(own) - set(fitting))
     rest = f'; as initialised: {", ".join(left[:8])}' if left else ''
     few = 'Warning: another architecture? ' if 2 * len(fitting) < len(own) else ''
     distributed.print0(f'{few}Transferred {len(fitting)} of {len(own)} tensors from {ref}{rest}')
+
+
+def build_corruption(config):
+    """The Corruption of a CorruptionConfig."""
+    return Corruption(config.sigma, config.probability, config.seed, config.protocol)
 
 
 class Data(NamedTuple):
@@ -111,37 +119,40 @@ class Data(NamedTuple):
     line: str  # for people
 
 
-def load_data(options, net, noise, rows, device):
-    """Opens, decodes and corrupts the data of a run. rows: slice of the global batch that is this rank's."""
-    data = options['data']
-    corruption = Corruption(**options['corruption'])
-    dataset = ImageDataset(data['path'], use_labels=data['use_labels'], keep=data['keep'], xflip=data['xflip'])
+def load_data(config, net, noise, rows, device):
+    """Opens, decodes and corrupts the data of a run (Config). rows: slice of the global batch that is this rank's."""
+    data, run = config.data, config.run
+    corruption = build_corruption(config.corruption)
+    dataset = ImageDataset(data.path, use_labels=data.use_labels, keep=data.keep, xflip=data.xflip)
     sigma_n = corruption.levels(dataset.raw_idx, dataset.native_sigma, dataset.image_shape)
-    store = ImageStore(dataset, corruption, sigma_n, cache_gib=data['cache_gib'], workers=data['workers'] or None)
+    store = ImageStore(dataset, corruption, sigma_n, cache_gib=data.cache_gib, workers=data.workers or None)
     labels = torch.from_numpy(dataset.labels(np.arange(len(dataset)))) if net.label_dim else None
-    train, held_out = validation.split(dataset.raw_idx, options['val'].get('share', 0), options['seed'])
-    checker = validation.build(options, noise, store, dataset, held_out, sigma_n, labels) if options['val'] else None
-    if options['label_corruption']:
-        labels = corrupt_labels(options['label_corruption'], dataset, labels, train)
-    stream = PairStream(sigma_n[train], noise, options['objective']['pairing'], batch=options['batch'], seed=options['seed'],
-                        upper=dataset.sigma_max[train])
-    check_timesteps(options['objective'], stream)
+    train, held_out = validation.split(dataset.raw_idx, data.validation.share if data.validation else 0, run.seed)
+    checker = validation.build(config, noise, store, dataset, held_out, sigma_n, labels) if data.validation else None
+    if config.corruption.labels:
+        labels = corrupt_labels(config.corruption.labels, dataset, labels, train)
+    stream = PairStream(sigma_n[train], noise, config.objective.pairing, batch=run.batch, seed=run.seed, upper=dataset.sigma_max[train])
+    check_timesteps(config.objective.timesteps, stream)
     feed = Feed(stream, store, train, sigma_n=sigma_n, raw_idx=dataset.raw_idx, labels=labels, rows=rows, device=device,
-                workers=data['workers'])
-    noisy = int((sigma_n[train] > 0).sum())
-    line = (f'{len(train)} training images of shape {"x".join(map(str, dataset.image_shape))}: {len(train) - noisy} clean, '
-            f'{noisy} noisy ({noisy / len(train):.2%}); {store.nbytes / 2**30:.2f} GiB '
+                workers=data.workers)
+    return Data(stream, feed, checker, describe(config.objective, dataset, store, stream, sigma_n[train]))
+
+
+def describe(objective, dataset, store, stream, sigma_n):
+    """One line, or two, about the images that a run trains on."""
+    noisy, count = int((sigma_n > 0).sum()), len(sigma_n)
+    line = (f'{count} training images of shape {"x".join(map(str, dataset.image_shape))}: {count - noisy} clean, '
+            f'{noisy} noisy ({noisy / count:.2%}); {store.nbytes / 2**30:.2f} GiB '
             f'{"mapped from disk" if store.mapped else "in memory"}; {stream.acceptance():.1%} of the images passed '
-            f'are used by --pairing={options["objective"]["pairing"]}')
-    if noisy and options['objective']['penalty'].partition(':')[0] != 'squared':
-        line += (f'\nNote: --penalty={options["objective"]["penalty"]} aims between mean and median, where the ambient loss counts on the '
+            f'are used by --pairing={objective.pairing}')
+    if noisy and registry.parse(objective.penalty)[0] != 'squared':
+        line += (f'\nNote: --penalty={objective.penalty} aims between mean and median, where the ambient loss counts on the '
                  'mean; see docs/penalties.md')
-    return Data(stream, feed, checker, line)
+    return line
 
 
-def check_timesteps(objective, stream):
+def check_timesteps(spec, stream):
     """Refuses to draw anew the levels of clean images where these are not free to have any level, or where there are none."""
-    spec = objective.get('timesteps', 'uniform')
     if registry.parse(spec)[0] == 'uniform':
         return
     here, clean = f'--timesteps={spec} draws the levels of clean images', stream.bars == 0
@@ -153,12 +164,12 @@ def check_timesteps(objective, stream):
         raise UserError(f'{here}, and some of these have a sigma_max; use uniform')
 
 
-def corrupt_labels(options, dataset, labels, train):
-    """Wrong classes for the share of the training images that --label-corruption asks for; held-out images keep theirs."""
+def corrupt_labels(config, dataset, labels, train):
+    """Wrong classes for the share of the training images that a LabelConfig asks for; held-out images keep theirs."""
     if dataset.classes is None:
         raise UserError('--label-corruption needs classes: train with --cond=1 on labels that are classes, not vectors')
     classes = dataset.classes[train]
-    wrong = LabelCorruption(**options).apply(classes, dataset.raw_idx[train])
+    wrong = LabelCorruption(config.rate, config.seed, config.groups).apply(classes, dataset.raw_idx[train])
     labels = labels.clone()
     labels[torch.from_numpy(train)] = torch.eye(labels.shape[1])[torch.from_numpy(wrong)]
     images = dataset.raw_idx[train]

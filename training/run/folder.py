@@ -9,10 +9,12 @@ import re
 from dnnlib import UserError
 from dnnlib.files import write_json
 from torch_utils import checkpoint, distributed
+from training.run.config import from_json, to_json
 
 # What a continued run may be told anew; whatever else differs is refused by name.
-MAY_CHANGE = ('duration_kimg', 'tick_kimg', 'snapshot_ticks', 'state_ticks', 'batch_gpu', 'precision', 'compile', 'bench', 'samples', 'gns',
-              'data.workers', 'data.cache_gib', 'versions', 'ranks', 'transfer', 'desc', 'metrics')
+MAY_CHANGE = ('run.duration_kimg', 'run.tick_kimg', 'run.snapshot_ticks', 'run.state_ticks', 'run.batch_gpu', 'run.precision',
+              'run.compile', 'run.bench', 'run.samples', 'run.gns', 'run.versions', 'run.ranks', 'run.desc', 'run.metrics', 'data.workers',
+              'data.cache_gib', 'network.transfer', 'network.arguments.sampling')
 
 
 class RunFolder:
@@ -29,8 +31,9 @@ class RunFolder:
         """"stem-000500.ending"; three decimals where the run's tick is fractional."""
         return self.file(f'{stem}-{kimg:010.3f}{ending}' if self.fractional else f'{stem}-{int(kimg):06d}{ending}')
 
-    def write_options(self, options):
-        write_json(self.file('options.json'), options)
+    def write_options(self, config):
+        """options.json: the Config."""
+        write_json(self.file('options.json'), to_json(config))
 
     def log(self, fields):
         """Appends one line to stats.jsonl, on the disk before this returns."""
@@ -69,26 +72,30 @@ def create(outdir, name):
             number += 1
 
 
-def load_state(path, options, free=()):
-    """The state in a file, refused unless its run's options equal `options` but for MAY_CHANGE and the keys in `free`."""
+def load_state(path, config, free=()):
+    """(content of a state file, Config of its run); refused unless that equals `config` but for MAY_CHANGE and the keys in `free`."""
     state = checkpoint.load(path)
-    found = checkpoint.differences(state['options'], options, ignore=(*MAY_CHANGE, *free))
+    try:
+        told = from_json(state['options'])
+    except (KeyError, UserError) as err:
+        raise UserError(f'{path}: its options are not those of a run of this program ({err})') from None
+    found = checkpoint.differences(to_json(told), to_json(config), ignore=(*MAY_CHANGE, *free))
     if found:
         raise UserError(f'--resume={path}: the state was trained with other options ({"; ".join(found[:6])}); '
-                                   'give the same options, or start a new run from its weights with --transfer')
-    return state
+                        'give the same options, or start a new run from its weights with --transfer')
+    return state, told
 
 
-def latest_state(outdir, options, free=()):
-    """(path, state) of the newest whole state under outdir with these options, or (None, None)."""
+def latest_state(outdir, config, free=()):
+    """(path, *load_state(path)) of the newest whole state under outdir with this Config, or (None, None, None)."""
     if not os.path.isdir(outdir):
-        return None, None
+        return None, None, None
     folders = [os.path.join(outdir, name) for name in os.listdir(outdir) if re.match(r'\d{5}(-|$)', name)]
     folders = [outdir, *sorted(filter(os.path.isdir, folders), reverse=True)]
     candidates = [path for folder in folders for path in checkpoint.states(folder)]
     for path in sorted(candidates, key=os.path.getmtime, reverse=True):
         try:
-            return path, load_state(path, options, free)
+            return path, *load_state(path, config, free)
         except UserError as err:
             distributed.print0(f'--resume=latest passes over: {err.message}')
-    return None, None
+    return None, None, None

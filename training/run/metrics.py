@@ -63,7 +63,7 @@ RENAMED = {'--detector-weights=': '--metrics-detector=inception:weights=', '--de
 
 
 class PeriodicMetrics:
-    """Measures a network by the images of seeds 0 .. num - 1: EDM's sampler in 18 steps, rounded to 8 bits as their PNGs would be.
+    """Measures a network by the images of seeds 0 .. num - 1, rounded to 8 bits as their PNGs would be.
 
     num: images over all ranks. ref: .npz or URL of Statistics. names: of evaluate.METRICS. detector: a spec of DETECTORS.
     shape: (C,H,W) of the images. Raises UserError, on all ranks, for whatever would fail later."""
@@ -101,10 +101,12 @@ class PeriodicMetrics:
         plain = Settings()
         return Settings(kid_subset_size=min(plain.kid_subset_size, self.num, rows), splits=min(plain.splits, self.num))
 
-    def __call__(self, net):
-        """{'Metrics/fid2k': value, ...} of a network in eval mode, on every rank; {} and a warning where its images have none."""
+    def __call__(self, net, **pieces):
+        """{'Metrics/fid2k': value, ...} of a network in eval mode, on every rank; {} and a warning where its images have none.
+
+        pieces: schedule, stepper and num_steps of generate_images; EDM's sampler in 18 steps, where they are not given."""
         try:
-            batches = uint8_batches(net, range(self.num), BATCH, 'the weight average')
+            batches = uint8_batches(net, range(self.num), BATCH, 'the weight average', **pieces)
             values = evaluate_batches(batches, self.detector, self.reference, self.names, self.settings, self.num)
         except UserError as err:  # of images that are not finite, say: training may recover from them
             distributed.print0(f'Warning: no metrics this time: {err.message}')

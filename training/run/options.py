@@ -1,56 +1,53 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the command line says -> the nested dict of JSON types that a run is made from; what cannot work is refused here."""
+"""What the command line says -> the Config that a run is made from; what cannot work is refused here."""
 
 import os
 
 import torch
 
 from dnnlib import UserError
-from torch_utils import distributed, misc
-from torch_utils.registry import build, parse
-from training.data.corruption import Corruption, LabelCorruption
+from torch_utils import distributed, misc, registry
+from training.data.corruption import LabelCorruption
 from training.data.dataset import ImageDataset
 from training.data.pairs import with_inverse_weight
-from training.networks.unet import ARCHS
-from training.objective.consistency import CHAINS, published_spec
-from training.run.build import build_cep
+from training.diffusion.discrete import build_diffusion
+from training.networks.interface import ARCHS, network_class
+from training.objective.consistency import published_spec
+from training.objective.loss import TERMS
+from training.objective.variational import terms_of
+from training.run import config
+from training.run.build import build_cep, build_corruption
 from training.sampling.pixels import is_picture
 
 DIFFUSION = 'cosine:steps=4000'  # the schedule of a discrete-time objective that is told none
+PREDICTION = 'edm'  # and what its network predicts
+SAMPLING = {'sampler': 'ancestral', 'steps': 50}  # and what its samples are made with, in fewer steps where it has fewer
 
 # Noise distribution and weight that each preconditioning was published with.
 PUBLISHED = {'edm': ('lognormal', 'edm'), 'iddpm': ('iddpm_levels', 'snr'), 've': ('loguniform', 'snr'), 'vp': ('vp_uniform', 'snr')}
 
 
 def configure(o):
-    """The options of train.py, by their names -> the nested dict that options.json holds."""
+    """The options of train.py, by their names -> the Config."""
     check_batch(o)
     if o.power_ema and not o.snap:
         raise UserError('--power-ema stores averages at snapshots, and --snap=0 makes none; raise --snap')
-    Corruption(o.sigma, o.corruption_probability, o.corruption_seed, o.corruption_protocol)  # refuses values out of range
+    corruption = config.CorruptionConfig(o.sigma, o.corruption_probability, o.corruption_seed, o.corruption_protocol, label_corruption(o))
+    build_corruption(corruption)  # refuses values out of range
     dataset = ImageDataset(o.data, use_labels=o.cond, keep=o.dataset_keep_percentage, xflip=o.xflip)
-    noise, weight = PUBLISHED[o.precond]
-    return dict(
-        expr_id=o.expr_id,
-        seed=distributed.broadcast(o.seed if o.seed is not None else misc.seed_of(os.urandom(8).hex()) % 2**31),
-        data=dict(path=o.data, use_labels=o.cond, keep=o.dataset_keep_percentage, xflip=o.xflip,
-                  cache_gib=o.cache_gib if o.cache else 0.0, workers=o.workers),
-        corruption=dict(sigma=o.sigma, probability=o.corruption_probability, seed=o.corruption_seed, protocol=o.corruption_protocol),
-        val=validation_options(o), metrics=metrics_options(o, dataset),
-        network=network_config(o, dataset),
-        objective=dict(noise=None if o.objective else o.noise or noise, weight=o.weight or weight, penalty=o.penalty,
-                       pairing=with_inverse_weight(o.pairing) if o.ambient_weight == 'inverse' else o.pairing,
-                       ambient_weight=o.ambient_weight,
-                       consistency=consistency_spec(o), **discrete_objective(o, dataset)),
-        label_corruption=label_corruption(o), cep=o.cep,
-        augment=o.augment,
-        optimizer=dict(lr=o.lr, betas=[0.9, 0.999], eps=1e-8, weight_decay=o.weight_decay),
-        lr_rampup_kimg=o.lr_rampup * 1e3,
-        ema=dict(halflife_kimg=o.ema * 1e3, rampup_ratio=0.05), power_ema=o.power_ema, clip=o.clip, gns=o.gns,
-        batch=o.batch, batch_gpu=o.batch_gpu or o.batch // distributed.size(), loss_scale=o.ls,
-        precision=choose_precision(o), bench=o.bench, compile=o.compile_net,
-        duration_kimg=o.duration * 1e3, tick_kimg=o.tick, snapshot_ticks=o.snap, state_ticks=o.dump, samples=o.samples,
-        transfer=o.transfer, desc=o.desc, ranks=distributed.size(), versions=misc.versions())
+    return config.Config(
+        data=config.DataConfig(path=o.data, use_labels=o.cond, keep=o.dataset_keep_percentage, xflip=o.xflip, augment=o.augment,
+                               validation=validation(o), cache_gib=o.cache_gib if o.cache else 0.0, workers=o.workers),
+        corruption=corruption,
+        network=config.NetworkConfig(network_arguments(o, dataset), cep=o.cep, transfer=o.transfer),
+        objective=objective(o, dataset),
+        optimizer=optimizer(o),
+        run=config.RunConfig(
+            seed=distributed.broadcast(o.seed if o.seed is not None else misc.seed_of(os.urandom(8).hex()) % 2**31),
+            batch=o.batch, batch_gpu=o.batch_gpu or o.batch // distributed.size(), duration_kimg=o.duration * 1e3, tick_kimg=o.tick,
+            snapshot_ticks=o.snap, state_ticks=o.dump, samples=o.samples, metrics=metrics(o, dataset), gns=o.gns,
+            precision=choose_precision(o), bench=o.bench, compile=o.compile_net, expr_id=o.expr_id, desc=o.desc,
+            ranks=distributed.size(), versions=misc.versions()))
 
 
 def check_batch(o):
@@ -66,17 +63,34 @@ def check_batch(o):
     if o.batch_gpu and part % o.batch_gpu:
         good = max(n for n in range(1, min(o.batch_gpu, part) + 1) if part % n == 0)
         raise UserError(f'--batch={o.batch} is not divisible by {world} ranks x --batch-gpu={o.batch_gpu}; '
-                                   f'try --batch-gpu={good}')
+                        f'try --batch-gpu={good}')
 
 
-def discrete_objective(o, dataset):
-    """{}, or what --objective and --timesteps add to the options of an objective. Refuses what does not go with them."""
-    if o.objective is None:
-        for name, value in [('diffusion', o.diffusion), ('timesteps', o.timesteps)]:
+# ---- the objective
+
+
+def objective(o, dataset):
+    """The ObjectiveConfig: the slots as they are named, and the terms that the options add up to."""
+    noise, weight = PUBLISHED[o.precond]
+    if o.objective:
+        check_discrete(o, dataset)
+    else:
+        for name, value in [('diffusion', o.diffusion), ('timesteps', o.timesteps), ('prediction', o.prediction)]:
             if value is not None:
                 raise UserError(f'--{name}={value} is for discrete-time objectives: add --objective=hybrid, say')
-        return {}
-    here, (name, _) = f'--objective={o.objective}', parse(o.objective)
+    inverse = o.ambient_weight == 'inverse'
+    terms = terms_of(o.objective, inverse)
+    if spec := consistency_spec(o):
+        registry.build(spec, TERMS, '--consistency', noise=None, weight=None, batch=o.batch)  # refuses what does not fit the batch
+        terms.append(spec)
+    return config.ObjectiveConfig(noise=None if o.objective else o.noise or noise, weight=o.weight or weight, penalty=o.penalty,
+                                  pairing=with_inverse_weight(o.pairing) if inverse else o.pairing, terms=[*terms, *o.term],
+                                  timesteps=o.timesteps or 'uniform')
+
+
+def check_discrete(o, dataset):
+    """Refuses what does not go with --objective."""
+    here, (name, _) = f'--objective={o.objective}', registry.parse(o.objective)
     if o.precond != 'iddpm':
         raise UserError(f'{here} has discrete timesteps, which --precond={o.precond} does not know; use --precond=iddpm')
     if o.noise:
@@ -87,8 +101,7 @@ def discrete_objective(o, dataset):
     for option, value, plain in own if name == 'vlb' else []:
         if value != plain:
             raise UserError(f'--{option}={value} does not go with {here}: the bound says what an error costs; '
-                                       'use hybrid or simple, or leave it out')
-    return dict(kind=o.objective, timesteps=o.timesteps or 'uniform')
+                            'use hybrid or simple, or leave it out')
 
 
 def consistency_spec(o):
@@ -98,7 +111,7 @@ def consistency_spec(o):
     given = {key: value for key, value in published.items() if value is not None}
     if o.consistency and given:
         raise UserError(f'--consistency={o.consistency} and the published options (--consistency-coeff and companions) '
-                                   'exclude each other; give one form')
+                        'exclude each other; give one form')
     if not given.get('coeff'):
         return o.consistency
     if (size := given.get('batch_size', 32)) > o.batch:
@@ -106,17 +119,88 @@ def consistency_spec(o):
     return published_spec(**given)
 
 
+# ---- the network
+
+
+def network_arguments(o, dataset):
+    """config.json of the network: published constructor arguments."""
+    (height, width), prediction = dataset.resolution, o.prediction or PREDICTION
+    found = dict(img_resolution=height if height == width else [height, width], img_channels=dataset.image_shape[0],
+                 label_dim=dataset.label_dim, use_fp16=o.fp16, **architecture(o))
+    given = dict(sigma_data=o.sigma_data, augment_dim=9 if o.augment and takes(found, 'augment_dim') else None)
+    found |= {key: value for key, value in given.items() if value is not None}
+    if o.label_dropout:
+        if not o.cond:
+            raise UserError(f'--label-dropout={o.label_dropout:g} leaves out labels; train with --cond=1')
+        if not takes(found, 'label_dropout'):
+            raise UserError(f'--label-dropout={o.label_dropout:g}: --arch={o.arch} has no label dropout; leave it out')
+        found['label_dropout'] = o.label_dropout
+    if o.cep:
+        build_cep(o.cep, dataset.label_dim)
+    if o.precond != 'edm':
+        found['precond'] = o.precond
+        if o.sigma_data is not None and not (o.objective and prediction == 'edm'):
+            raise UserError(f'--sigma-data={o.sigma_data} goes with --precond=edm; --precond={o.precond} has no such constant '
+                            'but under --objective with --prediction=edm')
+    if o.objective:
+        found |= dict(diffusion=o.diffusion or DIFFUSION, prediction=prediction)
+        found['sampling'] = SAMPLING | dict(steps=min(SAMPLING['steps'], build_diffusion(found['diffusion']).steps))
+        if registry.parse(o.objective)[0] == 'simple':
+            found['learned_variance'] = False
+    if dataset.units is not None:
+        found['units'] = dataset.units
+    return found
+
+
+def architecture(o):
+    """What --arch and the published options that are keys of it say about the network."""
+    name, told = registry.parse(o.arch)
+    keys = dict(cbase=o.cbase, cres=o.cres, blocks=o.blocks, attn=o.attn, dropout=o.dropout)
+    keys = {key: value for key, value in keys.items() if value is not None}
+    for key, value in keys.items():
+        if key in told:
+            raise UserError(f'--{key}={value} and --arch={o.arch}: "{key}" is given twice; give one of them')
+    return registry.build(registry.unparse(name, told | keys), ARCHS, '--arch')()
+
+
+def takes(arguments, name):
+    """Whether the network's class has such a constructor argument."""
+    return name in registry.parameters(network_class(arguments['model_type']))
+
+
+# ---- optimizer, averages, run
+
+
+def optimizer(o):
+    """The OptimizerConfig."""
+    name, told = registry.parse(o.optimizer)
+    kind = o.optimizer
+    if o.weight_decay is not None:
+        if 'weight_decay' in told:
+            raise UserError(f'--weight-decay={o.weight_decay} and --optimizer={o.optimizer}: it is given twice; give one of them')
+        kind = registry.unparse(name, told | {'weight_decay': o.weight_decay}) if o.weight_decay or name != 'adam' else kind
+    return config.OptimizerConfig(kind=kind, lr=o.lr, schedule=lr_schedule(o), rampup_kimg=o.lr_rampup * 1e3, clip=o.clip,
+                                  loss_scale=o.ls, ema_halflife_kimg=o.ema * 1e3, power_ema=o.power_ema)
+
+
+def lr_schedule(o):
+    """--lr-schedule; where its length is that of the run, with the length, so that a longer continuation is told to be another run."""
+    name, told = registry.parse(o.lr_schedule)
+    if name == 'cosine' and not told.get('kimg'):
+        return registry.unparse(name, told | {'kimg': o.duration * 1e3})
+    return o.lr_schedule
+
+
 def label_corruption(o):
-    """{} or the arguments of LabelCorruption."""
+    """The LabelConfig, or None."""
     if not o.label_corruption:
         if o.label_corruption_groups is not None:
             raise UserError('--label-corruption-groups needs a --label-corruption=RATE above 0')
-        return {}
+        return None
     if not o.cond:
         raise UserError(f'--label-corruption={o.label_corruption:g} changes class labels; train with --cond=1')
-    found = dict(rate=o.label_corruption, seed=o.corruption_seed, groups=o.label_corruption_groups)
-    LabelCorruption(**found)
-    return found
+    LabelCorruption(o.label_corruption, o.corruption_seed, o.label_corruption_groups)
+    return config.LabelConfig(rate=o.label_corruption, seed=o.corruption_seed, groups=o.label_corruption_groups)
 
 
 def choose_precision(o):
@@ -129,63 +213,31 @@ def choose_precision(o):
     return precision
 
 
-def validation_options(o):
-    """{}, {"share": 0.05} or {"path": ...}."""
+def validation(o):
+    """The ValidationConfig, or None."""
     if o.val is None:
-        return {}
+        return None
     if not o.snap:
         raise UserError(f'--val={o.val} is evaluated at snapshots, and --snap=0 makes none; raise --snap')
     try:
         share = float(o.val)
     except ValueError:
-        return dict(path=ImageDataset(o.val, use_labels=o.cond).path)
+        return config.ValidationConfig(path=ImageDataset(o.val, use_labels=o.cond).path)
     if not 0 < share < 1:
         raise UserError(f'--val={o.val}: a share must lie between 0 and 1; or give a data set')
-    return dict(share=share)
+    return config.ValidationConfig(share=share)
 
 
-def metrics_options(o, dataset):
-    """{} or what PeriodicMetrics is made from, and `every`, in ticks."""
+def metrics(o, dataset):
+    """The MetricsConfig, or None."""
     if not o.metrics_every:
         if o.metrics_ref is not None:
             raise UserError(f'--metrics-ref={o.metrics_ref} is for metrics during training; add --metrics-every=TICKS')
-        return {}
+        return None
     here = f'--metrics-every={o.metrics_every}'
     if o.metrics_ref is None:
         raise UserError(f'{here} compares with reference statistics: add --metrics-ref=NPZ, as "eval_fid.py ref" writes it')
     if not is_picture(dataset.image_shape[0], dataset.units):
         raise UserError(f'{here} compares 8-bit grey or RGB images, and --data={o.data} has none; use --metrics-every=0')
-    return dict(every=o.metrics_every, num=o.metrics_num, ref=o.metrics_ref, names=list(o.metrics), detector=o.metrics_detector)
-
-
-def network_config(o, dataset):
-    """config.json of the network: published constructor arguments."""
-    height, width = dataset.resolution
-    config = dict(img_resolution=height if height == width else [height, width], img_channels=dataset.image_shape[0],
-                  label_dim=dataset.label_dim, use_fp16=o.fp16, **ARCHS[o.arch], dropout=o.dropout)
-    given = dict(model_channels=o.cbase, channel_mult=o.cres, num_blocks=o.blocks, attn_resolutions=o.attn, sigma_data=o.sigma_data,
-                 augment_dim=9 if o.augment else None)
-    config |= {key: value for key, value in given.items() if value is not None}
-    if o.label_dropout:
-        if not o.cond:
-            raise UserError(f'--label-dropout={o.label_dropout:g} leaves out labels; train with --cond=1')
-        config['label_dropout'] = o.label_dropout
-    if o.cep:
-        build_cep(o.cep, dataset.label_dim)
-    if o.precond != 'edm':
-        config['precond'] = o.precond
-        if o.sigma_data is not None:
-            raise UserError(f'--sigma-data={o.sigma_data} goes with --precond=edm; --precond={o.precond} has no such constant')
-    if o.objective:
-        config['diffusion'] = o.diffusion or DIFFUSION
-        if parse(o.objective)[0] == 'simple':
-            config['learned_variance'] = False
-    if dataset.units is not None:
-        config['units'] = dataset.units
-    return config
-
-
-def evaluations_per_image(config):
-    """Network evaluations (forward passes of one image) that a training pair costs on average."""
-    spec = config['objective']['consistency']
-    return 1 if spec is None else 1 + build(spec, CHAINS, '--consistency').evaluations(config['batch'])
+    return config.MetricsConfig(every=o.metrics_every, num=o.metrics_num, ref=o.metrics_ref, names=list(o.metrics),
+                                detector=o.metrics_detector)

@@ -20,9 +20,12 @@ from training.checkpoints.save import save_network
 from training.data.augment import AugmentPipe
 from training.data.batches import micro_batches
 from training.run import gradients
-from training.run.build import build_averages, build_net, build_objective, load_data, transfer_weights
+from training.run.build import build_averages, build_net, build_objective, build_optimizer, load_data, transfer_weights
+from training.run.config import to_json
 from training.run.folder import RunFolder, stop_if_orphan
 from training.run.metrics import PeriodicMetrics
+from training.run.optimizer import LearningRate
+from training.sampling import options as sampling
 from training.sampling.generate import resolution, sample_grid
 
 GROUPS = [f'{kind}/q{quartile}' for kind in ('clean', 'noisy') for quartile in (1, 2, 3, 4)]  # losses are reported by these
@@ -44,47 +47,48 @@ class TrainStep(torch.nn.Module):
 class Run:
     """Everything of one run on this rank."""
 
-    def __init__(self, options, folder, device, writers=(), resuming=False):
-        """options: the nested dict of JSON types that train.py makes (and options.json holds). writers: callables (fields, nimg)."""
-        self.options, self.device, self.writers = options, device, writers
+    def __init__(self, config, folder, device, writers=(), resuming=False):
+        """config: a Config. writers: callables (fields, nimg)."""
+        self.config, self.device, self.writers = config, device, writers
         self.folder = folder
         self.progress = EasyDict(nimg=0, step=0, tick=0, seconds=0.0, log_bytes=0, stream=None)
-        self.rank_batch = options['batch'] // distributed.size()
+        self.rank_batch = config.run.batch // distributed.size()
         self.first_row = distributed.rank() * self.rank_batch
         self._setup_numerics()
         self._setup_network(resuming)
-        self.metrics = self._metrics() if options['metrics'] else None
+        self.metrics = self._metrics() if config.run.metrics else None
         rows = slice(self.first_row, self.first_row + self.rank_batch)
-        self.data = load_data(options, self.net, self.noise, rows, device)
+        self.data = load_data(config, self.net, self.noise, rows, device)
         self._setup_step()
         self.stats = training_stats.Collector(device)
         self.guard = gradients.Guard(device)
-        self.scale = gradients.LossScale(options['loss_scale'], dynamic=options['precision'] == 'fp16', device=device)
+        self.scale = gradients.LossScale(config.optimizer.loss_scale, dynamic=config.run.precision == 'fp16', device=device)
 
     # ---- setup
 
     def _setup_numerics(self):
-        tf32 = self.options['precision'] == 'tf32'
-        torch.backends.cudnn.benchmark = self.options['bench']
+        tf32 = self.config.run.precision == 'tf32'
+        torch.backends.cudnn.benchmark = self.config.run.bench
         torch.backends.cudnn.allow_tf32 = tf32
         torch.backends.cuda.matmul.allow_tf32 = tf32
         torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
 
     def _setup_network(self, resuming):
-        self.net = build_net(self.options, self.device)
-        if self.options['transfer'] and not resuming:
-            transfer_weights(self.options['transfer'], self.net)
-        self.noise, self.objective = build_objective(self.options, self.net)
+        config = self.config
+        self.net = build_net(config.network, self.device, seed=config.run.seed, precision=config.run.precision)
+        if config.network.transfer and not resuming:
+            transfer_weights(config.network.transfer, self.net)
+        self.noise, self.objective = build_objective(config.objective, self.net, config.run.batch)
         self.objective.to(self.device)
         self.quartiles = self.noise.icdf(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)).float().to(self.device)
-        self.augment = AugmentPipe(p=self.options['augment']) if self.options['augment'] else None
+        self.augment = AugmentPipe(p=config.data.augment) if config.data.augment else None
 
     def _metrics(self):
-        what = {key: value for key, value in self.options['metrics'].items() if key != 'every'}
-        return PeriodicMetrics(**what, shape=(self.net.img_channels, *resolution(self.net)), device=self.device)
+        m = self.config.run.metrics
+        return PeriodicMetrics(m.num, m.ref, m.names, m.detector, shape=(self.net.img_channels, *resolution(self.net)), device=self.device)
 
     def _setup_step(self):
-        if self.options['compile']:
+        if self.config.run.compile:
             self.net.model.compile()  # in place: whatever is asked of the network runs through it
         self.train_step = TrainStep(self.net, self.objective)
         if torch.distributed.is_initialized():
@@ -95,19 +99,19 @@ class Run:
             switch = 'forward_sync_buffers' if 'forward_sync_buffers' in known else 'broadcast_buffers'
             self.train_step = ddp(self.train_step, device_ids=ids, **{switch: False})
             warnings.filterwarnings('ignore', 'Grad strides do not match')  # 1x1 kernels have several equal layouts; the sum is right
-        self.noise_scale = self._noise_scale() if self.options['gns'] else None
+        self.noise_scale = self._noise_scale() if self.config.run.gns else None
         self.params = [p for p in (*self.net.parameters(), *self.objective.parameters()) if p.requires_grad]
-        self.optimizer = torch.optim.Adam(self.params, fused=True, **self.options['optimizer'])
-        self.averages = build_averages(self.options, self.net)
+        self.optimizer = build_optimizer(self.config.optimizer, self.params)
+        self.learning_rate = LearningRate(self.config.optimizer)
+        self.averages = build_averages(self.config.optimizer, self.net)
         self.ema = self.averages['halflife']
-        if 'consistency' in self.objective.terms:
-            self.objective.terms['consistency'].set_teacher(self.ema.module)
+        self.objective.set_teacher(self.ema.module)
 
     def _noise_scale(self):
         """Compares ranks where there are several, otherwise the first round of a step with all of them."""
-        batch = self.options['batch']
+        batch = self.config.run.batch
         if distributed.size() == 1:
-            return gradients.NoiseScale(self.options['batch_gpu'], batch)
+            return gradients.NoiseScale(self.config.run.batch_gpu, batch)
         found = gradients.NoiseScale(self.rank_batch, batch)
         self.train_step.register_comm_hook(None, found.hook)
         return found
@@ -132,27 +136,27 @@ class Run:
 
     def step(self):
         """One update on one global batch. Nothing here waits for the device."""
-        p, o = self.progress, self.options
+        p, run = self.progress, self.config.run
         host = self.data.feed.next()
-        draws_of = lambda row: misc.Draws(o['seed'], p.step, self.first_row + row, self.device)
-        rounds = -(-self.rank_batch // o['batch_gpu'])
+        draws_of = lambda row: misc.Draws(run.seed, p.step, self.first_row + row, self.device)
+        rounds = -(-self.rank_batch // run.batch_gpu)
         self.optimizer.zero_grad(set_to_none=True)
-        for i, (batch, draws) in enumerate(micro_batches(host, o['batch_gpu'], self.device, draws_of)):
+        for i, (batch, draws) in enumerate(micro_batches(host, run.batch_gpu, self.device, draws_of)):
             if self.augment is not None:
                 images, augment_labels = self.augment(batch.images, batch.sigma_n, draws)
                 batch = batch._replace(images=images, augment_labels=augment_labels)
             batch = self.objective.timesteps.redraw(batch, draws)
-            with self._sync(i == rounds - 1), misc.seeded(o['seed'], p.step, 'dropout', distributed.rank(), i, device=self.device):
+            with self._sync(i == rounds - 1), misc.seeded(run.seed, p.step, 'dropout', distributed.rank(), i, device=self.device):
                 terms = self.train_step(batch, draws)
                 total = sum(term.sum() for term in terms.values())
                 (total * (self.scale.value / self.rank_batch)).backward()
             if i == 0 and self.noise_scale is not None and distributed.size() == 1:
-                part = self.rank_batch / o['batch_gpu']  # the gradient of the round's own mean
+                part = self.rank_batch / run.batch_gpu  # the gradient of the round's own mean
                 self.noise_scale.note_part([p.grad for p in self.params if p.grad is not None], part)
             self._report_terms(terms, batch)
         self.objective.timesteps.update()
         self._update()
-        p.nimg += o['batch']
+        p.nimg += run.batch
         p.step += 1
         p.stream = host.stream_state
 
@@ -163,12 +167,12 @@ class Run:
 
     def _update(self):
         """Learning rate, Adam, EMA. A non-finite gradient skips the update on the device (found_inf), and is counted."""
-        p, o = self.progress, self.options
+        p, batch, clip = self.progress, self.config.run.batch, self.config.optimizer.clip
         for group in self.optimizer.param_groups:
-            group['lr'] = o['optimizer']['lr'] * min(p.nimg / max(o['lr_rampup_kimg'] * 1e3, 1e-8), 1)
+            group['lr'] = self.learning_rate(p.nimg, batch)
         grads = [param.grad for param in self.params if param.grad is not None]
         factor = 1 / self.scale.value
-        if self.scale.dynamic or o['loss_scale'] != 1:
+        if self.scale.dynamic or self.config.optimizer.loss_scale != 1:
             torch._foreach_mul_(grads, factor)
         norm = torch.nn.utils.get_total_norm(grads)
         bad = self.guard.note_update(norm)
@@ -176,13 +180,13 @@ class Run:
             signal, spread = self.noise_scale.estimates(norm / factor)
             self.stats.report('GNS/signal', signal * factor.square())
             self.stats.report('GNS/spread', spread * factor.square())
-        if o['clip']:
-            gradients.clip(grads, norm, o['clip'])
+        if clip:
+            gradients.clip(grads, norm, clip)
         self.optimizer.grad_scale, self.optimizer.found_inf = None, bad
         self.optimizer.step()
         self.scale.update(bad)
         for average in self.averages.values():
-            average.update(self.net, p.nimg, o['batch'])
+            average.update(self.net, p.nimg, batch)
         self.stats.report('Grad/norm', norm)
         self.stats.report('Grad/skipped', bad)
 
@@ -228,7 +232,7 @@ class Run:
             self.folder.log({k: misc.as_float(v) if isinstance(v, float) else v for k, v in fields.items()})
             for write in self.writers:
                 write(fields, p.nimg)
-        left = max(self.options['duration_kimg'] * 1e3 - p.nimg, 0) / max(rate, 1e-9)
+        left = max(self.config.run.duration_kimg * 1e3 - p.nimg, 0) / max(rate, 1e-9)
         losses = '  '.join(f'{name.removeprefix("Loss/")} {s["mean"]:.5g}' for name, s in stats.items()
                            if re.fullmatch(SHOWN, name) and s['mean'] is not None)
         skipped = round(stats['Grad/skipped']['mean'] * stats['Grad/skipped']['num'] / distributed.size())
@@ -240,14 +244,14 @@ class Run:
         """Held-out loss of the EMA into stats.jsonl, if asked for."""
         if self.data.validation is None:
             return
-        fields = self.data.validation(self.ema.module, next(iter(self.objective.terms.values())), self.device)
+        fields = self.data.validation(self.ema.module, self.objective.first, self.device)
         self._log(fields)
         means = '  '.join(f'{name} {fields[name]:.5g}' for name in ('Val/clean', 'Val/noisy') if fields.get(name) is not None)
         distributed.print0(f'    held out: {means}')
 
     def measure(self):
         """Metrics of the EMA's images into stats.jsonl."""
-        fields = self.metrics(self.ema.module)
+        fields = self.metrics(self.ema.module, **sampling.default_pieces(self.ema.module))
         if fields:
             self._log(fields)
             shown = '  '.join(f'{name.removeprefix("Metrics/")} {value:.5g}' for name, value in fields.items() if value is not None)
@@ -268,12 +272,14 @@ class Run:
             return
         stop_if_orphan()
         kimg = self.progress.nimg / 1e3
-        save_network(self.ema.module, self.folder.numbered('network-snapshot', kimg), card=model_card(self.options, kimg))
+        card = model_card(self.ema.module.config, to_json(self.config), kimg)
+        save_network(self.ema.module, self.folder.numbered('network-snapshot', kimg), card=card)
         for average in list(self.averages.values())[1:]:
             path = self.folder.numbered('ema-snapshot', kimg, f'-{average.sigma_rel:.3f}.safetensors')
             posthoc.write_average(path, average, self.progress.nimg)
-        if self.options['samples']:
-            sample_grid(self.ema.module, self.options['samples'], self.folder.numbered('samples', kimg, '.png'))
+        if self.config.run.samples:
+            sample_grid(self.ema.module, self.config.run.samples, self.folder.numbered('samples', kimg, '.png'),
+                        **sampling.default_pieces(self.ema.module))
 
     def save_state(self):
         """Everything needed to continue, in one file."""
@@ -281,7 +287,7 @@ class Run:
             return
         stop_if_orphan()
         self.progress.log_bytes, self.progress.loss_scale = self.folder.log_bytes, self.scale.state()
-        state = dict(options=self.options, progress=dict(self.progress), net=self.net.state_dict(),
+        state = dict(options=to_json(self.config), progress=dict(self.progress), net=self.net.state_dict(),
                      ema={name: average.state_dict() for name, average in self.averages.items()}, optimizer=self.optimizer.state_dict(),
                      objective=self.objective.state_dict())
         checkpoint.save(self.folder.numbered('training-state', self.progress.nimg / 1e3, '.pt'), state)
@@ -296,22 +302,23 @@ def memory_gib(device):
     return found
 
 
-def training_loop(options, run_dir, device, writers=(), state=None, state_path=None):
-    """Trains until options['duration_kimg'], in the folder run_dir; continues from `state` where one is given."""
-    run = Run(options, RunFolder(run_dir, fractional=options['tick_kimg'] % 1 != 0), device, writers, resuming=state is not None)
+def training_loop(config, run_dir, device, writers=(), state=None, state_path=None):
+    """Trains until config.run.duration_kimg, in the folder run_dir; continues from `state` where one is given."""
+    every = config.run
+    run = Run(config, RunFolder(run_dir, fractional=every.tick_kimg % 1 != 0), device, writers, resuming=state is not None)
     distributed.print0(run.data.line)
     if state is not None:
         run.restore(state, state_path)
     elif distributed.rank() == 0:
         run.folder.rewind_log(0)  # of a run that ended before its first state
     if distributed.rank() == 0:
-        run.folder.write_options(options)  # nothing is refused from here on: those of a continued run give way to what works
+        run.folder.write_options(config)  # nothing is refused from here on: those of a continued run give way to what works
     # Rounded, because 0.24 * 1e3 is a little more than 240: that would be a step too many.
-    total_nimg, tick_nimg = round(options['duration_kimg'] * 1e3), round(options['tick_kimg'] * 1e3)
+    total_nimg, tick_nimg = round(every.duration_kimg * 1e3), round(every.tick_kimg * 1e3)
     p = run.progress
     tick_start_nimg, tick_start = p.nimg, time.time()
     last_line = time.time()
-    distributed.print0(f'Training for {options["duration_kimg"]:g} kimg in {run_dir}')
+    distributed.print0(f'Training for {every.duration_kimg:g} kimg in {run_dir}')
 
     while p.nimg < total_nimg:
         stop_if_orphan()
@@ -332,12 +339,12 @@ def training_loop(options, run_dir, device, writers=(), state=None, state_path=N
         p.seconds += seconds
         run.report(seconds, p.nimg - tick_start_nimg)
         at = lambda every, p=p, done=done: every and (done or p.tick % every == 0)
-        if at(options['snapshot_ticks']):
+        if at(every.snapshot_ticks):
             run.validate()
             run.save_snapshot()
-        if at(options['metrics'].get('every')):
+        if every.metrics and at(every.metrics.every):
             run.measure()
-        if at(options['state_ticks']):
+        if at(every.state_ticks):
             run.save_state()
         p.seconds += time.time() - tick_start - seconds
         tick_start_nimg, tick_start, last_line = p.nimg, time.time(), time.time()

@@ -27,24 +27,22 @@ def split(raw_idx, share, seed):
     return np.flatnonzero(~held_out), np.flatnonzero(held_out)
 
 
-def build(options, noise, store, dataset, held_out, sigma_n, labels):
-    """The Validation that options['val'] asks for: a share of the training data (`held_out` of it), or a data set of its own.
+def build(config, noise, store, dataset, held_out, sigma_n, labels):
+    """The Validation that a run's Config asks for: a share of the training data (`held_out` of it), or a data set of its own.
 
     A data set of its own is corrupted like the training data, under another seed."""
-    if 'path' in options['val']:
-        data, corrupt = options['data'], dict(options['corruption'])
-        if corrupt['protocol'] == 'fixed':
-            corrupt['seed'] += 1
-        corruption = Corruption(**corrupt)
-        dataset = check_alike(dataset, ImageDataset(options['val']['path'], use_labels=data['use_labels']))
+    data, corrupt = config.data, config.corruption
+    if data.validation.path:
+        corruption = Corruption(corrupt.sigma, corrupt.probability, corrupt.seed + (corrupt.protocol == 'fixed'), corrupt.protocol)
+        dataset = check_alike(dataset, ImageDataset(data.validation.path, use_labels=data.use_labels))
         sigma_n = corruption.levels(dataset.raw_idx, dataset.native_sigma, dataset.image_shape)
-        store = ImageStore(dataset, corruption, sigma_n, cache_gib=data['cache_gib'], workers=data['workers'] or None)
-        labels = torch.from_numpy(dataset.labels(np.arange(len(dataset)))) if data['use_labels'] else None
+        store = ImageStore(dataset, corruption, sigma_n, cache_gib=data.cache_gib, workers=data.workers or None)
+        labels = torch.from_numpy(dataset.labels(np.arange(len(dataset)))) if data.use_labels else None
         held_out = np.arange(len(dataset))
     else:
         held_out = held_out[~dataset.flip[held_out]]  # an image once
     middles = (torch.arange(LEVELS, dtype=torch.float64) + 0.5) / LEVELS
-    return Validation(store, held_out, sigma_n, labels, noise.icdf(middles).tolist(), options['batch_gpu'], options['seed'],
+    return Validation(store, held_out, sigma_n, labels, noise.icdf(middles).tolist(), config.run.batch_gpu, config.run.seed,
                       dataset.sigma_max)
 
 

@@ -1,7 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a network is sampled, as a command line says it: the options, and the pieces that they name. Every script that samples has them."""
+"""How a network is sampled, as a command line or its own config.json says it: the options, and the pieces that they name.
 
+Every script that samples has them; training, whose grids and metrics are told nothing, has default_pieces()."""
+
+import contextlib
 import functools
+import json
 import math
 
 import click
@@ -14,7 +18,8 @@ from training.diffusion import schedules
 from training.sampling import guidance, labels, steppers
 from training.sampling.generate import noise_levels, with_time
 
-STEPS = 18
+SAMPLER, STEPS = 'heun', 18  # where neither the user nor the network says otherwise
+CONFIG = 'network configuration: sampling'  # the key of config.json, in errors
 POSITIVE, COUNT = click.FloatRange(min=0), click.IntRange(min=1)
 
 OPTIONS = options_of(
@@ -30,13 +35,15 @@ OPTIONS = options_of(
     click.option('--weights', metavar='WHICH', default='ema', show_default=True,
                  help='Which weights of a training state: ema, raw or ema:LENGTH, such as ema:0.05'),
     click.option('--gnet-weights', metavar='WHICH', default='ema', show_default=True, help='The same for --gnet'),
-    click.option('--sampler', '--solver', metavar='|'.join(steppers.STEPPERS) + '[:k=v]', type=Spec(steppers.STEPPERS), default='heun',
-                 show_default=True, help='What walks down the noise levels, with its keys'),
+    click.option('--sampler', '--solver', metavar='|'.join(steppers.STEPPERS) + '[:k=v]', type=Spec(steppers.STEPPERS),
+                 help=f'What walks down the noise levels, with its keys  [default: "sampling" of the network\'s '
+                 f'config.json, else {SAMPLER}]'),
     click.option('--levels', '--disc', metavar='|'.join(schedules.SCHEDULES) + '[:k=v]', type=Spec(schedules.SCHEDULES),
-                 help='The noise levels, with their keys, such as explicit:sigmas=80|10|1  [default: edm; its own timesteps where a '
-                 'network of --objective is sampled by ancestral or ddim]'),
+                 help='The noise levels, with their keys, such as explicit:sigmas=80|10|1  [default: those of config.json with its '
+                 'sampler; else edm, or its own timesteps where a network of --objective is sampled by ancestral or ddim]'),
     click.option('--steps', metavar='INT', type=COUNT,
-                 help=f'Sampling steps N; heun evaluates the network 2N - 1 times, the others N times  [default: {STEPS}]'),
+                 help=f'Sampling steps N; heun evaluates the network 2N - 1 times, the others N times  [default: those of config.json with '
+                 f'its sampler, else {STEPS}]'),
     click.option('--sigma-min', metavar='FLOAT', type=float, help='Key of --levels: the lowest  [default: its own, or the network\'s]'),
     click.option('--sigma-max', metavar='FLOAT', type=float, help='Key of --levels: the highest  [default: its own, or the network\'s]'),
     click.option('--rho', metavar='FLOAT', type=float, help='Key of --levels=edm: their exponent  [default: 7]'),
@@ -71,9 +78,9 @@ def prepare(o, seeds):
     net = load(o.network, weights=o.weights)
     guidance = pick_guidance(net, load(o.gnet, weights=o.gnet_weights) if o.gnet else None, o.guidance, o.guidance_interval)
     keys = {key: o[key] for key in KEYS}
-    o.levels = o.levels or default_levels(net, o.sampler, o.rho)  # so that a record of the options tells what was done
-    return net, {'labels': pick_labels(net, seeds, o.labels, o.class_idx), 'guidance': guidance,
-                 **sampler_pieces(net, o.steps, o.sampler, o.levels, o.stop_sigma, o.stop_variance, **keys)}
+    pieces = sampler_pieces(net, o.steps, o.sampler, o.levels, o.stop_sigma, o.stop_variance, **keys)
+    o.sampler, o.levels, o.steps = choose(net, o.sampler, o.levels, o.steps, o.rho)  # so that a record of the options tells what was done
+    return net, {'labels': pick_labels(net, seeds, o.labels, o.class_idx), 'guidance': guidance, **pieces}
 
 
 def open_network(ref, weights, device, precision, compile):
@@ -116,29 +123,76 @@ def pick_labels(net, seeds, spec, class_idx):
         raise UserError(f'--class={class_idx}: {err}' if class_idx is not None else f'--labels={spec}: {err}') from None
 
 
-def sampler_pieces(net, steps, sampler, levels, stop_sigma, stop_variance, sigma_min, sigma_max, rho, **keys):
+def sampler_pieces(net, steps=None, sampler=None, levels=None, stop_sigma=None, stop_variance=None, sigma_min=None, sigma_max=None,
+                   rho=None, **keys):
     """{schedule, num_steps, stepper} with their options bound; what they or the network refuse is found before any file is written."""
     if stop_sigma is not None and stop_variance is not None:
         raise UserError('--stop-sigma and --stop-variance are the same option, as a level and as its square; give one of them')
     keys['stop_sigma'] = stop_sigma if stop_variance is None else math.sqrt(stop_variance)
-    levels = levels or default_levels(net, sampler, rho)
-    schedule = combine('levels', levels, schedules.SCHEDULES, {'sigma_min': sigma_min, 'sigma_max': sigma_max, 'rho': rho})
-    stepper = combine('sampler', sampler, steppers.STEPPERS, keys)
-    if has_timesteps_for(net, sampler) and net.units is None:
-        stepper = functools.partial(stepper, **{'clip': True, **stepper.keywords})  # as published
-    steps = steps or (None if 'sigmas' in registry.parameters(schedule) else STEPS)  # levels that are given are their own number
-    try:
-        sigmas = noise_levels(net, schedule, steps)
-    except ValueError as err:
-        raise UserError(f'--levels={levels} with its keys: {err}') from None
-    try:
-        stepper = with_time(net, schedule, stepper, sigmas)
-        steppers.check(stepper, sigmas)
-    except ValueError as err:
-        raise UserError(f'--sampler={sampler} with its keys: {err}') from None
-    if stepper.keywords.get('variance') == 'learned' and net.output_multiple < 2:
-        raise UserError(f'--sampler={sampler}: the network gives no variance; choose variance=small or large')
+    by_config = own_sampling(net) and (steps, sampler, levels) == (None, None, None)
+    sampler, levels, steps = choose(net, sampler, levels, steps, rho)
+    with _said_by(CONFIG if by_config else None):
+        schedule = combine('levels', levels, schedules.SCHEDULES, {'sigma_min': sigma_min, 'sigma_max': sigma_max, 'rho': rho})
+        stepper = combine('sampler', sampler, steppers.STEPPERS, keys)
+        if has_timesteps_for(net, sampler) and net.units is None:
+            stepper = functools.partial(stepper, **{'clip': True, **stepper.keywords})  # as published
+        try:
+            sigmas = noise_levels(net, schedule, steps)
+        except ValueError as err:
+            raise UserError(f'--levels={levels} with its keys: {err}') from None
+        try:
+            stepper = with_time(net, schedule, stepper, sigmas)
+            steppers.check(stepper, sigmas)
+        except ValueError as err:
+            raise UserError(f'--sampler={sampler} with its keys: {err}') from None
+        if stepper.keywords.get('variance') == 'learned' and net.output_multiple < 2:
+            raise UserError(f'--sampler={sampler}: the network gives no variance; choose variance=small or large')
     return {'schedule': schedule, 'num_steps': steps, 'stepper': stepper}
+
+
+def default_pieces(net):
+    """The same where a user says nothing: what grids and metrics during training, and plain commands, sample a network with."""
+    return sampler_pieces(net)
+
+
+def choose(net, sampler=None, levels=None, steps=None, rho=None):
+    """(sampler, levels, steps) that are meant: what is given, else what the network's config.json says, else EDM's.
+
+    The network's levels and steps are those of its sampler, and do not count where another is named; its keys go where any is named.
+    rho asks for EDM's levels. steps: None where the levels are told one by one."""
+    own = own_sampling(net)
+    if sampler and own and registry.parse(sampler)[0] != registry.parse(own['sampler'])[0]:
+        own = {}
+    sampler = sampler or own.get('sampler', SAMPLER)
+    levels = levels or (own.get('levels') if rho is None else None) or default_levels(net, sampler, rho)
+    own_number = 'sigmas' in registry.parameters(schedules.SCHEDULES[registry.parse(levels)[0]])
+    return sampler, levels, steps or (None if own_number else own.get('steps', STEPS))
+
+
+def own_sampling(net):
+    """{"sampler", and "levels", "steps" where they are told} of the network's config.json, checked; {} where that says nothing."""
+    found = getattr(net, 'sampling', None)
+    if found is None:
+        return {}
+    shown = f'{CONFIG}={json.dumps(found)}'
+    if not isinstance(found, dict) or 'sampler' not in found or found.keys() - {'sampler', 'levels', 'steps'}:
+        raise UserError(f'{shown}: expected such as {{"sampler": "ancestral", "steps": 50}}, and "levels" where need be')
+    for key, pieces in (('sampler', steppers.STEPPERS), ('levels', schedules.SCHEDULES)):
+        if key in found:
+            registry.build(found[key], pieces, f'{CONFIG}: {key}')
+    steps = found.get('steps', STEPS)
+    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
+        raise UserError(f'{shown}: "steps" must be a whole number of 1 or more')
+    return found
+
+
+@contextlib.contextmanager
+def _said_by(whose):
+    """Errors inside say who asked, where that was not the command line."""
+    try:
+        yield
+    except UserError as err:
+        raise UserError(f'{whose}: {err.message}' if whose else err.message) from None
 
 
 def has_timesteps_for(net, sampler):

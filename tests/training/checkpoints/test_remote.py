@@ -13,7 +13,7 @@ import torch
 
 from dnnlib import UserError
 from dnnlib.download import cache_dir, open_url
-from tests.support import GOLDEN, edm_pickle, hub_server, tiny
+from tests.support import GOLDEN, edm_pickle, hub_server, launch, tiny
 from training.checkpoints.load import load_network
 
 DATA = GOLDEN
@@ -40,7 +40,7 @@ def generate(tmp_path):
         for name in ('HF_TOKEN', 'HF_HUB_OFFLINE'):
             env.pop(name, None) if name not in environment else None
         args = [f'--network={network}', '--batch=2', '--steps=2', *args]
-        done = subprocess.run(tiny.command(args, ranks, tiny.ROOT / 'generate.py'), env=env, cwd=tmp_path, capture_output=True, text=True,
+        done = subprocess.run(launch.command(tiny.ROOT / 'generate.py', args, ranks), env=env, cwd=tmp_path, capture_output=True, text=True,
                               timeout=300)
         return done.returncode, done.stdout + done.stderr
     return generate
@@ -188,7 +188,7 @@ def test_fine_tuning_as_published(source, tmp_path, kind):
         # At such a learning rate the weights stay what they were, and the losses are those of the transferred network.
         args = [*tiny.FLAGS, f'--outdir={tmp_path / "out"}', f'--data={data}', '--seed=6', '--duration=0.00008', f'--transfer={ref}',
                 '--consistency_coeff=0.5', '--num_consistency_steps=2', '--num_primes=2', '--consistency_batch_size=8', '--lr=1e-30']
-        done = subprocess.run(tiny.command(args), env=env, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(launch.command(tiny.ROOT / 'train.py', args), env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     count = len(net.state_dict())
     assert f'Transferred {count} of {count} tensors from {ref}' in done.stdout

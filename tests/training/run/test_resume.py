@@ -122,7 +122,7 @@ def test_workers_of_a_dead_launcher_stop(tmp_path, data):
     """SIGKILL of torchrun alone: its workers end, and write nothing more into the folder."""
     outdir, log = tmp_path / 'runs', tmp_path / 'log'
     args = [f'--outdir={outdir}', f'--data={data}', *tiny.FLAGS, '--threads=1', '--dump=1', '--snap=0', '--duration=1']
-    process = tiny.start(args, log, ranks=2)
+    process = tiny.start(args, log, ranks=2, torchrun=True)
     wait_for(lambda: 'tick 2 ' in log.read_text(), process, log)
     workers = [p for p in psutil.Process(process.pid).children(recursive=True) if any('train.py' in part for part in p.cmdline())]
     assert len(workers) == 2

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.support import GOLDEN
-from tests.support.unets import all_images, contents, golden_network, launch, run, tiny
+from tests.support.unets import all_images, contents, golden_network, launched, run, tiny
 from training.checkpoints.load import load_network
 from training.checkpoints.save import save_network
 from training.diffusion import schedules
@@ -261,10 +261,10 @@ def test_sample_grid_for_the_training_loop(tmp_path):
 def test_two_ranks_write_the_images_of_one(folders, tmp_path):
     """Equal files and grid for 1 rank at batch 64 and 2 ranks at batches 1 and 3; equal threads, classes drawn at random."""
     common = [f'--network={folders / "rgb"}', '--seeds=0-8', '--steps=3', '--S_churn=5', '--threads=1', '--grid', '--device=cpu']
-    alone = launch(1, *common, f'--outdir={tmp_path / "alone"}')
+    alone = launched(1, *common, f'--outdir={tmp_path / "alone"}')
     assert alone.returncode == 0, alone.stderr
     for batch in (1, 3):
-        result = launch(2, *common, f'--outdir={tmp_path / str(batch)}', f'--batch={batch}')
+        result = launched(2, *common, f'--outdir={tmp_path / str(batch)}', f'--batch={batch}')
         assert result.returncode == 0, result.stderr
         assert result.stdout.count('9 images (png)') == 1
         assert contents(tmp_path / str(batch)) == contents(tmp_path / 'alone')
@@ -275,7 +275,7 @@ def test_a_failing_rank_fails_the_command(folders, tmp_path):
     """Seed 1000 falls to rank 1, where its folder cannot be made."""
     (tmp_path / '001000').write_text('in the way')
     options = [f'--network={folders / "grey"}', f'--outdir={tmp_path}', '--seeds=0,1000', '--subdirs', '--steps=1', '--threads=1']
-    result = launch(2, *options)
+    result = launched(2, *options)
     assert result.returncode != 0 and '001000' in result.stderr and 'images (png)' not in result.stdout
 
 

@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run is made from: a tree of frozen dataclasses, one for each wing, to JSON and back.
+
+config.json of a network, options.json of a run and "options" of a training state hold what to_json() gives. from_json() reads those of
+version 0.1.0 as well, which knew no wings."""
+
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass, field
+
+from dnnlib import UserError
+from torch_utils import registry
+from training.objective.variational import terms_of
+
+
+@dataclass(frozen=True)
+class ValidationConfig:
+    """Held-out images: a share of the training data, or a data set of their own."""
+
+    share: float = 0.0
+    path: str | None = None
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which images, and how they are held and augmented."""
+
+    path: str
+    use_labels: bool = False
+    keep: float = 1.0  # share of the images that is used at all
+    xflip: bool = False
+    augment: float = 0.0  # probability of augmentation
+    validation: ValidationConfig | None = None
+    cache_gib: float = 8.0
+    workers: int = 1
+
+
+@dataclass(frozen=True)
+class LabelConfig:
+    """Which share of the images gets a wrong class, and which classes are confused (None: all)."""
+
+    rate: float
+    seed: int = 0
+    groups: list | None = None
+
+
+@dataclass(frozen=True)
+class CorruptionConfig:
+    """Who is noisy, how noisy, with which noise; whose label is wrong."""
+
+    sigma: float = 0.0
+    probability: float = 0.0
+    seed: int = 0
+    protocol: str = 'fixed'
+    labels: LabelConfig | None = None
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """arguments: config.json of the network, the published constructor arguments. cep: a piece of conditioning.CEP."""
+
+    arguments: dict
+    cep: str | None = None
+    transfer: str | None = None  # where its first weights come from
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """Pieces of the slots as the command line names them; noise None: the levels of the network's own timesteps."""
+
+    noise: str | None
+    weight: str
+    penalty: str = 'squared'
+    pairing: str = 'skip'
+    terms: list = field(default_factory=lambda: ['denoise'])
+    timesteps: str = 'uniform'
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """How gradients become weights, and weights averages."""
+
+    kind: str = 'adam'
+    lr: float = 1e-3
+    schedule: str = 'constant'
+    rampup_kimg: float = 10_000.0
+    clip: float = 0.0
+    loss_scale: float = 1.0
+    ema_halflife_kimg: float = 500.0
+    ema_rampup_ratio: float | None = 0.05
+    power_ema: list = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class MetricsConfig:
+    """Metrics of the weight average's images, every so many ticks."""
+
+    every: int
+    num: int
+    ref: str
+    names: list
+    detector: str
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Length, batches, intervals and speed; and what made the run."""
+
+    seed: int
+    batch: int
+    batch_gpu: int
+    duration_kimg: float
+    tick_kimg: float = 50.0
+    snapshot_ticks: int = 50
+    state_ticks: int = 500
+    samples: int = 64
+    metrics: MetricsConfig | None = None
+    gns: bool = False
+    precision: str = 'fp32'
+    bench: bool = True
+    compile: bool = False
+    expr_id: str | None = None
+    desc: str | None = None
+    ranks: int = 1
+    versions: dict = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything of a run; each builder takes its own part."""
+
+    data: DataConfig
+    corruption: CorruptionConfig
+    network: NetworkConfig
+    objective: ObjectiveConfig
+    optimizer: OptimizerConfig
+    run: RunConfig
+
+
+def to_json(config):
+    """The tree as nested dicts of JSON types."""
+    return dataclasses.asdict(config)
+
+
+def from_json(values, kind=Config, where=''):
+    """The tree from what to_json() gave, of this version or of 0.1.0. Raises UserError for keys that are unknown or missing."""
+    if kind is Config and 'run' not in values and 'lr_rampup_kimg' in values:
+        values = of_version_0_1(values)
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    unknown = sorted(set(values) - set(fields))
+    missing = [name for name, f in fields.items()
+               if name not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
+    for problem, names in (('unknown', unknown), ('missing', missing)):
+        if names:
+            raise UserError(f'configuration: {problem} key "{where}{names[0]}"; {where or "it"} holds {", ".join(fields)}')
+    hints = typing.get_type_hints(kind)
+    return kind(**{name: _value(hints[name], value, f'{where}{name}') for name, value in values.items()})
+
+
+def _value(hint, value, where):
+    """A value of the kind that the field wants: a tree of its own, or a plain JSON value."""
+    choices = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if value is None and type(None) in choices:
+        return None
+    wanted = next(choice for choice in choices if choice is not type(None))
+    if dataclasses.is_dataclass(wanted):
+        if not isinstance(value, dict):
+            raise UserError(f'configuration: "{where}" must be an object, got {type(value).__name__}')
+        return from_json(value, wanted, f'{where}.')
+    plain = (int, float) if wanted is float else wanted
+    if not isinstance(value, plain) or isinstance(value, bool) != (wanted is bool):
+        raise UserError(f'configuration: "{where}" must be {wanted.__name__}, got {value!r}')
+    return value
+
+
+# ---- options of version 0.1.0, which are one flat dict with a few dicts in it
+
+
+def of_version_0_1(o):
+    """The nested dict that today's program would have written for a run of version 0.1.0."""
+    optimizer, objective = dict(o['optimizer']), dict(o['objective'])
+    take = lambda *names: {name: o[name] for name in names}
+    decay = optimizer['weight_decay']
+    arguments = dict(o['network'])
+    if 'diffusion' in arguments:
+        arguments.setdefault('prediction', 'eps')  # the one that there was
+    return dict(
+        data=dict(o['data'], augment=o['augment'], validation=o['val'] or None),
+        corruption=dict(o['corruption'], labels=o['label_corruption'] or None),
+        network=dict(arguments=arguments, cep=o['cep'], transfer=o['transfer']),
+        objective=dict(**{name: objective[name] for name in ('noise', 'weight', 'penalty', 'pairing')}, terms=_terms_0_1(objective),
+                       timesteps=objective.get('timesteps', 'uniform')),
+        optimizer=dict(kind=registry.unparse('adam', {'weight_decay': decay} if decay else {}), lr=optimizer['lr'],
+                       rampup_kimg=o['lr_rampup_kimg'], **take('clip', 'loss_scale', 'power_ema'),
+                       ema_halflife_kimg=o['ema']['halflife_kimg'], ema_rampup_ratio=o['ema']['rampup_ratio']),
+        run=dict(**take('seed', 'batch', 'batch_gpu', 'duration_kimg', 'tick_kimg', 'snapshot_ticks', 'state_ticks', 'samples', 'gns',
+                        'precision', 'bench', 'compile', 'expr_id', 'desc', 'ranks', 'versions'), metrics=o['metrics'] or None))
+
+
+def _terms_0_1(objective):
+    """The terms that an objective of version 0.1.0 was made of."""
+    terms = terms_of(objective.get('kind'), inverse=objective['ambient_weight'] == 'inverse')
+    return terms + ([objective['consistency']] if objective['consistency'] else [])

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Optimizers and learning-rate schedules.
+
+An optimizer is called as (params, lr) and its keys; a schedule as (nimg, batch) and its keys, and gives the factor of --lr when nimg
+images came before the step. Every schedule is multiplied by the ramp-up."""
+
+import math
+
+import torch
+
+from torch_utils import registry
+
+
+def adam(params, lr, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0):
+    """Adam (Kingma & Ba 2015); weight_decay is an L2 penalty, part of the gradient, as in the published code."""
+    return torch.optim.Adam(params, lr=lr, betas=_betas(beta1, beta2), eps=eps, weight_decay=weight_decay, fused=True)
+
+
+def adamw(params, lr, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.01):
+    """AdamW (Loshchilov & Hutter 2019): every step takes lr weight_decay off each weight, whatever its gradient."""
+    return torch.optim.AdamW(params, lr=lr, betas=_betas(beta1, beta2), eps=eps, weight_decay=weight_decay, fused=True)
+
+
+def _betas(beta1, beta2):
+    for name, value in (('beta1', beta1), ('beta2', beta2)):
+        if not 0 <= value < 1:
+            raise ValueError(f'{name}={value} must be 0 or more and below 1')
+    return beta1, beta2
+
+
+def constant(nimg, batch):
+    """1: EDM's."""
+    return 1.0
+
+
+def inverse_sqrt(nimg, batch, ref=70000):
+    """1 / sqrt(max(t / ref, 1)) after t steps (Karras et al. 2024, equation 67). ref: steps before it falls; 0: never."""
+    if not 0 <= ref < math.inf:
+        raise ValueError(f'ref={ref} must be 0 or more steps')
+    return 1 / math.sqrt(max(nimg / (ref * batch), 1)) if ref else 1.0
+
+
+def cosine(nimg, batch, kimg=0.0, least=0.0):
+    """From 1 down to `least` on half a cosine (Loshchilov & Hutter 2017) over kimg thousand images; 0: those of --duration.
+
+    The length stays that of the run's first command: a curve that changes on the way would be another run."""
+    if not (0 < kimg < math.inf and 0 <= least <= 1):
+        raise ValueError(f'kimg={kimg} must be above 0, and least={least} from 0 to 1')
+    return least + (1 - least) * (1 + math.cos(math.pi * min(nimg / (kimg * 1e3), 1))) / 2
+
+
+class LearningRate:
+    """(nimg, batch) -> the learning rate of an OptimizerConfig: lr times ramp-up times schedule."""
+
+    def __init__(self, config):
+        self.lr, self.rampup = config.lr, max(config.rampup_kimg * 1e3, 1e-8)
+        self.schedule = registry.build(config.schedule, LR_SCHEDULES, '--lr-schedule')
+
+    def __call__(self, nimg, batch):
+        return self.lr * min(nimg / self.rampup, 1) * self.schedule(nimg, batch)
+
+
+OPTIMIZERS = {'adam': adam, 'adamw': adamw}
+LR_SCHEDULES = {'constant': constant, 'cosine': cosine, 'inverse_sqrt': inverse_sqrt}
