@@ -24,8 +24,7 @@ from metrics.kernel import kernel_distance
 from metrics.manifold import density_coverage, precision_recall
 from metrics.statistics import load_statistics
 from tests.support import ROOT
-from torch_utils import command_line, misc
-from torch_utils.command_line import ranges
+from torch_utils import misc
 from training.checkpoints.save import save_network
 from training.networks import preconditioning
 from training.sampling.generate import Samples
@@ -369,12 +368,6 @@ def test_a_network_that_makes_nonsense(grey, network, monkeypatch):
     line = refused(f'--network={network}', *FROM_NETWORK)
     assert f'--network={network}: the image of seed 0 is not finite (13 of 13 in its batch are not)' in line
     assert '--class=3' in refused(f'--network={network}', '--class=3', *FROM_NETWORK)
-
-
-@pytest.mark.parametrize('seeds, text', [([3, 1, 2, 9], '1-3,9'), ([5], '5'), (range(50), '0-49'), ([0, 2, 4], '0,2,4')])
-def test_ranges(seeds, text):
-    assert ranges(seeds) == text
-    assert command_line.IntList().convert(text, None, None) == sorted(seeds)
 
 
 def test_numbers_in_print():
