@@ -23,8 +23,8 @@ from torch_utils.command_line import Command, version_option  # noqa: E402
 from training.data.batches import Batch  # noqa: E402
 from training.data.pairs import PairStream  # noqa: E402
 from training.diffusion.noise import NOISE  # noqa: E402
+from training.networks.interface import ARCHS, Arch, Network  # noqa: E402
 from training.networks.preconditioning import EDMPrecond  # noqa: E402
-from training.networks.unet import NETWORKS  # noqa: E402
 from training.objective.loss import AmbientLoss  # noqa: E402
 from training.objective.penalty import PENALTIES  # noqa: E402
 from training.objective.weighting import WEIGHTS  # noqa: E402
@@ -79,15 +79,15 @@ def split(images, seed, kind='none', share=0.2):
     return train, test
 
 
-class Stack(torch.nn.Module):
+class Stack(Network):
     """Independent networks of three layers, by batched products: a start for each seed, repeated for each penalty.
 
     Rows of the input come grouped by network, [penalty, seed, row], equally many for each."""
 
-    def __init__(self, resolution, in_channels, out_channels, label_dim=0, penalties=1, seeds=1, width=64):
+    def __init__(self, img_resolution, in_channels, out_channels, label_dim=0, penalties=1, seeds=1, width=64):
         super().__init__()
-        self.augment_dim, self.networks = 0, penalties * seeds
-        sizes = [in_channels * resolution ** 2 + 16, width, width, out_channels * resolution ** 2]
+        self.networks = penalties * seeds
+        sizes = [in_channels * img_resolution ** 2 + 16, width, width, out_channels * img_resolution ** 2]
         draw = misc.Draws(0, 0)
         self.weights = torch.nn.ParameterList(
             draw(f'layer_{i}', [seeds, m, n]).repeat(penalties, 1, 1) / math.sqrt(m) for i, (m, n) in enumerate(zip(sizes, sizes[1:])))
@@ -102,9 +102,6 @@ class Stack(torch.nn.Module):
         return h.reshape(x.shape)
 
 
-NETWORKS['Stack'] = Stack
-
-
 def answers(net, x, sigma, penalties):
     """D of every penalty's networks on the same rows: [penalty, seed * row, C, H, W]."""
     return net(x.repeat(penalties, 1, 1, 1), sigma.repeat(penalties, 1, 1, 1)).unflatten(0, (penalties, -1))
@@ -115,7 +112,9 @@ def train_all(toy, kind, seeds, specs=SPECS, steps=None):
     noise, weight = registry.build('lognormal', NOISE), registry.build('edm', WEIGHTS, sigma_data=toy.sigma_data)
     losses = [AmbientLoss(weight, registry.build(spec, PENALTIES, '--penalty', sigma_data=toy.sigma_data)) for spec in specs]
     _, C, H, _ = toy.images.shape
+    ARCHS['stack'] = Arch(Stack)
     net = EDMPrecond(H, C, sigma_data=toy.sigma_data, model_type='Stack', penalties=len(specs), seeds=seeds, width=toy.width)
+    del ARCHS['stack']  # --arch has no use for it
     data = [split(toy.images, seed, kind)[0] for seed in range(seeds)]
     streams = [PairStream(torch.zeros(len(images)), noise, batch=BATCH, seed=seed) for seed, images in enumerate(data)]
     optimizer, steps = torch.optim.Adam(net.parameters(), lr=RATE, betas=(0.9, 0.99)), steps or toy.steps
