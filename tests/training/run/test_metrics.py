@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Metrics during training: they are those of the snapshots, by any number of ranks, and training does not notice them."""
 
+import dataclasses
 import json
 import os
 import zipfile
@@ -100,7 +101,7 @@ def test_training_does_not_notice(inputs, tmp_path):
     # Options of the metrics may change again; log lines after the state are not doubled.
     (tmp_path / 'b' / STATE).unlink()
     tiny.call(*flags(inputs, tmp_path / 'b', *common, '--duration=0.00032', '--resume=latest'))
-    assert not measured(tmp_path / 'b') and json.loads((tmp_path / 'b' / 'options.json').read_text())['metrics'] == {}
+    assert not measured(tmp_path / 'b') and json.loads((tmp_path / 'b' / 'options.json').read_text())['run']['metrics'] is None
     assert tiny.digest(tiny.read_state(tmp_path / 'b' / STATE)['net']) == tiny.digest(states[0]['net'])
 
 
@@ -204,6 +205,6 @@ def test_data_that_is_no_picture(tmp_path):
 
 
 def test_options_as_they_are_kept(inputs):
-    assert tiny.options(inputs)['metrics'] == {}
-    assert tiny.options(inputs, '--metrics_every=3', '--metrics-ref=r.npz')['metrics'] == dict(
+    assert tiny.options(inputs).run.metrics is None
+    assert dataclasses.asdict(tiny.options(inputs, '--metrics_every=3', '--metrics-ref=r.npz').run.metrics) == dict(
         every=3, num=2000, ref='r.npz', names=['fid'], detector='inception')
