@@ -36,7 +36,7 @@ def run(tmp_path_factory):
                 made.append(ema.PowerFunctionEMA(run.net, WIDTH))
             nimg = run.progress.nimg
             original(run)
-            made[0].update(run.net, nimg, run.options['batch'])
+            made[0].update(run.net, nimg, run.config.run.batch)
             made[1:] = [{name: value.clone() for name, value in run.net.state_dict().items()}]
 
         patch.setattr(training_loop.Run, 'step', step)
