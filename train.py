@@ -267,11 +267,11 @@ def choose_folder(config, o, state_path):
     if state_path:
         return os.path.dirname(os.path.abspath(state_path))
     if o.nosubdir:
+        os.makedirs(o.outdir, exist_ok=True)
         fresh = o.resume == 'latest' and not checkpoint.states(o.outdir)  # the run that is there ended before its first state
         if os.path.exists(os.path.join(o.outdir, 'options.json')) and not fresh:
             raise UserError(f'--outdir={o.outdir} holds a run already; continue it with --resume=latest, '
-                                       'or choose another folder')
-        os.makedirs(o.outdir, exist_ok=True)
+                            'or choose another folder')
         return o.outdir
     kind = 'cond' if o.cond else 'uncond'
     stem = os.path.splitext(os.path.basename(os.path.normpath(o.data)))[0]
