@@ -192,8 +192,8 @@ def of_version_0_1(o):
         objective=dict(**{name: objective[name] for name in ('noise', 'weight', 'penalty', 'pairing')}, terms=_terms_0_1(objective),
                        timesteps=objective.get('timesteps', 'uniform')),
         optimizer=dict(kind=registry.unparse('adam', {'weight_decay': decay} if decay else {}), lr=optimizer['lr'],
-                       rampup_kimg=o['lr_rampup_kimg'], ema_halflife_kimg=o['ema']['halflife_kimg'], **take('clip', 'loss_scale', 'power_ema'),
-                       ema_rampup_ratio=o['ema']['rampup_ratio']),
+                       rampup_kimg=o['lr_rampup_kimg'], ema_halflife_kimg=o['ema']['halflife_kimg'],
+                       ema_rampup_ratio=o['ema']['rampup_ratio'], **take('clip', 'loss_scale', 'power_ema')),
         run=dict(**take('seed', 'batch', 'batch_gpu', 'duration_kimg', 'tick_kimg', 'snapshot_ticks', 'state_ticks', 'samples', 'gns',
                         'precision', 'bench', 'compile', 'expr_id', 'desc', 'ranks', 'versions'), metrics=o['metrics'] or None))
 
