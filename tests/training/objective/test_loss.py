@@ -14,7 +14,7 @@ from torch_utils import misc
 from training.data.batches import Batch
 from training.diffusion.noise import LogNormal, LogUniform, VPUniform
 from training.objective import weighting
-from training.objective.consistency import ConsistencyTerm, Euler
+from training.objective.consistency import Euler
 from training.objective.loss import AmbientLoss, Objective
 
 DATA = GOLDEN / 'losses'
@@ -81,8 +81,8 @@ def test_2a3_clamped_levels_have_neither_loss_nor_gradient():
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
 def test_2a10_everything_runs_in_the_dtype_of_the_images(dtype):
     batch = make_batch(dtype=dtype)._replace(sigma=make_batch().sigma)  # levels in double precision change nothing
-    consistency = ConsistencyTerm(Euler(weighted=True, batch_size=0, steps=2), LogNormal(), weighting.edm, 8)
-    objective = Objective({'denoise': edm_term(), 'consistency': consistency})
+    consistency = Euler(LogNormal(), weighting.edm, 8, weighted=True, batch_size=0, steps=2)
+    objective = Objective([edm_term(), consistency])
     seen = []
     net = lambda x, sigma, **labels: seen.append((x.dtype, misc.batched(sigma).shape[0])) or 0.5 * x
     values = objective(net, batch, misc.Draws(0, 0))
@@ -116,14 +116,13 @@ def test_noisy_images_alone_recover_the_exact_denoiser_of_gaussian_data():
 
 
 def test_terms_share_one_evaluation():
-    consistency = ConsistencyTerm(Euler(batch_size=4, steps=3, samples=2, stop='no'), LogNormal(), weighting.edm, 8)
-    terms = {'denoise': edm_term(), 'consistency': consistency}
+    terms = [edm_term(), Euler(LogNormal(), weighting.edm, 8, batch_size=4, steps=3, samples=2, stop='no')]
     net, batch = Linear(), make_batch()
     values = Objective(terms)(net, batch, misc.Draws(0, 0))
     assert list(values) == ['denoise', 'consistency']
     assert len(net.calls) == 1 + 3 + 1  # the images, three steps of the chains, the chains' ends
-    for name, term in terms.items():  # alone, a term evaluates for itself and gives the same
-        assert torch.equal(term(Linear(), batch, misc.Draws(0, 0))[name], values[name])
+    for term in terms:  # alone, a term evaluates for itself and gives the same
+        assert torch.equal(term(Linear(), batch, misc.Draws(0, 0))[term.name], values[term.name])
 
 
 def test_parameters_of_terms_belong_to_the_objective():
@@ -135,7 +134,7 @@ def test_parameters_of_terms_belong_to_the_objective():
         def forward(self, sigma):
             return self.scale * torch.ones_like(sigma)
 
-    objective = Objective({'denoise': AmbientLoss(Learned())})
+    objective = Objective([AmbientLoss(Learned())])
     assert list(objective.state_dict()) == ['terms.denoise.weight.scale']
     value = objective(Linear(), make_batch(), misc.Draws(0, 0))['denoise'].sum()
     value.backward()
