@@ -27,7 +27,9 @@ from torch_utils import misc  # noqa: E402
 from training.checkpoints.load import load_network  # noqa: E402
 from training.data.batches import Batch  # noqa: E402
 from training.data.dataset import ImageDataset  # noqa: E402
+from training.objective.variational import terms_of  # noqa: E402
 from training.run.build import build_objective  # noqa: E402
+from training.run.config import ObjectiveConfig  # noqa: E402
 
 IMAGES, JUDGED, STEPS = 898, 128, 25  # generated images, held-out images whose bits are counted, steps of a sample
 TRAIN = ['--cond=1', '--precond=iddpm', '--cres=1,2', '--blocks=1', '--attn=0', '--augment=0', '--dropout=0', '--batch=128',
@@ -146,9 +148,8 @@ def gradient_noise(path, network, objective, timesteps, seed):
 
     G is the mean over MICRO * PARTS images, Sigma the covariance of one image's gradient; both estimates are unbiased."""
     net = load_network(network).train().requires_grad_(True)
-    spec = dict(noise=None, weight='snr', penalty='squared', pairing='skip', ambient_weight='none', consistency=None, kind=objective,
-                timesteps=timesteps)
-    _, objective = build_objective(dict(network=net.config, objective=spec, batch=MICRO), net)
+    config = ObjectiveConfig(noise=None, weight='snr', terms=terms_of(objective), timesteps=timesteps)
+    _, objective = build_objective(config, net, MICRO)
     dataset = ImageDataset(path('train.zip'), use_labels=True)
     images = dataset.to_network(np.stack([dataset.decode(i) for i in dataset.raw_idx])).float()
     labels, levels = torch.from_numpy(dataset.labels(np.arange(len(dataset)))), net.own_diffusion().levels.float()

@@ -14,21 +14,17 @@ import click
 import torch
 from tqdm import tqdm
 
-from dnnlib import UserError
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from dnnlib.files import replacing  # noqa: E402 (the folder above had to be found first)
-from torch_utils import (
-    misc,  # noqa: E402
-    registry,  # noqa: E402
-)
+from dnnlib import UserError  # noqa: E402 (the folder above had to be found first)
+from dnnlib.files import replacing  # noqa: E402
+from torch_utils import misc, registry  # noqa: E402
 from torch_utils.command_line import Command, version_option  # noqa: E402
 from training.data.batches import Batch  # noqa: E402
 from training.data.pairs import PairStream  # noqa: E402
 from training.diffusion.noise import NOISE  # noqa: E402
+from training.networks.interface import ARCHS, Arch, Network  # noqa: E402
 from training.networks.preconditioning import EDMPrecond  # noqa: E402
-from training.networks.unet import NETWORKS  # noqa: E402
 from training.objective.loss import AmbientLoss  # noqa: E402
 from training.objective.penalty import PENALTIES  # noqa: E402
 from training.objective.weighting import WEIGHTS  # noqa: E402
@@ -83,15 +79,15 @@ def split(images, seed, kind='none', share=0.2):
     return train, test
 
 
-class Stack(torch.nn.Module):
+class Stack(Network):
     """Independent networks of three layers, by batched products: a start for each seed, repeated for each penalty.
 
     Rows of the input come grouped by network, [penalty, seed, row], equally many for each."""
 
-    def __init__(self, resolution, in_channels, out_channels, label_dim=0, penalties=1, seeds=1, width=64):
+    def __init__(self, img_resolution, in_channels, out_channels, label_dim=0, penalties=1, seeds=1, width=64):
         super().__init__()
-        self.augment_dim, self.networks = 0, penalties * seeds
-        sizes = [in_channels * resolution ** 2 + 16, width, width, out_channels * resolution ** 2]
+        self.networks = penalties * seeds
+        sizes = [in_channels * img_resolution ** 2 + 16, width, width, out_channels * img_resolution ** 2]
         draw = misc.Draws(0, 0)
         self.weights = torch.nn.ParameterList(
             draw(f'layer_{i}', [seeds, m, n]).repeat(penalties, 1, 1) / math.sqrt(m) for i, (m, n) in enumerate(zip(sizes, sizes[1:])))
@@ -106,7 +102,7 @@ class Stack(torch.nn.Module):
         return h.reshape(x.shape)
 
 
-NETWORKS['Stack'] = Stack
+ARCHS['stack'] = Arch(Stack)
 
 
 def answers(net, x, sigma, penalties):

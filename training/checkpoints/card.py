@@ -68,7 +68,7 @@ A denoiser D(x; sigma) = E[x_0 | x_0 + sigma n = x], and with it a generator of 
 
 In Python, with x a noisy batch [N,C,H,W] in network units and sigma its noise level:
 
-    from training.hub import load_network
+    from training.checkpoints.load import load_network
     net = load_network('NAME')
     denoised = net(x, sigma)
 

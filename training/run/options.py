@@ -16,7 +16,8 @@ from training.objective.consistency import published_spec
 from training.objective.loss import TERMS
 from training.objective.variational import terms_of
 from training.run import config
-from training.run.build import build_cep, build_corruption
+from training.run.build import build_cep, build_corruption, build_optimizer, probe
+from training.run.optimizer import LearningRate
 from training.sampling.pixels import is_picture
 
 DIFFUSION = 'cosine:steps=4000'  # the schedule of a discrete-time objective that is told none
@@ -179,8 +180,11 @@ def optimizer(o):
         if 'weight_decay' in told:
             raise UserError(f'--weight-decay={o.weight_decay} and --optimizer={o.optimizer}: it is given twice; give one of them')
         kind = registry.unparse(name, told | {'weight_decay': o.weight_decay}) if o.weight_decay or name != 'adam' else kind
-    return config.OptimizerConfig(kind=kind, lr=o.lr, schedule=lr_schedule(o), rampup_kimg=o.lr_rampup * 1e3, clip=o.clip,
-                                  loss_scale=o.ls, ema_halflife_kimg=o.ema * 1e3, power_ema=o.power_ema)
+    found = config.OptimizerConfig(kind=kind, lr=o.lr, schedule=lr_schedule(o), rampup_kimg=o.lr_rampup * 1e3, clip=o.clip,
+                                   loss_scale=o.ls, ema_halflife_kimg=o.ema * 1e3, power_ema=o.power_ema)
+    build_optimizer(found, [torch.nn.Parameter(torch.zeros(1))])  # refuses values out of range, as the next line does
+    probe('--lr-schedule', o.lr_schedule, lambda: LearningRate(found)(0, o.batch))
+    return found
 
 
 def lr_schedule(o):
