@@ -17,9 +17,11 @@ import numpy as np
 from tqdm import tqdm
 
 from dnnlib import UserError
+from dnnlib.archive import DAMAGE, damage
 from torch_utils.command_line import Command, hyphens, version_option
 from training.data.convert import sources, transforms, writers
 from training.data.convert.statistics import describe
+from training.data.dataset import UNITS_8BIT
 
 CHUNK = 32  # images that a worker process takes at a time
 SAMPLE = 256  # images, at most, that tell what the others should be like
@@ -181,7 +183,7 @@ def read_table(path, option):
                 return found.get(option.strip('-').replace('-', '_'), found) if isinstance(found, dict) else found
             rows = [[_value(text) for text in row] for row in csv.reader(file) if row]
     except (OSError, ValueError, csv.Error) as err:
-        raise UserError(f'{option}={path}: {sources.unreadable(err)}; give CSV, JSON or .npy') from None
+        raise UserError(f'{option}={path}: cannot be read ({damage(err)}); give CSV, JSON or .npy') from None
     if rows and str(rows[0][0]).lower() in ('file', 'filename', 'name', 'image'):
         rows = rows[1:]  # a heading
     if all(len(row) == 1 for row in rows):
@@ -270,7 +272,7 @@ def plan(source, indices, options):
     if as_png and options['units']:
         raise UserError('--units is for float data; these images are 8-bit, with offset and scale 127.5')
     if is_8bit and not as_png:
-        source.units = source.units or {'offset': 127.5, 'scale': 127.5}  # 8-bit values that PNG has no channels for
+        source.units = source.units or UNITS_8BIT  # 8-bit values that PNG has no channels for
     return transforms.Job(usual, options['transform'], size, target, as_png)
 
 
@@ -278,7 +280,7 @@ def _kinds(source, indices):
     """The kinds of those images whose headers can be read."""
     found = []
     for index in indices:
-        with contextlib.suppress(*sources.BAD_FILE):
+        with contextlib.suppress(*DAMAGE):
             found.append(source.kind(index))
     return found
 

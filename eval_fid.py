@@ -7,20 +7,20 @@ python eval_fid.py nearest --gen-path=out --train=cifar.zip --held-out=cifar-tes
 
 import dataclasses
 import math
-import os
 
 import click
 
 import dnnlib
 from dnnlib import UserError
-from dnnlib.files import file_digest
+from dnnlib.files import beside, file_digest, prepare_output, write_json
 from metrics import memorisation, report
 from metrics.detectors import DETECTORS
 from metrics.evaluate import METRICS, Settings, check_reference, collect, evaluate_batches, needs_features
-from metrics.image_files import PROTOCOL_NUM, FileImages, ImageFiles, digest_of, ranges
+from metrics.generated import PROTOCOL_NUM, FileImages
+from metrics.image_files import ImageFiles
 from metrics.statistics import load_statistics, save_statistics
 from torch_utils import command_line, distributed, misc, registry
-from torch_utils.command_line import Spec
+from torch_utils.command_line import Spec, ranges
 from training.run.metrics import NetworkImages
 from training.sampling import options as sampling
 from training.sampling.writers import write_grid
@@ -154,7 +154,7 @@ def check_options(o, given):
 
 def evaluate(o):
     """The main command: reads or generates, measures, prints, and writes the JSON."""
-    out_path = o.out_path or default_output(o)
+    out_path = o.out_path or beside(o.gen_path or o.network, '.fid.json')
     prepare_output(out_path, '--out-path')
     source = NetworkImages(o) if o.network else FileImages(o)
     reference, digest = open_reference(o)
@@ -171,7 +171,7 @@ def evaluate(o):
         source.check_unchanged()
     if distributed.rank() == 0:
         result = provenance(values, o, source, detector, reference, digest, settings)
-        report.write_json(out_path, result)
+        write_json(out_path, result, null=True)
         report.print_table(values, result)
         print(f'written to {out_path}')
 
@@ -179,7 +179,7 @@ def evaluate(o):
 def open_reference(o):
     """(reference ImageFiles or Statistics, SHA-256 of the file; None for a folder). Only rank 0 holds features."""
     if o.ref_path:
-        return ImageFiles(o.ref_path, '--ref-path'), digest_of(o.ref_path)
+        return ImageFiles(o.ref_path, '--ref-path'), file_digest(o.ref_path)
     path = distributed.first_on_node(dnnlib.open_url, o.ref_stats)
     features = needs_features(o.metrics) and distributed.rank() == 0
     return load_statistics(path, f'--ref-stats={o.ref_stats}', features), file_digest(path)
@@ -204,7 +204,7 @@ def write_reference(o):
 
 def find_nearest(o):
     """The `nearest` command."""
-    out_path, picture = (given or os.path.abspath(o.gen_path) + f'.nearest.{suffix}'
+    out_path, picture = (given or beside(o.gen_path, f'.nearest.{suffix}')
                          for given, suffix in ((o.out_path, 'json'), (o.picture, 'png')))
     prepare_output(out_path, '--out-path')
     prepare_output(picture, '--picture')
@@ -233,10 +233,10 @@ def write_nearest(o, sources, features, detector, out_path, picture):
     write_grid(picture, shown, columns=2 * math.ceil(math.sqrt(len(pairs) / 2)))
     named = [{'generated': sources['--gen-path'].name(ours), 'train': sources['--train'].name(theirs), 'distance': found.first[ours],
               'ratio': found.ratio[ours]} for ours, theirs in pairs]
-    used = {option.strip('-').replace('-', '_'): {'path': files.path, 'num_images': len(files), 'sha256': digest_of(files.path)}
+    used = {option.strip('-').replace('-', '_'): {'path': files.path, 'num_images': len(files), 'sha256': file_digest(files.path)}
             for option, files in sources.items()}
     result = {**values, **used, 'closest_pairs': named, **common_facts(o, detector)}
-    report.write_json(out_path, result)
+    write_json(out_path, result, null=True)
     report.print_columns([('measure', 'value'), *((name, report.number(value)) for name, value in values.items())])
     print(f'written to {out_path}; the {len(pairs)} closest pairs (generated left, training image right) to {picture}')
 
@@ -249,22 +249,6 @@ def make_detector(o):
         raise UserError(f'--detector-weights={o.detector_weights}: --detector={name} has no weights; leave the option out')
     made = registry.build(o.detector, DETECTORS, '--detector', **weights)
     return distributed.first_on_node(made, device=distributed.pick_device(o.device))
-
-
-def default_output(o):
-    """Beside the images or the local network; for one of the Hub, in the working directory."""
-    ref = o.gen_path or o.network
-    return (os.path.abspath(ref) if os.path.exists(ref) else ref.replace('/', '--')) + '.fid.json'
-
-
-def prepare_output(path, option):
-    """Makes the folder, and refuses a path that cannot become a file, before hours are spent."""
-    if os.path.isdir(path):
-        raise UserError(f'{option}={path}: is a folder, expected the name of a file')
-    folder = os.path.dirname(os.path.abspath(path))
-    os.makedirs(folder, exist_ok=True)
-    if not os.access(folder, os.W_OK):
-        raise UserError(f'{option}={path}: the folder {folder} is not writable')
 
 
 def provenance(values, o, source, detector, reference, digest, settings):

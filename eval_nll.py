@@ -5,10 +5,7 @@ python eval_nll.py --network=NAME --data=cifar-test.zip --split=test --num=1000
 python eval_nll.py --network=NAME --data=cifar-test.zip --split=test --method=vlb --plot=terms.png
 torchrun --standalone --nproc_per_node=8 eval_nll.py --network=NAME --data=cifar-test.zip --split=test"""
 
-import hashlib
-import json
 import math
-import os
 
 import click
 import numpy as np
@@ -17,6 +14,7 @@ from tqdm import tqdm
 
 import dnnlib
 from dnnlib import UserError
+from dnnlib.files import beside, file_digest, prepare_output, write_json
 from torch_utils import distributed, misc
 from torch_utils.command_line import Command, Number, version_option
 from training.checkpoints.load import load_network
@@ -92,7 +90,7 @@ def main(ctx, **options):
 
 def run(o):
     """Reads, measures, prints, and writes the files."""
-    out_path = o.out_path or default_path(o.network, f'.{o.method}.json')
+    out_path = o.out_path or beside(o.network, f'.{o.method}.json')
     for path, option, suffix in ((out_path, '--out-path', '.json'), (o.npz_path, '--npz-path', '.npz'), (o.plot, '--plot', '.png')):
         if path:
             prepare_output(path, option, suffix)
@@ -196,8 +194,7 @@ def open_data(net, o):
     if conditional and not net.label_dim:
         raise UserError('--cond=1: the network takes no labels; leave the option out')
     dataset = ImageDataset(o.data, use_labels=conditional)
-    height, width = (net.img_resolution,) * 2 if isinstance(net.img_resolution, int) else net.img_resolution
-    expected = [net.img_channels, height, width]
+    expected = [net.img_channels, *misc.height_width(net.img_resolution)]
     if list(dataset.image_shape) != expected:
         raise UserError(f'--data={o.data}: its images are {list(dataset.image_shape)}, the network makes {expected} '
                                    '[C,H,W]; convert them with dataset_tool.py')
@@ -218,7 +215,7 @@ def choose_items(dataset, o):
                                    'likelihood is that of clean images')
     if len(clean) < len(dataset):
         distributed.print0(f'{len(dataset) - len(clean)} of {len(dataset)} images carry noise and are left out')
-    option = '--num' if distributed.size() == 1 else '--num-images'  # torchrun takes --num for its own --numa-binding
+    option = distributed.num_option()
     if o.num is not None and o.num > len(clean):
         raise UserError(f'{option}={o.num}: --data={o.data} holds only {len(clean)} clean images; pass '
                                    f'{option}={len(clean)} or less')
@@ -299,8 +296,8 @@ def provenance(net, dataset, items, conditional, o):
         'num_images': len(items),
         'found_images': len(dataset),
         'data': {'path': o.data, 'split': o.split, 'image_shape': list(dataset.image_shape),
-                 'sha256': dnnlib.util.file_digest(o.data) if os.path.isfile(o.data) else None},
-        'network': {'ref': o.network, 'weights': o.weights, 'state_sha256': state_digest(net), 'config': net.config},
+                 'sha256': file_digest(o.data)},
+        'network': {'ref': o.network, 'weights': o.weights, 'state_sha256': misc.state_digest(net), 'config': net.config},
         'conditional': conditional,
         'device': str(distributed.pick_device(o.device)),
         'ranks': distributed.size(),
@@ -311,8 +308,7 @@ def provenance(net, dataset, items, conditional, o):
 
 def write(result, arrays, out_path, o):
     """Files and table."""
-    with dnnlib.replacing(out_path) as part, open(part, 'w', encoding='utf-8') as f:
-        json.dump(result, f, indent=2, allow_nan=False)
+    write_json(out_path, result)
     if o.npz_path:
         with dnnlib.replacing(o.npz_path) as part, open(part, 'wb') as f:
             np.savez(f, **arrays)
@@ -324,29 +320,6 @@ def write(result, arrays, out_path, o):
     for name, text in [*rows, ('of', what), ('under', f'{o.network} ({o.weights})'), ('by', result['method'])]:
         print(f'{name:<26} {text}')
     print(f'written to {", ".join(filter(None, [out_path, o.npz_path, o.plot]))}')
-
-
-def state_digest(net):
-    """SHA-256 of the network's tensors in the order of their names, wherever and however they are kept."""
-    sha = hashlib.sha256()
-    for name, value in sorted(net.state_dict().items()):
-        sha.update(f'{name} {value.dtype} {list(value.shape)}'.encode() + value.cpu().contiguous().numpy().tobytes())
-    return sha.hexdigest()
-
-
-def default_path(network, suffix):
-    """Beside a network that lies on this machine, in the working folder for one of the Hub."""
-    return (os.path.abspath(network) if os.path.exists(network) else network.replace('/', '--')) + suffix
-
-
-def prepare_output(path, option, suffix):
-    """Makes the folder, and refuses a path that cannot become a file, before hours are spent."""
-    if os.path.isdir(path) or not path.endswith(suffix):
-        raise UserError(f'{option}={path}: expected the name of a file that ends in {suffix}')
-    folder = os.path.dirname(os.path.abspath(path))
-    os.makedirs(folder, exist_ok=True)
-    if not os.access(folder, os.W_OK):
-        raise UserError(f'{option}={path}: the folder {folder} is not writable')
 
 
 METHODS = {'ode': FlowMethod, 'vlb': BoundMethod}

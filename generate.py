@@ -5,18 +5,18 @@ python generate.py --network=NAME --outdir=out --seeds=0-63 --grid
 torchrun --standalone --nproc_per_node=8 generate.py --network=NAME --outdir=out --seeds=0-49999 --subdirs"""
 
 import os
-import tempfile
 
 import click
 import torch
 from tqdm import tqdm
 
 from dnnlib import EasyDict, UserError
+from dnnlib.files import check_writable, prepare_output
 from torch_utils import distributed
 from torch_utils.command_line import Command, IntList, version_option
 from training.sampling import guidance
 from training.sampling import options as sampling
-from training.sampling.generate import generate_images, network_device, resolution
+from training.sampling.generate import check_finite, generate_images, network_device, resolution
 from training.sampling.pixels import is_picture, pictures, to_network, to_physical, to_uint8
 from training.sampling.writers import Files, Writers, read_image, write_grid
 
@@ -116,14 +116,6 @@ def write_all(net, batches, share, files, first_images):
     return writers.written
 
 
-def check_finite(part):
-    """Refuses images that are no numbers, which would be written as black ones."""
-    bad = (~part.images.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
-    if bad:
-        raise UserError(f'the image of seed {part.seeds[bad[0]]} is not finite ({len(bad)} of {len(part.seeds)} in '
-                                   'its batch are not); the weights are broken, or too large for --precision=fp16')
-
-
 def submit(writers, part, units, files):
     """Hands one batch to the writer threads, already on the CPU."""
     arrays = to_uint8(part.images) if files.format == 'png' else to_physical(part.images, units).float()
@@ -149,21 +141,12 @@ def write_first_images(path, first_images, net):
         print(f'The first {len(first_images)} images in one picture: {path}')
 
 
-def check_writable(folder):
-    """Makes the folder; raises OSError where no file can be made in it."""
-    os.makedirs(folder, exist_ok=True)
-    with tempfile.TemporaryFile(dir=folder):
-        pass
-
-
 def grid_path(grid, outdir):
     """Where to write the grid: as told, or beside `outdir`, so that `outdir` holds the images and nothing else."""
     if grid is None:
         return None
     path = os.path.abspath(outdir) + '-grid.png' if grid == 'beside outdir' else grid
-    if not path.endswith('.png'):
-        raise UserError(f'--grid={grid}: the picture is a PNG; give a name that ends in .png')
-    check_writable(os.path.dirname(os.path.abspath(path)))
+    prepare_output(path, '--grid', '.png')
     return path
 
 

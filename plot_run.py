@@ -10,7 +10,7 @@ import re
 import click
 
 from dnnlib import UserError
-from dnnlib.files import replacing
+from dnnlib.figures import figure
 from torch_utils.command_line import Command, version_option
 
 PICTURES = {  # file -> (title, pattern of the names in it); one panel for what stands before the last "/" that splits a family
@@ -55,33 +55,28 @@ def families(curves, pattern):
 
 def draw(title, panels, path):
     """One picture: a panel for each family, kimg to the right; a logarithmic axis where all values are positive and far apart."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError('plot_run.py needs the package matplotlib: pip install matplotlib') from None
-    matplotlib.use('agg')
-    from matplotlib import pyplot
-
     columns = min(len(panels), 3)
     rows = -(-len(panels) // columns)
-    figure, axes = pyplot.subplots(rows, columns, figsize=(5.2 * columns, 3.6 * rows), squeeze=False, layout='constrained')
-    figure.suptitle(title)
-    for axis in axes.flat[len(panels):]:
-        axis.remove()
-    for axis, (panel, group) in zip(axes.flat, panels.items()):
-        values = [value for points in group.values() for _, value in points]
-        for curve, points in group.items():
-            nimg, value = zip(*points)
-            axis.plot([n / 1e3 for n in nimg], value, label=curve, linewidth=1.2, marker='.' if len(points) < 40 else None)
-        if min(values) > 0 and max(values) > 20 * min(values):
-            axis.set_yscale('log')
-        axis.set(title=panel, xlabel='kimg')
-        axis.grid(alpha=0.3)
-        if len(group) > 1:
-            axis.legend(fontsize=7)
-    with replacing(path) as part:
-        figure.savefig(part, format='png', dpi=110)
-    pyplot.close(figure)
+    with figure(path, 'plot_run.py', rows, columns, (5.2 * columns, 3.6 * rows)) as (made, axes):
+        made.suptitle(title)
+        for axis in axes.flat[len(panels):]:
+            axis.remove()
+        for axis, (panel, group) in zip(axes.flat, panels.items()):
+            draw_panel(axis, panel, group)
+
+
+def draw_panel(axis, panel, group):
+    """The curves of one family."""
+    values = [value for points in group.values() for _, value in points]
+    for curve, points in group.items():
+        nimg, value = zip(*points)
+        axis.plot([n / 1e3 for n in nimg], value, label=curve, linewidth=1.2, marker='.' if len(points) < 40 else None)
+    if min(values) > 0 and max(values) > 20 * min(values):
+        axis.set_yscale('log')
+    axis.set(title=panel, xlabel='kimg')
+    axis.grid(alpha=0.3)
+    if len(group) > 1:
+        axis.legend(fontsize=7)
 
 
 @click.command(cls=Command)

@@ -16,7 +16,7 @@ import torch
 from dnnlib import EasyDict, Logger, UserError
 from metrics.detectors import DETECTORS
 from metrics.evaluate import METRICS
-from torch_utils import checkpoint, distributed, registry
+from torch_utils import checkpoint, distributed, misc, registry
 from torch_utils.command_line import Command, Names, Number, Spec, groups, ints, version_option
 from training.data.corruption import PROTOCOLS
 from training.data.pairs import PAIRINGS
@@ -33,7 +33,7 @@ from training.objective.timesteps import TIMESTEPS
 from training.objective.variational import OBJECTIVES
 from training.objective.weighting import WEIGHTS
 from training.run import folder
-from training.run.build import PRECISIONS, build_objective
+from training.run.build import build_objective
 from training.run.config import to_json
 from training.run.optimizer import LR_SCHEDULES, OPTIMIZERS
 from training.run.options import DIFFUSION, PREDICTION, configure
@@ -139,7 +139,7 @@ COUNT, WHOLE = click.IntRange(min=1), click.IntRange(min=0)
               help='Each image a second time, mirrored with its noise')
 @click.option('--seed', metavar='INT', type=WHOLE, help='Random seed  [default: a random one, printed]')
 # Speed.
-@click.option('--precision', type=click.Choice(list(PRECISIONS)), help='Arithmetic of the network  [default: fp32]')
+@click.option('--precision', type=click.Choice(list(misc.PRECISIONS)), help='Arithmetic of the network  [default: fp32]')
 @click.option('--fp16', metavar='BOOL', type=bool, default=False, show_default=True,
               help='As published: --precision=fp16, kept in config.json')
 @click.option('--ls', metavar='FLOAT', type=POSITIVE, default=1, show_default=True, help='Loss scaling, taken out of the gradients again')

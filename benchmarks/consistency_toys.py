@@ -24,6 +24,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / 'benchmarks')]
 
 from consistency_bias import DATA  # noqa: E402 (the folders above had to be found first)
 
+from dnnlib.files import read_json  # noqa: E402
 from torch_utils import misc, registry  # noqa: E402
 from training.data.batches import Batch  # noqa: E402
 from training.diffusion.noise import LogNormal  # noqa: E402
@@ -166,7 +167,7 @@ def digits_run(folder, spec, seed, kimg):
          f'--out_path={run}/distance.json')
     lines = [json.loads(line) for line in Path(run, 'stats.jsonl').read_text().splitlines()]
     rates = [line['Timing/img_per_sec'] for line in lines if 'Timing/img_per_sec' in line]
-    return json.loads(Path(run, 'distance.json').read_text())['fid_score'], max(rates)
+    return read_json(Path(run, 'distance.json'))['fid_score'], max(rates)
 
 
 def report_digits(arms, seeds, kimg):

@@ -19,14 +19,13 @@ import scipy.linalg
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
+sys.path.insert(0, str(ROOT))
 
-from formula_weights import save_inception_weights  # noqa: E402 (the folders above had to be found first)
-
-from metrics import detectors, manifold  # noqa: E402
+from metrics import detectors, manifold  # noqa: E402 (the folder above had to be found first)
 from metrics.frechet import frechet_distance  # noqa: E402
 from metrics.image_files import ImageFiles  # noqa: E402
 from metrics.statistics import Moments  # noqa: E402
+from tests.support.formula_weights import save_inception_weights  # noqa: E402
 from torch_utils import misc  # noqa: E402
 
 BATCH = 50

@@ -10,7 +10,6 @@ import functools
 import importlib
 import io
 import itertools
-import json
 import math
 import os
 import sys
@@ -22,7 +21,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from dnnlib.files import replacing  # noqa: E402 (the folder above had to be found first)
+from dnnlib.files import read_json, write_json  # noqa: E402 (the folder above had to be found first)
 from torch_utils import misc  # noqa: E402
 from training.checkpoints.load import load_network  # noqa: E402
 from training.data.batches import Batch  # noqa: E402
@@ -86,7 +85,7 @@ def judge(path, network):
     for variance in variances:
         call('eval_nll', f'--network={network}', f'--data={path("held-out.zip")}', '--method=vlb', f'--num={JUDGED}', '--threads=1',
              f'--variance={variance}', f'--out-path={run("bits.json")}')
-        found[f'bits, {variance}'] = json.loads(Path(run('bits.json')).read_text())['bits_per_dim']
+        found[f'bits, {variance}'] = read_json(run('bits.json'))['bits_per_dim']
     for name, sampler in SAMPLERS.items():
         if name == 'learned' and 'learned' not in variances:
             continue
@@ -99,19 +98,18 @@ def distance(path, network, sampler, evaluations):
     steps, result = (evaluations + 1) // 2 if sampler == 'heun' else evaluations, os.path.join(os.path.dirname(network), 'distance.json')
     call('eval_fid', f'--network={network}', f'--ref_stats={path("held-out.npz")}', '--detector=pixels', f'--num={IMAGES}',
          f'--seeds=0-{IMAGES - 1}', f'--sampler={sampler}', f'--steps={steps}', f'--out_path={result}')
-    return json.loads(Path(result).read_text())['fid_score']
+    return read_json(result)['fid_score']
 
 
 def remember(path, name, value):
     """Writes one more figure to figures.json."""
     figures = load(path)
     figures[name] = value
-    with replacing(path('figures.json')) as part, open(part, 'w', encoding='utf-8') as f:
-        json.dump(figures, f, indent=1)
+    write_json(path('figures.json'), figures)
 
 
 def load(path):
-    return json.loads(Path(path('figures.json')).read_text()) if os.path.exists(path('figures.json')) else {}
+    return read_json(path('figures.json')) if os.path.exists(path('figures.json')) else {}
 
 
 def mean(values):

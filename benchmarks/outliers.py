@@ -3,7 +3,6 @@
 
 python benchmarks/outliers.py --json=outliers.json [--png=docs/figures/outliers.png]"""
 
-import json
 import math
 import os
 import sys
@@ -17,7 +16,8 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dnnlib import UserError  # noqa: E402 (the folder above had to be found first)
-from dnnlib.files import replacing  # noqa: E402
+from dnnlib.figures import figure  # noqa: E402
+from dnnlib.files import write_json  # noqa: E402
 from torch_utils import misc, registry  # noqa: E402
 from torch_utils.command_line import Command, version_option  # noqa: E402
 from training.data.batches import Batch  # noqa: E402
@@ -202,33 +202,24 @@ def table(results):
 
 def draw(results, path):
     """A column for each data set: the change of each seed's error against squared, and where in sigma it comes from."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError('--png needs the package matplotlib: pip install matplotlib') from None
-    matplotlib.use('agg')
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(2, len(results), figsize=(5.2 * len(results), 7), squeeze=False, layout='constrained')
-    for (data, kinds), (above, below) in zip(results.items(), axes.T):
-        for i, spec in enumerate(spec for spec in SPECS if spec != PLAIN):
-            for place, (_, rows) in enumerate(kinds.items()):
-                change = 100 * (torch.tensor(rows[spec]).mean(1) / torch.tensor(rows[PLAIN]).mean(1) - 1)
-                above.plot([place - 0.12 + 0.24 * i] * len(change), change, 'ox'[i], color=f'C{i}', label=None if place else spec)
-        for (kind, rows), style in zip(kinds.items(), (':', '--', '-')):
-            ratio = torch.tensor(rows[ROBUST]).mean(0) / torch.tensor(rows[PLAIN]).mean(0)
-            below.plot(test_levels(), 100 * (ratio - 1), style, color='C0', label=f'outliers: {kind}')
-        above.set(title=data, xticks=range(len(kinds)), xticklabels=[f'outliers: {kind}' for kind in kinds], xlim=(-0.5, len(kinds) - 0.5))
-        above.set_ylabel('clean-test error against squared,\neach seed [%]')
-        below.set(xscale='log', xlabel='sigma', ylabel=f'{ROBUST} against squared,\nmean of seeds [%]')
-        for axis in (above, below):
-            axis.axhline(0, color='black', linewidth=0.8)
-            axis.grid(alpha=0.3)
-            axis.legend(fontsize=8)
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    with replacing(path) as part:
-        figure.savefig(part, format='png', dpi=110)
-    pyplot.close(figure)
+    with figure(path, '--png', 2, len(results), (5.2 * len(results), 7)) as (_, axes):
+        for (data, kinds), (above, below) in zip(results.items(), axes.T):
+            for i, spec in enumerate(spec for spec in SPECS if spec != PLAIN):
+                for place, (_, rows) in enumerate(kinds.items()):
+                    change = 100 * (torch.tensor(rows[spec]).mean(1) / torch.tensor(rows[PLAIN]).mean(1) - 1)
+                    above.plot([place - 0.12 + 0.24 * i] * len(change), change, 'ox'[i], color=f'C{i}', label=None if place else spec)
+            for (kind, rows), style in zip(kinds.items(), (':', '--', '-')):
+                ratio = torch.tensor(rows[ROBUST]).mean(0) / torch.tensor(rows[PLAIN]).mean(0)
+                below.plot(test_levels(), 100 * (ratio - 1), style, color='C0', label=f'outliers: {kind}')
+            above.set(title=data, xlim=(-0.5, len(kinds) - 0.5))
+            above.set_xticks(range(len(kinds)), [f'outliers: {kind}' for kind in kinds])
+            above.set_ylabel('clean-test error against squared,\neach seed [%]')
+            below.set(xscale='log', xlabel='sigma', ylabel=f'{ROBUST} against squared,\nmean of seeds [%]')
+            for axis in (above, below):
+                axis.axhline(0, color='black', linewidth=0.8)
+                axis.grid(alpha=0.3)
+                axis.legend(fontsize=8)
 
 
 @click.command(cls=Command)
@@ -243,8 +234,7 @@ def main(seeds, data, dest, png):
     results = {name: measure(name, seeds) for name in DATA if data in (name, 'both')}
     click.echo(table(results))
     if dest:
-        with replacing(dest) as part, open(part, 'w', encoding='utf-8') as f:
-            json.dump({'levels': test_levels().tolist(), 'errors': results}, f)
+        write_json(dest, {'levels': test_levels().tolist(), 'errors': results})
     if png:
         draw(results, png)
 

@@ -4,7 +4,6 @@
 python benchmarks/sampling.py [--device=cuda --arch=cifar --images=4096 --batch=512 --precision=bf16 --compile --peak-tflops=989]"""
 
 import argparse
-import json
 import os
 import platform
 import statistics
@@ -19,7 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from torch_utils import misc  # noqa: E402 (the folder above had to be found first)
+from dnnlib.files import write_json  # noqa: E402 (the folder above had to be found first)
+from torch_utils import misc  # noqa: E402
 from training.diffusion import schedules  # noqa: E402
 from training.networks import preconditioning  # noqa: E402
 from training.sampling.generate import generate_images, network_device, resolution  # noqa: E402
@@ -31,7 +31,6 @@ ARCHS = {
                   attn_resolutions=[8]),
     'cifar': dict(img_resolution=32, img_channels=3, model_type='SongUNet', model_channels=128, channel_mult=[2, 2, 2]),  # EDM's
 }
-PRECISIONS = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
 
 
 def make_network(arch, device, precision, compile):
@@ -42,7 +41,7 @@ def make_network(arch, device, precision, compile):
     for p in net.parameters():
         p.data = torch.randn(p.shape, generator=source) * (p[0].numel() ** -0.5 if p.ndim > 1 else 0.1)
     net = net.to(device).eval().requires_grad_(False)
-    net.compute_dtype = PRECISIONS[precision]
+    net.compute_dtype = misc.DTYPES[precision]
     if compile:
         net.model.compile(dynamic=False)
     return net
@@ -102,7 +101,7 @@ def rates(arms, args):
 
 def flops_per_image(net, steps):
     """Counted floating-point operations of all 2N - 1 evaluations of one image (matrix products and convolutions)."""
-    x = torch.zeros([1, net.img_channels, net.img_resolution, net.img_resolution], device=network_device(net))
+    x = torch.zeros([1, net.img_channels, *resolution(net)], device=network_device(net))
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         net(x, torch.tensor(1.0))
     return counter.get_total_flops() * (2 * steps - 1)
@@ -128,7 +127,7 @@ def parse(argv):
     parser.add_argument('--batch', type=int, default=32)
     parser.add_argument('--steps', type=int, default=18)
     parser.add_argument('--repeats', type=int, default=3)
-    parser.add_argument('--precision', choices=sorted(PRECISIONS), default='fp32')
+    parser.add_argument('--precision', choices=sorted(misc.DTYPES), default='fp32')
     parser.add_argument('--compile', action='store_true', help='compile the U-Net, for all arms')
     parser.add_argument('--peak-tflops', type=float, help='what the device can do at this precision, by its data sheet')
     parser.add_argument('--json', help='also write the numbers to this file')
@@ -154,7 +153,7 @@ def main(argv=None):
           f'{args.peak_tflops * 1e12 / flops:,.0f} images/s' if args.peak_tflops else ''))
     if args.json:
         facts = {'machine': machine(device), 'options': vars(args), 'flops_per_image': flops, 'images_per_second': found}
-        Path(args.json).write_text(json.dumps(facts, indent=2))
+        write_json(args.json, facts)
 
 
 if __name__ == '__main__':

@@ -2,24 +2,35 @@
 """The members of a zip file or folder, and images among them as arrays: the one reader of archives."""
 
 import io
-import json
 import os
+import struct
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+import PIL.Image
 
-from dnnlib.util import UserError
+from dnnlib.files import json_object
+from dnnlib.util import UserError, one_line
+
+LOSSY = ('.jpg', '.jpeg', '.webp')
+IMAGES = ('.png', '.bmp', *LOSSY, '.npy')  # members that are images, wherever images are read
+RARER_IMAGES = ('.tif', '.tiff', '.pgm', '.ppm')  # and where they are converted
+CONVERTED = {'P': 'RGB', 'CMYK': 'RGB', '1': 'L'}  # Pillow's modes whose values are no intensities
+
+# What Pillow, numpy and zipfile raise for files that are damaged or are something else.
+DAMAGE = (OSError, SyntaxError, ValueError, EOFError, KeyError, struct.error, zlib.error, zipfile.BadZipFile, NotImplementedError,
+          PIL.Image.DecompressionBombError)
 
 
 class Archive:
     """The members of a zip file or folder: `names` (relative, with slashes, sorted) and read(name) -> bytes.
 
-    Safe in threads, in forked processes and in spawned ones."""
+    where: what errors call it, by default its path. Safe in threads, in forked processes and in spawned ones."""
 
-    def __init__(self, path):
-        self.path, self._opened = str(path), (None, None)
+    def __init__(self, path, where=None):
+        self.path, self.where, self._opened = str(path), where or str(path), (None, None)
         self._is_folder = os.path.isdir(self.path)
         if self._is_folder:
             root = Path(self.path)
@@ -27,10 +38,10 @@ class Archive:
         elif os.path.isfile(self.path):
             try:
                 self.names = sorted(name for name in self._zip().namelist() if not name.endswith('/'))
-            except (zipfile.BadZipFile, OSError) as err:
-                raise UserError(f'{self.path}: not a whole zip file ({err}); make it again') from None
+            except DAMAGE as err:
+                raise UserError(f'{self.where}: cannot be read: not a whole zip file ({damage(err)}); make it again') from None
         else:
-            raise UserError(f'{self.path}: no such zip file or folder')
+            raise UserError(f'{self.where}: no such zip file or folder')
 
     def __getstate__(self):
         return {**self.__dict__, '_opened': (None, None)}
@@ -41,8 +52,15 @@ class Archive:
             self._opened = os.getpid(), zipfile.ZipFile(self.path)
         return self._opened[1]
 
+    def images(self, suffixes=IMAGES):
+        """The names of images. Those that begin with a dot are other programs' notes. Raises UserError where there are none."""
+        found = [name for name in self.names if name.lower().endswith(suffixes) and not os.path.basename(name).startswith('.')]
+        if not found:
+            raise UserError(f'{self.where}: no images in it (looked for {", ".join(suffixes)})')
+        return found
+
     def read(self, name):
-        """The bytes of a member."""
+        """The bytes of a member. Raises errors of DAMAGE."""
         return (Path(self.path) / name).read_bytes() if self._is_folder else self._zip().read(name)
 
     def read_json(self, name='dataset.json'):
@@ -50,21 +68,39 @@ class Archive:
         if name not in self.names:
             return {}
         try:
-            found = json.loads(self.read(name))
-        except (ValueError, zipfile.BadZipFile) as err:
-            raise UserError(f'{self.path}: {name} is not valid JSON ({err})') from None
-        if not isinstance(found, dict):
-            raise UserError(f'{self.path}: {name} must hold an object with "labels", got a {type(found).__name__}')
-        return found
+            data = self.read(name)
+        except DAMAGE as err:
+            raise UserError(f'{self.where}: {name} cannot be read ({damage(err)})') from None
+        return json_object(data, f'{self.where}: {name}')
 
 
-def decode_image(name, data):
-    """Bytes of a member -> array [C,H,W]: uint8, or whatever an .npy member holds ([H,W] counts as one channel)."""
+def open_picture(data):
+    """The bytes of a picture -> Pillow's image, of which only the header has been read. Raises errors of DAMAGE."""
+    picture = PIL.Image.open(io.BytesIO(data))
+    if data[:4] == b'\x89PNG' and data[24] == 16 and not picture.mode.startswith('I'):
+        raise ValueError('16 bits in several channels, of which Pillow reads 8; save it as .npy')
+    return picture
+
+
+def decode_image(name, data, modes=None):
+    """The bytes of a member -> array [C,H,W]: 8-bit pictures as uint8, deeper ones and .npy as they lie there; [H,W] is one channel.
+
+    Palettes and CMYK become RGB, bits grey. modes: Pillow's modes that are allowed after that, by default all.
+    Raises errors of DAMAGE."""
     if name.lower().endswith('.npy'):
         array = np.load(io.BytesIO(data), allow_pickle=False)
+        if array.ndim not in (2, 3):
+            raise ValueError(f'an array of shape {list(array.shape)} is no image [C,H,W] or [H,W]')
         return array[None] if array.ndim == 2 else array
-    image = Image.open(io.BytesIO(data))
-    if image.mode in ('P', '1'):  # palette indices and bits are no intensities
-        image = image.convert('RGB' if image.mode == 'P' else 'L')
-    array = np.asarray(image)
+    with open_picture(data) as picture:
+        if picture.mode in CONVERTED:
+            picture = picture.convert(CONVERTED[picture.mode])
+        if modes and picture.mode not in modes:
+            raise ValueError(f'mode {picture.mode}, expected 8-bit grey or RGB; convert it with dataset_tool.py')
+        array = np.array(picture)
     return array[None] if array.ndim == 2 else np.ascontiguousarray(array.transpose(2, 0, 1))
+
+
+def damage(err):
+    """What an error of DAMAGE says of a file, in one line."""
+    return 'not an image' if isinstance(err, PIL.UnidentifiedImageError) else one_line(err)

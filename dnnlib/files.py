@@ -1,13 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files and folders that appear whole or not at all, and their digests."""
+"""Files and folders that appear whole or not at all, JSON, digests, and where results go."""
 
 import contextlib
 import hashlib
+import json
+import math
 import os
 import shutil
+import tempfile
 import uuid
 
 from dnnlib.util import UserError
+
+# ----------------------------------------------------------------------------------------------------
+# Whole or not at all: what is under way has a name that begins with a dot
 
 
 @contextlib.contextmanager
@@ -23,8 +29,78 @@ def replacing(path):
             os.unlink(part)
 
 
+@contextlib.contextmanager
+def new_folder(dest, over='nothing'):
+    """A folder to fill, beside `dest`, which becomes `dest` when the block ends well and is removed when it does not.
+
+    over: what may be there already: "nothing", "empty" (nothing, or a folder without files) or "anything", which then gives way."""
+    dest = os.path.abspath(dest)
+    if over == 'nothing' and os.path.lexists(dest):
+        raise UserError(f'{dest} exists; choose a new name')
+    parent, name = os.path.split(dest)
+    part, old = (os.path.join(parent, f'.{name}-{kind}-{uuid.uuid4().hex[:8]}') for kind in ('part', 'old'))
+    os.makedirs(part)
+    try:
+        yield part
+        if over == 'anything' and os.path.lexists(dest):
+            os.rename(dest, old)
+        os.rename(part, dest)  # also in place of an empty folder
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        if os.path.lexists(old):
+            os.rename(old, dest)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+# ----------------------------------------------------------------------------------------------------
+# JSON
+
+
+def write_json(path, value, null=False):
+    """Writes a file that holds JSON alone. null: whether nan and infinity become null; otherwise they raise ValueError."""
+    with replacing(path) as part, open(part, 'w', encoding='utf-8') as f:
+        json.dump(finite(value) if null else value, f, indent=2, allow_nan=False)
+        f.write('\n')
+
+
+def read_json(path):
+    """The object in a JSON file. Raises UserError, in one line, where it holds anything else."""
+    try:
+        with open(path, 'rb') as f:
+            return json_object(f.read(), path)
+    except OSError as err:
+        raise UserError(f'{path}: {err.strerror or err}') from None
+
+
+def json_object(data, name):
+    """The object in JSON text or bytes; `name` is what errors call them."""
+    try:
+        found = json.loads(data)
+    except ValueError as err:
+        raise UserError(f'{name}: not a JSON file: {err}') from None
+    if not isinstance(found, dict):
+        raise UserError(f'{name}: expected a JSON object, got {type(found).__name__}')
+    return found
+
+
+def finite(value):
+    """A value of JSON's types with None in place of nan and infinity, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+# ----------------------------------------------------------------------------------------------------
+# Where results go, and what they are known by
+
+
 def file_digest(path):
-    """SHA-256 of a file, hexadecimal."""
+    """SHA-256 of a file, hexadecimal; None of a folder, whose files have a digest each and together none that others would find."""
+    if os.path.isdir(path):
+        return None
     digest = hashlib.sha256()
     with open(path, 'rb') as f:
         while chunk := f.read(1 << 20):
@@ -32,18 +108,25 @@ def file_digest(path):
     return digest.hexdigest()
 
 
-@contextlib.contextmanager
-def new_folder(dest):
-    """A folder to fill, which becomes `dest` when the block ends well and is removed when it does not. Refuses a dest that exists."""
-    dest = os.path.abspath(dest)
-    if os.path.lexists(dest):
-        raise UserError(f'{dest} exists; choose a new name')
-    parent, name = os.path.split(dest)
-    part = os.path.join(parent, f'.{name}-part-{uuid.uuid4().hex[:8]}')
-    os.makedirs(part)
+def beside(ref, suffix):
+    """A path for what belongs to `ref`: beside a file or folder that lies here, in the working folder for a name of the Hub."""
+    return (os.path.abspath(ref) if os.path.exists(ref) else ref.replace('/', '--')) + suffix
+
+
+def check_writable(folder):
+    """Makes the folder; raises OSError where no file can be made in it."""
+    os.makedirs(folder, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        pass
+
+
+def prepare_output(path, option, suffix=''):
+    """Makes the folder of a file, and refuses a path that cannot become one, before hours are spent."""
+    if os.path.isdir(path) or not path.endswith(suffix):
+        found, ending = 'is a folder, ' if os.path.isdir(path) else '', suffix and f' that ends in {suffix}'
+        raise UserError(f'{option}={path}: {found}expected the name of a file{ending}')
+    folder = os.path.dirname(os.path.abspath(path))
     try:
-        yield part
-        os.rename(part, dest)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
+        check_writable(folder)
+    except OSError as err:
+        raise UserError(f'{option}={path}: the folder {folder} is not writable ({err.strerror})') from None

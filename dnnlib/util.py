@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""EasyDict, a console that is also a log file, durations for people."""
+"""EasyDict, a console that is also a log file, errors and durations for people."""
 
 import sys
 
@@ -79,3 +79,8 @@ def format_time(seconds):
     if s < 86400:
         return f'{s // 3600}h {s // 60 % 60:02}m'
     return f'{s // 86400}d {s // 3600 % 24:02}h'
+
+
+def one_line(err, last=False):
+    """What an error says, in one line of at most 200 characters: the first of its lines, or the last; its type where it says nothing."""
+    return (str(err).strip().splitlines() or [type(err).__name__])[-1 if last else 0][:200]

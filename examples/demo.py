@@ -4,7 +4,6 @@
 python examples/demo.py --outdir=demo"""
 
 import dataclasses
-import json
 import os
 import subprocess
 import sys
@@ -17,6 +16,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
 from dnnlib import UserError  # noqa: E402 (the checkout need not be installed)
+from dnnlib.files import read_json  # noqa: E402
 from torch_utils.command_line import Command, version_option  # noqa: E402
 from training.data.dataset import ImageDataset  # noqa: E402
 from training.data.store import ImageStore  # noqa: E402
@@ -41,8 +41,7 @@ def distance(outdir, name, images):
     result = os.path.join(outdir, f'distance-{name}.json')
     run('eval_fid.py', f'--gen_path={images}', f'--ref_stats={os.path.join(outdir, "reference.npz")}', '--detector=pixels',
         f'--num={COUNT}', f'--out_path={result}')
-    with open(result, encoding='utf-8') as f:
-        return json.load(f)['fid_score']
+    return read_json(result)['fid_score']
 
 
 def write_noisy(data, config, dest):
@@ -75,8 +74,8 @@ def main(outdir, seed, duration):
     samples, grid = path('samples'), path('samples.png')
     run('generate.py', f'--network={network}', f'--outdir={samples}', f'--seeds=0-{COUNT - 1}', f'--grid={grid}')
 
-    with open(os.path.join(os.path.dirname(network), 'options.json'), encoding='utf-8') as f:
-        write_noisy(path('train.zip'), from_json(json.load(f)), path('noisy.npz'))
+    options = read_json(os.path.join(os.path.dirname(network), 'options.json'))
+    write_noisy(path('train.zip'), from_json(options), path('noisy.npz'))
     table = [('the noisy images themselves (sigma 0.4, 8-bit)', distance(outdir, 'noisy', path('noisy.npz'))),
              ('samples of the model trained on 10 % clean + 90 % noisy', distance(outdir, 'samples', samples)),
              ('the clean training half (floor)', distance(outdir, 'clean', path('train.zip')))]

@@ -9,14 +9,13 @@ import safetensors
 import safetensors.torch
 import torch
 
-from dnnlib import UserError
+from dnnlib import UserError, hub, one_line
 from dnnlib.files import file_digest
 from metrics import inception
-from torch_utils import distributed
+from torch_utils import distributed, misc
 
 PIXELS_MAX_DIM = 4096  # above this the covariance of raw pixels is larger than that of Inception's features, and says less
 DINO_SIDE, DINO_MEAN, DINO_STD = 224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's mean and deviation, of images in [0, 1]
-PRECISIONS = {'fp32': None, 'bf16': torch.bfloat16, 'fp16': torch.float16}
 
 
 class Detector:
@@ -64,7 +63,7 @@ def inception_detector(device, weights=None, channels_last=False, precision='fp3
     if not sha256.startswith(inception.SHA256):
         distributed.print0(f'Warning: {weights} is not the published Inception file: its numbers cannot be compared with published ones',
                            file=sys.stderr)
-    net.compute_dtype = PRECISIONS[precision]
+    net.compute_dtype = misc.DTYPES[precision]
     if channels_last:
         net = net.to(memory_format=torch.channels_last)
     if compile:
@@ -89,7 +88,7 @@ def torchscript_detector(device, path='', return_features=False):
     try:
         net = torch.jit.load(path, map_location=device).eval()
     except (RuntimeError, ValueError) as err:
-        raise UserError(f'--detector=torchscript:path={path}: not a TorchScript archive ({_first_line(err)})') from None
+        raise UserError(f'--detector=torchscript:path={path}: not a TorchScript archive ({one_line(err)})') from None
     call = (lambda images: net(images, return_features=True)) if return_features else net
     return Detector('torchscript', _guarded(call, f'torchscript:path={path}'), device, path, file_digest(path))
 
@@ -104,7 +103,7 @@ def module_detector(device, name='', weights=None):
     try:
         made = getattr(importlib.import_module(module), attribute)()
     except (ImportError, AttributeError, TypeError) as err:
-        raise UserError(f'{where}: {_first_line(err)}; is its folder on PYTHONPATH?') from None
+        raise UserError(f'{where}: {one_line(err)}; is its folder on PYTHONPATH?') from None
     if weights is not None:
         _load_safetensors(made, weights)
     if isinstance(made, torch.nn.Module):
@@ -125,7 +124,7 @@ def dinov2_detector(device, model='facebook/dinov2-large'):
     try:
         net = transformers.Dinov2Model.from_pretrained(folder).to(device).eval().requires_grad_(False)
     except (OSError, ValueError, safetensors.SafetensorError) as err:
-        raise UserError(f'--detector=dinov2:model={model}: {_first_line(err)}') from None
+        raise UserError(f'--detector=dinov2:model={model}: {one_line(err)}') from None
     mean, std = (torch.tensor(values, device=device).reshape(1, 3, 1, 1) for values in (DINO_MEAN, DINO_STD))
 
     def features(images):
@@ -141,15 +140,11 @@ def _model_folder(model):
         if not os.path.isfile(os.path.join(model, 'model.safetensors')):
             raise UserError(f'--detector=dinov2:model={model}: has no model.safetensors')
         return model
-    import huggingface_hub  # slow to import, and needed for names of the Hub alone
     try:
-        huggingface_hub.hf_hub_download(model, 'config.json')
-        return os.path.dirname(huggingface_hub.hf_hub_download(model, 'model.safetensors'))
-    except (OSError, ValueError) as err:  # what the client raises for missing names, repositories and connections
-        raise UserError(
-            f'--detector=dinov2:model={model}: not a folder, not in the cache {huggingface_hub.constants.HF_HUB_CACHE}, and '
-            f'https://huggingface.co/{model} says: {_first_line(err)}; fetch config.json and model.safetensors elsewhere and name '
-            'their folder: --detector=dinov2:model=DIR') from None
+        return os.path.dirname(hub.fetch(f'--detector=dinov2:model={model}', 'model.safetensors', 'config.json', repo=model)[0])
+    except UserError as err:
+        raise UserError(f'{err.message}; or fetch config.json and model.safetensors elsewhere and name their folder: '
+                        '--detector=dinov2:model=DIR') from None
 
 
 def _load_safetensors(net, path):
@@ -159,7 +154,7 @@ def _load_safetensors(net, path):
     try:
         net.load_state_dict(safetensors.torch.load_file(path))
     except (safetensors.SafetensorError, RuntimeError, AttributeError) as err:
-        raise UserError(f'{where}: {_first_line(err)}') from None
+        raise UserError(f'{where}: {one_line(err)}') from None
 
 
 def _guarded(net, spec):
@@ -168,24 +163,15 @@ def _guarded(net, spec):
     def call(images):
         try:
             return net(images)
-        except (RuntimeError, TypeError, ValueError) as err:
-            raise UserError(f'--detector={spec}: called with uint8 {list(images.shape)}: {_last_line(err)}') from None
+        except (RuntimeError, TypeError, ValueError) as err:  # inside TorchScript the lines before the last are its trace
+            raise UserError(f'--detector={spec}: called with uint8 {list(images.shape)}: {one_line(err, last=True)}') from None
 
     return call
 
 
 def _check_precision(precision):
-    if precision not in PRECISIONS:
-        raise UserError(f'--detector=inception:precision={precision}: choose from {", ".join(PRECISIONS)}')
-
-
-def _first_line(err):
-    return (str(err).strip().splitlines() or [type(err).__name__])[0][:200]
-
-
-def _last_line(err):
-    """Of an error inside TorchScript the last line says what was wrong; those before it are its trace."""
-    return (str(err).strip().splitlines() or [type(err).__name__])[-1][:200]
+    if precision not in misc.DTYPES:
+        raise UserError(f'--detector=inception:precision={precision}: choose from {", ".join(misc.DTYPES)}')
 
 
 # Functions, so that checking an option loads nothing; each takes the device when it is called.

@@ -3,26 +3,19 @@
 
 import collections
 import concurrent.futures
-import io
 import os
-import struct
 import sys
-import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
-import PIL.Image
 import torch
 
 from dnnlib import UserError
-from dnnlib.files import file_digest
+from dnnlib.archive import DAMAGE, LOSSY, Archive, damage, decode_image
 from torch_utils import distributed
 
-LOSSY = ('.jpg', '.jpeg', '.webp')
-PICTURES = ('.png', '.bmp', *LOSSY)
-ARRAYS = ('.npy', '.npz')
 NAMED = 20  # how many bad files an error names; it counts the others
+UNREADABLE = 'cannot be read as an image ({})'
 
 
 class BadImages(UserError):
@@ -44,7 +37,7 @@ class ImageFiles:
         self.path, self._where = str(path), f'{option}={path}'
         self._names, self._load = _open_source(self.path, self._where)
         if not len(self._names):
-            raise UserError(f'{self._where}: holds no images ({", ".join(PICTURES)} or uint8 .npy)')
+            raise UserError(f'{self._where}: holds no images')
         self._files = _state_of_files(self.path)
         lossy = sum(str(name).lower().endswith(LOSSY) for name in self._names)
         if lossy:
@@ -102,7 +95,7 @@ class ImageFiles:
             try:
                 return name, self._load(name).shape
             except DAMAGE as err:
-                bad.append((str(name), _unreadable(err)))
+                bad.append((str(name), UNREADABLE.format(damage(err))))
         raise BadImages(self._where, bad, len(self))
 
     def _read(self, index):
@@ -110,7 +103,7 @@ class ImageFiles:
         try:
             image = self._load(self._names[index])
         except DAMAGE as err:
-            return None, _unreadable(err)
+            return None, UNREADABLE.format(damage(err))
         if image.shape != self.shape:
             return None, f'is {list(image.shape)}, {self._first} is {list(self.shape)} [C,H,W], and all must be of one size and mode'
         return image, None
@@ -124,13 +117,9 @@ class ImageFiles:
             yield torch.from_numpy(np.stack(good))
 
 
-def _unreadable(err):
-    return f'cannot be read as an image ({(str(err) or type(err).__name__).splitlines()[0]})'
-
-
 def _state_of_files(path):
     """{name: (size, time of the last change)} of a file, or of the images in a folder."""
-    names = _image_names(_files_in(path)) if os.path.isdir(path) else ['']
+    names = Archive(path).images() if os.path.isdir(path) else ['']
     state = {}
     for name in names:
         try:
@@ -141,34 +130,29 @@ def _state_of_files(path):
     return state
 
 
-def _files_in(folder):
-    return (p.relative_to(folder).as_posix() for p in Path(folder).rglob('*') if p.is_file())
-
-
 def _open_source(path, where):
     """(names, function from a name to its image) for a folder, zip or array file."""
     suffix = Path(path).suffix.lower()
-    if os.path.isdir(path):
-        return _image_names(_files_in(path)), lambda name: _decode(Path(path, name).read_bytes(), name)
+    if os.path.isdir(path) or suffix == '.zip' and os.path.isfile(path):
+        archive = Archive(path, where)
+        return archive.images(), lambda name: _decode(name, archive.read(name))
     if not os.path.isfile(path):
         raise UserError(f'{where}: no such folder or file')
+    if suffix not in ('.npy', '.npz'):
+        raise UserError(f'{where}: not a folder, .zip, .npz or .npy of images')
     try:
-        if suffix == '.zip':
-            archive = zipfile.ZipFile(path)
-            return _image_names(archive.namelist()), lambda name: _decode(archive.read(name), name)
-        if suffix in ARRAYS:
-            array, channel_axis = _image_array(path)
-            return range(len(array)), lambda i: np.ascontiguousarray(np.moveaxis(array[i], channel_axis, 0))
+        array, channel_axis = _image_array(path)
     except DAMAGE as err:
-        reason = (str(err) or type(err).__name__).splitlines()[0]
-        raise UserError(f'{where}: cannot be read ({reason})') from None
-    raise UserError(f'{where}: not a folder, .zip, .npz or .npy of images')
+        raise UserError(f'{where}: cannot be read ({damage(err)})') from None
+    return range(len(array)), lambda i: np.ascontiguousarray(np.moveaxis(array[i], channel_axis, 0))
 
 
-def _image_names(files):
-    """Sorted; names that begin with a dot are other programs' notes."""
-    kinds = (*PICTURES, '.npy')
-    return sorted(name for name in files if name.lower().endswith(kinds) and not os.path.basename(name).startswith('.'))
+def _decode(name, data):
+    """The bytes of a member -> uint8 [C,H,W]."""
+    image = decode_image(name, data, modes=('L', 'RGB'))
+    if image.dtype != np.uint8:
+        raise ValueError(f'{image.dtype} {list(image.shape)}, expected uint8 [C,H,W]')
+    return image
 
 
 def _image_array(path):
@@ -186,66 +170,3 @@ def _image_array(path):
     if not channels_last and not channels_first:
         raise ValueError(f'neither the last nor the second axis of {list(images[0].shape)} is 1 or 3 channels')
     return images[0], 2 if channels_last else 0
-
-
-def _decode(data, name):
-    """File contents -> uint8 [C,H,W]: grey stays one channel, palettes become RGB."""
-    if name.lower().endswith('.npy'):
-        image = np.load(io.BytesIO(data), allow_pickle=False)
-        if image.dtype != np.uint8 or image.ndim != 3:
-            raise ValueError(f'{image.dtype} {list(image.shape)}, expected uint8 [C,H,W]')
-        return image
-    with PIL.Image.open(io.BytesIO(data)) as picture:
-        if picture.mode not in ('L', 'RGB', 'P', '1'):
-            raise ValueError(f'mode {picture.mode}, expected 8-bit grey or RGB; convert it with dataset_tool.py')
-        picture = picture.convert({'P': 'RGB', '1': 'L'}.get(picture.mode, picture.mode))
-        image = np.array(picture)
-    return image[None] if image.ndim == 2 else np.ascontiguousarray(image.transpose(2, 0, 1))
-
-
-# What Pillow, numpy and zipfile raise for files that are damaged or are something else.
-DAMAGE = (OSError, SyntaxError, ValueError, EOFError, KeyError, struct.error, zlib.error, zipfile.BadZipFile, NotImplementedError,
-          PIL.Image.DecompressionBombError)
-PROTOCOL_NUM = 50000  # the count of generated images behind published distances, which fall as it grows
-
-
-class FileImages:
-    """--gen-path, and how many of its images are evaluated."""
-
-    def __init__(self, o):
-        self._o, self._files = o, ImageFiles(o.gen_path, '--gen-path')
-        self.shape, self.found = self._files.shape, len(self._files)
-        self.count = choose_count(o, self.found, f'--gen-path={o.gen_path}: found {self.found} images')
-        self.check_unchanged = self._files.check_unchanged
-        self.facts = {'path': o.gen_path, 'sha256': digest_of(o.gen_path)}
-        self.labels = [{}]
-        if self.count < self.found:
-            distributed.print0(f'evaluating the first {self.count} of {self.found} images, in sorted order')
-
-    def repeats(self):
-        """Yields this rank's batches, once."""
-        yield self._files.batches(self._o.batch_size, self.count)
-
-
-def digest_of(path):
-    """SHA-256 of a file; None of a folder, whose files have a digest each and together none that others would find."""
-    return file_digest(path) if os.path.isfile(path) else None
-
-
-def ranges(numbers):
-    """Whole numbers as IntList reads them: [0, 1, 2, 5] -> "0-2,5"."""
-    numbers = sorted(set(numbers))
-    starts = [n for i, n in enumerate(numbers) if not i or n != numbers[i - 1] + 1]
-    ends = [n for i, n in enumerate(numbers) if i == len(numbers) - 1 or numbers[i + 1] != n + 1]
-    return ','.join(str(first) if first == last else f'{first}-{last}' for first, last in zip(starts, ends))
-
-
-def choose_count(o, found, what):
-    """How many generated images are evaluated; published distances need the published number unless told otherwise."""
-    option = '--num-images' if 'TORCHELASTIC_RUN_ID' in os.environ else '--num'  # torchrun takes --num for its own --numa-binding
-    if o.num is None and found != PROTOCOL_NUM:
-        raise UserError(f'{what}, expected {PROTOCOL_NUM}; pass {option}={found} to evaluate these')
-    count = o.num or found
-    if count > found:
-        raise UserError(f'{option}={count}: {what} only; pass {option}={found} or less')
-    return count

@@ -3,7 +3,7 @@
 
 import torch
 
-from dnnlib import UserError, open_url
+from dnnlib import UserError, one_line, open_url
 
 URL = 'https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth'
 SHA256 = '6726825d'  # its first digits
@@ -16,7 +16,7 @@ class Inception(torch.nn.Module):
     """uint8 images [N,3,H,W], or grey [N,1,H,W], -> (pooled features [N,2048], logits [N,1008] without the last bias), float32.
 
     weights: path or URL of a state dict with the published names, or None for the published file, fetched once and checked.
-    The attribute compute_dtype (None, torch.bfloat16, torch.float16) is what convolutions work in; published numbers need None.
+    The attribute compute_dtype is what convolutions work in; published numbers need the default, torch.float32.
     Raises UserError where the file is missing, cannot be fetched, or holds something else."""
 
     def __init__(self, weights=None):
@@ -29,7 +29,7 @@ class Inception(torch.nn.Module):
             self.fc = torch.nn.Linear(POOL_DIM, 1008)
         self.load_state_dict(read_weights(weights, self.state_dict()), assign=True)
         self.eval().requires_grad_(False)
-        self.compute_dtype = None
+        self.compute_dtype = torch.float32
 
     def forward(self, images):
         chunks = images.split(CPU_CHUNK) if images.device.type == 'cpu' and len(images) else [images]
@@ -39,7 +39,7 @@ class Inception(torch.nn.Module):
         x = (resize(images.float(), SIDE) - 128) / 128
         x = x.expand(-1, 3, -1, -1)
         with (torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False),
-              torch.autocast(x.device.type, self.compute_dtype, enabled=self.compute_dtype is not None)):
+              torch.autocast(x.device.type, self.compute_dtype, enabled=self.compute_dtype != torch.float32)):
             x = self.trunk(x)
         features = x.float().mean(dim=(2, 3))
         return features, features @ self.fc.weight.T
@@ -136,8 +136,7 @@ def read_weights(weights, expected):
     try:
         state = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as err:  # the safe reader fails in many ways on a file that is no state dict
-        reason = (str(err) or type(err).__name__).splitlines()[0]
-        raise UserError(f'--detector-weights={path}: not a file of weights ({reason})') from None
+        raise UserError(f'--detector-weights={path}: not a file of weights ({one_line(err)})') from None
     fits = isinstance(state, dict) and state.keys() == expected.keys()
     wrong = next((k for k in expected if not fits or state[k].shape != expected[k].shape), None)
     if wrong:

@@ -1,12 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Results as people and programs read them: one table on the console, one JSON file, mean and deviation over repeats."""
-
-import json
+"""Results as people read them: one table on the console, mean and deviation over repeats."""
 
 import numpy as np
-
-from dnnlib.files import replacing
-from torch_utils import misc
 
 PER_IMAGE_SET = ('inception_score', 'inception_score_mean', 'inception_score_std')  # numbers that know no reference
 
@@ -22,21 +17,6 @@ def summary(repeats):
         std = float(np.std(values, ddof=1)) if len(values) > 1 else None
         found[name] = {'mean': float(np.mean(values)), 'std': std, 'min': float(np.min(values))}
     return found
-
-
-def write_json(path, result):
-    """The result as a file that holds JSON alone: nan and infinity become null."""
-    with replacing(path) as part, open(part, 'w', encoding='utf-8') as f:
-        json.dump(_plain(result), f, indent=2, allow_nan=False)
-        f.write('\n')
-
-
-def _plain(value):
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return misc.as_float(value) if isinstance(value, float) else value
 
 
 def print_table(values, result):

@@ -3,14 +3,12 @@
 
 import dataclasses
 import os
-import zipfile
-import zlib
 
 import numpy as np
 import torch
 
-import dnnlib
-from dnnlib import UserError
+from dnnlib import UserError, one_line, replacing
+from dnnlib.archive import DAMAGE
 from torch_utils import distributed
 
 
@@ -89,7 +87,7 @@ def save_statistics(stats, path):
     """Writes `mu` and `sigma` under their published names, the facts that are known, and kept features, to an .npz file."""
     facts = {name: getattr(stats, name) for name in FACTS}
     known = {name: np.array(value) for name, value in facts.items() if value is not None}
-    with dnnlib.replacing(path) as part, open(part, 'wb') as f:
+    with replacing(path) as part, open(part, 'wb') as f:
         np.savez(f, mu=stats.mean, sigma=stats.cov, **known)
 
 
@@ -123,9 +121,8 @@ def _read_arrays(path, name, keys):
     try:
         with np.load(path, allow_pickle=False) as data:
             return {key: data[key] for key in data.files if key in keys}
-    except (ValueError, TypeError, AttributeError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as err:
-        reason = (str(err) or type(err).__name__).splitlines()[0]
-        raise UserError(f'{name}: not a readable .npz of statistics ({reason})') from None
+    except (*DAMAGE, TypeError, AttributeError) as err:
+        raise UserError(f'{name}: not a readable .npz of statistics ({one_line(err)})') from None
 
 
 FACTS = tuple(field.name for field in dataclasses.fields(Statistics)[2:])

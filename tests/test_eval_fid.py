@@ -19,12 +19,12 @@ import generate
 from dnnlib import EasyDict, UserError
 from metrics import report
 from metrics.frechet import frechet_distance
-from metrics.image_files import choose_count, ranges
+from metrics.generated import choose_count
 from metrics.kernel import kernel_distance
 from metrics.manifold import density_coverage, precision_recall
 from metrics.statistics import load_statistics
 from tests.support import ROOT
-from torch_utils import command_line, misc
+from torch_utils import misc
 from training.checkpoints.save import save_network
 from training.networks import preconditioning
 from training.sampling.generate import Samples
@@ -151,8 +151,8 @@ def test_the_file_of_a_reference_is_hashed(folders, images):
     (['--gen_path=gen'], ['--ref-stats', '--ref-path', 'got none']),
     (['--gen_path=gen', '--ref_path=ref', '--ref_stats=ref.npz'], ['--ref-stats', '--ref-path', 'got both']),
     (['--gen_path=nowhere', '--ref_path=ref'], ['--gen-path=nowhere', 'no such']),
-    (['--gen_path=empty', '--ref_path=ref'], ['--gen-path=empty', 'holds no images']),
-    (['--gen_path=gen', '--ref_path=empty', '--num=12'], ['--ref-path=empty', 'holds no images']),
+    (['--gen_path=empty', '--ref_path=ref'], ['--gen-path=empty', 'no images in it']),
+    (['--gen_path=gen', '--ref_path=empty', '--num=12'], ['--ref-path=empty', 'no images in it']),
     (['--gen_path=gen', '--ref_stats=nowhere.npz', '--num=12'], ['nowhere.npz', 'no such file']),
     (['--gen_path=gen', '--ref_stats=other.npz', '--num=12', PIXELS], ['other.npz', '7 dimensions', 'have 24']),
     (['--gen_path=gen', '--ref_stats=inception.npz', '--num=12', PIXELS], ['inception.npz', '--detector=inception']),
@@ -173,10 +173,10 @@ def test_the_file_of_a_reference_is_hashed(folders, images):
     (['--gen_path=gen', '--ref_stats=plain.npz', '--split=train'], ['--split=train', '--ref-path']),
     (['--network=nowhere', '--ref_path=ref', '--seeds=0-4', '--num=5', PIXELS], ['nowhere']),
     (['--network=nowhere', '--ref_path=ref', '--seeds=0-4', PIXELS], ['--seeds=0-4: names 5 images, expected 50000', '--num=5']),
-    (['nearest', '--gen-path=gen', '--train=empty', PIXELS], ['--train=empty', 'holds no images']),
+    (['nearest', '--gen-path=gen', '--train=empty', PIXELS], ['--train=empty', 'no images in it']),
     (['nearest', '--gen-path=gen', '--train=small.npy', PIXELS], ['one size', '[3, 5, 5] in --train', '[3, 2, 4] in --gen-path']),
     (['ref', '--data=ref', '--dest=ref.json'], ['--dest=ref.json', '.npz']),
-    (['ref', '--data=empty', '--dest=a.npz'], ['--data=empty', 'holds no images']),
+    (['ref', '--data=empty', '--dest=a.npz'], ['--data=empty', 'no images in it']),
 ])
 def test_refusals(folders, images, args, words):
     Path('empty').mkdir()
@@ -215,7 +215,7 @@ def test_reference_statistics_by_url(folders, monkeypatch):
     run('ref', '--data=ref', '--dest=ref.npz', PIXELS)
     monkeypatch.setenv('AMBIENT_CACHE', str(folders / 'cache'))
     url = (folders / 'ref.npz').as_uri()
-    monkeypatch.setattr('dnnlib.util.is_url', lambda ref: str(ref).startswith('file:'))  # urllib's own offline scheme
+    monkeypatch.setattr('dnnlib.download.is_url', lambda ref: str(ref).startswith('file:'))  # urllib's own offline scheme
     run('--gen_path=gen', f'--ref_stats={url}', '--num=12', PIXELS)
     assert json.loads(Path('gen.fid.json').read_text())['reference']['path'] == url
 
@@ -363,32 +363,17 @@ def test_a_network_by_two_ranks(grey, network):
 
 
 def test_a_network_that_makes_nonsense(grey, network, monkeypatch):
-    monkeypatch.setattr('training.generation._sample', lambda net, seeds, *_: Samples(
+    monkeypatch.setattr('training.sampling.generate._sample', lambda net, seeds, *_: Samples(
         seeds, torch.full((len(seeds), 1, 8, 8), float('nan')), None))
     line = refused(f'--network={network}', *FROM_NETWORK)
-    assert 'seeds 0-12 give images that are not finite' in line
+    assert f'--network={network}: the image of seed 0 is not finite (13 of 13 in its batch are not)' in line
     assert '--class=3' in refused(f'--network={network}', '--class=3', *FROM_NETWORK)
 
 
-def test_default_places_of_results(grey, network):
-    """Beside a local network; in the working directory for one of the Hub."""
-    local = eval_fid.default_output(EasyDict(gen_path=None, network=network))
-    assert local == network + '.fid.json'
-    assert eval_fid.default_output(EasyDict(gen_path=None, network='owner/name')) == 'owner--name.fid.json'
-
-
-@pytest.mark.parametrize('seeds, text', [([3, 1, 2, 9], '1-3,9'), ([5], '5'), (range(50), '0-49'), ([0, 2, 4], '0,2,4')])
-def test_ranges(seeds, text):
-    assert ranges(seeds) == text
-    assert command_line.IntList().convert(text, None, None) == sorted(seeds)
-
-
-def test_numbers_in_print_and_in_json(tmp_path):
-    """Small values keep digits, rounding leaves no minus, and JSON has no nan."""
+def test_numbers_in_print():
+    """Small values keep digits, and rounding leaves no minus."""
     assert [report.number(v) for v in (None, 12.34567, 0.00012345, -0.00012345, -3e-12, 0.0)] == [
         '-', '12.3457', '0.0001234', '-0.0001234', '0.0000', '0.0000']
-    report.write_json(tmp_path / 'r.json', {'a': float('nan'), 'b': [np.float64(2.5), float('inf')], 'c': (1, {'d': None})})
-    assert json.loads((tmp_path / 'r.json').read_text()) == {'a': None, 'b': [2.5, None], 'c': [1, {'d': None}]}
     assert report.summary([{'x': 1.0, 'y': None}, {'x': 3.0, 'y': None}]) == {
         'x': {'mean': 2.0, 'std': pytest.approx(2 ** 0.5), 'min': 1.0}, 'y': {'mean': None, 'std': None, 'min': None}}
     assert report.summary([{'x': 1.0}]) == {'x': {'mean': 1.0, 'std': None, 'min': 1.0}}

@@ -17,7 +17,6 @@ from click.testing import CliRunner
 import eval_nll
 from tests.support import ROOT, tiny
 from tests.training.networks.test_preconditioning import small
-from training.checkpoints import load as hub
 from training.checkpoints.save import save_network
 
 QUICK = ['--rtol=1e-2', '--atol=1e-2', '--sigma-max=5']
@@ -76,7 +75,7 @@ def write_data(path, images, **meta):
 def test_gaussian_data_under_their_exact_denoiser(tmp_path, monkeypatch, std, mean):
     """Grey levels of a Gaussian, rounded as generate.py rounds them: 8-bit bits per dimension of the closed form, within 0.01."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(hub, 'load_network', lambda *args, **kwargs: gaussian_network(std, mean))
+    monkeypatch.setattr(eval_nll, 'load_network', lambda *args, **kwargs: gaussian_network(std, mean))
     x = mean + std * np.random.default_rng(3).standard_normal((400, 1, 4, 4))
     levels = np.round((x + 1) * 127.5)
     assert (levels >= 0).all() and (levels <= 255).all()
@@ -142,7 +141,7 @@ def test_float_data_have_differential_bits_in_their_own_units(tmp_path, monkeypa
     units = {'offset': 7.0, 'scale': 20.0}
     net = gaussian_network(0.5)
     net.units = units
-    monkeypatch.setattr(hub, 'load_network', lambda *args, **kwargs: net)
+    monkeypatch.setattr(eval_nll, 'load_network', lambda *args, **kwargs: net)
     x = 0.5 * np.random.default_rng(0).standard_normal((6, 1, 4, 4))
     write_data('data.zip', (7 + 20 * x).astype(np.float32), units=units)
     output = run('--network=exact', '--data=data.zip')
@@ -223,7 +222,7 @@ def test_the_bound_of_gaussian_data_meets_the_flow_from_above(tmp_path, monkeypa
     """Under the exact denoiser both come to the closed form: the bound from above and closer the more steps, the flow at once."""
     monkeypatch.chdir(tmp_path)
     std = 0.2
-    monkeypatch.setattr(hub, 'load_network', lambda *args, **kwargs: gaussian_network(std, size=32))
+    monkeypatch.setattr(eval_nll, 'load_network', lambda *args, **kwargs: gaussian_network(std, size=32))
     x = std * np.random.default_rng(3).standard_normal((8, 1, 32, 32))
     write_data('data.zip', np.round((x + 1) * 127.5).astype(np.uint8))
     closed = np.mean(0.5 * x ** 2 / std ** 2 / math.log(2)) + 0.5 * math.log2(2 * math.pi * std ** 2) + math.log2(127.5)

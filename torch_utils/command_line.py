@@ -104,6 +104,14 @@ class IntList(click.ParamType):
         return numbers
 
 
+def ranges(numbers):
+    """Whole numbers as IntList reads them: [0, 1, 2, 5] -> "0-2,5"."""
+    numbers = sorted(set(numbers))
+    starts = [n for i, n in enumerate(numbers) if not i or n != numbers[i - 1] + 1]
+    ends = [n for i, n in enumerate(numbers) if i == len(numbers) - 1 or numbers[i + 1] != n + 1]
+    return ','.join(str(first) if first == last else f'{first}-{last}' for first, last in zip(starts, ends))
+
+
 class Names(click.ParamType):
     """"fid,kid" -> ('fid', 'kid'), of the choices, in their order."""
 

@@ -31,6 +31,11 @@ def shutdown():
         torch.distributed.destroy_process_group()
 
 
+def num_option():
+    """What --num is called in errors: torchrun takes it for an abbreviation of its own --numa-binding."""
+    return '--num-images' if 'TORCHELASTIC_RUN_ID' in os.environ else '--num'
+
+
 def rank():
     """This process's number, 0 .. size() - 1."""
     return int(os.environ.get('RANK', 0))

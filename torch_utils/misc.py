@@ -9,6 +9,11 @@ from pathlib import Path
 
 import torch
 
+from dnnlib.files import finite
+
+PRECISIONS = {'fp32': torch.float32, 'tf32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
+DTYPES = {name: dtype for name, dtype in PRECISIONS.items() if name != 'tf32'}  # tf32 is a way to multiply float32, for training
+
 BLOCK_ROWS = 16  # rows of the global batch that are drawn together; a rank draws only the blocks that hold its rows
 
 
@@ -59,6 +64,17 @@ def seeded(*key, device='cpu'):
         source.set_state(before)
 
 
+def require(holds, text):
+    """Raises ValueError with the text where a condition does not hold."""
+    if not holds:
+        raise ValueError(text)
+
+
+def height_width(img_resolution):
+    """[H, W] of a network's img_resolution, which is one int for squares."""
+    return [img_resolution] * 2 if isinstance(img_resolution, int) else list(img_resolution)
+
+
 def batched(values):
     """A tensor of shape [], [N] or [N,1,1,1] as [N,1,1,1] (or [1,1,1,1])."""
     return values.reshape(-1, 1, 1, 1)
@@ -66,8 +82,7 @@ def batched(values):
 
 def as_float(value):
     """A number for JSON: None in place of nan and infinity, which JSON does not have."""
-    value = float(value)
-    return value if value - value == 0 else None
+    return finite(float(value))
 
 
 def state_digest(net):

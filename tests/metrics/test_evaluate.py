@@ -125,7 +125,7 @@ def test_inception_batch_size_changes_nothing(weights, capsys):
     reference = reference_of(batch_of(7, (3, 16, 16), seed=1), detector)
     first, second = (evaluate.evaluate_batches(np.split(images, cuts), detector, reference, ('fid', 'kid', 'is', 'pr'), settings)
                      for cuts in ([], [1, 3]))
-    assert second == pytest.approx(first, rel=1e-6)
+    assert second == pytest.approx(first, rel=1e-6, abs=1e-10)  # the deviation of nearly equal scores is rounding
     same = evaluate.collect([images], detector)
     assert abs(evaluate.numbers(same, same.statistics)['fid_score']) < 1e-6
 
@@ -307,13 +307,20 @@ def test_dinov2(tmp_path):
         made(f'dinov2:model={tmp_path / "m"}')
 
 
+def test_a_detector_that_the_hub_does_not_give(monkeypatch):
+    monkeypatch.setattr('huggingface_hub.hf_hub_download', lambda *args, **kwargs: (_ for _ in ()).throw(OSError('offline\nand more')))
+    with pytest.raises(UserError, match=r'--detector=dinov2:model=owner/name: .* says: offline; or fetch .* --detector=dinov2:model=DIR$'):
+        detectors._model_folder('owner/name')
+
+
 # Ranks
 
 
 RANK_SCRIPT = '''
 import json, sys
-import click, numpy as np
+import numpy as np
 sys.path.insert(0, sys.argv[1])
+from dnnlib import UserError
 from metrics import evaluate, image_files
 from tests.metrics.test_evaluate import SETTINGS, Toy, batch_of, reference_of
 from torch_utils import distributed

@@ -207,12 +207,12 @@ def test_arguments_and_modules_that_refer_to_themselves(refused):
 
 FUZZ = '''
 import resource, signal, sys
-import click, numpy as np
+import numpy as np
 from tests.support import edm_pickle
 from torch_utils import legacy_pickle
-from training import hub
+from training.checkpoints.load import load_network
 path, count, seed, loads = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == 'network'
-read = hub.load_network if loads else legacy_pickle.read_network
+read = load_network if loads else legacy_pickle.read_network
 base = open(path, 'rb').read()
 draws = np.random.default_rng(seed)
 read(path)  # whatever is imported late is in by now

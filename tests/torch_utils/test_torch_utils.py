@@ -183,6 +183,12 @@ def test_lists_of_numbers(text, numbers):
     assert invoke(f'--seeds={text}').output == f'None {numbers}\n'
 
 
+@pytest.mark.parametrize('numbers, text', [([3, 1, 2, 9], '1-3,9'), ([5], '5'), (range(50), '0-49'), ([0, 2, 4], '0,2,4')])
+def test_lists_in_few_words(numbers, text):
+    assert command_line.ranges(numbers) == text
+    assert command_line.IntList().convert(text, None, None) == sorted(numbers)
+
+
 @pytest.mark.parametrize('text', ['3-0', 'a-b', '', '1,,2', '-1', '1-', '1.5'])
 def test_lists_that_are_none(text):
     result = invoke(f'--seeds={text}')

@@ -3,14 +3,15 @@
 
 import json
 
+from torch_utils import misc
+
 
 def model_card(config, options=None, kimg=None, metrics=(), samples=None):
     """Markdown for a network's folder: what it makes, how it was trained, how good it is, how to use it.
 
     config: of the network. options: a run's options.json, where it is known. kimg: thousands of images that it was trained on.
     metrics: results of eval_fid.py, as read from their JSON files. samples: name of a picture in the folder."""
-    size = config['img_resolution']
-    height, width = (size, size) if isinstance(size, int) else size
+    height, width = misc.height_width(config['img_resolution'])
     rows = {'Images': f'{config["img_channels"]} x {height} x {width}',
             'Classes': config.get('label_dim') or 'none (unconditional)',
             'Architecture': config.get('model_type', 'that of its preconditioner'),
@@ -68,7 +69,7 @@ A denoiser D(x; sigma) = E[x_0 | x_0 + sigma n = x], and with it a generator of 
 
 In Python, with x a noisy batch [N,C,H,W] in network units and sigma its noise level:
 
-    from training.checkpoints.load import load_network
+    from training import load_network
     net = load_network('NAME')
     denoised = net(x, sigma)
 

@@ -5,7 +5,6 @@ Block for block (names of ours -> theirs): conv0, affine, conv1 with scale and s
 block that begins a level -> the downsampler that ends the one before; in0, in1 -> the mid block. Labels come as an embedding, whose
 last row, all zero, is "no label". What tells of augmentation is left out: it is zero when sampling."""
 
-import json
 import os
 import re
 
@@ -13,6 +12,7 @@ import safetensors.torch
 import torch
 
 from dnnlib import UserError
+from dnnlib.files import write_json
 
 HEAD, GROUPS = 64, 32  # channels of an attention head; groups of every normalisation there
 RESNET = {'norm0': 'norm1', 'conv0': 'conv1', 'affine': 'time_emb_proj', 'norm1': 'norm2', 'conv1': 'conv2', 'skip': 'conv_shortcut'}
@@ -103,9 +103,7 @@ def write_diffusers(net, folder):
                  'sigma_data': net.sigma_data, 'prediction_type': 'epsilon', 'rho': 7.0}
     for name, content in (('unet/config.json', unet_config(net)), ('scheduler/scheduler_config.json', scheduler)):
         os.makedirs(os.path.dirname(os.path.join(folder, name)))
-        with open(os.path.join(folder, name), 'w', encoding='utf-8') as f:
-            json.dump(content, f, indent=2, allow_nan=False)
-            f.write('\n')
+        write_json(os.path.join(folder, name), content)
     with open(os.path.join(folder, 'unet', 'diffusion_pytorch_model.safetensors'), 'wb') as f:
         f.write(safetensors.torch.save(unet_state(net), metadata={'format': 'pt'}))
     height, width = net.model.sizes[0]

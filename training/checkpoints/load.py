@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Networks, ready to use, from whatever names them: folder, training state, EDM's pickle, Hugging Face name, URL."""
 
-import contextlib
-import json
 import math
 import os
 import pickle
@@ -13,15 +11,15 @@ import safetensors
 import safetensors.torch
 import torch
 
-from dnnlib import UserError
+from dnnlib import UserError, hub, one_line
 from dnnlib.download import is_url, open_url
+from dnnlib.files import read_json
 from torch_utils import checkpoint, distributed, legacy_pickle, misc
 from training.networks import preconditioning
 
 CONFIG, WEIGHTS, OLD_WEIGHTS = 'config.json', 'model.safetensors', 'pytorch_model.bin'
 READS = ("a snapshot folder (config.json + model.safetensors), a training-state .pt, EDM's .pkl, a URL of the latter two, "
          'or a Hugging Face name, owner/name[@revision]')
-HUB_NAME = re.compile(r'(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>\S+))?')
 PRECONDS = {'EDMPrecond': 'edm', 'VPPrecond': 'vp', 'VEPrecond': 've', 'iDDPMPrecond': 'iddpm'}  # as published classes are called
 RECIPE = re.compile(r'ambient_laws_(?P<data>.+?)_sigma_(?P<sigma>\d*\.?\d+)_corruption_(?P<corruption_probability>\d*\.?\d+)'
                     r'_keep_(?P<dataset_keep_percentage>\d*\.?\d+)')
@@ -61,7 +59,7 @@ def _build(config, state, ref):
     except UserError as err:
         raise UserError(f'{ref}: {err.message}') from None
     except (RuntimeError, ArithmeticError, AttributeError, LookupError, AssertionError) as err:  # Python's words for strange numbers
-        raise UserError(f'{ref}: network configuration: {first_line(err)}') from None
+        raise UserError(f'{ref}: network configuration: {one_line(err)}') from None
     load_weights(net, state, ref)
     return net
 
@@ -112,7 +110,7 @@ def load_weights(net, state, ref):
 def read(ref, weights='ema'):
     """(config, state dict) of a reference of any kind; `config` holds the arguments of preconditioning.build_network.
 
-    weights: which of a training state's, as hub.load_network says; other kinds hold one set. Raises UserError."""
+    weights: which of a training state's, as load_network says; other kinds hold one set. Raises UserError."""
     check_choice(weights)
     if is_url(ref):
         return _read_file(distributed.first_on_node(open_url, ref), weights)
@@ -122,9 +120,9 @@ def read(ref, weights='ema'):
         raise UserError(f'{ref}: only a training-state .pt holds other weights; leave --weights at ema')
     if os.path.isdir(ref):
         return _read_folder(ref)
-    if name := HUB_NAME.fullmatch(ref):
-        config, path = distributed.first_on_node(_fetch_hub, ref, name['repo'], name['revision'])
-        return _read_config(config), _read_weights(path)
+    if name := hub.NAME.fullmatch(ref):
+        config, path = distributed.first_on_node(hub.fetch, ref, CONFIG, (WEIGHTS, OLD_WEIGHTS), **name.groupdict())
+        return read_json(config), _read_weights(path)
     raise UserError(f'{ref}: no such file or folder; a network is {READS}')
 
 
@@ -168,19 +166,8 @@ def _read_folder(folder):
     for name in (WEIGHTS, OLD_WEIGHTS):
         path = os.path.join(folder, name)
         if os.path.isfile(path):
-            return _read_config(os.path.join(folder, CONFIG)), _read_weights(path)
+            return read_json(os.path.join(folder, CONFIG)), _read_weights(path)
     raise UserError(f'{folder}: {CONFIG} is there, but neither {WEIGHTS} nor {OLD_WEIGHTS}')
-
-
-def _read_config(path):
-    try:
-        with open(path, encoding='utf-8') as f:
-            config = json.load(f)
-    except (json.JSONDecodeError, UnicodeDecodeError) as err:
-        raise UserError(f'{path}: not a JSON file: {err}') from None
-    if not isinstance(config, dict):
-        raise UserError(f'{path}: expected the arguments of a network as a JSON object, got {type(config).__name__}')
-    return config
 
 
 def _read_weights(path):
@@ -219,53 +206,7 @@ def _read_old_weights(path):
     try:
         state = torch.load(path, map_location='cpu', weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError) as err:
-        raise UserError(f'{path}: cannot be read as plain tensors: {first_line(err)}') from None
+        raise UserError(f'{path}: cannot be read as plain tensors: {one_line(err)}') from None
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise UserError(f'{path}: expected a state dict (name: tensor), got {type(state).__name__}')
     return state
-
-
-def first_line(err):
-    return (str(err).strip().splitlines() or [type(err).__name__])[0][:200]
-
-
-def _fetch_hub(ref, repo, revision):
-    """Paths of config and weights of a Hugging Face repository, by its client's own cache and offline mode."""
-    import huggingface_hub  # slow to import, and needed for names of the Hub alone
-    from huggingface_hub.utils import EntryNotFoundError
-
-    def fetch(name):
-        return huggingface_hub.hf_hub_download(repo, name, revision=revision)
-
-    with hub_errors(ref, revision):
-        config = fetch(CONFIG)
-        try:
-            return config, fetch(WEIGHTS)
-        except EntryNotFoundError:
-            return config, fetch(OLD_WEIGHTS)
-
-
-@contextlib.contextmanager
-def hub_errors(ref, revision, refusal='no such folder here, and the Hugging Face Hub says'):
-    """What the Hub's client raises, as one line that says what to do; of its attempts it tells nothing.
-
-    refusal: how to begin the line about what is none of the known errors."""
-    from huggingface_hub import utils as hub
-    level = hub.logging.get_verbosity()
-    hub.logging.set_verbosity_error()
-    try:
-        yield
-    except hub.RepositoryNotFoundError:
-        raise UserError(f'{ref}: no such folder here, and no such repository on the Hugging Face Hub '
-                                   '(a private one needs a login)') from None
-    except hub.RevisionNotFoundError:
-        raise UserError(f'{ref}: the repository has no revision "{revision}" (a branch, a tag or a commit)') from None
-    except hub.LocalEntryNotFoundError:
-        raise UserError(f'{ref}: no such folder here, not in the Hugging Face cache, and the Hub cannot be reached '
-                                   '(HF_HUB_OFFLINE?)') from None
-    except hub.EntryNotFoundError:
-        raise UserError(f'{ref}: the repository lacks {CONFIG}, or both {WEIGHTS} and {OLD_WEIGHTS}') from None
-    except (OSError, ValueError, *hub.HfHubHTTPError.__bases__) as err:  # the last are errors of whichever HTTP library it uses
-        raise UserError(f'{ref}: {refusal}: {first_line(err)}') from None
-    finally:
-        hub.logging.set_verbosity(level)

@@ -1,16 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """A network as a folder for other people: in this program's layout with what its run tells of it, on the Hub, or in diffusers' layout."""
 
-import json
 import os
 import re
 import shutil
 
-from dnnlib import UserError
-from dnnlib.files import new_folder
+from dnnlib import UserError, hub
+from dnnlib.files import new_folder, read_json
 from training.checkpoints import diffusers
 from training.checkpoints.card import model_card
-from training.checkpoints.load import HUB_NAME, hub_errors, load_network
+from training.checkpoints.load import load_network
 from training.checkpoints.save import write_files
 
 SAMPLES = 'samples.png'
@@ -33,7 +32,7 @@ def fill(folder, net, ref, metrics=(), samples=None):
     found = beside(ref)
     metrics = [*dict.fromkeys(os.path.abspath(path) for path in (*found['metrics'], *metrics))]
     samples = samples or found['samples']
-    card = model_card(net.config, found['options'], found['kimg'], [_read_json(path) for path in metrics],
+    card = model_card(net.config, found['options'], found['kimg'], [read_json(path) for path in metrics],
                       SAMPLES if samples else None)
     write_files(net, folder, card)
     if samples:
@@ -51,7 +50,7 @@ def beside(ref):
     if not number:
         return found
     options = os.path.join(folder, 'options.json')
-    found['options'] = _read_json(options) if os.path.isfile(options) else {}
+    found['options'] = read_json(options) if os.path.isfile(options) else {}
     found['kimg'] = float(number[1])
     found['metrics'] = sorted(os.path.join(folder, name) for name in os.listdir(folder) if name.endswith('.fid.json'))
     samples = os.path.join(folder, f'samples-{number[1]}.png')
@@ -59,26 +58,15 @@ def beside(ref):
     return found
 
 
-def _read_json(path):
-    try:
-        with open(path, encoding='utf-8') as f:
-            value = json.load(f)
-    except ValueError as err:
-        raise UserError(f'{path}: not a JSON file: {err}') from None
-    if not isinstance(value, dict):
-        raise UserError(f'{path}: expected a JSON object, got {type(value).__name__}')
-    return value
-
-
 def push(folder, name, private=False, revision=None):
     """Uploads a folder as the repository owner/name of the Hub, made where there is none; returns the address of the commit."""
     import huggingface_hub  # slow to import, and needed for the Hub alone
 
-    if not HUB_NAME.fullmatch(name) or '@' in name:
+    if not hub.NAME.fullmatch(name) or '@' in name:
         raise UserError(f'{name}: a repository is called owner/name; its branch goes into --revision')
     api = huggingface_hub.HfApi()
     refusal = 'the Hugging Face Hub refuses (does the token of HF_TOKEN or "hf auth login" allow writing?)'
-    with hub_errors(name, revision, refusal):
+    with hub.hub_errors(name, revision, refusal):
         api.create_repo(name, private=private or None, exist_ok=True)
         if revision:
             api.create_branch(name, branch=revision, exist_ok=True)

@@ -7,17 +7,15 @@ by the scale on reading; for 8-bit images they are in network units. `sigma_max`
 image may be trained at (null: any), for images that are like those wanted in their details only."""
 
 import os
-import zipfile
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 
 from dnnlib import UserError
-from dnnlib.archive import Archive, decode_image
+from dnnlib.archive import DAMAGE, Archive, damage, decode_image
 
-SUFFIXES = ('.png', '.jpg', '.jpeg', '.bmp', '.webp', '.npy')
+UNITS_8BIT = {'offset': 127.5, 'scale': 127.5}  # of data that tells none
 
 
 class ImageDataset:
@@ -37,9 +35,7 @@ class ImageDataset:
         self._archive = Archive(path)
         self.path = self._archive.path
         self.name = Path(os.path.abspath(self.path)).stem
-        self._names = [name for name in self._archive.names if name.lower().endswith(SUFFIXES)]
-        if not self._names:
-            raise UserError(f'{self.path}: no images in it (looked for {", ".join(SUFFIXES)})')
+        self._names = self._archive.images()
         self._meta = self._archive.read_json()
         self.image_shape = self._dtype = None
         first = self.decode(0)
@@ -80,10 +76,9 @@ class ImageDataset:
         name = self._names[raw_idx]
         try:
             image = decode_image(name, self._archive.read(name))
-        except (OSError, ValueError, SyntaxError, EOFError, zipfile.BadZipFile, Image.DecompressionBombError) as err:
-            reason = 'not an image' if isinstance(err, UnidentifiedImageError) else str(err) or type(err).__name__
-            raise UserError(f'{self.path}: cannot read {name} ({reason})') from None
-        if image.ndim != 3 or image.dtype not in (np.uint8, np.float32, np.float64):
+        except DAMAGE as err:
+            raise UserError(f'{self.path}: cannot read {name} ({damage(err)})') from None
+        if image.dtype not in (np.uint8, np.float32, np.float64):
             raise UserError(f'{self.path}: {name} is {image.dtype} of shape {list(image.shape)}; expected 8-bit or '
                                        'float32 [C,H,W]: convert it with dataset_tool.py')
         image = image if image.dtype == np.uint8 else image.astype(np.float32)

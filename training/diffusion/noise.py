@@ -7,6 +7,8 @@ import math
 
 import torch
 
+from torch_utils import misc
+
 TINY = 2.0 ** -54  # what stands for a uniform of exactly 0, so that no draw is minus infinity
 
 
@@ -107,7 +109,7 @@ class Cosine(NoiseDistribution):
 
     def __init__(self, min=1e-4, max=1e4, stratified=False):
         super().__init__(stratified)
-        _require(0 <= min < max, f'min={min},max={max} must satisfy 0 <= min < max')
+        misc.require(0 <= min < max, f'min={min},max={max} must satisfy 0 <= min < max')
         self.min, self.max = min, max
         self._below, self._beyond = math.atan(min) / (math.pi / 2), math.atan(1 / max) / (math.pi / 2)  # shares cut off
         self._kept = 1 - self._below - self._beyond
@@ -136,8 +138,8 @@ class LogNormal(NoiseDistribution):
 
     def __init__(self, mean=-1.2, std=1.2, stratified=False):
         super().__init__(stratified)
-        _require(math.isfinite(mean), f'mean={mean} must be finite')
-        _require(0 < std < math.inf, f'std={std} must be positive')
+        misc.require(math.isfinite(mean), f'mean={mean} must be finite')
+        misc.require(0 < std < math.inf, f'std={std} must be positive')
         self.mean, self.std = mean, std
 
     def cdf(self, sigma):
@@ -167,7 +169,7 @@ class LogUniform(NoiseDistribution):
 
     def __init__(self, min=0.02, max=100.0, stratified=False):
         super().__init__(stratified)
-        _require(0 < min < max < math.inf, f'min={min},max={max} must satisfy 0 < min < max')
+        misc.require(0 < min < max < math.inf, f'min={min},max={max} must satisfy 0 < min < max')
         self.min, self.max = min, max
 
     def cdf(self, sigma):
@@ -182,9 +184,9 @@ class VPUniform(NoiseDistribution):
 
     def __init__(self, beta_d=19.9, beta_min=0.1, eps_t=1e-5, stratified=False):
         super().__init__(stratified)
-        _require(0 < beta_d < math.inf, f'beta_d={beta_d} must be positive')
-        _require(0 <= beta_min < math.inf, f'beta_min={beta_min} must not be negative')
-        _require(0 <= eps_t < 1, f'eps_t={eps_t} must be in [0, 1)')
+        misc.require(0 < beta_d < math.inf, f'beta_d={beta_d} must be positive')
+        misc.require(0 <= beta_min < math.inf, f'beta_min={beta_min} must not be negative')
+        misc.require(0 <= eps_t < 1, f'eps_t={eps_t} must be in [0, 1)')
         self.beta_d, self.beta_min, self.eps_t = beta_d, beta_min, eps_t
 
     def cdf(self, sigma):
@@ -243,7 +245,7 @@ def _read_levels(sigmas):
     except ValueError:
         levels = torch.zeros(0)
     fine = len(levels) and bool(((levels > 0) & levels.isfinite()).all())
-    _require(fine, f'sigmas={sigmas} must be positive numbers with | between them, such as 0.1|0.2|0.5')
+    misc.require(fine, f'sigmas={sigmas} must be positive numbers with | between them, such as 0.1|0.2|0.5')
     return levels.sort().values
 
 
@@ -253,17 +255,12 @@ class IDDPMLevels(Levels):
     1 + u_j^2 = product over i = j+1 .. steps of 1 / max(abar(i-1) / abar(i), c1), abar(i) = sin^2(pi i / (2 steps (c2 + 1)))."""
 
     def __init__(self, steps=1000, c1=1e-3, c2=8e-3, stratified=False):
-        _require(steps >= 1, f'steps={steps} must be at least 1')
-        _require(0 < c1 < 1, f'c1={c1} must be in (0, 1)')
-        _require(c2 >= 0, f'c2={c2} must not be negative')
+        misc.require(steps >= 1, f'steps={steps} must be at least 1')
+        misc.require(0 < c1 < 1, f'c1={c1} must be in (0, 1)')
+        misc.require(c2 >= 0, f'c2={c2} must not be negative')
         abar = (torch.arange(steps + 1, dtype=torch.float64) * (math.pi / 2 / steps / (c2 + 1))).sin().square()
         growth = -(abar[:-1] / abar[1:]).clamp(min=c1).log()
         super().__init__(growth.flip(0).cumsum(0).expm1().sqrt().tolist(), stratified)  # u_{steps-1} .. u_0
-
-
-def _require(holds, text):
-    if not holds:
-        raise ValueError(text)
 
 
 NOISE = {'cosine': Cosine, 'iddpm_levels': IDDPMLevels, 'levels': Levels, 'logit_normal': LogitNormal, 'lognormal': LogNormal,

@@ -7,6 +7,7 @@ import math
 
 import torch
 
+from torch_utils import misc
 from training.diffusion.discrete import build_diffusion, kept_steps
 from training.diffusion.noise import IDDPMLevels
 
@@ -51,12 +52,12 @@ class VP:
 
     def __init__(self, sigma_min=VP_MIN, sigma_max=VP_MAX, epsilon_s=EPSILON_S):
         check_range(sigma_min, sigma_max)
-        _require(0 < epsilon_s < 1, f'epsilon_s must be between 0 and 1, got {epsilon_s:g}')
+        misc.require(0 < epsilon_s < 1, f'epsilon_s must be between 0 and 1, got {epsilon_s:g}')
         low, high = math.log1p(sigma_min ** 2), math.log1p(sigma_max ** 2)
         self.beta_d = 2 * (high - low / epsilon_s) / (1 - epsilon_s)
         self.beta_min = high - self.beta_d / 2
-        _require(self.beta_d + self.beta_min > 0, f'no VP schedule rises from sigma_min={sigma_min:g} at t={epsilon_s:g} to '
-                 f'sigma_max={sigma_max:g} at t=1; lower sigma_min or raise sigma_max')
+        misc.require(self.beta_d + self.beta_min > 0, f'no VP schedule rises from sigma_min={sigma_min:g} at t={epsilon_s:g} to '
+                     f'sigma_max={sigma_max:g} at t=1; lower sigma_min or raise sigma_max')
 
     def sigma(self, t):
         return (t * (self.beta_d / 2 * t + self.beta_min)).expm1().sqrt()
@@ -77,7 +78,7 @@ def edm(num_steps, *, sigma_min=0.002, sigma_max=80.0, rho=7.0):
 
     num_steps: T >= 1. Returns float64 [T+1]. Raises ValueError for values that give no falling levels."""
     check_range(sigma_min, sigma_max)
-    _require(0 < rho < math.inf, f'rho must be positive, got {rho:g}')
+    misc.require(0 < rho < math.inf, f'rho must be positive, got {rho:g}')
     first, last = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
     return _ending_in_zero((first + _ramp(num_steps) * (last - first)) ** rho)
 
@@ -112,8 +113,8 @@ def iddpm(num_steps, *, sigma_min=0.002, sigma_max=81.0, C_1=0.001, C_2=0.008, M
     check_range(sigma_min, sigma_max)
     levels = IDDPMLevels(M, C_1, C_2).levels.flip(0)
     levels = levels[(levels >= sigma_min) & (levels <= sigma_max)]
-    _require(num_steps <= len(levels), f'{len(levels)} of the {M} levels of iddpm lie between sigma_min={sigma_min:g} and '
-             f'sigma_max={sigma_max:g}, which is not enough for {num_steps} steps')
+    misc.require(num_steps <= len(levels), f'{len(levels)} of the {M} levels of iddpm lie between sigma_min={sigma_min:g} and '
+                 f'sigma_max={sigma_max:g}, which is not enough for {num_steps} steps')
     places = (len(levels) - 1) / max(num_steps - 1, 1) * _count(num_steps)
     return _ending_in_zero(levels[places.round().long()])
 
@@ -123,11 +124,11 @@ def respaced(num_steps, *, diffusion='cosine:steps=1000', spacing='even', sigma_
 
     diffusion: a piece of discrete.DIFFUSIONS, with | in place of commas. spacing: even, from the
     first to the last (Nichol & Dhariwal 2021), or ddim, by whole strides from the first (Song et al. 2020)."""
-    _require(spacing in ('even', 'ddim'), f'spacing={spacing}: choose from even, ddim')
+    misc.require(spacing in ('even', 'ddim'), f'spacing={spacing}: choose from even, ddim')
     levels = build_diffusion(diffusion.replace('|', ','), 'diffusion').levels
     levels = levels[(levels >= sigma_min) & (levels <= sigma_max)]
-    _require(num_steps >= 1, f'the number of steps must be 1 or more, got {num_steps}')
-    _require(len(levels) > 0, f'no level of {diffusion} lies between sigma_min={sigma_min:g} and sigma_max={sigma_max:g}')
+    misc.require(num_steps >= 1, f'the number of steps must be 1 or more, got {num_steps}')
+    misc.require(len(levels) > 0, f'no level of {diffusion} lies between sigma_min={sigma_min:g} and sigma_max={sigma_max:g}')
     if num_steps == 1:
         return _ending_in_zero(levels[-1:])  # from the top: the published lists of one step keep the lowest
     kept = kept_steps(len(levels), f'{"ddim" if spacing == "ddim" else ""}{num_steps}')
@@ -144,10 +145,10 @@ def explicit(num_steps, *, sigmas=None, sigma_min=0.0, sigma_max=math.inf):
     except (TypeError, ValueError):
         levels = torch.zeros(0, dtype=torch.float64)
     falling = len(levels) > 0 and bool((levels[1:] < levels[:-1]).all()) and 0 < levels[-1] <= levels[0] < math.inf
-    _require(falling, f'sigmas={sigmas} must be positive, falling numbers with | between them, such as 80|10|1|0.1')
-    _require(sigma_min <= levels[-1] and levels[0] <= sigma_max,
-             f'sigmas={sigmas} must lie between sigma_min={sigma_min:g} and sigma_max={sigma_max:g}')
-    _require(num_steps in (None, len(levels)), f'sigmas={sigmas} are {len(levels)} steps, but {num_steps} are asked for')
+    misc.require(falling, f'sigmas={sigmas} must be positive, falling numbers with | between them, such as 80|10|1|0.1')
+    misc.require(sigma_min <= levels[-1] and levels[0] <= sigma_max,
+                 f'sigmas={sigmas} must lie between sigma_min={sigma_min:g} and sigma_max={sigma_max:g}')
+    misc.require(num_steps in (None, len(levels)), f'sigmas={sigmas} are {len(levels)} steps, but {num_steps} are asked for')
     return _ending_in_zero(levels)
 
 
@@ -156,19 +157,19 @@ def truncate(sigmas, stop_sigma):
 
     The published --stop_variance is stop_sigma^2. Where no level is below stop_sigma (0 itself aside), the result is `sigmas`.
     Raises ValueError where every level is below."""
-    _require(0 <= stop_sigma <= sigmas[0], f'stop_sigma={stop_sigma:g} must be between 0 and the highest level, {sigmas[0]:g}')
+    misc.require(0 <= stop_sigma <= sigmas[0], f'stop_sigma={stop_sigma:g} must be between 0 and the highest level, {sigmas[0]:g}')
     kept = sigmas[sigmas >= stop_sigma]
     return sigmas if len(kept) == len(sigmas) else _ending_in_zero(kept)
 
 
 def check_range(sigma_min, sigma_max):
     """Raises ValueError where the levels cannot fall from sigma_max to sigma_min."""
-    _require(0 < sigma_min < sigma_max < math.inf, f'0 < sigma_min < sigma_max is needed, got sigma_min={sigma_min:g}, '
-             f'sigma_max={sigma_max:g}')
+    misc.require(0 < sigma_min < sigma_max < math.inf, f'0 < sigma_min < sigma_max is needed, got sigma_min={sigma_min:g}, '
+                 f'sigma_max={sigma_max:g}')
 
 
 def _count(num_steps):
-    _require(num_steps >= 1, f'the number of steps must be 1 or more, got {num_steps}')
+    misc.require(num_steps >= 1, f'the number of steps must be 1 or more, got {num_steps}')
     return torch.arange(num_steps, dtype=torch.float64)
 
 
@@ -179,11 +180,6 @@ def _ramp(num_steps):
 
 def _ending_in_zero(levels):
     return torch.cat([levels, levels.new_zeros(1)])
-
-
-def _require(holds, text):
-    if not holds:
-        raise ValueError(text)
 
 
 SCHEDULES = {'cosine': cosine, 'edm': edm, 'explicit': explicit, 'iddpm': iddpm, 'log_linear': log_linear,

@@ -5,8 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-import dnnlib
-from dnnlib import UserError
+from dnnlib.figures import figure
 from training.diffusion.discrete import bound_terms, prior_bits
 from training.likelihood.flow import chunks
 
@@ -59,21 +58,11 @@ def write_picture(path, levels, terms):
     """A PNG of the terms over the noise level: bits per dimension of each step, and the two mean squared errors.
 
     levels: [T]. terms: {"vb", "x0_mse", "eps_mse"}: [T]. Needs matplotlib."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError('--plot needs the package matplotlib: pip install matplotlib') from None
-    matplotlib.use('agg')
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 3, figsize=(13, 3.6), layout='constrained')
     titles = {'vb': f'Bits per dimension of each step ({sum(terms["vb"]):.3f} in all)', 'x0_mse': 'Squared error of x_0',
               'eps_mse': 'Squared error of epsilon'}
-    for axis, (name, title) in zip(axes, titles.items()):
-        axis.plot(levels, terms[name], linewidth=1.2, marker='.' if len(levels) < 60 else None)
-        axis.set(title=title, xlabel='sigma', xscale='log', yscale='log')
-        axis.title.set_fontsize(10)
-        axis.grid(alpha=0.3)
-    with dnnlib.replacing(path) as part, open(part, 'wb') as f:
-        figure.savefig(f, format='png', dpi=110)
-    pyplot.close(figure)
+    with figure(path, '--plot', 1, 3, (13, 3.6)) as (_, axes):
+        for axis, (name, title) in zip(axes.flat, titles.items()):
+            axis.plot(levels, terms[name], linewidth=1.2, marker='.' if len(levels) < 60 else None)
+            axis.set(title=title, xlabel='sigma', xscale='log', yscale='log')
+            axis.title.set_fontsize(10)
+            axis.grid(alpha=0.3)

@@ -25,14 +25,12 @@ from training.objective.weighting import WEIGHTS
 from training.run import validation
 from training.run.optimizer import OPTIMIZERS
 
-PRECISIONS = {'fp32': torch.float32, 'tf32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
-
 
 def build_net(config, device='cpu', *, seed=0, precision='fp32'):
     """The network of a NetworkConfig in training mode, with the weights that the seed gives it."""
     with misc.seeded(seed, 'init'):
         net = build_network(config.arguments)
-    net.compute_dtype = PRECISIONS[precision]
+    net.compute_dtype = misc.PRECISIONS[precision]
     if config.cep:
         if net.model.label_embedding is None:
             raise UserError(f'--cep={config.cep} perturbs the embedding of a class label, and {type(net.model).__name__} has none')

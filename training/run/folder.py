@@ -7,7 +7,7 @@ import os
 import re
 
 from dnnlib import UserError
-from dnnlib.files import replacing
+from dnnlib.files import write_json
 from torch_utils import checkpoint, distributed
 from training.run.config import from_json, to_json
 
@@ -33,9 +33,7 @@ class RunFolder:
 
     def write_options(self, config):
         """options.json: the Config."""
-        with replacing(self.file('options.json')) as part, open(part, 'w', encoding='utf-8') as f:
-            json.dump(to_json(config), f, indent=2, allow_nan=False)
-            f.write('\n')
+        write_json(self.file('options.json'), to_json(config))
 
     def log(self, fields):
         """Appends one line to stats.jsonl, on the disk before this returns."""

@@ -9,13 +9,21 @@ import dnnlib
 from dnnlib import UserError
 from metrics.detectors import DETECTORS
 from metrics.evaluate import Settings, check_reference, evaluate_batches, needs_features
-from metrics.image_files import choose_count, ranges
+from metrics.generated import choose_count
 from metrics.manifold import DC_K, PR_K
 from metrics.statistics import load_statistics
 from torch_utils import distributed, misc, registry
+from torch_utils.command_line import ranges
 from training.sampling import options as sampling
-from training.sampling.generate import generate_images, noise_levels, resolution
+from training.sampling.generate import check_finite, generate_images, noise_levels, resolution
 from training.sampling.pixels import is_picture, to_uint8
+
+
+def uint8_batches(net, seeds, batch, who, **pieces):
+    """Yields this rank's images of the seeds, uint8 [n,C,H,W]. pieces: as for generate_images; who: what errors call the network."""
+    for part in generate_images(net, seeds, batch=batch, rank=distributed.rank(), world=distributed.size(), **pieces):
+        check_finite(part, who)
+        yield to_uint8(part.images)
 
 
 class NetworkImages:
@@ -40,14 +48,7 @@ class NetworkImages:
     def repeats(self):
         """Yields the batches of each repeat."""
         for seeds in self._seeds:
-            yield self._batches(seeds)
-
-    def _batches(self, seeds):
-        for part in generate_images(self._net, seeds, batch=self._o.batch_size, rank=distributed.rank(),
-                                               world=distributed.size(), **self._pieces):
-            if not part.images.isfinite().all():
-                raise UserError(f'--network={self._o.network}: seeds {ranges(part.seeds)} give images that are not finite')
-            yield to_uint8(part.images)
+            yield uint8_batches(self._net, seeds, self._o.batch_size, f'--network={self._o.network}', **self._pieces)
 
     def check_unchanged(self):
         """A network in memory stays as it is."""
@@ -105,19 +106,13 @@ class PeriodicMetrics:
 
         pieces: schedule, stepper and num_steps of generate_images; EDM's sampler in 18 steps, where they are not given."""
         try:
-            values = evaluate_batches(self._batches(net, pieces), self.detector, self.reference, self.names, self.settings, self.num)
+            batches = uint8_batches(net, range(self.num), BATCH, 'the weight average', **pieces)
+            values = evaluate_batches(batches, self.detector, self.reference, self.names, self.settings, self.num)
         except UserError as err:  # of images that are not finite, say: training may recover from them
             distributed.print0(f'Warning: no metrics this time: {err.message}')
             return {}
         return {f'Metrics/{NAMES.get(name, name)}{short(self.num)}': misc.as_float(value)
                 for name, value in values.items()}
-
-    def _batches(self, net, pieces):
-        """This rank's images, uint8 [n,C,H,W]."""
-        for part in generate_images(net, range(self.num), batch=BATCH, rank=distributed.rank(), world=distributed.size(), **pieces):
-            if not part.images.isfinite().all():
-                raise UserError('the weight average makes images that are not finite')
-            yield to_uint8(part.images)
 
 
 @contextlib.contextmanager

@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 import torch
 
-from torch_utils import registry
+from dnnlib import UserError
+from torch_utils import misc, registry
 from training.diffusion import schedules
 from training.sampling import steppers
 from training.sampling.guidance import Guidance, Guided, check
@@ -161,10 +162,17 @@ def with_time(net, schedule, stepper, sigmas):
     return functools.partial(stepper, schedule=registry.build(name, schedules.TIMES, '--schedule', **ends))
 
 
+def check_finite(part, who=''):
+    """Refuses Samples that are no numbers, which would become black pictures. who: what errors call the network."""
+    bad = (~part.images.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
+    if bad:
+        raise UserError(f'{who and f"{who}: "}the image of seed {part.seeds[bad[0]]} is not finite ({len(bad)} of {len(part.seeds)} in '
+                        'its batch are not); the weights are broken, or too large for --precision=fp16')
+
+
 def resolution(net):
     """[H, W] of a network's images."""
-    size = net.img_resolution
-    return [size, size] if isinstance(size, int) else list(size)
+    return misc.height_width(net.img_resolution)
 
 
 def network_device(net):

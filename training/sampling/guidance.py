@@ -4,6 +4,8 @@
 import math
 from typing import NamedTuple
 
+from torch_utils import misc
+
 LEVELS = 1000  # indices t of IDDPM's cosine schedule, in which an interval may be given
 OFFSET = 0.008  # s of that schedule
 
@@ -72,8 +74,7 @@ def check(net, guidance):
 
 
 def _shape(net):
-    size = net.img_resolution
-    return [net.img_channels, *([size, size] if isinstance(size, int) else size)]
+    return [net.img_channels, *misc.height_width(net.img_resolution)]
 
 
 def interval(text):

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from dnnlib import one_line
 from training.data.dataset import ImageDataset
 
 DATASET = 'dataset:'
@@ -85,7 +86,7 @@ def of_file(path, label_dim):
     try:
         values = np.load(path, allow_pickle=False) if suffix == '.npy' else np.array(readers[suffix](Path(path).read_text('utf-8')))
     except (ValueError, EOFError) as err:
-        raise ValueError(f'it cannot be read as a table of numbers: {str(err).splitlines()[0]}') from None
+        raise ValueError(f'it cannot be read as a table of numbers: {one_line(err)}') from None
     return _table(values, label_dim)
 
 

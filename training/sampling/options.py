@@ -9,10 +9,9 @@ import json
 import math
 
 import click
-import torch
 
 from dnnlib import UserError
-from torch_utils import distributed, registry
+from torch_utils import distributed, misc, registry
 from torch_utils.command_line import Spec, options_of
 from training.checkpoints.load import load_network, show_recipe
 from training.diffusion import schedules
@@ -21,7 +20,6 @@ from training.sampling.generate import noise_levels, with_time
 
 SAMPLER, STEPS = 'heun', 18  # where neither the user nor the network says otherwise
 CONFIG = 'network configuration: sampling'  # the key of config.json, in errors
-PRECISIONS = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
 POSITIVE, COUNT = click.FloatRange(min=0), click.IntRange(min=1)
 
 OPTIONS = options_of(
@@ -61,7 +59,7 @@ OPTIONS = options_of(
     click.option('--stop-sigma', metavar='FLOAT', type=POSITIVE,
                  help='End with the mean E[x_0 | x] at the last level that is not below this, for models of noisy images  [default: 0]'),
     click.option('--stop-variance', metavar='FLOAT', type=POSITIVE, help='The same, as the square of the level'),
-    click.option('--precision', type=click.Choice(list(PRECISIONS)),
+    click.option('--precision', type=click.Choice(list(misc.DTYPES)),
                  help='Inside the network; the sampler is float64  [default: as the network was saved]'),
     click.option('--compile', metavar='[BOOL]', type=bool, is_flag=False, flag_value=True, default=False, show_default=True,
                  help='Compile the U-Net (torch.compile): a minute or so at the start, faster after; changes pixels a little'),
@@ -90,7 +88,7 @@ def open_network(ref, weights, device, precision, compile):
     net = load_network(ref, device=device, weights=weights)
     show_recipe(ref)
     if precision:
-        net.compute_dtype = PRECISIONS[precision]
+        net.compute_dtype = misc.DTYPES[precision]
     if compile:
         # The U-Net alone: what is around it is in float32 and costs little, and some samplers ask for more than D.
         net.model.compile(dynamic=False)

@@ -6,6 +6,8 @@ import math
 import numpy as np
 import torch
 
+from training.data.dataset import UNITS_8BIT
+
 GRID_CELL = 64  # images smaller than this are enlarged in grids by a whole factor, so that single pixels can be seen
 GRID_GAP = 2  # pixels between the images of a grid
 GRID_BACKGROUND = 255
@@ -60,8 +62,8 @@ def to_network(image, units):
 
     image: an array [C,H,W]; uint8 for pictures."""
     image = torch.as_tensor(image, dtype=torch.float64)
-    scale, offset = (torch.as_tensor(value, dtype=torch.float64).reshape(-1, 1, 1) for value in
-                     ((127.5, 127.5) if units is None else (units['scale'], units['offset'])))
+    units = units or UNITS_8BIT
+    scale, offset = (torch.as_tensor(units[key], dtype=torch.float64).reshape(-1, 1, 1) for key in ('scale', 'offset'))
     return (image - offset) / scale
 
 

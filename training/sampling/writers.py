@@ -6,12 +6,12 @@ import concurrent.futures
 import io
 import os
 import re
-import zipfile
 from typing import NamedTuple
 
 import numpy as np
 import PIL.Image
 
+from dnnlib.archive import DAMAGE, decode_image
 from dnnlib.files import replacing
 from training.sampling.pixels import grid
 
@@ -37,20 +37,14 @@ def write_npz(path, image, **facts):
 
 
 def read_image(path):
-    """The image in a file of write_png, write_npy or write_npz: [C,H,W]. Raises OSError or ValueError for what is no whole one."""
-    if path.endswith('.png'):
-        with open(path, 'rb') as f:
-            data = f.read()
-        if not data.endswith(PNG_END):  # Pillow does not mind
-            raise ValueError(f'{path}: no whole PNG')
-        array = np.array(PIL.Image.open(io.BytesIO(data)))
-        return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
-    try:
-        with open(path, 'rb') as f:
-            found = np.load(f, allow_pickle=False)
-            return found['image'] if path.endswith('.npz') else found
-    except (EOFError, KeyError, zipfile.BadZipFile) as err:
-        raise ValueError(f'{path}: {err}') from None
+    """The image in a file of write_png, write_npy or write_npz: [C,H,W]. Raises errors of DAMAGE for what is no whole one."""
+    with open(path, 'rb') as f:
+        data = f.read()
+    if path.endswith('.npz'):
+        return np.load(io.BytesIO(data), allow_pickle=False)['image']
+    if path.endswith('.png') and not data.endswith(PNG_END):  # Pillow does not mind
+        raise ValueError(f'{path}: no whole PNG')
+    return decode_image(path, data)
 
 
 class Files(NamedTuple):
@@ -85,7 +79,7 @@ class Files(NamedTuple):
     def _is_whole(self, seed, shape):
         try:
             return list(read_image(self.path(seed)).shape) == list(shape)
-        except (OSError, ValueError, SyntaxError):
+        except DAMAGE:
             return False
 
     def remove_leftovers(self, seeds):

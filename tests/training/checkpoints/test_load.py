@@ -96,8 +96,8 @@ def test_a_failed_save_leaves_what_was_there(tmp_path, monkeypatch):
 
 
 def test_model_card():
-    options = {'network': CONFIG, 'corruption': {'sigma': 0.2}, 'data': {'path': '/home/me/secret.zip'}}
-    card = model_card(options, kimg=12.5)
+    options = {'corruption': {'sigma': 0.2}, 'data': {'path': '/home/me/secret.zip'}}
+    card = model_card(CONFIG, options, kimg=12.5)
     assert card.startswith('---\n') and '2 x 8 x 16' in card and '12.5 thousand' in card and '"sigma": 0.2' in card
     assert 'secret' not in card  # a card is public
     assert 'load_network' in card

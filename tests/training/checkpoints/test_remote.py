@@ -79,7 +79,7 @@ def test_no_network_is_one_line(generate, tmp_path):
 
 
 def test_older_files_and_revisions(server, tmp_path):
-    script = ("import sys, torch; from training import hub\n"
+    script = ("import sys, torch; from training import load_network\n"
               "a, b = (load_network(ref).state_dict() for ref in ('owner/old', 'owner/old@v1'))\n"
               "assert all(torch.equal(a[key], b[key]) for key in b)")
     env = {**os.environ, 'HF_ENDPOINT': server.url, 'HF_HOME': str(tmp_path), 'PYTHONPATH': str(tiny.ROOT)}
@@ -157,7 +157,7 @@ def test_urls_that_fail_are_one_line(files, tmp_path):
 
 
 def test_two_downloads_at_once_are_one(files):
-    script = f"from dnnlib import util; open_url('{files.url}/network.pkl')"
+    script = f"from dnnlib import open_url; open_url('{files.url}/network.pkl')"
     started = [subprocess.Popen([sys.executable, '-c', script], env={**os.environ, 'PYTHONPATH': str(tiny.ROOT)}) for _ in range(3)]
     assert [process.wait(timeout=100) for process in started] == [0, 0, 0]
     assert files.log == ['from 0']

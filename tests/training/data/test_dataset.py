@@ -251,8 +251,9 @@ def test_cache_folder_that_is_not_there(tmp_path):
 RANKS = '''
 import sys, hashlib, os
 from torch_utils import distributed
-from training.corruption import Corruption
-from training.dataset import ImageDataset, ImageStore
+from training.data.corruption import Corruption
+from training.data.dataset import ImageDataset
+from training.data.store import ImageStore
 distributed.init()
 path, folder, gib = sys.argv[1:]
 data, c = ImageDataset(path, xflip=True), Corruption(0.2, 0.5)

@@ -131,7 +131,7 @@ def test_closed_form(inputs):
 
 def test_images_that_are_not_finite_end_no_run(inputs, capsys):
     assert make(inputs)(Constant(float('nan')).eval()) == {}
-    assert 'Warning: no metrics this time: the weight average makes images that are not finite' in capsys.readouterr().out
+    assert 'Warning: no metrics this time: the weight average: the image of seed 0 is not finite' in capsys.readouterr().out
 
 
 def test_the_name_says_how_many():

@@ -5,24 +5,19 @@ A source has `names` (one an image), `labels`, `sigmas`, `sigma_max` (one an ima
 kind(i) -> Kind, cheaply, and read(i) -> array [C,H,W] of kind(i)'s shape and type."""
 
 import gzip
-import io
 import math
 import os
 import pickle
 import re
 import tarfile
-import zipfile
-import zlib
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
+import PIL.ImageMode
 
 from dnnlib import UserError
-from dnnlib.archive import Archive
+from dnnlib.archive import CONVERTED, DAMAGE, IMAGES, RARER_IMAGES, Archive, damage, decode_image, open_picture
 
-SUFFIXES = ('.png', '.jpg', '.jpeg', '.bmp', '.webp', '.tif', '.tiff', '.pgm', '.ppm', '.npy')
-BAD_FILE = (OSError, ValueError, SyntaxError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, Image.DecompressionBombError)
 LAYOUTS = {'nhw': (0, 1, 2), 'nhwc': (0, 3, 1, 2), 'nchw': (0, 1, 2, 3)}  # axes in the order N, (C,) H, W
 
 
@@ -52,25 +47,18 @@ def open_source(path, layout=None):
         if re.search(pattern, name):
             try:
                 return opener(path, layout)
-            except (*BAD_FILE, tarfile.TarError, pickle.UnpicklingError) as err:
-                raise UserError(f'--source={path}: {unreadable(err)}') from None
+            except (*DAMAGE, tarfile.TarError, pickle.UnpicklingError) as err:
+                raise UserError(f'--source={path}: cannot be read ({damage(err)})') from None
     raise UserError(f'--source={path}: not a folder, .zip, cifar-10-python.tar.gz, ...idx3-ubyte(.gz), .npy, .npz or '
                                '"digits"')
-
-
-def unreadable(err):
-    """What an error says about a file, in one line."""
-    return f'cannot be read ({" ".join(str(err).split()) or type(err).__name__})'
 
 
 class FileSource:
     """Image files of a folder or zip. A dataset.json gives labels, levels and units; else the top folders are the classes."""
 
     def __init__(self, path):
-        self._archive = Archive(path)
-        self.names = [name for name in self._archive.names if name.lower().endswith(SUFFIXES)]
-        if not self.names:
-            raise UserError(f'--source={path}: no images in it (looked for {", ".join(SUFFIXES)})')
+        self._archive = Archive(path, f'--source={path}')
+        self.names = self._archive.images((*IMAGES, *RARER_IMAGES))
         meta = self._archive.read_json()
         self.units = meta.get('units')
         self.labels, self.sigmas, self.sigma_max = (match(meta[key], self.names, f'"{key}" in {path}') if meta.get(key) else None
@@ -84,29 +72,14 @@ class FileSource:
         if name.lower().endswith('.npy'):
             array = self.read(index)
             return Kind(*array.shape, array.dtype == np.uint8, str(array.dtype))
-        image = self._open(name)
-        bands = {'P': 3, 'CMYK': 3, 'I;16': 1, 'I;16B': 1, 'I;16L': 1}.get(image.mode) or len(image.getbands())
-        return Kind(bands, image.height, image.width, not image.mode.startswith(('I', 'F')), image.mode)
+        image = open_picture(self._archive.read(name))
+        bands = PIL.ImageMode.getmode(CONVERTED.get(image.mode, image.mode)).bands
+        return Kind(len(bands), image.height, image.width, not image.mode.startswith(('I', 'F')), image.mode)
 
     def read(self, index):
-        """The image, [C,H,W]: 8-bit as uint8, deeper ones as their file has them; palettes and CMYK become RGB, bits grey."""
+        """The image, [C,H,W], as decode_image gives it."""
         name = self.names[index]
-        if name.lower().endswith('.npy'):
-            array = np.load(io.BytesIO(self._archive.read(name)), allow_pickle=False)
-            if array.ndim not in (2, 3):
-                raise ValueError(f'an array of shape {list(array.shape)} is no image [C,H,W] or [H,W]')
-            return array[None] if array.ndim == 2 else array
-        image = self._open(name)
-        converted = {'P': 'RGB', 'CMYK': 'RGB', '1': 'L'}.get(image.mode)
-        array = np.asarray(image.convert(converted) if converted else image)
-        return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
-
-    def _open(self, name):
-        data = self._archive.read(name)
-        image = Image.open(io.BytesIO(data))
-        if data[:4] == b'\x89PNG' and data[24] == 16 and not image.mode.startswith('I'):
-            raise ValueError('16 bits in several channels, of which Pillow reads 8; save it as .npy')
-        return image
+        return decode_image(name, self._archive.read(name))
 
 
 class ArraySource:

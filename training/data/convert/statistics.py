@@ -8,7 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from tqdm import tqdm
 
-from training.data.dataset import ImageDataset
+from training.data.dataset import UNITS_8BIT, ImageDataset
+from training.diffusion.ambient import snr_db
 
 
 def describe(path, sigma=None):
@@ -17,7 +18,7 @@ def describe(path, sigma=None):
     if dataset.has_labels:
         dataset = ImageDataset(path, use_labels=True)
     low, high, mean, std = moments(dataset)
-    units = dataset.units or {'offset': 127.5, 'scale': 127.5}
+    units = dataset.units or UNITS_8BIT
     shape = ' x '.join(str(side) for side in dataset.image_shape)
     yield f'images      {len(dataset)}'
     yield f'shape       {shape} (channels x height x width)'
@@ -39,12 +40,7 @@ def describe(path, sigma=None):
     yield from _label_lines(dataset)
     if sigma is not None:
         yield (f'SNR at sigma {sigma:g}:  {snr_db(sigma):.2f} dB as 10 log10(1 + 1/sigma^2),  '
-               f'{10 * math.log10(max(std, 1e-12) ** 2 / sigma ** 2):.2f} dB as 10 log10(sigma_data^2 / sigma^2)')
-
-
-def snr_db(sigma):
-    """10 log10(1 + 1/sigma^2), the papers' figure for noisy images of unit power: 14.15 dB at 0.2."""
-    return 10 * math.log10(1 + 1 / sigma ** 2)
+               f'{snr_db(sigma, max(std, 1e-12)):.2f} dB as 10 log10(sigma_data^2 / sigma^2)')
 
 
 def moments(dataset):
@@ -58,7 +54,7 @@ def moments(dataset):
         found = pool.map(of_image, dataset.raw_idx)
         rows = np.array(list(tqdm(found, total=len(dataset), desc='Reading', unit='img', disable=None)), np.float64)
     means, variances = rows[:, 2], rows[:, 3]
-    units = dataset.units or {'offset': 127.5, 'scale': 127.5}
+    units = dataset.units or UNITS_8BIT
     # All images have one size, so the total variance is the mean one within images plus that of their means.
     std = math.sqrt(variances.mean() + means.var()) / units['scale']
     return float(rows[:, 0].min()), float(rows[:, 1].max()), float(_network(means.mean(), units)), std

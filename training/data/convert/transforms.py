@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from training.data.convert import sources
+from dnnlib.archive import DAMAGE, damage
 from training.data.convert.writers import encode_npy, encode_png
 
 LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R 601, as Pillow's conversion to grey
@@ -49,8 +49,8 @@ class Job(NamedTuple):
                 if not np.isfinite(image).all():
                     return Member(problem=f'{source.kind(index)}, with values that are not finite')
             image = self._resized(to_channels(image, self.channels))
-        except sources.BAD_FILE as err:
-            return Member(problem=sources.unreadable(err))
+        except DAMAGE as err:
+            return Member(problem=f'cannot be read ({damage(err)})')
         if image is None:
             return Member()
         if self.as_png:

@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Members of an archive as bytes, and a zip or folder that appears only when it is whole."""
 
+import contextlib
 import io
 import json
 import os
-import shutil
 import struct
-import tempfile
 import zipfile
 import zlib
 
 import numpy as np
 
 from dnnlib import UserError
+from dnnlib.files import new_folder, replacing
 
 PNG_COLOURS = {1: 0, 2: 4, 3: 2, 4: 6}  # channels -> colour type: grey, grey + alpha, RGB, RGB + alpha
 
@@ -38,7 +38,7 @@ def encode_npy(image):
 
 
 class ArchiveWriter:
-    """A stored zip, or a folder, under a temporary name beside `dest` that takes its name when the context ends well."""
+    """A stored zip, or a folder, which is there when the context ends well."""
 
     def __init__(self, dest):
         self.dest = dest = os.path.abspath(dest)
@@ -52,11 +52,13 @@ class ArchiveWriter:
             raise UserError(f'--dest={dest}: is a folder; name a file')
 
     def __enter__(self):
-        folder, name = os.path.split(self.dest)
-        os.makedirs(folder, exist_ok=True)
-        self._part = tempfile.mkdtemp(prefix=f'.{name}-', dir=folder)
+        os.makedirs(os.path.dirname(self.dest), exist_ok=True)
+        self._open = contextlib.ExitStack()
         if self._as_zip:
-            self._zip = zipfile.ZipFile(os.path.join(self._part, 'whole.zip'), 'w', zipfile.ZIP_STORED)
+            part = self._open.enter_context(replacing(self.dest))
+            self._zip = self._open.enter_context(zipfile.ZipFile(part, 'w', zipfile.ZIP_STORED))
+        else:
+            self._folder = self._open.enter_context(new_folder(self.dest, over='empty'))
         return self
 
     def write(self, name, data):
@@ -65,7 +67,7 @@ class ArchiveWriter:
             # One date for all: the same images give the same file, byte by byte.
             self._zip.writestr(zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0)), data)
             return
-        path = os.path.join(self._part, name)
+        path = os.path.join(self._folder, name)
         os.makedirs(os.path.dirname(path), exist_ok=True)
         with open(path, 'wb') as file:
             file.write(data)
@@ -74,26 +76,5 @@ class ArchiveWriter:
         """Adds a member of JSON."""
         self.write(name, json.dumps(value).encode())
 
-    def __exit__(self, kind, *rest):
-        try:
-            if self._as_zip:
-                self._zip.close()
-            if kind is None:
-                self._publish()
-        finally:
-            shutil.rmtree(self._part, ignore_errors=True)
-
-    def _publish(self):
-        if self._as_zip:
-            os.replace(os.path.join(self._part, 'whole.zip'), self.dest)
-            return
-        os.chmod(self._part, 0o777 & ~_umask())  # temporary folders are private
-        if os.path.isdir(self.dest):
-            os.rmdir(self.dest)
-        os.rename(self._part, self.dest)
-
-
-def _umask():
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+    def __exit__(self, *error):
+        return self._open.__exit__(*error)
