@@ -89,6 +89,23 @@ def test_pixels_of_the_published_architectures_do_not_depend_on_the_batch(case, 
     assert torch.equal(images[1], images[3]) and torch.equal(images[1], images[64])
 
 
+@pytest.fixture
+def three_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_a_row_keeps_its_bits_in_any_place_though_threads_share_it(three_threads):
+    """Three threads cut eight rows of 28x28 pixels in the middle, where PyTorch's SiLU leaves its whole vectors."""
+    denoise, x = generation.ConditionedDenoiser(tiny(size=28)), generation.SeededDraws(range(8)).randn([1, 28, 28])
+    with torch.no_grad():
+        expected = denoise(x, torch.tensor(1.0))
+        for shift in range(1, 8):
+            assert torch.equal(denoise(x.roll(shift, 0), torch.tensor(1.0)), expected.roll(shift, 0)), shift
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
 def test_pixels_on_a_gpu_are_at_most_a_grey_level_apart():

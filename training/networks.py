@@ -82,6 +82,15 @@ class GroupNorm(nn.Module):
         return F.group_norm(x.float(), self.num_groups, self.weight.float(), self.bias.float(), self.eps).to(x.dtype)
 
 
+def silu(x, training):
+    """SiLU of [N,...]; outside training, several CPU threads work on a row at a time, so that its bits do not depend on its place.
+
+    They cut a tensor into equal parts, and what is left of a part beyond whole vectors is computed by another exp."""
+    if training or not x.is_cpu or torch.compiler.is_compiling() or torch.get_num_threads() == 1:
+        return F.silu(x)
+    return torch.stack([F.silu(row) for row in x])
+
+
 class UNetBlock(nn.Module):
     """Residual block, optionally resampling, with optional self-attention after it.
 
@@ -117,13 +126,13 @@ class UNetBlock(nn.Module):
             self.proj = Conv2d(out_channels, out_channels, 1, **init_zero)
 
     def forward(self, x, emb):
-        h = self.conv0(F.silu(self.norm0(x)))
+        h = self.conv0(silu(self.norm0(x), self.training))
         params = self.affine(emb)[:, :, None, None].to(h.dtype)  # [N or 1, C or 2C, 1, 1]
         if self.adaptive_scale:
             scale, shift = params.chunk(2, dim=1)
-            h = F.silu(torch.addcmul(shift, self.norm1(h), 1 + scale))
+            h = silu(torch.addcmul(shift, self.norm1(h), 1 + scale), self.training)
         else:
-            h = F.silu(self.norm1(h + params))
+            h = silu(self.norm1(h + params), self.training)
         h = self.conv1(F.dropout(h, self.dropout, self.training))
         x = (h + (x if self.skip is None else self.skip(x))) * self.skip_scale
         return (x + self._attend(x)) * self.skip_scale if self.num_heads else x
@@ -311,7 +320,7 @@ class SongUNet(UNet):
     def _side_output(self, level, x, side):
         if level and self.decoder_type != 'skip':
             return side
-        image = self.dec[self._name(level, 'aux_conv')](F.silu(self.dec[self._name(level, 'aux_norm')](x)))
+        image = self.dec[self._name(level, 'aux_conv')](silu(self.dec[self._name(level, 'aux_norm')](x), self.training))
         return image if side is None else image + self.dec[self._name(level, 'aux_up')](side)
 
 
@@ -350,7 +359,7 @@ class DhariwalUNet(UNet):
             emb = emb + self.map_label(class_labels)
         emb = F.silu(emb)
         x, _ = self._decode(self._encode(x, emb), emb)
-        return self.out_conv(F.silu(self.out_norm(x)))
+        return self.out_conv(silu(self.out_norm(x), self.training))
 
 
 def check_choice(name, value, choices):
