@@ -239,10 +239,10 @@ def test_a_row_does_not_depend_on_how_many_there_are():
 
     def run(rows):
         field = lambda t, state, under_way: -rates[rows[under_way], None] * state
-        return integrate(field, torch.ones(len(rows), 2, dtype=torch.float64), 0.0, 2.0, rtol=1e-4, atol=1e-4, first_step=0.01)
+        return integrate(field, torch.ones(len(rows), 2, dtype=torch.float64), 0.0, 2.0, rtol=1e-8, atol=1e-8, first_step=1.0)
 
     together = run(torch.arange(43))
-    for row in range(43):
+    for row in range(0, 43, 2):
         for alone, values in zip(run(torch.tensor([row])), together):
             assert torch.equal(alone[0], values[row]), row
 
