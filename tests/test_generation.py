@@ -32,7 +32,9 @@ def test_draws_are_the_published_ones(name, shape, classes):
     expected = load_file(DATA / 'samplers' / 'stacked_rng.safetensors')
     draws = generation.SeededDraws([0, 1, 2, 3])
     latents = draws.randn(shape)
-    assert torch.equal(latents, expected[f'{name}.latents'])
+    # PyTorch has other approximations of log, sin and cos for float32 normals on CPUs with AVX2, where the published ones were drawn.
+    exact = shape == [1, 2, 2] or torch.backends.cpu.get_cpu_capability() != 'DEFAULT'
+    torch.testing.assert_close(latents, expected[f'{name}.latents'], rtol=0, atol=0 if exact else 4e-6)
     assert torch.equal(draws.randint(classes), expected[f'{name}.labels'])
     assert torch.equal(draws.randn_like(latents.double()), expected[f'{name}.randn_like_f64_after'])
     assert torch.equal(draws.randn_like(latents.double()), expected[f'{name}.randn_like_f64_second'])
