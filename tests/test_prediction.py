@@ -146,7 +146,7 @@ def test_snapshot_carries_the_prediction(tmp_path):
 
 
 def test_option(tmp_path):
-    for flags, expected in (([], 'edm'), (['--prediction=v'], 'v'), (['--prediction=eps'], 'eps')):
+    for flags, expected in (([], 'v'), (['--prediction=edm'], 'edm'), (['--prediction=eps'], 'eps')):
         assert tiny.options(tmp_path, *IDDPM, *flags)['network']['prediction'] == expected
     found = tiny.options(tmp_path, *IDDPM, '--prediction=edm', '--sigma-data=0.3')['network']
     assert found['sigma_data'] == 0.3 and build_network(found).sigma_data == 0.3
@@ -173,7 +173,7 @@ def test_runs_from_before_there_was_a_choice_go_on(tmp_path):
     run.save_state()
     path, _ = next((tmp_path / name, name) for name in sorted(p.name for p in tmp_path.glob('training-state-*.pt')))
     assert run_folder.load_state(str(path), tiny.options(tmp_path, *flags, '--prediction=eps'))['net']
-    with pytest.raises(click.ClickException, match='network.prediction: eps -> edm'):
+    with pytest.raises(click.ClickException, match='network.prediction: eps -> v'):
         run_folder.load_state(str(path), tiny.options(tmp_path, *flags))
 
 
@@ -204,8 +204,8 @@ def smooth(tmp_path_factory):
 def trained_and_sampled(data, outdir, *flags):
     """(lowest, highest) value of 16 images by the network's own sampler after a short training, and those of the data."""
     tiny.call(f'--outdir={outdir}', '--nosubdir', f'--data={data}', *IDDPM, '--diffusion=cosine:steps=100', '--cbase=16', '--cres=1',
-              '--blocks=1', '--attn=0', '--dropout=0', '--batch=32', '--duration=0.0032', '--lr=3e-3', '--lr-rampup=0', '--ema=0.0003',
-              '--tick=3.2', '--snap=1', '--dump=0', '--samples=0', '--seed=0', *flags)
+              '--blocks=1', '--attn=0', '--dropout=0', '--batch=32', '--duration=0.00192', '--lr=3e-3', '--lr-rampup=0', '--ema=0.0003',
+              '--tick=1.92', '--snap=1', '--dump=0', '--samples=0', '--seed=0', *flags)
     generate.main([f'--network={next(outdir.glob("network-snapshot-*"))}', f'--outdir={outdir}/out', '--seeds=0-15', '--steps=20'],
                   standalone_mode=False)
     found = np.stack([np.load(path) for path in sorted((outdir / 'out').glob('*.npy'))])

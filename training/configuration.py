@@ -18,7 +18,7 @@ from training.pairs import with_inverse_weight
 from training.registry import build, parse
 
 DIFFUSION = 'cosine:steps=4000'  # the schedule of a discrete-time objective that is told none
-PREDICTION = 'edm'  # and what its network predicts
+PREDICTION = 'v'  # and what its network predicts, see docs/improved_ddpm.md
 SAMPLING = {'sampler': 'ancestral', 'steps': 50}  # and what its samples are made with, in fewer steps where it has fewer
 
 # Noise distribution and weight that each preconditioning was published with.
