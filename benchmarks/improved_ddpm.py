@@ -46,7 +46,7 @@ ARMS = {  # (--objective, schedule, --timesteps, width, --prediction)
     'cosine, hybrid, edm of the std': ('hybrid', 'cosine', 'uniform', WIDTH, 'edm --sigma-data=0.75'),
 }
 SAMPLERS = {**{name: f'ancestral:variance={name}' for name in ('small', 'large', 'learned')}, 'ddim': 'ddim', 'heun': 'heun'}
-BUDGETS = 9, 17, 25, 35, 49  # network evaluations of a sample
+BUDGETS = 9, 17, 25, 35  # network evaluations of a sample
 EVERY_SAMPLER = 'ancestral', 'ddim', 'dpmpp_2m', 'heun'
 MICRO, PARTS, WARM = 32, 128, 400  # images of a gradient, gradients, and batches that fill the resampler's history
 

@@ -206,7 +206,7 @@ def trained_and_sampled(data, outdir, *flags):
     tiny.call(f'--outdir={outdir}', '--nosubdir', f'--data={data}', *IDDPM, '--diffusion=cosine:steps=100', '--cbase=16', '--cres=1',
               '--blocks=1', '--attn=0', '--dropout=0', '--batch=32', '--duration=0.00192', '--lr=3e-3', '--lr-rampup=0', '--ema=0.0003',
               '--tick=1.92', '--snap=1', '--dump=0', '--samples=0', '--seed=0', *flags)
-    generate.main([f'--network={next(outdir.glob("network-snapshot-*"))}', f'--outdir={outdir}/out', '--seeds=0-15', '--steps=20'],
+    generate.main([f'--network={next(outdir.glob("network-snapshot-*"))}', f'--outdir={outdir}/out', '--seeds=0-15'],
                   standalone_mode=False)
     found = np.stack([np.load(path) for path in sorted((outdir / 'out').glob('*.npy'))])
     dataset = ImageDataset(str(data))

@@ -15,11 +15,13 @@ from training.discrete import build_diffusion
 from training.images import is_picture
 from training.networks import ARCHS
 from training.pairs import with_inverse_weight
+from training.preconditioning import PREDICTIONS
 from training.registry import build, parse
 
 DIFFUSION = 'cosine:steps=4000'  # the schedule of a discrete-time objective that is told none
 PREDICTION = 'v'  # and what its network predicts, see docs/improved_ddpm.md
-SAMPLING = {'sampler': 'ancestral', 'steps': 50}  # and what its samples are made with, in fewer steps where it has fewer
+# And what its samples are made with, in fewer steps where it has fewer. What predicts eps needs a sampler that clips D.
+SAMPLING = {name: {'sampler': 'dpmpp_2m', 'steps': 18} for name in PREDICTIONS} | {'eps': {'sampler': 'ancestral', 'steps': 50}}
 
 # Noise distribution and weight that each preconditioning was published with.
 PUBLISHED = {'edm': ('lognormal', 'edm'), 'iddpm': ('iddpm_levels', 'snr'), 've': ('loguniform', 'snr'), 'vp': ('vp_uniform', 'snr')}
@@ -182,7 +184,8 @@ def network_config(o, dataset):
                                        'but under --objective with --prediction=edm')
     if o.objective:
         config |= dict(diffusion=o.diffusion or DIFFUSION, prediction=prediction)
-        config['sampling'] = SAMPLING | dict(steps=min(SAMPLING['steps'], build_diffusion(config['diffusion']).steps))
+        own = SAMPLING[prediction]
+        config['sampling'] = own | dict(steps=min(own['steps'], build_diffusion(config['diffusion']).steps))
         if parse(o.objective)[0] == 'simple':
             config['learned_variance'] = False
     if dataset.units is not None:
