@@ -45,9 +45,10 @@ ARMS = {  # (--objective, schedule, --timesteps, width, --prediction)
     'cosine, hybrid, width 32': ('hybrid', 'cosine', 'uniform', 32, 'eps'),
     'cosine, hybrid, v': ('hybrid', 'cosine', 'uniform', WIDTH, 'v'),
     'cosine, hybrid, edm': ('hybrid', 'cosine', 'uniform', WIDTH, 'edm'),
+    'cosine, hybrid, edm of the std': ('hybrid', 'cosine', 'uniform', WIDTH, 'edm --sigma-data=0.75'),
 }
 SAMPLERS = {**{name: f'ancestral:variance={name}' for name in ('small', 'large', 'learned')}, 'ddim': 'ddim', 'heun': 'heun'}
-BUDGETS = 9, 17, 25, 35, 49  # network evaluations of a sample
+BUDGETS = 9, 17, 25, 35  # network evaluations of a sample
 EVERY_SAMPLER = 'ancestral', 'ddim', 'dpmpp_2m', 'heun'
 MICRO, PARTS, WARM = 32, 128, 400  # images of a gradient, gradients, and batches that fill the resampler's history
 
@@ -74,7 +75,7 @@ def train(path, arm, seed, kimg, steps):
     if not os.path.exists(run):
         call('train', f'--outdir={run}', '--nosubdir', f'--data={path("train.zip")}', *TRAIN, f'--seed={seed}', f'--duration={kimg / 1e3}',
              f'--objective={objective}', f'--diffusion={schedule}:steps={steps}', f'--timesteps={timesteps}', f'--cbase={width}',
-             f'--prediction={prediction}', f'--lr={LR * math.sqrt(WIDTH / width)}')
+             *f'--prediction={prediction}'.split(), f'--lr={LR * math.sqrt(WIDTH / width)}')
     return next(entry.path for entry in os.scandir(run) if entry.name.startswith('network-snapshot'))
 
 
