@@ -102,9 +102,12 @@ class Stack(Network):
         return h.reshape(x.shape)
 
 
+<<<<<<< HEAD
 ARCHS['stack'] = Arch(Stack)
 
 
+=======
+>>>>>>> dedupe
 def answers(net, x, sigma, penalties):
     """D of every penalty's networks on the same rows: [penalty, seed * row, C, H, W]."""
     return net(x.repeat(penalties, 1, 1, 1), sigma.repeat(penalties, 1, 1, 1)).unflatten(0, (penalties, -1))
@@ -115,7 +118,9 @@ def train_all(toy, kind, seeds, specs=SPECS, steps=None):
     noise, weight = registry.build('lognormal', NOISE), registry.build('edm', WEIGHTS, sigma_data=toy.sigma_data)
     losses = [AmbientLoss(weight, registry.build(spec, PENALTIES, '--penalty', sigma_data=toy.sigma_data)) for spec in specs]
     _, C, H, _ = toy.images.shape
+    ARCHS['stack'] = Arch(Stack)
     net = EDMPrecond(H, C, sigma_data=toy.sigma_data, model_type='Stack', penalties=len(specs), seeds=seeds, width=toy.width)
+    del ARCHS['stack']  # --arch has no use for it
     data = [split(toy.images, seed, kind)[0] for seed in range(seeds)]
     streams = [PairStream(torch.zeros(len(images)), noise, batch=BATCH, seed=seed) for seed, images in enumerate(data)]
     optimizer, steps = torch.optim.Adam(net.parameters(), lr=RATE, betas=(0.9, 0.99)), steps or toy.steps

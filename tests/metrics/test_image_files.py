@@ -114,8 +114,6 @@ def test_damaged_zip_member_is_named(tmp_path):
         all_of(tmp_path / 'z.zip')
 
 
-
-
 def test_all_bad_images_are_named_and_counted(tmp_path):
     """Not the first alone; and where the first of all is bad, another one says what the size should be."""
     write_images(tmp_path / 'g', batch_of(30))
