@@ -102,12 +102,9 @@ class Stack(Network):
         return h.reshape(x.shape)
 
 
-<<<<<<< HEAD
 ARCHS['stack'] = Arch(Stack)
 
 
-=======
->>>>>>> dedupe
 def answers(net, x, sigma, penalties):
     """D of every penalty's networks on the same rows: [penalty, seed * row, C, H, W]."""
     return net(x.repeat(penalties, 1, 1, 1), sigma.repeat(penalties, 1, 1, 1)).unflatten(0, (penalties, -1))
