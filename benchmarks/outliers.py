@@ -102,9 +102,6 @@ class Stack(Network):
         return h.reshape(x.shape)
 
 
-ARCHS['stack'] = Arch(Stack)
-
-
 def answers(net, x, sigma, penalties):
     """D of every penalty's networks on the same rows: [penalty, seed * row, C, H, W]."""
     return net(x.repeat(penalties, 1, 1, 1), sigma.repeat(penalties, 1, 1, 1)).unflatten(0, (penalties, -1))
