@@ -149,7 +149,7 @@ def apply_tables(source, options):
             raise UserError('noise levels (--sigmas, or "sigmas" in the source) must be numbers of 0 or more')
         if options['resolution']:
             raise UserError('--resolution would colour the noise of images that have sigmas; leave it out, or resize '
-                                       'before the noise is there')
+                            'before the noise is there')
     if source.sigma_max is not None:
         limits = [float('inf') if limit is None else limit for limit in source.sigma_max]
         if not all(isinstance(limit, (int, float)) and limit > 0 for limit in limits):
@@ -291,7 +291,7 @@ def report(source, bad, count, options):
         click.echo(f'{source.names[index]}: {problem}', err=True)
     if bad and options['on_bad'] == 'fail':
         raise UserError(f'{len(bad)} of {count} images cannot be used (listed above); repair them, leave them out '
-                                   'with --on-bad=skip, or make them alike with --channels and --resolution')
+                        'with --on-bad=skip, or make them alike with --channels and --resolution')
     if bad:
         click.echo(f'Left out {len(bad)} of {count} images (listed above)', err=True)
 

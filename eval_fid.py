@@ -141,10 +141,10 @@ def check_options(o, given):
     """What can be refused before any work. given: the options on the command line."""
     if (o.gen_path is None) == (o.network is None):
         raise UserError('--gen-path is missing: the folder, zip, npz or npy of generated images, or --network' if o.network
-                                   is None else 'pass one of --gen-path=PATH (images) and --network=REF, got both')
+                        is None else 'pass one of --gen-path=PATH (images) and --network=REF, got both')
     if (o.ref_stats is None) == (o.ref_path is None):
         raise UserError('pass one of --ref-stats=NPZ (statistics) and --ref-path=PATH (images), '
-                                   f'got {"none" if o.ref_stats is None else "both"}')
+                        f'got {"none" if o.ref_stats is None else "both"}')
     if o.ref_stats and o.split:
         raise UserError(f'--split={o.split}: goes with --ref-path; statistics carry the split that "ref --split" gave them')
     alone = [key for key in ('seeds', 'repeats', *sampling.NAMES, *sampling.KEYS) if key in given]
@@ -213,7 +213,7 @@ def find_nearest(o):
     shapes = {option: files.shape for option, files in sources.items()}
     if len(set(shapes.values())) > 1:
         raise UserError('images must be of one size and mode, got ' +
-                                   ', '.join(f'{list(shape)} in {option}' for option, shape in shapes.items()))
+                        ', '.join(f'{list(shape)} in {option}' for option, shape in shapes.items()))
     detector = make_detector(o)
     features = {option: statistics_of(files, detector, o, True).features for option, files in sources.items()}
     if distributed.rank() == 0:

@@ -197,13 +197,13 @@ def open_data(net, o):
     expected = [net.img_channels, *misc.height_width(net.img_resolution)]
     if list(dataset.image_shape) != expected:
         raise UserError(f'--data={o.data}: its images are {list(dataset.image_shape)}, the network makes {expected} '
-                                   '[C,H,W]; convert them with dataset_tool.py')
+                        '[C,H,W]; convert them with dataset_tool.py')
     if dataset.units != net.units:
         raise UserError(f'--data={o.data}: its units are {dataset.units or "8-bit"}, those of the network '
-                                   f'{net.units or "8-bit"}; convert it like the training data')
+                        f'{net.units or "8-bit"}; convert it like the training data')
     if dataset.label_dim > net.label_dim or (conditional and dataset.classes is None and dataset.label_dim != net.label_dim):
         raise UserError(f'--data={o.data}: its labels have {dataset.label_dim} dimensions, those of the network '
-                                   f'{net.label_dim}; number the classes as in the training data, or use --cond=0')
+                        f'{net.label_dim}; number the classes as in the training data, or use --cond=0')
     return dataset, conditional
 
 
@@ -212,13 +212,13 @@ def choose_items(dataset, o):
     clean = np.flatnonzero(dataset.native_sigma == 0)
     if not len(clean):
         raise UserError(f'--data={o.data}: all {len(dataset)} images carry noise ("sigmas" in dataset.json); the '
-                                   'likelihood is that of clean images')
+                        'likelihood is that of clean images')
     if len(clean) < len(dataset):
         distributed.print0(f'{len(dataset) - len(clean)} of {len(dataset)} images carry noise and are left out')
     option = distributed.num_option()
     if o.num is not None and o.num > len(clean):
         raise UserError(f'{option}={o.num}: --data={o.data} holds only {len(clean)} clean images; pass '
-                                   f'{option}={len(clean)} or less')
+                        f'{option}={len(clean)} or less')
     return clean[:o.num]
 
 
@@ -228,7 +228,7 @@ def flow_options(net, o):
     sigma_max = o.sigma_max or min(SIGMA_MAX, net.sigma_max)
     if not net.sigma_min <= sigma_min < sigma_max <= net.sigma_max:
         raise UserError(f'--sigma-min={sigma_min:g} --sigma-max={sigma_max:g}: must rise, within the range of the '
-                                   f'network, {net.sigma_min:g} to {net.sigma_max:g}')
+                        f'network, {net.sigma_min:g} to {net.sigma_max:g}')
     return dict(sigma_min=sigma_min, sigma_max=sigma_max, sigma_data=o.sigma_data or getattr(net, 'sigma_data', SIGMA_DATA),
                 rtol=o.rtol, atol=o.atol, max_steps=o.max_steps)
 

@@ -112,7 +112,7 @@ def write_all(net, batches, share, files, first_images):
     except OSError as err:
         whose = f' of rank {distributed.rank()}' if distributed.size() > 1 else ''
         raise UserError(f'{err.filename}: {err.strerror}; {writers.written} of {share} images{whose} were written; '
-                                   'make room, and go on with --skip-existing') from None
+                        'make room, and go on with --skip-existing') from None
     return writers.written
 
 

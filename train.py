@@ -79,8 +79,8 @@ COUNT, WHOLE = click.IntRange(min=1), click.IntRange(min=0)
 @click.option('--objective', type=Spec(OBJECTIVES), help='Discrete-time objective of --precond=iddpm: hybrid and vlb learn the '
               'variance of a sampling step too  [default: none; --noise and --weight instead]')
 @click.option('--diffusion', type=Spec(DIFFUSIONS), help=f'Its schedule, kept in config.json  [default: {DIFFUSION}]')
-@click.option('--prediction', type=click.Choice(list(PREDICTIONS)), help='What its network predicts: edm, as EDM does; v; eps, the noise, '
-              f'as published; kept in config.json  [default: {PREDICTION}]')
+@click.option('--prediction', type=click.Choice(list(PREDICTIONS)), help='What its network predicts, kept in config.json: eps, '
+              f'the noise, as published; v; edm, as EDM does, for data of std --sigma-data  [default: {PREDICTION}]')
 @click.option('--timesteps', type=Spec(TIMESTEPS), help='How its timesteps are drawn for clean images; second_moment: by their losses, '
               'for vlb  [default: uniform]')
 @click.option('--noise', type=Spec(NOISE), help='Noise-level distribution p(sigma)  [default: as published for --precond]')
@@ -117,7 +117,8 @@ COUNT, WHOLE = click.IntRange(min=1), click.IntRange(min=0)
 @click.option('--cres', metavar='LIST', callback=ints, help='Key of --arch: channels of each level, in multiples of --cbase')
 @click.option('--blocks', metavar='INT', type=COUNT, help='Key of --arch: residual blocks a level')
 @click.option('--attn', metavar='LIST', callback=ints, help='Key of --arch: heights of the levels that attend')
-@click.option('--sigma-data', metavar='FLOAT', type=POSITIVE, help='Std of the data, for network and loss (--precond=edm)  [default: 0.5]')
+@click.option('--sigma-data', metavar='FLOAT', type=POSITIVE, help='Std of the data, for network and loss (--precond=edm or '
+              '--prediction=edm)  [default: 0.5]')
 @click.option('--optimizer', type=Spec(OPTIMIZERS), default='adam', show_default=True, help='Optimizer, with its keys')
 @click.option('--lr', metavar='FLOAT', type=POSITIVE, default=1e-3, show_default=True, help='Learning rate')
 @click.option('--lr-rampup', metavar='MIMG', type=NOT_NEGATIVE, default=10, show_default=True,
@@ -267,11 +268,11 @@ def choose_folder(config, o, state_path):
     if state_path:
         return os.path.dirname(os.path.abspath(state_path))
     if o.nosubdir:
+        os.makedirs(o.outdir, exist_ok=True)
         fresh = o.resume == 'latest' and not checkpoint.states(o.outdir)  # the run that is there ended before its first state
         if os.path.exists(os.path.join(o.outdir, 'options.json')) and not fresh:
             raise UserError(f'--outdir={o.outdir} holds a run already; continue it with --resume=latest, '
-                                       'or choose another folder')
-        os.makedirs(o.outdir, exist_ok=True)
+                            'or choose another folder')
         return o.outdir
     kind = 'cond' if o.cond else 'uncond'
     stem = os.path.splitext(os.path.basename(os.path.normpath(o.data)))[0]

@@ -78,9 +78,9 @@ def main():
     print('| data | sigma | chain | steps | exact D | 0.9 D | 1.1 D | Var / K |\n| --- | --- | --- | --- | --- | --- | --- | --- |')
     for name, data in DATA.items():
         for pair in PAIRS:
-            for chain, plan in CHAINS.items():
+            for chain, term in CHAINS.items():
                 for steps in STEPS:
-                    found = [measure(data, plan.step, steps, pair, factor, args.points, args.samples) for factor in FACTORS]
+                    found = [measure(data, term.step, steps, pair, factor, args.points, args.samples) for factor in FACTORS]
                     cells = ' | '.join(f'{1e4 * u:.2f} ± {1e4 * error:.2f}' for u, error, _ in found)
                     print(f'| {name} | {pair[0]} → {pair[1]} | {chain} | {steps} | {cells} | {1e4 * found[0][2]:.1f} |', flush=True)
 

@@ -30,7 +30,7 @@ from training.data.batches import Batch  # noqa: E402
 from training.diffusion.noise import LogNormal  # noqa: E402
 from training.networks.ema import HalfLifeEMA  # noqa: E402
 from training.objective import weighting  # noqa: E402
-from training.objective.consistency import CHAINS, ConsistencyTerm  # noqa: E402
+from training.objective.consistency import CHAINS  # noqa: E402
 from training.objective.loss import AmbientLoss, Objective  # noqa: E402
 
 SIGMA_N, SIGMA_DATA, POINTS, BATCH = 0.5, 0.6, 20_000, 128
@@ -83,11 +83,9 @@ def train_mixture(spec, seeds, steps, lr=2e-3):
     points = torch.stack([noisy_points(data, s) for s in range(seeds)])  # [S,P,2,1,1]
     net = Networks(seeds)
     ema = HalfLifeEMA(net, halflife_kimg=20 * BATCH / 1e3 * 10)
-    terms = {'denoise': AmbientLoss(weight)}
-    if spec:
-        terms['consistency'] = ConsistencyTerm(registry.build(spec, CHAINS, '--consistency'), law, weight, BATCH)
-        terms['consistency'].set_teacher(ema.module)
-    objective, optimizer = Objective(terms), torch.optim.Adam(net.parameters(), lr=lr)
+    chains = [registry.build(spec, CHAINS, '--consistency', noise=law, weight=weight, batch=BATCH)] if spec else []
+    objective, optimizer = Objective([AmbientLoss(weight), *chains]), torch.optim.Adam(net.parameters(), lr=lr)
+    objective.set_teacher(ema.module)
     sigma_n = torch.full([seeds * BATCH, 1, 1, 1], SIGMA_N)
     start = time.perf_counter()
     for step in range(steps):

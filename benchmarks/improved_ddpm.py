@@ -26,7 +26,9 @@ from torch_utils import misc  # noqa: E402
 from training.checkpoints.load import load_network  # noqa: E402
 from training.data.batches import Batch  # noqa: E402
 from training.data.dataset import ImageDataset  # noqa: E402
+from training.objective.variational import terms_of  # noqa: E402
 from training.run.build import build_objective  # noqa: E402
+from training.run.config import ObjectiveConfig  # noqa: E402
 
 IMAGES, JUDGED, STEPS = 898, 128, 25  # generated images, held-out images whose bits are counted, steps of a sample
 TRAIN = ['--cond=1', '--precond=iddpm', '--cres=1,2', '--blocks=1', '--attn=0', '--augment=0', '--dropout=0', '--batch=128',
@@ -43,9 +45,10 @@ ARMS = {  # (--objective, schedule, --timesteps, width, --prediction)
     'cosine, hybrid, width 32': ('hybrid', 'cosine', 'uniform', 32, 'eps'),
     'cosine, hybrid, v': ('hybrid', 'cosine', 'uniform', WIDTH, 'v'),
     'cosine, hybrid, edm': ('hybrid', 'cosine', 'uniform', WIDTH, 'edm'),
+    'cosine, hybrid, edm of the std': ('hybrid', 'cosine', 'uniform', WIDTH, 'edm --sigma-data=0.75'),
 }
 SAMPLERS = {**{name: f'ancestral:variance={name}' for name in ('small', 'large', 'learned')}, 'ddim': 'ddim', 'heun': 'heun'}
-BUDGETS = 9, 17, 25, 35, 49  # network evaluations of a sample
+BUDGETS = 9, 17, 25, 35  # network evaluations of a sample
 EVERY_SAMPLER = 'ancestral', 'ddim', 'dpmpp_2m', 'heun'
 MICRO, PARTS, WARM = 32, 128, 400  # images of a gradient, gradients, and batches that fill the resampler's history
 
@@ -72,7 +75,7 @@ def train(path, arm, seed, kimg, steps):
     if not os.path.exists(run):
         call('train', f'--outdir={run}', '--nosubdir', f'--data={path("train.zip")}', *TRAIN, f'--seed={seed}', f'--duration={kimg / 1e3}',
              f'--objective={objective}', f'--diffusion={schedule}:steps={steps}', f'--timesteps={timesteps}', f'--cbase={width}',
-             f'--prediction={prediction}', f'--lr={LR * math.sqrt(WIDTH / width)}')
+             *f'--prediction={prediction}'.split(), f'--lr={LR * math.sqrt(WIDTH / width)}')
     return next(entry.path for entry in os.scandir(run) if entry.name.startswith('network-snapshot'))
 
 
@@ -144,9 +147,8 @@ def gradient_noise(path, network, objective, timesteps, seed):
 
     G is the mean over MICRO * PARTS images, Sigma the covariance of one image's gradient; both estimates are unbiased."""
     net = load_network(network).train().requires_grad_(True)
-    spec = dict(noise=None, weight='snr', penalty='squared', pairing='skip', ambient_weight='none', consistency=None, kind=objective,
-                timesteps=timesteps)
-    _, objective = build_objective(dict(network=net.config, objective=spec, batch=MICRO), net)
+    config = ObjectiveConfig(noise=None, weight='snr', terms=terms_of(objective), timesteps=timesteps)
+    _, objective = build_objective(config, net, MICRO)
     dataset = ImageDataset(path('train.zip'), use_labels=True)
     images = dataset.to_network(np.stack([dataset.decode(i) for i in dataset.raw_idx])).float()
     labels, levels = torch.from_numpy(dataset.labels(np.arange(len(dataset)))), net.own_diffusion().levels.float()

@@ -3,6 +3,7 @@
 
 python examples/demo.py --outdir=demo"""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -17,9 +18,10 @@ sys.path.insert(0, ROOT)
 from dnnlib import UserError  # noqa: E402 (the checkout need not be installed)
 from dnnlib.files import read_json  # noqa: E402
 from torch_utils.command_line import Command, version_option  # noqa: E402
-from training.data.corruption import Corruption  # noqa: E402
 from training.data.dataset import ImageDataset  # noqa: E402
 from training.data.store import ImageStore  # noqa: E402
+from training.run.build import build_corruption  # noqa: E402
+from training.run.config import from_json  # noqa: E402
 from training.sampling.pixels import to_uint8  # noqa: E402
 
 COUNT = 898  # half of the 1,797 digits, the last one left out
@@ -42,9 +44,9 @@ def distance(outdir, name, images):
     return read_json(result)['fid_score']
 
 
-def write_noisy(data, options, dest):
+def write_noisy(data, config, dest):
     """The training images as the network saw them, as 8-bit grey levels: what a user has in hand before training."""
-    dataset, corruption = ImageDataset(data), Corruption(**{**options['corruption'], 'probability': 1.0})
+    dataset, corruption = ImageDataset(data), build_corruption(dataclasses.replace(config.corruption, probability=1.0))
     levels = corruption.levels(dataset.raw_idx, dataset.native_sigma, dataset.image_shape)
     images = to_uint8(ImageStore(dataset, corruption, levels).gather(np.arange(len(dataset))))
     np.savez(dest, images=images.numpy().transpose(0, 2, 3, 1))
@@ -72,7 +74,8 @@ def main(outdir, seed, duration):
     samples, grid = path('samples'), path('samples.png')
     run('generate.py', f'--network={network}', f'--outdir={samples}', f'--seeds=0-{COUNT - 1}', f'--grid={grid}')
 
-    write_noisy(path('train.zip'), read_json(os.path.join(os.path.dirname(network), 'options.json')), path('noisy.npz'))
+    options = read_json(os.path.join(os.path.dirname(network), 'options.json'))
+    write_noisy(path('train.zip'), from_json(options), path('noisy.npz'))
     table = [('the noisy images themselves (sigma 0.4, 8-bit)', distance(outdir, 'noisy', path('noisy.npz'))),
              ('samples of the model trained on 10 % clean + 90 % noisy', distance(outdir, 'samples', samples)),
              ('the clean training half (floor)', distance(outdir, 'clean', path('train.zip')))]

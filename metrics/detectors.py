@@ -38,7 +38,7 @@ class Detector:
             self._dims[shape] = self(torch.zeros(1, *shape, dtype=torch.uint8))[0].shape[1]
         if self._max_dim and self._dims[shape] > self._max_dim:
             raise UserError(f'--detector={self.name}: images {list(shape)} have {self._dims[shape]} numbers each, allowed '
-                                       f'are {self._max_dim}; use --detector=inception')
+                            f'are {self._max_dim}; use --detector=inception')
         return self._dims[shape]
 
     @torch.no_grad()
@@ -49,7 +49,7 @@ class Detector:
         if not isinstance(features, torch.Tensor) or features.ndim != 2 or len(features) != len(images):
             got = list(features.shape) if isinstance(features, torch.Tensor) else type(features).__name__
             raise UserError(f'--detector={self.name}: returned {got} for {len(images)} images, expected features [n,D], '
-                                       'or a pair of features [n,D] and logits [n,K]')
+                            'or a pair of features [n,D] and logits [n,K]')
         return features, logits
 
 

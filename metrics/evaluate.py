@@ -154,18 +154,18 @@ def check_reference(reference, detector, shape, name, metrics=('fid',)):
     """Refuses reference statistics that cannot be compared with images [C,H,W] seen through the detector; name: the file's."""
     if reference.detector not in (None, detector.name):
         raise UserError(f'{name}: made with detector "{reference.detector}", not "{detector.name}"; '
-                                   f'pass --detector={reference.detector} or other statistics')
+                        f'pass --detector={reference.detector} or other statistics')
     if None not in (reference.detector_sha256, detector.sha256) and reference.detector_sha256 != detector.sha256:
         raise UserError(f'{name}: made with detector weights {reference.detector_sha256[:8]}, not '
-                                   f'{detector.sha256[:8]}; pass the weights it was made with')
+                        f'{detector.sha256[:8]}; pass the weights it was made with')
     if len(reference.mean) != (dim := detector.dim(shape)):
         raise UserError(f'{name}: has {len(reference.mean)} dimensions, these images have {dim} with detector '
-                                   f'"{detector.name}"; pass the --detector and image size it was made with')
+                        f'"{detector.name}"; pass the --detector and image size it was made with')
     if detector.name == 'pixels' and reference.shape not in (None, tuple(shape)):
         raise UserError(f'{name}: made from {list(reference.shape)} images, these are {list(shape)} [C,H,W]')
     if needs_features(metrics) and reference.features is None:
         raise UserError(f'{name}: --metrics={",".join(metrics)} compare images, and these statistics hold no features; '
-                                   'make them with "ref --keep-features", or pass the images with --ref-path')
+                        'make them with "ref --keep-features", or pass the images with --ref-path')
 
 
 def numbers(found, reference, metrics=('fid',), settings=Settings(), device=None):

@@ -112,7 +112,6 @@ def run(here, script, *args, ok=True):
 def trained(here):
     """The folder of a run of two ticks of two steps, the second tick continued from the state of the first."""
     for duration in ('0.000032', '0.000064'):
-        (here / 'run').mkdir(exist_ok=True)
         run(here, 'my_train.py', '--outdir=run', '--data=data.zip', '--seed=3', f'--duration={duration}', '--resume=latest', *FLAGS)
     return here / 'run'
 

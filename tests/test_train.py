@@ -16,18 +16,20 @@ import torch
 from click.testing import CliRunner
 
 import train
-from dnnlib import EasyDict
+from dnnlib import EasyDict, UserError
 from tests.support import launch, tiny
 from torch_utils import registry
 from torch_utils.command_line import Spec
 from training.data.convert.writers import encode_png
 from training.data.pairs import PAIRINGS
 from training.diffusion.noise import NOISE
+from training.networks.interface import ARCHS
 from training.networks.preconditioning import PRECONDS, build_network
 from training.objective.penalty import PENALTIES
 from training.objective.weighting import WEIGHTS
 from training.run import build
 from training.run.build import build_objective
+from training.run.config import from_json, to_json
 from training.run.options import configure
 
 SCRIPTS = ['train', 'generate', 'eval_fid', 'eval_nll', 'dataset_tool', 'examples.demo']
@@ -161,6 +163,24 @@ def refused(*args, outdir='runs'):
     (['--cres=0'], ['channels']),
     (['--attn=x'], ['--attn', '"x"']),
     (['--arch=unet'], ['--arch', 'ddpmpp']),
+    (['--arch=ddpmpp:cbase=16'], ['--cbase=8', '--arch=ddpmpp:cbase=16', 'given twice']),
+    (['--arch=ddpmpp:depth=3'], ['"depth"', 'cbase=128', 'cres=2|2|2']),
+    (['--arch=adm:label_dim=3'], ['"label_dim"']),
+    (['--arch=ddpmpp:embedding_type=sine'], ['embedding_type=sine', 'positional, fourier']),
+    # Optimizer and terms.
+    (['--optimizer=adam:weight_decay=0.2', '--weight-decay=0.1'],
+     ['--weight-decay=0.1', '--optimizer=adam:weight_decay=0.2', 'given twice']),
+    (['--optimizer=sgd'], ['--optimizer=sgd', 'adam, adamw']),
+    (['--optimizer=adam:beta1=1'], ['--optimizer=adam:beta1=1', 'beta1=1 must be']),
+    (['--optimizer=adamw:weight_decay=-1'], ['--optimizer=adamw:weight_decay=-1']),
+    (['--lr-schedule=linear'], ['--lr-schedule=linear', 'constant, cosine, inverse_sqrt']),
+    (['--lr-schedule=inverse_sqrt:ref=-1'], ['--lr-schedule=inverse_sqrt:ref=-1', 'ref=-1 must be']),
+    (['--lr-schedule=cosine:least=2'], ['--lr-schedule=cosine:least=2', 'least=2']),
+    (['--lr-schedule=cosine:kimg=-1'], ['--lr-schedule=cosine:kimg=-1', 'kimg=-1']),
+    (['--term=denoise'], ['--term=denoise', 'one name']),
+    (['--consistency=bridge:batch_size=4', '--term=euler:batch_size=4'], ['denoise, consistency, consistency', 'one name']),
+    (['--term=bound'], ['--term=', '--precond=iddpm', '--objective']),
+    (['--term=bridge:batch_size=17'], ['--term=bridge:batch_size=17', '--batch=16']),
     (['--precond=ddpm'], ['--precond', 'iddpm']),
     (['--precond=ve', '--sigma-data=0.3'], ['--sigma-data=0.3', '--precond=edm']),
     (['--fp16=1', '--precision=bf16'], ['--fp16=1', '--precision=bf16']),
@@ -271,16 +291,20 @@ def test_published_command_lines(here, monkeypatch, name):
     assert sorted(Path('.').rglob('*')) == before, 'a dry run writes nothing'
     assert 'M parameters' in output.splitlines()[-1] and 'network evaluations' in output.splitlines()[-1]
     if name == 'ambient-laws':
-        assert config['corruption'] == dict(sigma=0.2, probability=0.9, seed=0, protocol='fixed')
-        assert registry.parse(config['objective']['consistency']) == ('euler', dict(
+        assert config['corruption'] == dict(sigma=0.2, probability=0.9, seed=0, protocol='fixed', labels=None)
+        first, second = config['objective']['terms']
+        assert first == 'denoise' and registry.parse(second) == ('euler', dict(
             estimator='mean', coeff=1.0, batch_size=8, steps=3, samples=3, weighted=False, stop='no', grad=True))
-        assert config['expr_id'] == 'x' and config['optimizer']['weight_decay'] == 0.01
+        assert config['run']['expr_id'] == 'x' and registry.parse(config['optimizer']['kind']) == ('adam', {'weight_decay': 0.01})
     if name == 'edm':
-        assert config['network'] == train.ARCHS['ncsnpp'] | dict(img_resolution=8, img_channels=1, label_dim=3, use_fp16=True,
-                                                                 precond='ve', dropout=0.1, model_channels=8, channel_mult=[1, 2])
-        assert (config['precision'], config['loss_scale'], config['duration_kimg'], config['tick_kimg']) == ('fp16', 100, 200e3, 200)
-        assert (config['batch_gpu'], config['ema']['halflife_kimg'], config['seed'], config['desc']) == (8, 50e3, 3, 'text')
-        assert config['data'] == dict(path='good.zip', use_labels=True, keep=1.0, xflip=True, cache_gib=8, workers=4)
+        assert config['network'] == dict(cep=None, transfer=None, arguments=ARCHS['ncsnpp']() | dict(
+            img_resolution=8, img_channels=1, label_dim=3, use_fp16=True, precond='ve', dropout=0.1, model_channels=8,
+            channel_mult=[1, 2]))
+        run, optimizer = config['run'], config['optimizer']
+        assert (run['precision'], optimizer['loss_scale'], run['duration_kimg'], run['tick_kimg']) == ('fp16', 100, 200e3, 200)
+        assert (run['batch_gpu'], optimizer['ema_halflife_kimg'], run['seed'], run['desc']) == (8, 50e3, 3, 'text')
+        assert config['data'] == dict(path='good.zip', use_labels=True, keep=1.0, xflip=True, augment=0.0, validation=None, cache_gib=8,
+                                      workers=4)
 
 
 @pytest.mark.parametrize('name, noise, weight', [('edm', 'lognormal', 'edm'), ('vp', 'vp_uniform', 'snr'), ('ve', 'loguniform', 'snr'),
@@ -301,20 +325,20 @@ def options(*args):
     *[[f'--precond={name}', '--consistency_coeff=0.5', '--consistency_batch_size=4'] for name in PRECONDS],
     ['--arch=adm', '--cbase=32', '--sigma-data=0.3', '--weight=snr:signal=2', '--noise=lognormal:mean=-0.4,std=1',
      '--pairing=truncate:buffer=1.2']])
-def test_options_are_json_and_make_the_same_objects_again(here, args):
+def test_configuration_goes_through_json_and_makes_the_same_objects_again(here, args):
     """options.json describes the run: what is read from it builds the same network and the same objective."""
     config = options(*args, '--seed=1')
-    again = json.loads(json.dumps(config, allow_nan=False))
+    again = from_json(json.loads(json.dumps(to_json(config), allow_nan=False)))
     assert again == config and again == options(*args, '--seed=1')
     found = []
     for c in (config, again):
         kept = copy.deepcopy(c)
-        net = build_network(c['network'])
-        noise, objective = build_objective(c, net)
-        assert c == kept, 'building changes nothing in the options'
+        net = build_network(c.network.arguments)
+        noise, objective = build_objective(c.objective, net, c.run.batch)
+        assert c == kept, 'building changes nothing in the configuration'
         found.append((net, noise, objective))
     (net, noise, objective), (net2, noise2, objective2) = found
-    assert str(net) == str(net2) and net.config == net2.config == config['network']
+    assert str(net) == str(net2) and net.config == net2.config == config.network.arguments
     u = torch.linspace(0.01, 0.99, 99, dtype=torch.float64)
     assert torch.equal(noise.icdf(u), noise2.icdf(u))
     assert list(objective.terms) == list(objective2.terms)
@@ -324,8 +348,52 @@ def test_options_are_json_and_make_the_same_objects_again(here, args):
 
 def plain(term):
     """The settings of a term of the objective: numbers as they are, pieces by name and options."""
-    return {key: (value.func.__name__, value.keywords) if hasattr(value, 'func') else type(value).__name__
+    return {key: (value.func.__name__, value.keywords) if hasattr(value, 'func') else getattr(value, '__name__', type(value).__name__)
             if not isinstance(value, (int, float, bool, str)) else value for key, value in vars(term).items() if not key.startswith('_')}
+
+
+@pytest.mark.parametrize('change, words', [
+    (lambda c: c.update(colour='red'), 'unknown key "colour"; it holds data, corruption, network, objective, optimizer, run'),
+    (lambda c: c['optimizer'].update(momentum=1), 'unknown key "optimizer.momentum"; optimizer. holds kind, lr'),
+    (lambda c: c['data']['validation'].update(count=1), 'unknown key "data.validation.count"'),
+    (lambda c: c['run'].pop('seed'), 'missing key "run.seed"'),
+    (lambda c: c.pop('data'), 'missing key "data"'),
+    (lambda c: c['run'].update(seed='one'), '"run.seed" must be int, got \'one\''),
+    (lambda c: c['run'].update(batch=True), '"run.batch" must be int, got True'),
+    (lambda c: c['data'].update(xflip=1), '"data.xflip" must be bool, got 1'),
+    (lambda c: c.update(optimizer='adam'), '"optimizer" must be an object, got str'),
+    (lambda c: c['objective'].update(weight=None), '"objective.weight" must be str, got None')])
+def test_a_configuration_with_other_keys_or_kinds_is_refused(here, change, words):
+    values = to_json(options('--val=0.2', '--seed=1'))
+    change(values)
+    with pytest.raises(UserError) as err:
+        from_json(values)
+    assert f'configuration: {words}' in err.value.message and '\n' not in err.value.message
+
+
+PUBLISHED_KEYS = ['--cbase=16', '--cres=1,2,2', '--blocks=2', '--attn=4,2', '--dropout=0.2']
+
+
+@pytest.mark.parametrize('arch', ['adm', 'ddpmpp', 'ncsnpp'])
+def test_published_options_of_the_network_equal_its_keys(here, arch):
+    """--cbase and its companions are keys of --arch under another spelling, one by one and together."""
+    def arguments(*args):
+        flags = ['--outdir=runs', '--data=good.zip', '--batch=16', '--seed=1', *args]
+        return configure(EasyDict(train.main.make_context('train', flags).params)).network.arguments
+
+    keys = [flag.removeprefix('--').replace(',', '|') for flag in PUBLISHED_KEYS]
+    for flag, key in zip(PUBLISHED_KEYS, keys):
+        assert arguments(f'--arch={arch}', flag) == arguments(f'--arch={arch}:{key}') != arguments(f'--arch={arch}')
+    together = arguments(f'--arch={arch}:{",".join(keys)}')
+    assert arguments(f'--arch={arch}', *PUBLISHED_KEYS) == together
+    assert together.items() >= dict(model_channels=16, channel_mult=[1, 2, 2], num_blocks=2, attn_resolutions=[4, 2], dropout=0.2).items()
+
+
+def test_weight_decay_is_a_key_of_the_optimizer(here):
+    decayed = options('--weight-decay=0.1', '--seed=1')
+    assert decayed == options('--optimizer=adam:weight_decay=0.1', '--seed=1')
+    assert options('--weight-decay=0', '--seed=1').optimizer == options('--seed=1').optimizer
+    assert options('--optimizer=adamw', '--weight-decay=0').optimizer.kind == 'adamw:weight_decay=0.0'  # its own is not 0
 
 
 # --- what it says of itself

@@ -30,11 +30,11 @@ def load(path):
     except Exception as err:  # a damaged file may raise almost anything, and what PyTorch says of it does not help
         reason = err.strerror if isinstance(err, OSError) and err.strerror else 'it holds more than tensors and plain values, or is damaged'
         raise UserError(f'{path}: cannot be read as a training state ({reason}); '
-                                   'give a training-state-*.pt that this program wrote') from None
+                        'give a training-state-*.pt that this program wrote') from None
     missing = [key for key in KEYS if not isinstance(state, dict) or key not in state]
     if missing:
         raise UserError(f'{path}: not a training state (lacks {", ".join(missing)}); '
-                                   'give a training-state-*.pt that this program wrote')
+                        'give a training-state-*.pt that this program wrote')
     return state
 
 

@@ -20,7 +20,7 @@ def init():
     if torch.cuda.is_available():
         if local_rank() >= torch.cuda.device_count():
             raise UserError(f'--nproc_per_node={local_size()} asks for more ranks than this node has GPUs '
-                                       f'({torch.cuda.device_count()}); ask for at most that')
+                            f'({torch.cuda.device_count()}); ask for at most that')
         torch.cuda.set_device(local_rank())
     torch.distributed.init_process_group('nccl' if torch.cuda.is_available() else 'gloo')
 

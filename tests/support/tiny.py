@@ -120,9 +120,9 @@ def digests(folder, name=STEP_40):
     state = read_state(Path(folder) / name)
     state['progress'].pop('seconds')
     state['progress'].pop('log_bytes')  # counts the digits of times
-    state['options'].pop('versions')
+    state['options']['run'].pop('versions')
     written = json.loads((Path(folder) / 'options.json').read_text())
-    written.pop('versions')
+    written['run'].pop('versions')
     return {**{key: digest(part) for key, part in state.items()}, 'log': digest(read_log(folder)), 'options.json': digest(written)}
 
 

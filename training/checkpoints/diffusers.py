@@ -98,7 +98,7 @@ def write_diffusers(net, folder):
     Raises UserError in one line for networks that cannot be had there."""
     if reason := difference(net):
         raise UserError(f'--format=diffusers: UNet2DModel cannot be this network: {reason}; share its own folder instead '
-                                   '(--format=folder)')
+                        '(--format=folder)')
     scheduler = {'_class_name': 'EDMEulerScheduler', 'sigma_min': max(net.sigma_min, 0.002), 'sigma_max': min(net.sigma_max, 80.0),
                  'sigma_data': net.sigma_data, 'prediction_type': 'epsilon', 'rho': 7.0}
     for name, content in (('unet/config.json', unet_config(net)), ('scheduler/scheduler_config.json', scheduler)):

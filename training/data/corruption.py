@@ -118,7 +118,7 @@ class LabelCorruption:
         count, can = round(self.rate * len(own)), np.flatnonzero(likely.sum(1)[own])
         if len(can) < count:
             raise UserError(f'--label-corruption={self.rate:g} asks for {count} of {len(own)} images, but only {len(can)} have '
-                                       'a class that can be taken for another one; lower it, or widen --label-corruption-groups')
+                            'a class that can be taken for another one; lower it, or widen --label-corruption-groups')
         # Two uniforms of each image whatever else is kept: who is relabelled, and as what.
         who, what = _generator(self.seed, _LABELS).random((images[-1] + 1, 2))[images].T
         chosen = can[np.argsort(who[can], kind='stable')[:count]]

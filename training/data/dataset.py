@@ -80,7 +80,7 @@ class ImageDataset:
             raise UserError(f'{self.path}: cannot read {name} ({damage(err)})') from None
         if image.dtype not in (np.uint8, np.float32, np.float64):
             raise UserError(f'{self.path}: {name} is {image.dtype} of shape {list(image.shape)}; expected 8-bit or '
-                                       'float32 [C,H,W]: convert it with dataset_tool.py')
+                            'float32 [C,H,W]: convert it with dataset_tool.py')
         image = image if image.dtype == np.uint8 else image.astype(np.float32)
         if self.image_shape is not None and (image.shape != self.image_shape or image.dtype != self._dtype):
             raise UserError(
@@ -101,7 +101,7 @@ class ImageDataset:
         size = min(int(keep * total), total if max_size is None else int(max_size))
         if size < 1:
             raise UserError(f'--dataset-keep-percentage={keep}: keeps none of the {total} images; '
-                                       f'use at least {1 / total:.3g}, or --max-size of 1 or more')
+                            f'use at least {1 / total:.3g}, or --max-size of 1 or more')
         if size == total:
             return np.arange(total)
         return np.sort(np.random.RandomState(random_seed % 2 ** 31).permutation(total)[:size])
@@ -130,7 +130,7 @@ class ImageDataset:
         missing = [name for name in self._names if name not in table]
         if missing:
             raise UserError(f'{self.path}: "{key}" in dataset.json misses {len(missing)} of {len(self._names)} files, '
-                                       f'such as {missing[0]}; list every file')
+                            f'such as {missing[0]}; list every file')
         return [table[name] for name in self._names]
 
     def _read_labels(self, use_labels):
@@ -139,7 +139,7 @@ class ImageDataset:
             return
         if not self.has_labels:
             raise UserError(f'--cond=1 needs labels, and {self.path} has none in its dataset.json; '
-                                       'make them with dataset_tool.py --labels, or use --cond=0')
+                            'make them with dataset_tool.py --labels, or use --cond=0')
         values = self._by_file('labels')
         try:
             labels = np.array(values)
@@ -149,7 +149,7 @@ class ImageDataset:
                 raise ValueError
         except (TypeError, ValueError):
             raise UserError(f'{self.path}: labels in dataset.json must be classes 0, 1, ... or finite vectors of one '
-                                       'length') from None
+                            'length') from None
         # The number of classes is that of the whole archive: a subset must not change the network.
         self.label_dim = int(labels.max()) + 1 if classes else self._labels.shape[1]
 
@@ -165,7 +165,7 @@ class ImageDataset:
         if not (np.isfinite(sigmas) & (sigmas >= 0)).all():
             bad = int(np.flatnonzero(~(np.isfinite(sigmas) & (sigmas >= 0)))[0])
             raise UserError(f'{self.path}: "sigmas" in dataset.json gives {self._names[bad]} the level {sigmas[bad]}; '
-                                       'levels must be 0 or more')
+                            'levels must be 0 or more')
         return sigmas / self.units['scale'] if self.units else sigmas
 
     def _read_sigma_max(self):
@@ -180,7 +180,7 @@ class ImageDataset:
         if not (limits > 0).all():
             bad = int(np.flatnonzero(~(limits > 0))[0])
             raise UserError(f'{self.path}: "sigma_max" in dataset.json gives {self._names[bad]} the limit {limits[bad]}; '
-                                       'limits must be above 0, or null for none')
+                            'limits must be above 0, or null for none')
         return limits / self.units['scale'] if self.units else limits
 
 

@@ -199,12 +199,12 @@ def with_inverse_weight(spec):
     name, options = registry.parse(spec)
     if name == 'clamp':
         raise UserError(f'--ambient-weight=inverse does not go with --pairing={spec}: at sigma = sigma_n, where clamp puts '
-                                   'pairs, the weight is infinite; use skip, truncate or sigma_first')
+                        'pairs, the weight is infinite; use skip, truncate or sigma_first')
     if 'buffer' not in options:
         return f'{spec.rstrip(":")}{"," if options else ":"}buffer={INVERSE_BUFFER}'
     if not options['buffer'] > 1:
         raise UserError(f'--ambient-weight=inverse does not go with --pairing={spec}: the weight has infinite variance unless '
-                                   f'buffer is above 1; leave it out for {INVERSE_BUFFER:.4f}')
+                        f'buffer is above 1; leave it out for {INVERSE_BUFFER:.4f}')
     return spec
 
 
@@ -295,7 +295,7 @@ class PairStream:
         where = f'--pairing={self.spec}'
         if isinstance(self.policy, Clamp) and self.tops is not None:
             raise UserError(f'{where}: clamp repeats the published code, which knows no upper limit, but {self._limited()} of '
-                                       f'{len(self.bars)} images have a sigma_max; use skip, truncate or sigma_first')
+                            f'{len(self.bars)} images have a sigma_max; use skip, truncate or sigma_first')
         share = self.acceptance()
         if share < IDLE:
             raise UserError(f'{where}: practically no image can be used: ' + self._out_of_reach())

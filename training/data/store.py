@@ -124,7 +124,7 @@ def _shared_buffer(nbytes, cache_dir):
         if leader and path and os.path.exists(path):
             os.unlink(path)
         raise UserError(f'{folder}: cannot hold the {nbytes / 2 ** 30:.1f} GiB of decoded images ({err.strerror}); '
-                                   'raise --cache-gib, or point --cache-dir to a larger disk') from None
+                        'raise --cache-gib, or point --cache-dir to a larger disk') from None
     distributed.barrier()
     return np.asarray(buffer)
 

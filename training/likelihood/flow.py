@@ -71,7 +71,7 @@ class _Flow:
         self.probes, self.class_labels, self.sigma_data = probes, class_labels, sigma_data
 
     def __call__(self, theta, state, rows):
-        sin, cos = theta.sin()[:, None], theta.cos()[:, None]
+        sin, cos = (_each(function, theta)[:, None] for function in (math.sin, math.cos))
         x = self.sigma_data / cos * state[:, :-1]
         D, trace = self.denoise(x, self.sigma_data * sin / cos, rows)
         slope = (cos ** 2 * x - D) / (self.sigma_data * sin)
@@ -133,7 +133,7 @@ def integrate(field, state, start, end, *, rtol, atol, first_step, max_steps=100
         good = ratio <= 1
         state, slope = (torch.where(good[:, None], new, old) for new, old in ((reached, state), (end_slope, slope)))
         t = torch.where(good, t + step, t)
-        step = step * (SAFETY * ratio.clamp(min=1e-10) ** -0.2).clamp(SHRINK, GROW)
+        step = step * (SAFETY * _each(lambda r: r ** -0.2, ratio.clamp(min=1e-10))).clamp(SHRINK, GROW)
         finished = good & last
         if finished.any():
             done[rows[finished]], calls[rows[finished]] = state[finished], 1 + taken * len(STAGES)
@@ -162,6 +162,11 @@ def _error_ratio(error, allowed):
     """[n]: the error of each row in units of what is allowed."""
     ratio = error / allowed
     return torch.maximum(_row_means(ratio[:, :-1].square()).sqrt(), ratio[:, -1].abs())
+
+
+def _each(function, values):
+    """function(number) of each of values [n]. PyTorch's powers of whole vectors and of the rest beyond them differ in the last bit."""
+    return values.new_tensor([function(value) for value in values.tolist()])
 
 
 def _row_means(values):

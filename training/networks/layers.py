@@ -131,3 +131,12 @@ class GroupNorm(nn.Module):
 
     def forward(self, x):
         return F.group_norm(x.float(), self.num_groups, self.weight.float(), self.bias.float(), self.eps).to(x.dtype)
+
+
+def silu(x, training):
+    """SiLU of [N,...]; outside training, several CPU threads work on a row at a time, so that its bits do not depend on its place.
+
+    They cut a tensor into equal parts, and what is left of a part beyond whole vectors is computed by another exp."""
+    if training or not x.is_cpu or torch.compiler.is_compiling() or torch.get_num_threads() == 1:
+        return F.silu(x)
+    return torch.stack([F.silu(row) for row in x])

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from training.networks.conditioning import LabelEmbedding
 from training.networks.interface import ARCHS, Arch, Network, check_choice
-from training.networks.layers import Conv2d, FourierEmbedding, GroupNorm, Linear, PositionalEmbedding
+from training.networks.layers import Conv2d, FourierEmbedding, GroupNorm, Linear, PositionalEmbedding, silu
 
 
 class UNetBlock(nn.Module):
@@ -50,13 +50,13 @@ class UNetBlock(nn.Module):
             self.proj = Conv2d(out_channels, out_channels, 1, **init_zero)
 
     def forward(self, x, emb):
-        h = self.conv0(F.silu(self.norm0(x)))
+        h = self.conv0(silu(self.norm0(x), self.training))
         params = self.affine(emb)[:, :, None, None].to(h.dtype)  # [N or 1, C or 2C, 1, 1]
         if self.adaptive_scale:
             scale, shift = params.chunk(2, dim=1)
-            h = F.silu(torch.addcmul(shift, self.norm1(h), 1 + scale))
+            h = silu(torch.addcmul(shift, self.norm1(h), 1 + scale), self.training)
         else:
-            h = F.silu(self.norm1(h + params))
+            h = silu(self.norm1(h + params), self.training)
         h = self.conv1(F.dropout(h, self.dropout, self.training))
         x = (h + (x if self.skip is None else self.skip(x))) * self.skip_scale
         return (x + self._attend(x)) * self.skip_scale if self.num_heads else x
@@ -251,7 +251,7 @@ class SongUNet(UNet):
     def _side_output(self, level, x, side):
         if level and self.decoder_type != 'skip':
             return side
-        image = self.dec[self._name(level, 'aux_conv')](F.silu(self.dec[self._name(level, 'aux_norm')](x)))
+        image = self.dec[self._name(level, 'aux_conv')](silu(self.dec[self._name(level, 'aux_norm')](x), self.training))
         return image if side is None else image + self.dec[self._name(level, 'aux_up')](side)
 
 
@@ -290,7 +290,7 @@ class DhariwalUNet(UNet):
             emb = emb + self.map_label(class_labels)
         emb = F.silu(emb)
         x, _ = self._decode(self._encode(x, emb), emb)
-        return self.out_conv(F.silu(self.out_norm(x)))
+        return self.out_conv(silu(self.out_norm(x), self.training))
 
 
 # What --arch selects; --cbase and --cres are keys of it.

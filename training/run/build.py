@@ -32,6 +32,8 @@ def build_net(config, device='cpu', *, seed=0, precision='fp32'):
         net = build_network(config.arguments)
     net.compute_dtype = misc.PRECISIONS[precision]
     if config.cep:
+        if net.model.label_embedding is None:
+            raise UserError(f'--cep={config.cep} perturbs the embedding of a class label, and {type(net.model).__name__} has none')
         net.model.label_embedding.perturb = build_cep(config.cep, net.label_dim)
     return net.to(device).train()
 

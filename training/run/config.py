@@ -146,7 +146,10 @@ def to_json(config):
 def from_json(values, kind=Config, where=''):
     """The tree from what to_json() gave, of this version or of 0.1.0. Raises UserError for keys that are unknown or missing."""
     if kind is Config and 'run' not in values and 'lr_rampup_kimg' in values:
-        values = of_version_0_1(values)
+        try:
+            values = of_version_0_1(values)
+        except KeyError as err:
+            raise UserError(f'configuration: missing key {err} of version 0.1.0') from None
     fields = {f.name: f for f in dataclasses.fields(kind)}
     unknown = sorted(set(values) - set(fields))
     missing = [name for name, f in fields.items()

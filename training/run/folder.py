@@ -77,7 +77,7 @@ def load_state(path, config, free=()):
     state = checkpoint.load(path)
     try:
         told = from_json(state['options'])
-    except (KeyError, UserError) as err:
+    except UserError as err:
         raise UserError(f'{path}: its options are not those of a run of this program ({err})') from None
     found = checkpoint.differences(to_json(told), to_json(config), ignore=(*MAY_CHANGE, *free))
     if found:

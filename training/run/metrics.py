@@ -83,12 +83,12 @@ class PeriodicMetrics:
         chosen, reference = f'--metrics={",".join(self.names)}', self.reference
         if needs_features(self.names) and reference.features is None:
             raise UserError(f'{name}: {chosen} compare images, and these statistics hold no features; '
-                                       'make them with "eval_fid.py ref --keep-features"')
+                            'make them with "eval_fid.py ref --keep-features"')
         check_reference(reference, self.detector, shape, name, self.names)
         logits = self.detector(torch.zeros(1, *shape, dtype=torch.uint8))[1]
         if 'is' in self.names and logits is None:
             raise UserError(f'{chosen}: the Inception score needs logits, and --metrics-detector={self.detector.name} '
-                                       'has none; leave "is" out')
+                            'has none; leave "is" out')
         neighbours = max([k for metric, k in (('pr', PR_K), ('dc', DC_K)) if metric in self.names], default=0)
         if neighbours and len(reference.features) <= neighbours:
             raise UserError(f'{name}: {chosen} need more than {neighbours} images, and it has {len(reference.features)}')

@@ -12,16 +12,19 @@ from training.data.dataset import ImageDataset
 from training.data.pairs import with_inverse_weight
 from training.diffusion.discrete import build_diffusion
 from training.networks.interface import ARCHS, network_class
+from training.networks.preconditioning import PREDICTIONS
 from training.objective.consistency import published_spec
 from training.objective.loss import TERMS
 from training.objective.variational import terms_of
 from training.run import config
-from training.run.build import build_cep, build_corruption
+from training.run.build import build_cep, build_corruption, build_optimizer, probe
+from training.run.optimizer import LearningRate
 from training.sampling.pixels import is_picture
 
 DIFFUSION = 'cosine:steps=4000'  # the schedule of a discrete-time objective that is told none
-PREDICTION = 'edm'  # and what its network predicts
-SAMPLING = {'sampler': 'ancestral', 'steps': 50}  # and what its samples are made with, in fewer steps where it has fewer
+PREDICTION = 'v'  # and what its network predicts, see docs/improved_ddpm.md
+# And what its samples are made with, in fewer steps where it has fewer. What predicts eps needs a sampler that clips D.
+SAMPLING = {name: {'sampler': 'dpmpp_2m', 'steps': 18} for name in PREDICTIONS} | {'eps': {'sampler': 'ancestral', 'steps': 50}}
 
 # Noise distribution and weight that each preconditioning was published with.
 PUBLISHED = {'edm': ('lognormal', 'edm'), 'iddpm': ('iddpm_levels', 'snr'), 've': ('loguniform', 'snr'), 'vp': ('vp_uniform', 'snr')}
@@ -144,7 +147,8 @@ def network_arguments(o, dataset):
                             'but under --objective with --prediction=edm')
     if o.objective:
         found |= dict(diffusion=o.diffusion or DIFFUSION, prediction=prediction)
-        found['sampling'] = SAMPLING | dict(steps=min(SAMPLING['steps'], build_diffusion(found['diffusion']).steps))
+        own = SAMPLING[prediction]
+        found['sampling'] = own | dict(steps=min(own['steps'], build_diffusion(found['diffusion']).steps))
         if registry.parse(o.objective)[0] == 'simple':
             found['learned_variance'] = False
     if dataset.units is not None:
@@ -179,8 +183,11 @@ def optimizer(o):
         if 'weight_decay' in told:
             raise UserError(f'--weight-decay={o.weight_decay} and --optimizer={o.optimizer}: it is given twice; give one of them')
         kind = registry.unparse(name, told | {'weight_decay': o.weight_decay}) if o.weight_decay or name != 'adam' else kind
-    return config.OptimizerConfig(kind=kind, lr=o.lr, schedule=lr_schedule(o), rampup_kimg=o.lr_rampup * 1e3, clip=o.clip,
-                                  loss_scale=o.ls, ema_halflife_kimg=o.ema * 1e3, power_ema=o.power_ema)
+    found = config.OptimizerConfig(kind=kind, lr=o.lr, schedule=lr_schedule(o), rampup_kimg=o.lr_rampup * 1e3, clip=o.clip,
+                                   loss_scale=o.ls, ema_halflife_kimg=o.ema * 1e3, power_ema=o.power_ema)
+    build_optimizer(found, [torch.nn.Parameter(torch.zeros(1))])  # refuses values out of range, as the next line does
+    probe('--lr-schedule', o.lr_schedule, lambda: LearningRate(found)(0, o.batch))
+    return found
 
 
 def lr_schedule(o):

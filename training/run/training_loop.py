@@ -29,7 +29,7 @@ from training.sampling import options as sampling
 from training.sampling.generate import resolution, sample_grid
 
 GROUPS = [f'{kind}/q{quartile}' for kind in ('clean', 'noisy') for quartile in (1, 2, 3, 4)]  # losses are reported by these
-SHOWN = r'Loss/[^/]+|Loss/denoise/(clean|noisy)'  # losses of the console's line; stats.jsonl has them all
+SHOWN = r'Loss/[^/]+|Loss/{first}/(clean|noisy)'  # losses of the console's line; stats.jsonl has them all
 HEARTBEAT_SEC = 60     # a line at least this often, so that nobody wonders whether a run hangs
 
 
@@ -233,8 +233,9 @@ class Run:
             for write in self.writers:
                 write(fields, p.nimg)
         left = max(self.config.run.duration_kimg * 1e3 - p.nimg, 0) / max(rate, 1e-9)
+        shown = SHOWN.format(first=self.objective.first.name)
         losses = '  '.join(f'{name.removeprefix("Loss/")} {s["mean"]:.5g}' for name, s in stats.items()
-                           if re.fullmatch(SHOWN, name) and s['mean'] is not None)
+                           if re.fullmatch(shown, name) and s['mean'] is not None)
         skipped = round(stats['Grad/skipped']['mean'] * stats['Grad/skipped']['num'] / distributed.size())
         warning = f'  SKIPPED {skipped} updates (non-finite gradients)' if skipped else ''
         distributed.print0(f'tick {p.tick}  kimg {p.nimg / 1e3:.3f}  time {format_time(p.seconds)}  {losses}  img/s {rate:.1f}  '

@@ -22,7 +22,7 @@ def split(raw_idx, share, seed):
     chosen = np.random.Generator(np.random.Philox(key=misc.seed_of(seed, 'held out'))).permutation(images)[:round(share * len(images))]
     if share and not 0 < len(chosen) < len(images):
         raise UserError(f'--val={share}: holds out {len(chosen)} of {len(images)} images; '
-                                   'choose a share that leaves some on both sides')
+                        'choose a share that leaves some on both sides')
     held_out = np.isin(raw_idx, chosen)
     return np.flatnonzero(~held_out), np.flatnonzero(held_out)
 
@@ -52,7 +52,7 @@ def check_alike(training, held_out):
         expected, found = getattr(training, name), getattr(held_out, name)
         if found != expected:
             raise UserError(f'--val={held_out.path}: its {name} is {found}, that of the training data {expected}; '
-                                       'convert the two alike with dataset_tool.py')
+                            'convert the two alike with dataset_tool.py')
     return held_out
 
 

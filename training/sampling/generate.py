@@ -53,7 +53,7 @@ def generate_images(net, seeds, *, schedule=schedules.edm, stepper=steppers.heun
                     guidance=NO_GUIDANCE, device=None, rank=0, world=1):
     """Yields Samples for this rank's share of the seeds, in order, `batch` at a time.
 
-    net: a denoiser in eval mode. schedule(num_steps) -> levels and stepper: pieces of schedules.py and steppers.py, options bound.
+    net: a denoiser in eval mode. schedule(num_steps) -> levels, and stepper: pieces with their options bound.
     labels: a source of labels.py; None draws a class for each seed. guidance: a Guidance. device: where to sample, by default
     where the network is. rank, world: this process takes every world-th seed. The images depend on neither of these nor on
     `batch`: bit for bit on the CPU at equal threads, to rounding of the network on a GPU. No autograd graph is kept.

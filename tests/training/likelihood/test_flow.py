@@ -233,6 +233,20 @@ def test_rows_go_at_their_own_pace_and_arrive_together():
     assert calls[0] < calls[1] < calls[2] and sum(seen) == 3 and len(seen) > 1
 
 
+def test_a_row_does_not_depend_on_how_many_there_are():
+    """Enough of them for whole vectors on any CPU and a rest: powers of the two differ in the last bit, and steps are made of powers."""
+    rates = torch.linspace(0.1, 10, 43, dtype=torch.float64)
+
+    def run(rows):
+        field = lambda t, state, under_way: -rates[rows[under_way], None] * state
+        return integrate(field, torch.ones(len(rows), 2, dtype=torch.float64), 0.0, 2.0, rtol=1e-8, atol=1e-8, first_step=1.0)
+
+    together = run(torch.arange(43))
+    for row in range(0, 43, 2):
+        for alone, values in zip(run(torch.tensor([row])), together):
+            assert torch.equal(alone[0], values[row]), row
+
+
 # --- refusals
 
 def test_refusals():

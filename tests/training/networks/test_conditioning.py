@@ -11,8 +11,8 @@ import torch
 
 from dnnlib import UserError
 from torch_utils import misc, registry
-from training.networks import unet
 from training.networks.conditioning import CEP, LabelEmbedding
+from training.networks.interface import ARCHS
 from training.networks.preconditioning import build_network
 
 N, D = 40_000, 24
@@ -92,7 +92,7 @@ def test_dropped_labels_are_perturbed_like_others(spec):
 def test_a_network_keeps_its_names_configuration_and_samples(arch):
     """Switched on for training by one attribute, in either family; a copy in eval mode, as an EMA is, does not notice."""
     small = {'model_channels': 32, 'channel_mult': [1], 'num_blocks': 1, 'attn_resolutions': [], 'dropout': 0}
-    config = unet.ARCHS[arch] | small | {'img_resolution': 8, 'img_channels': 1, 'label_dim': 3}
+    config = ARCHS[arch]() | small | {'img_resolution': 8, 'img_channels': 1, 'label_dim': 3}
     with misc.seeded('net'):
         net = build_network(config)
         with torch.no_grad():
@@ -101,7 +101,7 @@ def test_a_network_keeps_its_names_configuration_and_samples(arch):
     before, names = copy.deepcopy(net.config), list(net.state_dict())
     x, sigma, labels = torch.ones(4, 1, 8, 8), torch.ones(4), torch.eye(3)[[0, 1, 2, 0]]
     plain = net.eval()(x, sigma, labels)
-    net.model.map_label.perturb = registry.build('uniform:gamma=3', CEP, '--cep')
+    net.model.label_embedding.perturb = registry.build('uniform:gamma=3', CEP, '--cep')
     assert net.config == before and list(net.state_dict()) == names
     assert torch.equal(copy.deepcopy(net).eval()(x, sigma, labels), plain)
     with misc.seeded('step'):
@@ -110,7 +110,7 @@ def test_a_network_keeps_its_names_configuration_and_samples(arch):
         again = net(x, sigma, labels)
     assert (first != plain).flatten(1).any(dim=1).all() and torch.equal(first, again)
     first.sum().backward()
-    assert net.model.map_label.weight.grad.isfinite().all()
+    assert net.model.label_embedding.weight.grad.isfinite().all()
 
 
 @pytest.mark.parametrize('spec', ['uniform:gamma=-1', 'gaussian:gamma=inf'])

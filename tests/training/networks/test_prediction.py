@@ -149,7 +149,7 @@ def test_snapshot_carries_the_prediction(tmp_path):
 
 
 def test_option(tmp_path):
-    for flags, expected in (([], 'edm'), (['--prediction=v'], 'v'), (['--prediction=eps'], 'eps')):
+    for flags, expected in (([], 'v'), (['--prediction=edm'], 'edm'), (['--prediction=eps'], 'eps')):
         assert tiny.options(tmp_path, *IDDPM, *flags).network.arguments['prediction'] == expected
     found = tiny.options(tmp_path, *IDDPM, '--prediction=edm', '--sigma-data=0.3').network.arguments
     assert found['sigma_data'] == 0.3 and build_network(found).sigma_data == 0.3
@@ -172,11 +172,11 @@ def test_a_continued_run_keeps_what_it_predicts(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     flags = [f'--data={tiny.make_zip("data.zip")}', '--outdir=run', '--nosubdir', *tiny.FLAGS, *IDDPM, '--diffusion=cosine:steps=20',
              '--sigma=0', '--seed=1']
-    tiny.call(*flags, '--prediction=v', '--duration=0.00008', '--dump=1')
+    tiny.call(*flags, '--prediction=edm', '--duration=0.00008', '--dump=1')
     tiny.call(*flags, '--duration=0.00016', '--resume=latest')
     state = tiny.read_state('run/training-state-000000.160.pt')
-    assert state['options']['network']['arguments']['prediction'] == 'v'
-    with pytest.raises(UserError, match='network.arguments.prediction: v -> eps'):
+    assert state['options']['network']['arguments']['prediction'] == 'edm'
+    with pytest.raises(UserError, match='network.arguments.prediction: edm -> eps'):
         tiny.call(*flags, '--prediction=eps', '--duration=0.00016', '--resume=run/training-state-000000.160.pt')
 
 
@@ -207,9 +207,9 @@ def smooth(tmp_path_factory):
 def trained_and_sampled(data, outdir, *flags):
     """(lowest, highest) value of 16 images by the network's own sampler after a short training, and those of the data."""
     tiny.call(f'--outdir={outdir}', '--nosubdir', f'--data={data}', *IDDPM, '--diffusion=cosine:steps=100', '--cbase=16', '--cres=1',
-              '--blocks=1', '--attn=0', '--dropout=0', '--batch=32', '--duration=0.0032', '--lr=3e-3', '--lr-rampup=0', '--ema=0.0003',
-              '--tick=3.2', '--snap=1', '--dump=0', '--samples=0', '--seed=0', *flags)
-    generate.main([f'--network={next(outdir.glob("network-snapshot-*"))}', f'--outdir={outdir}/out', '--seeds=0-15', '--steps=20'],
+              '--blocks=1', '--attn=0', '--dropout=0', '--batch=32', '--duration=0.00192', '--lr=3e-3', '--lr-rampup=0', '--ema=0.0003',
+              '--tick=1.92', '--snap=1', '--dump=0', '--samples=0', '--seed=0', *flags)
+    generate.main([f'--network={next(outdir.glob("network-snapshot-*"))}', f'--outdir={outdir}/out', '--seeds=0-15'],
                   standalone_mode=False)
     found = np.stack([np.load(path) for path in sorted((outdir / 'out').glob('*.npy'))])
     dataset = ImageDataset(str(data))

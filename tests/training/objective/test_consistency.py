@@ -12,15 +12,12 @@ from benchmarks import consistency_bias
 from dnnlib import EasyDict, UserError
 from tests.support import GOLDEN
 from tests.support.denoisers import Linear, Mixture, make_batch, unit
-from torch_utils import (
-    misc,
-    registry,
-)
+from torch_utils import misc, registry
 from training.diffusion import ambient
 from training.diffusion.noise import LogNormal, NoiseDistribution
 from training.objective import weighting
-from training.objective.consistency import CHAINS, Bridge, ConsistencyTerm, Euler, _levels, consistency_error, mean_square, u_statistic
-from training.objective.loss import AmbientLoss
+from training.objective.consistency import CHAINS, Bridge, Euler, _levels, consistency_error, mean_square, u_statistic
+from training.objective.loss import AmbientLoss, Objective
 from training.run.options import consistency_spec
 
 DATA = GOLDEN / 'losses'
@@ -30,7 +27,7 @@ KWARGS = {case['name']: case.get('kwargs', {}) for case in json.loads((DATA / 'a
 
 def make_term(batch=8, law=None, chain=Euler, **options):
     options = dict(estimator='mean', coeff=1.0, steps=2, samples=2, stop='no', grad=True, batch_size=0) | options
-    return ConsistencyTerm(chain(**options), law or LogNormal(), weighting.edm, batch)
+    return chain(law or LogNormal(), weighting.edm, batch, **options)
 
 
 def value_of(batch=None, net=None, step=0, **options):
@@ -142,12 +139,12 @@ def test_the_default_scores_the_truth_below_wrong_denoisers(data, pair):
     """|U| at the exact D against U at 0.9 D and 1.1 D, on the same points and noises: apart by four standard errors.
 
     The smallest differences, 1.2e-4 and 1.1e-4 (mixture, 0.9 D), are five to six standard errors of 3,000 points x 128 chains."""
-    plan, law = Bridge(), consistency_bias.DATA[data]
-    find = lambda factor: consistency_bias.values(law, plan.step, plan.steps, pair, factor, points=3000, samples=128)[0]
+    term, law = Bridge(LogNormal(), weighting.edm, 64), consistency_bias.DATA[data]
+    find = lambda factor: consistency_bias.values(law, term.step, term.steps, pair, factor, points=3000, samples=128)[0]
     truth = find(1.0)
     for factor in (0.9, 1.1):
         apart = find(factor) - truth * truth.mean().sign()
-        assert plan.estimator == 'u' and apart.mean() > 4 * apart.std() / len(apart) ** 0.5
+        assert term.estimate is u_statistic and apart.mean() > 4 * apart.std() / len(apart) ** 0.5
 
 
 # ---- rows, levels, labels
@@ -247,10 +244,11 @@ def test_the_rampup_is_in_thousand_images_and_starts_at_zero():
 
 
 def test_every_third_step_carries_three_steps():
-    net = Linear()
-    values = [value_of(step=step, every=3, net=net).sum() for step in range(6)]
+    net, batch = Linear(), make_batch()
+    objective = Objective([AmbientLoss(weighting.edm), make_term(every=3)])
+    values = [objective(net, batch, misc.Draws(0, step))['consistency'].sum() for step in range(6)]
     assert [value > 0 for value in values] == [True, False, False, True, False, False]
-    assert len(net.calls) == 2 * 4  # a skipped step costs nothing
+    assert len(net.calls) == 6 + 2 * 3  # the shared evaluations and the chains: a skipped step costs nothing
     torch.testing.assert_close(values[3], 3 * value_of(step=3).sum())
 
 
@@ -303,7 +301,7 @@ def test_the_term_teaches_a_wrong_denoiser_below_sigma_n():
     Without the term there is no gradient below; with the default it moves to the truth."""
     net = TwoSlopes()
     optimizer = torch.optim.Adam([net.factor], lr=0.01)
-    term = ConsistencyTerm(Bridge(batch_size=0, below='sigma_n'), LogNormal(), weighting.edm, 64)
+    term = Bridge(LogNormal(), weighting.edm, 64, batch_size=0, below='sigma_n')
     for step in range(150):
         sigma = 0.5 + 0.5 * unit(64, 1, 1, 1, seed=step).abs()
         batch = make_batch(64)._replace(images=math.sqrt(0.5) * unit(64, 2, 4, 4, seed=1000 + step), sigma=sigma,
@@ -336,22 +334,31 @@ class TwoSlopes(torch.nn.Module):
                                      {'teacher': 'other'}, {'below': 'here'}])
 def test_values_out_of_range_are_refused(options):
     with pytest.raises(ValueError, match=f'{next(iter(options))}=.* must be'):
-        Euler(**options)
+        Euler(LogNormal(), weighting.edm, 64, **options)
 
 
 def test_impossible_combinations_are_refused():
     with pytest.raises(ValueError, match='estimator=u needs samples=2'):
-        Bridge(estimator='u', samples=1)
+        make_term(chain=Bridge, estimator='u', samples=1)
     with pytest.raises(ValueError, match='batch_size=16 is larger than --batch=8'):
         make_term(8, batch_size=16)
 
 
+def build(spec, batch=512):
+    return registry.build(spec, CHAINS, '--consistency', noise=LogNormal(), weight=weighting.edm, batch=batch)
+
+
+def settings(term):
+    """The class of a term and all that its constructor was told, in its own words."""
+    return type(term), {key: value for key, value in vars(term).items() if not key.startswith('_') and key != 'noise'}
+
+
 def test_one_option_names_chain_and_all_the_rest():
-    plan = registry.build('bridge:estimator=mean,steps=3,samples=4,coeff=0.5,teacher=ema,batch_size=64', CHAINS, '--consistency')
-    assert (type(plan), plan.estimator, plan.steps, plan.coeff, plan.step) == (Bridge, 'mean', 3, 0.5, ambient.bridge_step)
-    assert plan.evaluations(256) == pytest.approx(64 / 256 * (4 * 4 + 1))
+    term = build('bridge:estimator=mean,steps=3,samples=4,coeff=0.5,teacher=ema,batch_size=64', batch=256)
+    assert (type(term), term.estimate, term.steps, term.coeff, term.step) == (Bridge, mean_square, 3, 0.5, ambient.bridge_step)
+    assert term.needs_teacher and term.evaluations == pytest.approx(64 / 256 * (4 * 4 + 1))
     with pytest.raises(UserError, match='unknown name "heun"; choose from bridge, euler'):
-        registry.build('heun', CHAINS, '--consistency')
+        build('heun')
 
 
 def spec(**given):
@@ -361,11 +368,12 @@ def spec(**given):
 
 
 def test_the_published_options_map_to_it():
-    plan = registry.build(spec(consistency_coeff=8.0), CHAINS, '--consistency')
-    assert plan == Euler(estimator='mean', steps=5, samples=6, coeff=8.0, batch_size=32, stop='no', grad=True, weighted=False)
-    plan = registry.build(spec(consistency_coeff=1, num_consistency_steps=3, num_primes=4, with_weight=True, with_grad=False,
-                               consistency_batch_size=64), CHAINS, '--consistency')
-    assert plan == Euler(estimator='mean', steps=2, samples=4, coeff=1, batch_size=64, stop='no', grad=False, weighted=True)
+    told = lambda **options: settings(Euler(LogNormal(), weighting.edm, 512, estimator='mean', stop='no', **options))
+    term = build(spec(consistency_coeff=8.0))
+    assert settings(term) == told(steps=5, samples=6, coeff=8.0, batch_size=32, grad=True, weighted=False)
+    term = build(spec(consistency_coeff=1, num_consistency_steps=3, num_primes=4, with_weight=True, with_grad=False,
+                      consistency_batch_size=64))
+    assert settings(term) == told(steps=2, samples=4, coeff=1, batch_size=64, grad=False, weighted=True)
     assert spec() is None and spec(consistency_coeff=0.0) is None and spec(num_primes=4) is None
     assert spec(consistency='bridge') == 'bridge'
 

@@ -8,14 +8,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dnnlib import UserError
 from tests.support import GOLDEN
 from tests.support.denoisers import Linear, Mixture, make_batch, unit
 from torch_utils import misc
 from training.data.batches import Batch
 from training.diffusion.noise import LogNormal, LogUniform, VPUniform
 from training.objective import weighting
-from training.objective.consistency import ConsistencyTerm, Euler
-from training.objective.loss import AmbientLoss, Objective
+from training.objective.consistency import Bridge, Euler
+from training.objective.loss import TERMS, AmbientLoss, Objective, Term, build_objective
+from training.objective.penalty import squared
 
 DATA = GOLDEN / 'losses'
 EDM, AMBIENT = load_file(DATA / 'edm_losses.safetensors'), load_file(DATA / 'ambient_losses.safetensors')
@@ -81,8 +83,8 @@ def test_2a3_clamped_levels_have_neither_loss_nor_gradient():
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
 def test_2a10_everything_runs_in_the_dtype_of_the_images(dtype):
     batch = make_batch(dtype=dtype)._replace(sigma=make_batch().sigma)  # levels in double precision change nothing
-    consistency = ConsistencyTerm(Euler(weighted=True, batch_size=0, steps=2), LogNormal(), weighting.edm, 8)
-    objective = Objective({'denoise': edm_term(), 'consistency': consistency})
+    consistency = Euler(LogNormal(), weighting.edm, 8, weighted=True, batch_size=0, steps=2)
+    objective = Objective([edm_term(), consistency])
     seen = []
     net = lambda x, sigma, **labels: seen.append((x.dtype, misc.batched(sigma).shape[0])) or 0.5 * x
     values = objective(net, batch, misc.Draws(0, 0))
@@ -116,14 +118,107 @@ def test_noisy_images_alone_recover_the_exact_denoiser_of_gaussian_data():
 
 
 def test_terms_share_one_evaluation():
-    consistency = ConsistencyTerm(Euler(batch_size=4, steps=3, samples=2, stop='no'), LogNormal(), weighting.edm, 8)
-    terms = {'denoise': edm_term(), 'consistency': consistency}
+    terms = [edm_term(), Euler(LogNormal(), weighting.edm, 8, batch_size=4, steps=3, samples=2, stop='no')]
     net, batch = Linear(), make_batch()
     values = Objective(terms)(net, batch, misc.Draws(0, 0))
     assert list(values) == ['denoise', 'consistency']
     assert len(net.calls) == 1 + 3 + 1  # the images, three steps of the chains, the chains' ends
-    for name, term in terms.items():  # alone, a term evaluates for itself and gives the same
-        assert torch.equal(term(Linear(), batch, misc.Draws(0, 0))[name], values[name])
+    for term in terms:  # alone, a term evaluates for itself and gives the same
+        assert torch.equal(term(Linear(), batch, misc.Draws(0, 0))[term.name], values[term.name])
+
+
+class Own(Term):
+    """A term of one's own: its parameter times the size of D, and what it saw."""
+
+    name, every, evaluations = 'own', 3, 0.5
+
+    def __init__(self):
+        super().__init__()
+        self.factor, self.seen = torch.nn.Parameter(torch.tensor(2.0, dtype=torch.float64)), []
+
+    def forward(self, net, batch, randn, seen):
+        self.seen.append(seen)
+        return {'own': self.factor * seen.D.flatten(1).sum(1)}
+
+
+class Wide(Linear):
+    """A denoiser with another channel, and a note of when it is asked for it."""
+
+    def outputs(self, x, sigma, **labels):
+        self.calls.append('outputs')
+        return self.a.to(x.dtype) * x, 0 * x
+
+
+def test_two_terms_of_one_name_are_refused():
+    chains = [chain(LogNormal(), weighting.edm, 8, batch_size=0) for chain in (Euler, Bridge)]
+    with pytest.raises(ValueError, match='terms denoise, consistency, consistency have one name'):
+        Objective([edm_term(), *chains])
+    with pytest.raises(ValueError, match='terms denoise, denoise have one name'):
+        Objective([edm_term(), edm_term()])
+
+
+def test_the_first_term_is_looked_at_in_every_step():
+    with pytest.raises(ValueError, match='every=3: the first term, own, must be looked at in every step'):
+        Objective([Own(), edm_term()])
+    objective = Objective([edm_term(), Own()])
+    assert objective.first is objective.terms['denoise'] and list(objective.terms) == ['denoise', 'own']
+
+
+def test_a_term_is_zero_in_the_steps_between_and_so_are_its_gradients():
+    """Zeros, not None: DistributedDataParallel waits for a gradient of every parameter in every step."""
+    term = Own()
+    objective, net, batch = Objective([edm_term(), term]), Linear(), make_batch()
+    for step in range(7):
+        objective.zero_grad(set_to_none=True)
+        values = objective(net, batch, misc.Draws(0, step))
+        sum(value.sum() for value in values.values()).backward()
+        assert list(values) == ['denoise', 'own'] and values['own'].shape == (8,) and values['own'].dtype == batch.images.dtype
+        assert term.factor.grad is not None
+        due = step % 3 == 0
+        assert bool(values['own'].abs().sum() > 0) == bool(term.factor.grad != 0) == due
+    assert len(term.seen) == 3 and len(net.calls) == 7  # one shared evaluation a step, and no more
+
+
+def test_all_outputs_are_asked_for_only_where_a_due_term_needs_them():
+    class Needy(Own):
+        needs_outputs = True
+
+    term, net = Needy(), Wide()
+    objective = Objective([edm_term(), term])
+    for step in range(4):
+        net.calls.clear()
+        values = objective(net, make_batch(), misc.Draws(0, step))
+        assert len(net.calls) == 1 and (net.calls[0] == 'outputs') == (step % 3 == 0)
+        assert (values['denoise'] > 0).all()
+    assert all(seen.rest is not None for seen in term.seen) and len(term.seen) == 2
+
+
+def test_the_evaluations_of_the_terms_add_up():
+    """One shared by all; a chain of s steps costs s + 1 for each sample, on its share of the rows and steps."""
+    chains = Euler(LogNormal(), weighting.edm, 8, batch_size=4, steps=3, samples=2, every=2)
+    assert Objective([edm_term()]).evaluations == 1
+    assert Objective([edm_term(), chains, Own()]).evaluations == 1 + 0.5 * 2 * 4 / 2 + 0.5
+
+
+def test_the_teacher_goes_to_the_terms_that_need_it():
+    term, plain, teacher = Own(), edm_term(), Linear()
+    term.needs_teacher = True
+    objective = Objective([plain, term])
+    objective.set_teacher(teacher)
+    assert term.teacher == (teacher,) and not hasattr(plain, 'teacher')
+    assert list(objective.state_dict()) == ['terms.own.factor']  # the teacher is no part of it
+
+
+def test_a_specification_names_terms_of_the_registry(monkeypatch):
+    monkeypatch.setitem(TERMS, 'own', Own)
+    context = dict(noise=LogNormal(), weight=weighting.edm, penalty=squared, batch=8, diffusion=None)
+    objective = build_objective(['denoise:inverse=True', 'own', 'bridge:steps=3,batch_size=4'], **context)
+    assert list(objective.terms) == ['denoise', 'own', 'consistency']
+    assert objective.first.inverse and objective.first.penalty is squared and objective.terms['consistency'].steps == 3
+    with pytest.raises(UserError, match='--term=bound: the bound is one over timesteps: use --precond=iddpm'):
+        build_objective(['bound'], **context)
+    with pytest.raises(UserError, match='--term=other: unknown name "other"; choose from denoise'):
+        build_objective(['other'], **context)
 
 
 def test_parameters_of_terms_belong_to_the_objective():
@@ -135,7 +230,7 @@ def test_parameters_of_terms_belong_to_the_objective():
         def forward(self, sigma):
             return self.scale * torch.ones_like(sigma)
 
-    objective = Objective({'denoise': AmbientLoss(Learned())})
+    objective = Objective([AmbientLoss(Learned())])
     assert list(objective.state_dict()) == ['terms.denoise.weight.scale']
     value = objective(Linear(), make_batch(), misc.Draws(0, 0))['denoise'].sum()
     value.backward()

@@ -18,6 +18,7 @@ from training.diffusion.noise import NOISE
 from training.objective.penalty import PENALTIES
 from training.objective.weighting import WEIGHTS
 from training.run.build import build_objective
+from training.run.config import ObjectiveConfig
 
 EXTREMES = (1e-4, 1e4)
 LEVELS = {'clean': [0.0] * 6, 'mixed': [0.0, 0.2, 0.0, 0.5, 0.1, 0.0], 'noisy': [0.2, 0.05, 0.3, 0.5, 0.2, 0.4]}
@@ -41,15 +42,10 @@ class Denoiser(torch.nn.Module):
 
 
 @pytest.fixture(scope='module')
-def consistency(tmp_path_factory):
-    """What the options of a run hold where the term is on."""
-    return tiny.options(tmp_path_factory.mktemp('consistency'), *CONSISTENCY)['objective']['consistency']
-
-
-@pytest.fixture(scope='module')
-def options(tmp_path_factory):
-    """Those of a run without consistency."""
-    return tiny.options(tmp_path_factory.mktemp('matrix'))
+def terms(tmp_path_factory):
+    """{whether the consistency term is on: the terms of a run}."""
+    folder = tmp_path_factory.mktemp('matrix')
+    return {on: tiny.options(folder, *(CONSISTENCY if on else [])).objective.terms for on in (False, True)}
 
 
 def make_batch(levels, noise, pairing):
@@ -68,7 +64,7 @@ def make_batch(levels, noise, pairing):
 @pytest.mark.parametrize('data', LEVELS)
 @pytest.mark.parametrize('pairing', PAIRINGS)
 @pytest.mark.parametrize('noise', NOISE)
-def test_a_step_of_every_combination(options, consistency, noise, pairing, data):
+def test_a_step_of_every_combination(terms, noise, pairing, data):
     """Finite losses, gradients of every parameter, which are not all 0, and finite weights after the step."""
     built = registry.build(noise, NOISE)
     batch, draws = make_batch(LEVELS[data], built, pairing)
@@ -76,12 +72,10 @@ def test_a_step_of_every_combination(options, consistency, noise, pairing, data)
     for weight, penalty, on in COMBINATIONS:
         name = f'--noise={noise} --pairing={pairing} --weight={weight} --penalty={penalty} consistency={on} {data}'
         net = Denoiser()
-        _, objective = build_objective(
-            dict(options, batch=8, objective=dict(options['objective'], noise=noise, weight=weight, penalty=penalty,
-                                                       pairing=pairing, consistency=consistency if on else None)), net)
-        terms = objective(net, batch, draws)
-        assert ('consistency' in terms) == on and all(values.shape == (8,) and values.isfinite().all() for values in terms.values()), name
-        (sum(values.sum() for values in terms.values()) / 8).backward()
+        _, objective = build_objective(ObjectiveConfig(noise, weight, penalty, pairing, terms[on]), net, batch=8)
+        found = objective(net, batch, draws)
+        assert ('consistency' in found) == on and all(values.shape == (8,) and values.isfinite().all() for values in found.values()), name
+        (sum(values.sum() for values in found.values()) / 8).backward()
         params = [*net.parameters(), *objective.parameters()]
         assert all(p.grad is not None and p.grad.isfinite().all() for p in params), name
         assert any(p.grad.abs().max() > 0 for p in net.parameters()), name

@@ -17,8 +17,9 @@ from training.data.batches import Batch
 from training.diffusion import discrete
 from training.networks.preconditioning import build_network
 from training.objective.timesteps import SecondMoment
-from training.objective.variational import Bound
+from training.objective.variational import Bound, terms_of
 from training.run.build import build_objective, transfer_weights
+from training.run.config import ObjectiveConfig
 
 IDDPM = ['--precond=iddpm', '--augment=0']
 DIGIT = dict(img_resolution=8, img_channels=1, precond='iddpm', model_type='SongUNet', model_channels=16, channel_mult=[1], num_blocks=1,
@@ -36,6 +37,9 @@ class Recorded(torch.nn.Module):
         self.shift = torch.nn.Parameter(torch.zeros([], dtype=torch.float64))  # of D
         self.lean = torch.nn.Parameter(torch.zeros([], dtype=torch.float64))  # of the channels for the variance
 
+    def own_diffusion(self):
+        return self.diffusion
+
     def outputs(self, x, sigma, class_labels=None, augment_labels=None):
         t = self.diffusion.timestep(sigma.flatten())
         eps, rest = model(self.diffusion.at('alpha_bar', t, x).sqrt() * x, t, self.tmax)
@@ -45,17 +49,17 @@ class Recorded(torch.nn.Module):
         return self.outputs(x, sigma)[0]
 
 
-def options(kind, diffusion='cosine', timesteps='uniform', **changes):
-    objective = dict(noise=None, weight='snr', penalty='squared', pairing='skip', ambient_weight='none', consistency=None, kind=kind,
-                     timesteps=timesteps)
-    return dict(network=dict(diffusion=diffusion), objective=objective | changes, batch=6)
+def build(kind, net, **changes):
+    """The Objective that a run with --objective=KIND has."""
+    config = ObjectiveConfig(**dict(noise=None, weight='snr', terms=terms_of(kind)) | changes)
+    return build_objective(config, net, batch=6)[1]
 
 
 def recorded(schedule, kind, **changes):
     """(network, objective, batch) of the recorded losses."""
     d = discrete.build_diffusion(schedule)
     net = Recorded(d)
-    _, objective = build_objective(options(kind, schedule, **changes), net)
+    objective = build(kind, net, **changes)
     sigma = d.at('levels', G[f'{schedule}.t'], G['x_start'])
     batch = Batch(images=G['x_start'], sigma_n=torch.zeros_like(sigma), sigma=sigma, noise=G['noise'], raw_idx=torch.arange(6))
     return net, objective, batch
@@ -151,16 +155,20 @@ def test_the_exact_denoiser_is_a_stationary_point_on_noisy_images(kind):
     assert sigma.min() > sigma_n
 
     class Linear(torch.nn.Module):
+        sigma_data = 0.5
+
         def __init__(self):
             super().__init__()
             self.a = torch.nn.Parameter(torch.ones([n, 1, 1, 1], dtype=torch.float64))  # one an image, for its own gradient
+
+        def own_diffusion(self):
+            return d
 
         def outputs(self, x, sigma, **labels):
             return self.a * spread ** 2 / (spread ** 2 + sigma ** 2) * x, torch.zeros_like(x)
 
     net = Linear()
-    net.sigma_data = 0.5
-    _, objective = build_objective(options(kind, 'cosine:steps=50'), net)
+    objective = build(kind, net)
     batch = Batch(images, torch.full_like(sigma, sigma_n), sigma, draws('noise', images.shape).double())
     (gradient,) = torch.autograd.grad(sum(term.sum() for term in objective(net, batch, draws).values()), net.a)
     scaled = gradient.flatten() * sigma.flatten() ** 2  # about equal at all levels
@@ -276,9 +284,9 @@ def test_published_networks_keep_their_own_timesteps():
 
 def test_variance_channels_follow_the_objective(tmp_path):
     for objective, channels in (('simple', 1), ('hybrid', 2), ('vlb', 2)):
-        found = tiny.options(tmp_path, *IDDPM, f'--objective={objective}')
-        assert found['network']['diffusion'] == 'cosine:steps=4000'
-        net = build_network(found['network'])
+        found = tiny.options(tmp_path, *IDDPM, f'--objective={objective}').network.arguments
+        assert found['diffusion'] == 'cosine:steps=4000'
+        net = build_network(found)
         D, rest = net.outputs(torch.zeros(2, 1, 8, 8), torch.tensor(1.0))
         assert D.shape == (2, 1, 8, 8) and rest.shape[1] == channels - 1 and net.gives_variance == (channels == 2)
 
@@ -324,9 +332,8 @@ def test_resampling_needs_clean_images_of_any_level(tmp_path, flags, text):
 
 
 def test_coeff_out_of_range_is_refused(tmp_path):
-    found = tiny.options(tmp_path, *IDDPM, '--objective=hybrid:coeff=0')
     with pytest.raises(UserError, match='--objective=hybrid:coeff=0: coeff=0 must be positive'):
-        build_objective(found, build_network(found['network']))
+        tiny.options(tmp_path, *IDDPM, '--objective=hybrid:coeff=0')
 
 
 @pytest.mark.parametrize('kind', ['simple', 'hybrid', 'vlb'])
@@ -344,7 +351,7 @@ def test_combinations_make_steps(tmp_path, kind, flags):
     main = 'Loss/bound' if kind == 'vlb' else 'Loss/denoise'
     assert found[main]['mean'] > 0 and found['Grad/skipped']['mean'] == 0
     if run.data.validation is not None:
-        assert run.data.validation(run.ema.module, next(iter(run.objective.terms.values())), 'cpu')['Val/clean'] > 0
+        assert run.data.validation(run.ema.module, run.objective.first, 'cpu')['Val/clean'] > 0
 
 
 def test_pairs_of_noisy_images_lie_above_their_level(tmp_path):
@@ -373,7 +380,7 @@ def test_bound_teaches_the_variance_of_the_step():
     batch = Batch(images, torch.zeros_like(sigma), sigma, draws('noise', images.shape).double())
     values = {}
     for shift in (-0.2, 0.0, 0.2):
-        values[shift] = Bound(d, 1.0, frozen=True)(Exact(), batch)['bound']
+        values[shift] = Bound(d, 1 / d.steps, frozen=True)(Exact(), batch)['bound']
     for shift in (-0.2, 0.2):
         worse = values[shift] - values[0.0]
         assert worse.mean() > 4 * worse.std() / n ** 0.5
@@ -390,5 +397,5 @@ def test_transfer_between_diffusions_leaves_the_levels_alone(tmp_path):
 def test_bound_term_stands_alone():
     """Without an Objective around it, it asks the network itself."""
     net, objective, batch = recorded('linear', 'vlb')
-    alone = Bound(net.diffusion, net.diffusion.steps, frozen=False)(net, batch)
+    alone = Bound(net.diffusion, frozen=False)(net, batch)
     assert torch.equal(alone['bound'], objective(net, batch, misc.Draws(0, 0))['bound'])

@@ -131,9 +131,9 @@ def test_conditions_in_what_is_written(tmp_path):
              '--label-corruption=0.5', '--seed=5', '--snap=1', '--dump=1']
     tiny.call(*flags, '--duration=0.00008')
     options = json.loads((tmp_path / 'run' / 'options.json').read_text())
-    assert options['cep'] == 'gaussian' and options['label_corruption'] == dict(rate=0.5, seed=0, groups=None)
+    assert options['network']['cep'] == 'gaussian' and options['corruption']['labels'] == dict(rate=0.5, seed=0, groups=None)
     config = json.loads((tmp_path / 'run' / 'network-snapshot-000000.080' / 'config.json').read_text())
-    assert config['label_dropout'] == 0.2 and config == options['network'] and not [key for key in config if 'cep' in key]
+    assert config['label_dropout'] == 0.2 and config == options['network']['arguments'] and not [key for key in config if 'cep' in key]
     tiny.call(*flags, '--duration=0.00016', '--resume=latest')
     straight = tmp_path / 'straight'
     tiny.call(*flags, '--duration=0.00016', f'--outdir={straight}')

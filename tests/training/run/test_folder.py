@@ -3,11 +3,14 @@
 
 import json
 import os
+from dataclasses import replace
 
 import pytest
 
+from tests.support import tiny
 from torch_utils import checkpoint, distributed
 from training.run import folder
+from training.run.config import from_json
 from training.run.folder import RunFolder
 
 
@@ -55,11 +58,12 @@ def test_rewind_never_pads_a_log_that_is_shorter(tmp_path):
 
 
 def test_options_are_written_whole(tmp_path):
-    folder = RunFolder(tmp_path, fractional=False)
-    folder.write_options({'seed': 1})
-    with pytest.raises(ValueError):
-        folder.write_options({'seed': float('inf')})
-    assert json.loads((tmp_path / 'options.json').read_text()) == {'seed': 1} and os.listdir(tmp_path) == ['options.json']
+    run, config = tmp_path / 'run', tiny.options(tmp_path)
+    run.mkdir()
+    RunFolder(run, fractional=False).write_options(config)
+    with pytest.raises(ValueError):  # infinity is no JSON
+        RunFolder(run, fractional=False).write_options(replace(config, optimizer=replace(config.optimizer, lr=float('inf'))))
+    assert os.listdir(run) == ['options.json'] and from_json(json.loads((run / 'options.json').read_text())) == config
 
 
 def test_numbered_folders(tmp_path):

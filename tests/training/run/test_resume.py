@@ -3,6 +3,7 @@
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import time
@@ -25,7 +26,7 @@ FORTY = '--duration=0.00064'  # 40 steps
 # train.py, but for a step that never ends: whoever kills it knows where it stands.
 STALLED = """
 import time, train
-from training import training_loop
+from training.run import training_loop
 step = training_loop.Run.step
 training_loop.Run.step = lambda run: step(run) if run.progress.step < 27 else time.sleep(600)
 train.main()
@@ -176,11 +177,11 @@ STATE_5 = 'training-state-000000.080.pt'
 
 def test_file_continues_in_its_folder_with_its_seed(copied, tmp_path):
     _, folder, args = copied
-    seed = json.loads((folder / 'options.json').read_text())['seed']
+    seed = json.loads((folder / 'options.json').read_text())['run']['seed']
     tiny.call(f'--outdir={tmp_path / "other"}', *args, f'--resume={folder / STATE_5}', '--duration=0.00016')
     assert not (tmp_path / 'other').exists()
     state = tiny.read_state(folder / 'training-state-000000.160.pt')
-    assert state['options']['seed'] == json.loads((folder / 'options.json').read_text())['seed'] == seed
+    assert state['options'] == json.loads((folder / 'options.json').read_text()) and state['options']['run']['seed'] == seed
     assert state['progress']['step'] == 10
     assert [line['nimg'] for line in tiny.read_log(folder)] == [80, 160]
 
@@ -188,7 +189,7 @@ def test_file_continues_in_its_folder_with_its_seed(copied, tmp_path):
 def test_the_printed_seed_is_the_one_that_is_used(copied, capsys):
     outdir, folder, args = copied
     tiny.call(f'--outdir={outdir}', *args, '--resume=latest', '--duration=0.00008')
-    assert f'seed {json.loads((folder / "options.json").read_text())["seed"]}\n' in capsys.readouterr().out
+    assert f'seed {json.loads((folder / "options.json").read_text())["run"]["seed"]}\n' in capsys.readouterr().out
 
 
 def test_what_may_change(copied):
@@ -196,21 +197,34 @@ def test_what_may_change(copied):
     tiny.call(f'--outdir={outdir}', *args, '--resume=latest', '--duration=0.00024', '--tick=0.04', '--snap=3', '--dump=2', '--workers=0',
               '--batch-gpu=4', '--precision=bf16', '--samples=1', '--bench=0', '--cache-gib=0')
     assert tiny.only_folder(outdir) == folder
-    assert json.loads((folder / 'options.json').read_text())['precision'] == 'bf16'
+    assert json.loads((folder / 'options.json').read_text())['run']['precision'] == 'bf16'
     assert tiny.read_state(folder / 'training-state-000000.240.pt')['progress']['step'] == 15
 
 
 @pytest.mark.parametrize('flag, named', [
-    ('--lr=2e-3', 'optimizer.lr: 0.001 -> 0.002'), ('--batch=32', 'batch: 16 -> 32'), ('--sigma=0.5', 'corruption.sigma: 0.4 -> 0.5'),
-    ('--seed=1', 'seed: '), ('--expr-id=y', 'expr_id: None -> y'), ('--pairing=truncate', 'objective.pairing: skip -> truncate'),
-    ('--weight=uniform', 'objective.weight: edm -> uniform'), ('--val=0.2', 'val.share: None -> 0.2'),
-    ('--power-ema=0.1', 'power_ema: '), ('--clip=1', 'clip: 0.0 -> 1.0'),
-    ('--cbase=32', 'network.model_channels: 16 -> 32'), ('--arch=ncsnpp', 'network.encoder_type: ')])
+    ('--lr=2e-3', 'optimizer.lr: 0.001 -> 0.002'), ('--batch=32', 'run.batch: 16 -> 32'), ('--sigma=0.5', 'corruption.sigma: 0.4 -> 0.5'),
+    ('--seed=1', 'run.seed: '), ('--expr-id=y', 'run.expr_id: None -> y'), ('--pairing=truncate', 'objective.pairing: skip -> truncate'),
+    ('--weight=uniform', 'objective.weight: edm -> uniform'), ('--val=0.2', "data.validation: None -> {'share': 0.2, 'path': None}"),
+    ('--power-ema=0.1', 'optimizer.power_ema: '), ('--clip=1', 'optimizer.clip: 0.0 -> 1.0'),
+    ('--cbase=32', 'network.arguments.model_channels: 16 -> 32'), ('--arch=ncsnpp', 'network.arguments.encoder_type: ')])
 def test_another_option_is_refused_by_name(five_steps, tmp_path, flag, named):
     folder, args = five_steps
     line = refused(f'--outdir={tmp_path / "out"}', *args, f'--resume={folder / STATE_5}', '--snap=4', flag)
     assert named in line and STATE_5 in line
     assert not (tmp_path / 'out').exists()
+
+
+def test_another_length_of_a_cosine_is_another_run(tmp_path, data):
+    """Its length is that of --duration, and part of the configuration; told by itself it holds, whatever --duration says."""
+    args = [f'--data={data}', *tiny.FLAGS, '--dump=1', '--snap=0', '--lr-schedule=cosine:least=0.1', '--duration=0.00008']
+    tiny.call(f'--outdir={tmp_path / "runs"}', *args)
+    folder = tiny.only_folder(tmp_path / 'runs')
+    line = refused(f'--outdir={tmp_path / "out"}', *args, f'--resume={folder / STATE_5}', '--duration=0.00016')
+    assert 'optimizer.schedule: cosine:least=0.1,kimg=0.08 -> cosine:least=0.1,kimg=0.16' in line
+    tiny.call(f'--outdir={tmp_path / "out"}', *args, f'--resume={folder / STATE_5}', '--duration=0.00016',
+              '--lr-schedule=cosine:least=0.1,kimg=0.08')
+    first, second = (entry['Optimizer/lr'] for entry in tiny.read_log(folder))
+    assert first == pytest.approx(1e-3 * (0.1 + 0.9 * (1 + math.cos(0.8 * math.pi)) / 2)) and second == pytest.approx(1e-4)
 
 
 def test_files_that_are_no_states(five_steps, tmp_path):

@@ -225,8 +225,8 @@ def test_endless_bad_gradients_stop_the_run(tmp_path, monkeypatch):
 def test_heartbeat(tmp_path, monkeypatch, capsys):
     """A line between ticks when a while has passed without one."""
     monkeypatch.setattr(training_loop, 'HEARTBEAT_SEC', 0)
-    options = {**tiny.options(tmp_path), 'duration_kimg': 0.08}
-    training_loop.training_loop(options, str(tmp_path), torch.device('cpu'))
+    config = tiny.options(tmp_path, '--duration=0.00008')
+    training_loop.training_loop(config, str(tmp_path), torch.device('cpu'))
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith('    step')]
     assert [line.split()[1] for line in lines] == ['1', '2', '3', '4', '5'] and all('img/s' in line and 'eta' in line for line in lines)
 
@@ -234,8 +234,8 @@ def test_heartbeat(tmp_path, monkeypatch, capsys):
 def test_duration_is_not_a_step_too_long(tmp_path):
     """0.24 * 1e3 is 240.00000000000003 where --duration=0.00024 was asked for."""
     for duration, count in [('0.00024', 15), ('0.00008', 5), ('0.0001', 7)]:
-        options = tiny.options(tmp_path, f'--duration={duration}', '--dump=0', '--snap=0')
-        assert training_loop.training_loop(options, str(tmp_path), torch.device('cpu')).progress.step == count
+        config = tiny.options(tmp_path, f'--duration={duration}', '--dump=0', '--snap=0')
+        assert training_loop.training_loop(config, str(tmp_path), torch.device('cpu')).progress.step == count
 
 
 @pytest.fixture(scope='module')
@@ -253,7 +253,7 @@ def test_snapshot_is_the_average_of_the_state(finished):
     net = load_network(finished / 'network-snapshot-000000.160')
     average = next(iter(state['ema'].values()))
     assert tiny.digest(net.state_dict()) == tiny.digest(average) != tiny.digest(state['net'])
-    assert net.config == state['options']['network'] and not net.training
+    assert net.config == state['options']['network']['arguments'] and not net.training
     assert tiny.digest(load_network(finished / 'training-state-000000.160.pt').state_dict()) == tiny.digest(average)
 
 

@@ -21,6 +21,8 @@ from training.sampling import steppers
 from training.sampling.generate import noise_levels
 
 OBJECTIVE = ['--precond=iddpm', '--augment=0', '--objective=hybrid', '--diffusion=cosine:steps=30']
+EXPLICIT = {'eps': ['--sampler=ancestral', '--levels=respaced:diffusion=cosine:steps=30', '--steps=30'],  # as many as it has
+            'v': ['--sampler=dpmpp_2m', '--levels=edm', '--steps=18']}
 OWN = {'sampler': 'ancestral:variance=small', 'steps': 7}
 RESPACED = 'respaced:diffusion=cosine:steps=100'
 
@@ -114,18 +116,20 @@ def test_evaluation_records_what_it_used(folder, tmp_path):
     assert {'sampler': 'heun', 'levels': 'edm', 'steps': 18}.items() <= facts['heun'][0].items()
 
 
-def test_training_run(tmp_path):
+@pytest.mark.parametrize('prediction', EXPLICIT)
+def test_training_run(tmp_path, prediction):
     """The snapshot names the sampler; the grid and the metrics of the run are those of generate.py and eval_fid.py on the snapshot."""
     data = tiny.make_zip(tmp_path / 'data.zip')
     eval_fid.main(['ref', f'--data={data}', f'--dest={tmp_path}/ref.npz', '--detector=pixels'], standalone_mode=False)
     run = tmp_path / 'run'
-    tiny.call(f'--outdir={run}', '--nosubdir', f'--data={data}', *tiny.FLAGS, *OBJECTIVE, '--duration=0.00008', '--samples=4', '--snap=1',
-              '--dump=0', '--seed=5', '--metrics-every=1', '--metrics-num=12', '--metrics-detector=pixels',
-              f'--metrics-ref={tmp_path}/ref.npz')
+    tiny.call(f'--outdir={run}', '--nosubdir', f'--data={data}', *tiny.FLAGS, *OBJECTIVE, f'--prediction={prediction}', '--seed=5',
+              '--duration=0.00008', '--samples=4', '--snap=1', '--dump=0', '--metrics-every=1', '--metrics-num=12',
+              '--metrics-detector=pixels', f'--metrics-ref={tmp_path}/ref.npz')
     snapshot = run / 'network-snapshot-000000.080'
     config = json.loads((snapshot / 'config.json').read_text())
-    assert config['sampling'] == {'sampler': 'ancestral', 'steps': 30}  # as many as it has
-    explicit = ['--sampler=ancestral', '--levels=respaced:diffusion=cosine:steps=30', '--steps=30']
+    assert f'--sampler={config["sampling"]["sampler"]}' in EXPLICIT[prediction]
+    assert f'--steps={config["sampling"]["steps"]}' in EXPLICIT[prediction]
+    explicit = EXPLICIT[prediction]
     generate.main([f'--network={snapshot}', f'--outdir={tmp_path}/out', '--seeds=0-3', '--grid', *explicit], standalone_mode=False)
     grids = [np.asarray(PIL.Image.open(path)) for path in (run / 'samples-000000.080.png', tmp_path / 'out-grid.png')]
     assert np.array_equal(*grids)
@@ -136,10 +140,13 @@ def test_training_run(tmp_path):
 
 
 def test_what_train_writes(tmp_path):
-    found = tiny.options(tmp_path, '--precond=iddpm', '--objective=simple').network.arguments
-    assert found['sampling'] == {'sampler': 'ancestral', 'steps': 50}
-    for flags in ((), ('--precond=iddpm',)):
-        assert 'sampling' not in tiny.options(tmp_path, *flags).network.arguments
+    """What clips D for networks that predict the noise, and else what came nearest in few evaluations (docs/improved_ddpm.md)."""
+    written = lambda *flags: tiny.options(tmp_path, *flags).network.arguments
+    for prediction, expected in (('eps', ('ancestral', 50)), ('v', ('dpmpp_2m', 18)), ('edm', ('dpmpp_2m', 18))):
+        found = written('--precond=iddpm', '--objective=simple', f'--prediction={prediction}')
+        assert found['sampling'] == dict(zip(('sampler', 'steps'), expected))
+    assert written('--precond=iddpm', '--objective=simple')['sampling']['sampler'] == 'dpmpp_2m'
+    assert 'sampling' not in written() and 'sampling' not in written('--precond=iddpm')
 
 
 # ---- mistakes

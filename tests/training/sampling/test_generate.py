@@ -37,7 +37,9 @@ def test_draws_are_the_published_ones(name, shape, classes):
     expected = load_file(DATA / 'samplers' / 'stacked_rng.safetensors')
     draws = SeededDraws([0, 1, 2, 3])
     latents = draws.randn(shape)
-    assert torch.equal(latents, expected[f'{name}.latents'])
+    # PyTorch has other approximations of log, sin and cos for float32 normals on CPUs with AVX2, where the published ones were drawn.
+    exact = shape == [1, 2, 2] or torch.backends.cpu.get_cpu_capability() != 'DEFAULT'
+    torch.testing.assert_close(latents, expected[f'{name}.latents'], rtol=0, atol=0 if exact else 4e-6)
     assert torch.equal(draws.randint(classes), expected[f'{name}.labels'])
     assert torch.equal(draws.randn_like(latents.double()), expected[f'{name}.randn_like_f64_after'])
     assert torch.equal(draws.randn_like(latents.double()), expected[f'{name}.randn_like_f64_second'])
@@ -92,6 +94,23 @@ def test_pixels_of_the_published_architectures_do_not_depend_on_the_batch(case, 
     net = golden_network(case, precond)
     images = {batch: all_images(net, range(7), batch=batch, stepper=CHURN, num_steps=2) for batch in (1, 3, 64)}
     assert torch.equal(images[1], images[3]) and torch.equal(images[1], images[64])
+
+
+@pytest.fixture
+def three_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_a_row_keeps_its_bits_in_any_place_though_threads_share_it(three_threads):
+    """Three threads cut eight rows of 28x28 pixels in the middle, where PyTorch's SiLU leaves its whole vectors."""
+    denoise, x = ConditionedDenoiser(tiny(size=28)), SeededDraws(range(8)).randn([1, 28, 28])
+    with torch.no_grad():
+        expected = denoise(x, torch.tensor(1.0))
+        for shift in range(1, 8):
+            assert torch.equal(denoise(x.roll(shift, 0), torch.tensor(1.0)), expected.roll(shift, 0)), shift
 
 
 @pytest.mark.gpu

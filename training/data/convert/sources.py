@@ -50,7 +50,7 @@ def open_source(path, layout=None):
             except (*DAMAGE, tarfile.TarError, pickle.UnpicklingError) as err:
                 raise UserError(f'--source={path}: cannot be read ({damage(err)})') from None
     raise UserError(f'--source={path}: not a folder, .zip, cifar-10-python.tar.gz, ...idx3-ubyte(.gz), .npy, .npz or '
-                               '"digits"')
+                    '"digits"')
 
 
 class FileSource:
@@ -190,13 +190,13 @@ def _as_nchw(images, layout, path):
     """Any layout as [N,C,H,W]. Without a word on it, the channels are the one axis that is smaller than the other two."""
     if images.ndim not in (3, 4) or images.dtype.kind not in 'uif' or images.size == 0:
         raise UserError(f'--source={path}: {images.dtype} of shape {list(images.shape)}; expected numbers '
-                                   '[N,H,W], [N,H,W,C] or [N,C,H,W]')
+                        '[N,H,W], [N,H,W,C] or [N,C,H,W]')
     if layout is None and images.ndim == 4:
         smallest = lambda axis: images.shape[axis] < min(np.delete(images.shape[1:], axis - 1))
         fits = [name for name, axis in (('nchw', 1), ('nhwc', 3)) if smallest(axis)]
         if len(fits) != 1:
             raise UserError(f'--source={path}: shape {list(images.shape)} may be [N,H,W,C] or [N,C,H,W]; '
-                                       'say --layout=nhwc or --layout=nchw')
+                            'say --layout=nhwc or --layout=nchw')
         layout = fits[0]
     layout = layout or 'nhw'
     if len(layout) != images.ndim:
