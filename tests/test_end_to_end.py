@@ -208,7 +208,7 @@ def test_wandb_receives_the_lines_of_stats_jsonl(data, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'wandb', stand_in)
     call(train.main, f'--outdir={tmp_path}', f'--data={data["grey"]}', *LENGTH, *NET, '--wandb=mine')
     folder, ticks, _ = check_run(tmp_path)
-    assert sent[0]['project'] == 'mine' and sent[0]['name'] == folder.name and sent[0]['config']['batch'] == BATCH
+    assert sent[0]['project'] == 'mine' and sent[0]['name'] == folder.name and sent[0]['config']['run']['batch'] == BATCH
     assert [line['Loss/denoise'] for line in sent[1:]] == pytest.approx([line['Loss/denoise'] for line in ticks])
 
 

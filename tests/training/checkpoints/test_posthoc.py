@@ -74,7 +74,7 @@ def test_files_of_a_run(run):
     net = load_network(folder / 'network-snapshot-000001.280')
     assert set(safetensors.torch.load_file(stored[0][0])) == set(net.state_dict())
     state = tiny.read_state(folder / 'training-state-000001.280.pt')
-    assert list(state['ema']) == ['halflife', 'power_0.050', 'power_0.100'] and state['options']['power_ema'] == [0.05, 0.1]
+    assert list(state['ema']) == ['halflife', 'power_0.050', 'power_0.100'] and state['options']['optimizer']['power_ema'] == [0.05, 0.1]
     assert tiny.digest(state['ema']['power_0.050']) == tiny.digest(safetensors.torch.load_file(stored[-2][0]))
     assert not [name for name in os.listdir(folder) if name.startswith('.')]
 
