@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from dnnlib import UserError
 from dnnlib.archive import DAMAGE, damage
+from torch_utils import registry
 from torch_utils.command_line import Command, hyphens, version_option
 from training.data.convert import sources, transforms, writers
 from training.data.convert.statistics import describe
@@ -181,7 +182,7 @@ def read_table(path, option):
             if path.endswith('.json'):
                 found = json.load(file)
                 return found.get(option.strip('-').replace('-', '_'), found) if isinstance(found, dict) else found
-            rows = [[_value(text) for text in row] for row in csv.reader(file) if row]
+            rows = [[registry.parse_number(text.strip()) for text in row] for row in csv.reader(file) if row]
     except (OSError, ValueError, csv.Error) as err:
         raise UserError(f'{option}={path}: cannot be read ({damage(err)}); give CSV, JSON or .npy') from None
     if rows and str(rows[0][0]).lower() in ('file', 'filename', 'name', 'image'):
@@ -189,15 +190,6 @@ def read_table(path, option):
     if all(len(row) == 1 for row in rows):
         return [row[0] for row in rows]
     return [[str(row[0]), row[1] if len(row) == 2 else row[1:]] for row in rows]
-
-
-def _value(text):
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text.strip()
 
 
 def as_classes(values):

@@ -3,7 +3,8 @@
 
 import torch
 
-from dnnlib import UserError, one_line, open_url
+from dnnlib import UserError, open_url
+from torch_utils import checkpoint
 
 URL = 'https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth'
 SHA256 = '6726825d'  # its first digits
@@ -133,10 +134,7 @@ def weights_file(weights=None):
 def read_weights(weights, expected):
     """The state dict in the file, after a check of its names and shapes against those expected."""
     path = weights_file(weights)
-    try:
-        state = torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as err:  # the safe reader fails in many ways on a file that is no state dict
-        raise UserError(f'--detector-weights={path}: not a file of weights ({one_line(err)})') from None
+    state = checkpoint.read_tensors(path, 'weights', option='--detector-weights=')
     fits = isinstance(state, dict) and state.keys() == expected.keys()
     wrong = next((k for k in expected if not fits or state[k].shape != expected[k].shape), None)
     if wrong:

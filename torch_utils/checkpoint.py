@@ -21,16 +21,20 @@ def save(path, state):
         os.fsync(f.fileno())
 
 
-def load(path):
-    """The state dict of a file, on the CPU. Raises UserError when it is none."""
+def read_tensors(path, what, hint='', option=''):
+    """What a file of torch.save holds, on the CPU, if that is tensors and plain values; nothing is executed.
+
+    what, hint, option: for errors: what the file should be, what to do, and who named it, such as "--weights=". Raises UserError."""
     try:
-        state = torch.load(path, map_location='cpu', weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f'{path}: no such state file') from None
+        return torch.load(path, map_location='cpu', weights_only=True)
     except Exception as err:  # a damaged file may raise almost anything, and what PyTorch says of it does not help
         reason = err.strerror if isinstance(err, OSError) and err.strerror else 'it holds more than tensors and plain values, or is damaged'
-        raise UserError(f'{path}: cannot be read as a training state ({reason}); '
-                        'give a training-state-*.pt that this program wrote') from None
+        raise UserError(f'{option}{path}: cannot be read as {what} ({reason}){hint}') from None
+
+
+def load(path):
+    """The state dict of a file, on the CPU. Raises UserError when it is none."""
+    state = read_tensors(path, 'a training state', '; give a training-state-*.pt that this program wrote')
     missing = [key for key in KEYS if not isinstance(state, dict) or key not in state]
     if missing:
         raise UserError(f'{path}: not a training state (lacks {", ".join(missing)}); '

@@ -14,6 +14,7 @@ from dnnlib.files import finite
 PRECISIONS = {'fp32': torch.float32, 'tf32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
 DTYPES = {name: dtype for name, dtype in PRECISIONS.items() if name != 'tf32'}  # tf32 is a way to multiply float32, for training
 
+CPU_CHUNK = 8    # rows per network call on the CPU, where PyTorch's results depend on the batch size; so they are always as many
 BLOCK_ROWS = 16  # rows of the global batch that are drawn together; a rank draws only the blocks that hold its rows
 
 
@@ -73,6 +74,15 @@ def require(holds, text):
 def height_width(img_resolution):
     """[H, W] of a network's img_resolution, which is one int for squares."""
     return [img_resolution] * 2 if isinstance(img_resolution, int) else list(img_resolution)
+
+
+def chunks(count, device, size=None):
+    """Yields (indices [size], how many of them count) of `count` rows: all are of one size, and the last row fills up the last chunk.
+
+    size: by default CPU_CHUNK on the CPU, and all rows at once elsewhere."""
+    size = size or (CPU_CHUNK if torch.device(device).type == 'cpu' else count)
+    for first in range(0, count, size):
+        yield torch.arange(first, first + size, device=device).clamp(max=count - 1), min(size, count - first)
 
 
 def batched(values):

@@ -34,6 +34,11 @@ def _literal(text):
     words = {'true': True, 'false': False, 'none': None}
     if text.lower() in words:
         return words[text.lower()]
+    return parse_number(text)
+
+
+def parse_number(text):
+    """Text as the int or float that it is, otherwise as it is."""
     for kind in (int, float):
         try:
             return kind(text)

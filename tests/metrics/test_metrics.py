@@ -271,8 +271,8 @@ def test_inception_weights_that_are_none(tmp_path):
     torch.save({'fc.weight': torch.zeros(3)}, tmp_path / 'other.pth')
     (tmp_path / 'noise.pth').write_bytes(b'abc')
     torch.save(torch.nn.Linear(2, 2), tmp_path / 'pickled.pth')  # a pickled module: refused, never run
-    for name, message in [('other.pth', 'not the FID network'), ('noise.pth', 'not a file of weights'),
-                          ('pickled.pth', 'not a file of weights'), ('absent.pth', 'no such file')]:
+    for name, message in [('other.pth', 'not the FID network'), ('noise.pth', 'cannot be read as weights'),
+                          ('pickled.pth', 'cannot be read as weights'), ('absent.pth', 'no such file')]:
         with pytest.raises(UserError, match=message) as caught:
             inception.Inception(str(tmp_path / name))
         assert '\n' not in caught.value.message

@@ -208,6 +208,7 @@ def test_arguments_and_modules_that_refer_to_themselves(refused):
 FUZZ = '''
 import resource, signal, sys
 import numpy as np
+from dnnlib import UserError
 from tests.support import edm_pickle
 from torch_utils import legacy_pickle
 from training.checkpoints.load import load_network

@@ -3,7 +3,6 @@
 
 import math
 import os
-import pickle
 import re
 import zipfile
 
@@ -203,10 +202,7 @@ def _weights_name(key, first):
 
 def _read_old_weights(path):
     """The state dict in a pytorch_model.bin: tensors only, nothing executed."""
-    try:
-        state = torch.load(path, map_location='cpu', weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError) as err:
-        raise UserError(f'{path}: cannot be read as plain tensors: {one_line(err)}') from None
+    state = checkpoint.read_tensors(path, 'plain tensors')
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise UserError(f'{path}: expected a state dict (name: tensor), got {type(state).__name__}')
     return state

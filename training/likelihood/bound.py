@@ -6,8 +6,8 @@ from typing import NamedTuple
 import torch
 
 from dnnlib.figures import figure
+from torch_utils import misc
 from training.diffusion.discrete import bound_terms, prior_bits
-from training.likelihood.flow import chunks
 
 
 class Bound(NamedTuple):
@@ -32,12 +32,12 @@ def variational_bound(net, diffusion, x0, noise, *, class_labels=None, variance=
     for t in range(diffusion.steps):
         x = x0 + float(diffusion.levels[t]) * noise(t).to(x0)
         parts = [_terms(net, diffusion, x0[rows], x[rows], t, None if class_labels is None else class_labels[rows], variance)[:, :count]
-                 for rows, count in chunks(len(x0), x0.device)]
+                 for rows, count in misc.chunks(len(x0), x0.device)]
         steps.append(torch.cat(parts, dim=1))  # [3,N]
         if progress:
             progress(len(x0) / diffusion.steps)
     vb, x0_mse, eps_mse = torch.stack(steps, dim=2)
-    prior = torch.cat([prior_bits(diffusion, x0[rows])[:count] for rows, count in chunks(len(x0), x0.device)])
+    prior = torch.cat([prior_bits(diffusion, x0[rows])[:count] for rows, count in misc.chunks(len(x0), x0.device)])
     return Bound(prior + torch.stack([row.sum() for row in vb]), prior, vb, x0_mse, eps_mse)
 
 

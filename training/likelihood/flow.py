@@ -11,7 +11,6 @@ import torch
 
 from torch_utils import misc
 
-CPU_CHUNK = 8      # rows per network call on the CPU, where PyTorch's results depend on the batch size; so they are always as many
 SAFETY = 0.9       # the next step aims this far below the tolerance
 SHRINK, GROW = 0.2, 5.0  # a step is at least and at most so many times the one before
 
@@ -81,7 +80,7 @@ class _Flow:
     def denoise(self, x, sigma, rows):
         """(D [n,CHW], tr dD/dx [n,1]), float64, of x [n,CHW] at sigma [n,1]; rows: which of the probes and labels are theirs."""
         parts = []
-        for chunk, count in chunks(len(x), x.device):
+        for chunk, count in misc.chunks(len(x), x.device):
             D, trace = self._chunk(x[chunk].unflatten(1, self.shape), sigma[chunk], rows[chunk])
             parts.append(torch.cat([D, trace], dim=1)[:count])
         D, trace = torch.cat(parts).split([self.dims, 1], dim=1)
@@ -105,13 +104,6 @@ class _Flow:
         z = torch.zeros_like(D).flatten(1)
         z[:, k] = 1
         return z.view_as(D)
-
-
-def chunks(count, device):
-    """Yields (indices, how many of them count): all rows at once; on the CPU CPU_CHUNK at a time, the last row filling up the last."""
-    size = CPU_CHUNK if device.type == 'cpu' else count
-    for first in range(0, count, size):
-        yield torch.arange(first, first + size, device=device).clamp(max=count - 1), min(size, count - first)
 
 
 def integrate(field, state, start, end, *, rtol, atol, first_step, max_steps=1000, progress=None):

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from torch_utils import misc
 from training.networks.conditioning import LabelEmbedding
 from training.networks.interface import ARCHS, Arch, Network, check_choice
 from training.networks.layers import Conv2d, FourierEmbedding, GroupNorm, Linear, PositionalEmbedding, silu
@@ -170,7 +171,7 @@ class UNet(Network):
 
 def level_sizes(img_resolution, levels):
     """[(H, W) of each level], finest first; ValueError where a side is not a multiple of 2^(levels - 1)."""
-    height, width = (img_resolution, img_resolution) if isinstance(img_resolution, int) else img_resolution
+    height, width = misc.height_width(img_resolution)
     unit = 2 ** (levels - 1)
     if height % unit or width % unit or min(height, width) < 1:
         raise ValueError(f'images of {height}x{width} cannot be halved {levels - 1} times: '

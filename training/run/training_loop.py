@@ -12,6 +12,7 @@ import psutil
 import torch
 
 from dnnlib import EasyDict, UserError, format_time
+from dnnlib.files import finite
 from torch_utils import checkpoint, distributed, misc, training_stats
 from training.checkpoints import posthoc
 from training.checkpoints.card import model_card
@@ -229,7 +230,7 @@ class Run:
             fields['Grad/loss_scale'] = self.scale.state()[0]
         fields |= {f'Resources/{k}': v for k, v in memory_gib(self.device).items()}
         if distributed.rank() == 0:
-            self.folder.log({k: misc.as_float(v) if isinstance(v, float) else v for k, v in fields.items()})
+            self.folder.log(finite(fields))
             for write in self.writers:
                 write(fields, p.nimg)
         left = max(self.config.run.duration_kimg * 1e3 - p.nimg, 0) / max(rate, 1e-9)

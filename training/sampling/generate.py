@@ -17,7 +17,6 @@ from training.sampling.pixels import pictures
 from training.sampling.writers import write_grid
 
 NO_GUIDANCE = Guidance()
-CPU_CHUNK = 8  # rows per network call on the CPU, where PyTorch's results depend on the batch size; so they are always as many
 
 
 class Samples(NamedTuple):
@@ -65,7 +64,7 @@ def generate_images(net, seeds, *, schedule=schedules.edm, stepper=steppers.heun
     sigmas = noise_levels(net, schedule, num_steps)
     labels = labels or (uniform(net.label_dim) if net.label_dim else None)
     mine = list(seeds)[rank::world]
-    rows = CPU_CHUNK if device.type == 'cpu' else min(batch, len(mine))
+    rows = misc.CPU_CHUNK if device.type == 'cpu' else min(batch, len(mine))
     for first in range(0, len(mine), batch):
         yield _sample(net, mine[first:first + batch], sigmas, stepper, labels, guidance, device, rows)
 
@@ -80,7 +79,7 @@ def _sample(net, seeds, sigmas, stepper, source, guidance, device, rows):
     return Samples(seeds, x, labels)
 
 
-def guided(net, labels=None, guidance=NO_GUIDANCE, rows=CPU_CHUNK):
+def guided(net, labels=None, guidance=NO_GUIDANCE, rows=misc.CPU_CHUNK):
     """The denoiser that a stepper walks: the network with its labels, led away from what the guidance says."""
     denoise = ConditionedDenoiser(net, labels, rows)
     if guidance.weight == 1:
@@ -94,7 +93,7 @@ class ConditionedDenoiser:
 
     labels: int64 [N] classes, float32 [N, label_dim] vectors, or None for "no label". Attribute calls: evaluations so far."""
 
-    def __init__(self, net, labels=None, rows=CPU_CHUNK):
+    def __init__(self, net, labels=None, rows=misc.CPU_CHUNK):
         self.net, self.rows, self.calls = net, rows, 0
         classes = labels is not None and labels.ndim == 1
         self.labels = torch.nn.functional.one_hot(labels, net.label_dim).to(torch.float32) if classes else labels  # [N, label_dim]
@@ -123,18 +122,12 @@ class ConditionedDenoiser:
         """The tensors that function(x, sigma, labels) gives, put together from calls of equal size."""
         self.calls += 1
         sigma = sigma.to(x.device, torch.float32)
-        chunks = []
-        for first in range(0, len(x), self.rows):
-            part = slice(first, first + self.rows)
-            found = function(self._padded(x[part]), sigma, None if self.labels is None else self._padded(self.labels[part]))
+        parts = []
+        for rows, count in misc.chunks(len(x), x.device, self.rows):
+            found = function(x[rows], sigma, None if self.labels is None else self.labels[rows])
             found = found if isinstance(found, tuple) else (found,)
-            chunks.append([tensor[:len(x[part])] for tensor in found])
-        return [torch.cat(pieces) for pieces in zip(*chunks)]
-
-    def _padded(self, rows):
-        """The rows, with rows of zeros up to the number of rows of a call."""
-        missing = self.rows - len(rows)
-        return torch.cat([rows, rows.new_zeros([missing, *rows.shape[1:]])]) if missing else rows
+            parts.append([tensor[:count] for tensor in found])
+        return [torch.cat(pieces) for pieces in zip(*parts)]
 
 
 def noise_levels(net, schedule, num_steps):
