@@ -25,7 +25,7 @@ demo: setup
 
 # One process a core, each with one thread: the networks of the tests are too small to share.
 test: setup
-	OMP_NUM_THREADS=1 $(BIN) -m pytest --numprocesses=auto --maxprocesses=8
+	OMP_NUM_THREADS=1 $(BIN) -m pytest --numprocesses=auto --maxprocesses=8 --dist=worksteal
 
 test-slow: setup
 	$(BIN) -m pytest -m slow

@@ -3,8 +3,6 @@
 
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 import safetensors.torch
@@ -13,7 +11,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 import checkpoint_tool
-from tests.support import GOLDEN, hub_server, tiny
+from tests.support import GOLDEN, hub_server, launch, tiny
 from torch_utils import misc
 from training.checkpoints import diffusers
 from training.checkpoints.load import load_network
@@ -177,9 +175,8 @@ def server():
 
 def push(server, cache, *args, token='hf_right'):
     """Runs the command with the Hub at the server's address, which its client reads when it is imported."""
-    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'HF_ENDPOINT': server.url, 'HF_HOME': str(cache), 'HF_TOKEN': token}
-    command = [sys.executable, str(tiny.ROOT / 'checkpoint_tool.py'), 'push', *map(str, args)]
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=200)
+    env = {'HF_ENDPOINT': server.url, 'HF_HOME': str(cache), 'HF_TOKEN': token}
+    return launch.run(tiny.ROOT / 'checkpoint_tool.py', ['push', *args], env=env)
 
 
 def test_push_then_load_gives_the_same_network(run, tmp_path, server):

@@ -4,7 +4,6 @@
 import hashlib
 import json
 import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from metrics.generated import choose_count
 from metrics.kernel import kernel_distance
 from metrics.manifold import density_coverage, precision_recall
 from metrics.statistics import load_statistics
-from tests.support import ROOT
+from tests.support import ROOT, launch
 from torch_utils import misc
 from training.checkpoints.save import save_network
 from training.networks import preconditioning
@@ -48,9 +47,13 @@ def refused(*args, code=1):
 
 
 def torchrun(*args):
+    """The finished command, run by two ranks of torchrun."""
+    return subprocess.run(launch.command(ROOT / 'eval_fid.py', args, ranks=2), capture_output=True, text=True, timeout=300)
+
+
+def two_ranks(*args):
     """The finished command, run by two ranks."""
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', ROOT / 'eval_fid.py', *args]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+    return launch.run(ROOT / 'eval_fid.py', args, ranks=2)
 
 
 @pytest.fixture
@@ -273,7 +276,7 @@ def test_a_folder_that_changes_is_refused(folders, monkeypatch):
 def test_all_corrupt_pictures_are_counted_by_two_ranks(folders):
     for i in (2, 5, 8):
         Path(f'gen/{i:06d}.png').write_bytes(b'\x89PNG')
-    done = torchrun('--gen_path=gen', '--ref_path=ref', '--num-images=12', PIXELS)
+    done = two_ranks('--gen_path=gen', '--ref_path=ref', '--num-images=12', PIXELS)
     line = next(line for line in done.stderr.splitlines() if line.startswith('Error: '))
     assert done.returncode and '3 of 12 images cannot be used' in line
     assert all(name in line for name in ('000002.png', '000005.png', '000008.png'))
@@ -355,7 +358,7 @@ def test_a_network_equals_its_pngs(grey, network):
 def test_a_network_by_two_ranks(grey, network):
     """Numbers within 1e-6 of one rank's, features gathered."""
     run(f'--network={network}', '--out-path=one.json', '--batch_size=4', *FROM_NETWORK)
-    done = torchrun(f'--network={network}', '--out-path=two.json', *(arg.replace('--num', '--num-images') for arg in FROM_NETWORK))
+    done = two_ranks(f'--network={network}', '--out-path=two.json', *(arg.replace('--num', '--num-images') for arg in FROM_NETWORK))
     assert done.returncode == 0, done.stderr
     one, two = (json.loads(Path(name).read_text()) for name in ('one.json', 'two.json'))
     names = ['fid_score', 'kid', 'kid_std', 'precision', 'recall']

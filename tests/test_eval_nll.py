@@ -3,8 +3,6 @@
 
 import json
 import math
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
@@ -15,7 +13,7 @@ import torch
 from click.testing import CliRunner
 
 import eval_nll
-from tests.support import ROOT, tiny
+from tests.support import ROOT, launch, tiny
 from tests.training.networks.test_preconditioning import small
 from training.checkpoints.save import save_network
 
@@ -203,10 +201,9 @@ def test_bad_numbers_are_usage_errors(here):
 @pytest.mark.parametrize('args', [QUICK, ['--method=vlb', '--steps=5']])
 def test_two_ranks_equal_one(here, args):
     run('--network=labelled', '--data=data.zip', '--num=7', '--npz-path=one.npz', '--out-path=one.json', *args)
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', ROOT / 'eval_nll.py',
-               '--network=labelled', '--data=data.zip', '--num-images=7', '--batch=2', '--npz-path=two.npz', '--out-path=two.json',
+    command = ['--network=labelled', '--data=data.zip', '--num-images=7', '--batch=2', '--npz-path=two.npz', '--out-path=two.json',
                f'--threads={torch.get_num_threads()}', *args]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = launch.run(ROOT / 'eval_nll.py', command, ranks=2)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count('written to') == 1
     one, two = np.load('one.npz'), np.load('two.npz')

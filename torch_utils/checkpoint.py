@@ -27,6 +27,8 @@ def read_tensors(path, what, hint='', option=''):
     what, hint, option: for errors: what the file should be, what to do, and who named it, such as "--weights=". Raises UserError."""
     try:
         return torch.load(path, map_location='cpu', weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f'{option}{path}: no such file') from None
     except Exception as err:  # a damaged file may raise almost anything, and what PyTorch says of it does not help
         reason = err.strerror if isinstance(err, OSError) and err.strerror else 'it holds more than tensors and plain values, or is damaged'
         raise UserError(f'{option}{path}: cannot be read as {what} ({reason}){hint}') from None

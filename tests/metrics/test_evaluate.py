@@ -2,7 +2,6 @@
 """From images to numbers: detectors, the one pass over the images, references, ranks."""
 
 import json
-import subprocess
 import sys
 
 import numpy as np
@@ -17,7 +16,7 @@ from metrics.kernel import kernel_distance
 from metrics.manifold import density_coverage, precision_recall
 from metrics.scores import inception_score
 from metrics.statistics import Statistics, load_statistics, save_statistics
-from tests.support import GOLDEN, ROOT
+from tests.support import GOLDEN, ROOT, launch
 from tests.support.formula_weights import batch_of, save_inception_weights
 from torch_utils import registry
 
@@ -352,9 +351,7 @@ distributed.shutdown()
 def test_two_ranks_equal_one(tmp_path, monkeypatch):
     """With 23 images (12 and 11 a rank) and with 1 (a rank has none); an error of rank 1 reaches rank 0, bad files of both are told."""
     (tmp_path / 'ranks.py').write_text(RANK_SCRIPT)
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', tmp_path / 'ranks.py',
-               ROOT, tmp_path / 'out.json']
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = launch.run(tmp_path / 'ranks.py', [ROOT, tmp_path / 'out.json'], ranks=2)
     assert done.returncode == 0, done.stderr
     one, all_of_them, *errors = json.loads((tmp_path / 'out.json').read_text())
     reference = reference_of(batch_of(31, seed=1))

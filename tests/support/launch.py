@@ -16,8 +16,6 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.support import ROOT
-
 CONTEXT = multiprocessing.get_context('forkserver')
 CONTEXT.set_forkserver_preload(['tests.support.preload'])
 
@@ -52,18 +50,18 @@ class Process:
         return self._process.exitcode
 
 
-def start(script, args, log, ranks=1, env=None, cwd=ROOT, errors=None):
+def start(script, args, log, ranks=1, env=None, cwd=None, errors=None):
     """Starts a script; its output goes to the file `log`, and what it says on stderr to `errors`, or to `log` too."""
     environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': '', **(env or {})}
     for path in {log, errors or log}:
         Path(path).write_bytes(b'')
-    process = CONTEXT.Process(target=_agent, args=(str(script), [str(arg) for arg in args], ranks, environment, str(cwd), str(log),
+    process = CONTEXT.Process(target=_agent, args=(str(script), [str(arg) for arg in args], ranks, environment, str(cwd or Path.cwd()), str(log),
                                                    str(errors or log)))
     process.start()
     return Process(process)
 
 
-def run(script, args, ranks=1, env=None, cwd=ROOT, timeout=300):
+def run(script, args, ranks=1, env=None, cwd=None, timeout=300):
     """Runs a script to its end: a subprocess.CompletedProcess with text of its own in stdout and stderr."""
     with tempfile.TemporaryDirectory() as folder:
         log, errors = Path(folder) / 'out', Path(folder) / 'err'

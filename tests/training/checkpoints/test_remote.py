@@ -36,12 +36,8 @@ def server():
 def generate(tmp_path):
     """Runs generate.py with the Hub at an address; returns (exit code, output)."""
     def generate(url, network, *args, ranks=1, **environment):
-        env = {**os.environ, 'OMP_NUM_THREADS': '1', 'HF_ENDPOINT': url, 'HF_HOME': str(tmp_path / 'cache'), **environment}
-        for name in ('HF_TOKEN', 'HF_HUB_OFFLINE'):
-            env.pop(name, None) if name not in environment else None
-        args = [f'--network={network}', '--batch=2', '--steps=2', *args]
-        done = subprocess.run(launch.command(tiny.ROOT / 'generate.py', args, ranks), env=env, cwd=tmp_path, capture_output=True, text=True,
-                              timeout=300)
+        env = {'HF_TOKEN': '', 'HF_HUB_OFFLINE': '', 'HF_ENDPOINT': url, 'HF_HOME': str(tmp_path / 'cache'), **environment}
+        done = launch.run(tiny.ROOT / 'generate.py', [f'--network={network}', '--batch=2', '--steps=2', *args], ranks, env, tmp_path)
         return done.returncode, done.stdout + done.stderr
     return generate
 
@@ -184,11 +180,11 @@ def test_fine_tuning_as_published(source, tmp_path, kind):
     with (hub_server.serve(hub_server.HubHandler, repositories=repositories) as server,
           hub_server.serve(hub_server.FileHandler, content=(tmp_path / 'network.pkl').read_bytes(), tag='"one"', cuts=[]) as files):
         ref = {'folder': snapshot, 'hub': 'owner/name', 'pickle': tmp_path / 'network.pkl', 'url': f'{files.url}/network.pkl'}[kind]
-        env = {**os.environ, 'OMP_NUM_THREADS': '1', 'HF_ENDPOINT': server.url, 'HF_HOME': str(tmp_path), 'AMBIENT_CACHE': str(tmp_path)}
+        env = {'HF_ENDPOINT': server.url, 'HF_HOME': str(tmp_path), 'AMBIENT_CACHE': str(tmp_path)}
         # At such a learning rate the weights stay what they were, and the losses are those of the transferred network.
         args = [*tiny.FLAGS, f'--outdir={tmp_path / "out"}', f'--data={data}', '--seed=6', '--duration=0.00008', f'--transfer={ref}',
                 '--consistency_coeff=0.5', '--num_consistency_steps=2', '--num_primes=2', '--consistency_batch_size=8', '--lr=1e-30']
-        done = subprocess.run(launch.command(tiny.ROOT / 'train.py', args), env=env, capture_output=True, text=True, timeout=300)
+        done = launch.run(tiny.ROOT / 'train.py', args, env=env)
     assert done.returncode == 0, done.stderr
     count = len(net.state_dict())
     assert f'Transferred {count} of {count} tensors from {ref}' in done.stdout

@@ -4,9 +4,6 @@
 import hashlib
 import io
 import json
-import os
-import subprocess
-import sys
 import threading
 import zipfile
 from pathlib import Path
@@ -18,7 +15,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from dnnlib import UserError
-from tests.support import GOLDEN, ROOT
+from tests.support import GOLDEN, launch
 from training.data.corruption import Corruption
 from training.data.dataset import ImageDataset
 from training.data.store import ImageStore
@@ -272,9 +269,7 @@ def test_two_ranks_see_what_one_process_sees(tmp_path, gib):
     cache.mkdir()
     script.write_text(RANKS)
     path = picture_zip(tmp_path / 'a.zip', 300)
-    env = {**os.environ, 'PYTHONPATH': str(ROOT)}
-    torchrun = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
-    run = subprocess.run([*torchrun, script, path, cache, str(gib)], capture_output=True, text=True, env=env, timeout=120)
+    run = launch.run(script, [path, cache, gib], ranks=2)
     lines = run.stdout.split('\n')[:2]
     single = store_of(ImageDataset(path, xflip=True), Corruption(0.2, 0.5)).gather(range(600)).numpy()
     assert lines == [f'{gib == 0} {hashlib.sha256(single.tobytes()).hexdigest()} 0'] * 2, run.stderr

@@ -237,7 +237,7 @@ def test_files_that_are_no_states(five_steps, tmp_path):
     torch.save({'net': print}, code)
     for path, reason in [(cut, 'cannot be read as a training state'), (text, 'cannot be read as a training state'),
                          (other, 'not a training state (lacks options, progress, ema, optimizer, objective)'),
-                         (code, 'it holds more than tensors and plain values'), (tmp_path / 'none.pt', 'no such state file'),
+                         (code, 'it holds more than tensors and plain values'), (tmp_path / 'none.pt', 'no such file'),
                          (tmp_path, 'cannot be read as a training state')]:
         line = refused(f'--outdir={tmp_path / "out"}', *args, f'--resume={path}')
         assert str(path) in line and reason in line, line
