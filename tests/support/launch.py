@@ -55,8 +55,8 @@ def start(script, args, log, ranks=1, env=None, cwd=None, errors=None):
     environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': '', **(env or {})}
     for path in {log, errors or log}:
         Path(path).write_bytes(b'')
-    process = CONTEXT.Process(target=_agent, args=(str(script), [str(arg) for arg in args], ranks, environment, str(cwd or Path.cwd()), str(log),
-                                                   str(errors or log)))
+    what = str(script), [str(arg) for arg in args], ranks, environment, str(cwd or Path.cwd()), str(log), str(errors or log)
+    process = CONTEXT.Process(target=_agent, args=what)
     process.start()
     return Process(process)
 

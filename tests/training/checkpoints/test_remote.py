@@ -35,9 +35,9 @@ def server():
 @pytest.fixture
 def generate(tmp_path):
     """Runs generate.py with the Hub at an address; returns (exit code, output)."""
-    def generate(url, network, *args, ranks=1, **environment):
+    def generate(url, network, *args, ranks=1, script=tiny.ROOT / 'generate.py', **environment):
         env = {'HF_TOKEN': '', 'HF_HUB_OFFLINE': '', 'HF_ENDPOINT': url, 'HF_HOME': str(tmp_path / 'cache'), **environment}
-        done = launch.run(tiny.ROOT / 'generate.py', [f'--network={network}', '--batch=2', '--steps=2', *args], ranks, env, tmp_path)
+        done = launch.run(script, [f'--network={network}', '--batch=2', '--steps=2', *args], ranks, env, tmp_path)
         return done.returncode, done.stdout + done.stderr
     return generate
 
@@ -69,8 +69,9 @@ def test_what_the_hub_does_not_have_is_one_line(server, generate, network, words
 
 
 def test_no_network_is_one_line(generate, tmp_path):
-    (tmp_path / 'sitecustomize.py').write_text('import time\ntime.sleep = lambda seconds: None\n')  # the client waits half a minute
-    code, output = generate('http://127.0.0.1:9', NAME, '--outdir=out', PYTHONPATH=str(tmp_path))
+    impatient = 'import time\ntime.sleep = lambda seconds: None\n'  # the client waits half a minute
+    (tmp_path / 'impatient.py').write_text(impatient + 'import generate\ngenerate.main()\n')
+    code, output = generate('http://127.0.0.1:9', NAME, '--outdir=out', script=tmp_path / 'impatient.py')
     assert code != 0 and output.startswith('Error: ') and output.count('\n') == 1 and 'cannot be reached' in output, output
 
 
