@@ -81,6 +81,7 @@ class UNet(Network):
 
     def __init__(self, img_resolution, channels, num_blocks, attn_resolutions, attend_always, block):
         super().__init__()
+        check_sizes(channels, num_blocks, block['dropout'])
         self.sizes = level_sizes(img_resolution, len(channels))
         self.channels, self.num_blocks, self.block = list(channels), num_blocks, block
         self.attends = [height in attn_resolutions for height, _ in self.sizes]
@@ -167,6 +168,16 @@ class UNet(Network):
 
     def _side_output(self, level, x, side):
         return side
+
+
+def check_sizes(channels, num_blocks, dropout):
+    """ValueError, with the key of --arch beside the constructor argument, for levels, blocks and dropout that no network has."""
+    if num_blocks < 1:
+        raise ValueError(f'num_blocks={num_blocks} (blocks) must be 1 or more')
+    if not channels or min(channels) < 1:
+        raise ValueError(f'model_channels (cbase) times channel_mult (cres) must be 1 or more at each level, got {channels}')
+    if not 0 <= dropout < 1:
+        raise ValueError(f'dropout={dropout} must be 0 or more and below 1')
 
 
 def level_sizes(img_resolution, levels):
