@@ -9,8 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dnnlib import UserError
 from tests.support import GOLDEN
-from torch_utils import misc
+from torch_utils import misc, registry
 from training.networks import layers, unet
 from training.networks.interface import ARCHS
 from training.networks.preconditioning import build_network
@@ -243,3 +244,11 @@ def test_network_is_one_graph_for_the_compiler(arch):
         expected = net(x, sigma, labels, augment)
     with misc.seeded('dropout'):
         torch.testing.assert_close(compiled(x, sigma, labels, augment), expected)
+
+
+@pytest.mark.parametrize('spec, told', [
+    ('adm:blocks=0', r'num_blocks=0 \(blocks\) must be 1 or more'), ('ddpmpp:dropout=1', 'dropout=1 must be 0 or more and below 1'),
+    ('ddpmpp:cbase=0', r'at each level, got \[0, 0, 0\]'), ('adm:cres=1|-2', r'at each level, got \[192, -384\]')])
+def test_sizes_that_no_network_has(spec, told):
+    with pytest.raises(UserError, match=told):
+        build_network(dict(img_resolution=16, img_channels=1, **registry.build(spec, ARCHS)()))
