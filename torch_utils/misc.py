@@ -123,4 +123,4 @@ def versions():
                 cuda=torch.version.cuda or 'none')
 
 
-VERSION = '0.1.0'
+VERSION = '0.2.0'

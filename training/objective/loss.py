@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import torch
 
-from torch_utils import registry
 from training.diffusion import ambient
 from training.objective import penalty
 from training.objective.timesteps import Uniform
@@ -121,11 +120,6 @@ class Objective(torch.nn.Module):
     def _nothing(self, term, seen):
         """Zeros that hang on the term's own parameters: every rank must have gradients of all of them in every step."""
         return seen.x.new_zeros(len(seen.x)) + sum(0 * p.sum() for p in term.parameters() if p.requires_grad)
-
-
-def build_objective(config, slot='--term', timesteps=None, **context):
-    """The Objective of the terms in config, a list of specs of TERMS; context: see Term. Raises UserError."""
-    return Objective([registry.build(spec, TERMS, slot, **context) for spec in config], timesteps)
 
 
 TERMS = {'denoise': AmbientLoss}  # the other files of this wing add theirs
