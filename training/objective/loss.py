@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 
+from torch_utils import registry
 from training.diffusion import ambient
 from training.objective import penalty
 from training.objective.timesteps import Uniform
@@ -120,6 +121,11 @@ class Objective(torch.nn.Module):
     def _nothing(self, term, seen):
         """Zeros that hang on the term's own parameters: every rank must have gradients of all of them in every step."""
         return seen.x.new_zeros(len(seen.x)) + sum(0 * p.sum() for p in term.parameters() if p.requires_grad)
+
+
+def build_terms(specs, **context):
+    """The Terms that specs of TERMS name, such as "denoise:inverse=true"; context: what Term says they may ask for. Raises UserError."""
+    return [registry.build(spec, TERMS, '--term', **context) for spec in specs]
 
 
 TERMS = {'denoise': AmbientLoss}  # the other files of this wing add theirs

@@ -18,7 +18,7 @@ from training.diffusion.noise import NOISE, Levels
 from training.networks import conditioning
 from training.networks.ema import HalfLifeEMA, PowerFunctionEMA
 from training.networks.preconditioning import build_network
-from training.objective import loss
+from training.objective.loss import Objective, build_terms
 from training.objective.penalty import PENALTIES
 from training.objective.timesteps import TIMESTEPS
 from training.objective.weighting import WEIGHTS
@@ -58,10 +58,9 @@ def build_objective(config, net, batch):
     probe('--weight', config.weight, lambda: weight(one))
     probe('--penalty', config.penalty, lambda: penalty(one, one))
     timesteps = registry.build(config.timesteps, TIMESTEPS, '--timesteps')
-    terms = [registry.build(spec, loss.TERMS, '--term', noise=noise, weight=weight, penalty=penalty, batch=batch, diffusion=diffusion)
-             for spec in config.terms]
+    terms = build_terms(config.terms, noise=noise, weight=weight, penalty=penalty, batch=batch, diffusion=diffusion)
     try:
-        return noise, loss.Objective(terms, timesteps.over(diffusion.levels) if diffusion else timesteps)
+        return noise, Objective(terms, timesteps.over(diffusion.levels) if diffusion else timesteps)
     except ValueError as err:
         raise UserError(f'--term={",".join(config.terms)}: {err}') from None
 

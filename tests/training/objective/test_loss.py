@@ -16,7 +16,7 @@ from training.data.batches import Batch
 from training.diffusion.noise import LogNormal, LogUniform, VPUniform
 from training.objective import weighting
 from training.objective.consistency import Bridge, Euler
-from training.objective.loss import TERMS, AmbientLoss, Objective, Term, build_objective
+from training.objective.loss import TERMS, AmbientLoss, Objective, Term, build_terms
 from training.objective.penalty import squared
 
 DATA = GOLDEN / 'losses'
@@ -212,13 +212,13 @@ def test_the_teacher_goes_to_the_terms_that_need_it():
 def test_a_specification_names_terms_of_the_registry(monkeypatch):
     monkeypatch.setitem(TERMS, 'own', Own)
     context = dict(noise=LogNormal(), weight=weighting.edm, penalty=squared, batch=8, diffusion=None)
-    objective = build_objective(['denoise:inverse=True', 'own', 'bridge:steps=3,batch_size=4'], **context)
+    objective = Objective(build_terms(['denoise:inverse=True', 'own', 'bridge:steps=3,batch_size=4'], **context))
     assert list(objective.terms) == ['denoise', 'own', 'consistency']
     assert objective.first.inverse and objective.first.penalty is squared and objective.terms['consistency'].steps == 3
     with pytest.raises(UserError, match='--term=bound: the bound is one over timesteps: use --precond=iddpm'):
-        build_objective(['bound'], **context)
+        build_terms(['bound'], **context)
     with pytest.raises(UserError, match='--term=other: unknown name "other"; choose from denoise'):
-        build_objective(['other'], **context)
+        build_terms(['other'], **context)
 
 
 def test_parameters_of_terms_belong_to_the_objective():
