@@ -100,7 +100,7 @@ def load_all(package):
 def _checked(default, key, value, where):
     """The value in the type of the default: numbers stay numbers and words stay words, "steps=abc" is found before anything runs."""
     if isinstance(default, (list, tuple)):
-        return _numbers(key, value, where)
+        return _numbers(default, key, value, where)
     number = isinstance(default, (int, float)) and not isinstance(default, bool)
     if number and (isinstance(value, (str, bool)) or value is None):
         raise UserError(f'{where}: "{key}" must be a number, got "{value}"')
@@ -113,11 +113,13 @@ def _checked(default, key, value, where):
     return value
 
 
-def _numbers(key, value, where):
-    """1|2|2 -> [1, 2, 2]."""
+def _numbers(default, key, value, where):
+    """1|2|2 -> [1, 2, 2]; whole numbers where the default has only those."""
     found = [_literal(item) for item in str(value).split('|')]
     if any(isinstance(item, (bool, str)) or item is None for item in found):
         raise UserError(f'{where}: "{key}" must be numbers with | between them, such as 1|2|2, got "{value}"')
+    if all(isinstance(item, int) for item in default) and any(isinstance(item, float) for item in found):
+        raise UserError(f'{where}: "{key}" must be whole numbers with | between them, such as 1|2|2, got "{value}"')
     return found
 
 

@@ -31,7 +31,7 @@ def power(x, exponent=2.0, sigma_data=0.5):
     return sigma_data * x ** exponent
 
 
-def listed(x, multiples=(1, 2), factor=1, rule=math.hypot, *, batch):
+def listed(x, multiples=(1, 2.0), factor=1, rule=math.hypot, *, batch):
     """A piece with a list, a default that is a function, and a parameter that only the caller gives."""
     return [rule(x, factor * m) for m in multiples], batch
 
@@ -122,8 +122,8 @@ def test_lists_go_through_text_to_the_piece():
     ('listed:multiples=1|true', '"multiples" must be numbers with | between them, such as 1|2|2, got "1|true"'),
     ('listed:multiples=none', '"multiples" must be numbers with | between them, such as 1|2|2, got "None"'),
     ('listed:factor=1|2', '"factor" must be a number, got "1|2"'),
-    ('listed:batch=3', '"listed" has no key "batch"; it takes multiples=1|2, factor=1'),
-    ('listed:rule=max', '"listed" has no key "rule"; it takes multiples=1|2, factor=1')])
+    ('listed:batch=3', '"listed" has no key "batch"; it takes multiples=1|2.0, factor=1'),
+    ('listed:rule=max', '"listed" has no key "rule"; it takes multiples=1|2.0, factor=1')])
 def test_mistakes_are_one_line_that_names_slot_and_choices(spec, text):
     with pytest.raises(UserError) as err:
         build(spec)

@@ -25,6 +25,8 @@ class Bound(Term):
         super().__init__()
         if diffusion is None:
             raise ValueError('the bound is one over timesteps: use --precond=iddpm with an --objective')
+        if not 0 < coeff < math.inf:
+            raise ValueError(f'coeff={coeff} must be positive')
         self.diffusion, self.factor, self.frozen = diffusion, coeff * diffusion.steps, frozen
 
     def forward(self, net, batch, randn=None, seen=None):

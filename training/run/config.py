@@ -145,11 +145,15 @@ def to_json(config):
 
 def from_json(values, kind=Config, where=''):
     """The tree from what to_json() gave, of this version or of 0.1.0. Raises UserError for keys that are unknown or missing."""
+    if not isinstance(values, dict):
+        raise UserError(f'configuration: "{where.rstrip(".") or "it"}" must be an object, got {type(values).__name__}')
     if kind is Config and 'run' not in values and 'lr_rampup_kimg' in values:
         try:
             values = of_version_0_1(values)
         except KeyError as err:
             raise UserError(f'configuration: missing key {err} of version 0.1.0') from None
+        except (AttributeError, TypeError, ValueError):
+            raise UserError('configuration: its keys are those of version 0.1.0, and its values are not') from None
     fields = {f.name: f for f in dataclasses.fields(kind)}
     unknown = sorted(set(values) - set(fields))
     missing = [name for name, f in fields.items()
@@ -168,8 +172,6 @@ def _value(hint, value, where):
         return None
     wanted = next(choice for choice in choices if choice is not type(None))
     if dataclasses.is_dataclass(wanted):
-        if not isinstance(value, dict):
-            raise UserError(f'configuration: "{where}" must be an object, got {type(value).__name__}')
         return from_json(value, wanted, f'{where}.')
     plain = (int, float) if wanted is float else wanted
     if not isinstance(value, plain) or isinstance(value, bool) != (wanted is bool):

@@ -248,7 +248,8 @@ def test_network_is_one_graph_for_the_compiler(arch):
 
 @pytest.mark.parametrize('spec, told', [
     ('adm:blocks=0', r'num_blocks=0 \(blocks\) must be 1 or more'), ('ddpmpp:dropout=1', 'dropout=1 must be 0 or more and below 1'),
-    ('ddpmpp:cbase=0', r'at each level, got \[0, 0, 0\]'), ('adm:cres=1|-2', r'at each level, got \[192, -384\]')])
+    ('ddpmpp:cbase=0', r'at each level, got \[0, 0, 0\]'), ('adm:cres=1|-2', r'at each level, got \[192, -384\]'),
+    ('adm:cres=1.5|2', r'"cres" must be whole numbers with \| between them, such as 1\|2\|2, got "1.5\|2"')])
 def test_sizes_that_no_network_has(spec, told):
     with pytest.raises(UserError, match=told):
         build_network(dict(img_resolution=16, img_channels=1, **registry.build(spec, ARCHS)()))

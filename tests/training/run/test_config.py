@@ -26,3 +26,11 @@ def test_options_of_0_1_0_that_are_not_whole_are_refused():
     old = {key: value for key, value in WRITTEN[0]['options'].items() if key != 'corruption'}
     with pytest.raises(UserError, match="configuration: missing key 'corruption' of version 0.1.0"):
         from_json(old)
+
+
+@pytest.mark.parametrize('values', [[], None, 'text', {'lr_rampup_kimg': 1}, {'lr_rampup_kimg': 1, 'optimizer': None},
+                                    {'lr_rampup_kimg': 1, 'optimizer': 3, 'objective': 'x'}])
+def test_what_is_no_configuration_is_refused_in_one_line(values):
+    with pytest.raises(UserError, match='^configuration: ') as err:
+        from_json(values)
+    assert '\n' not in err.value.message
