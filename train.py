@@ -4,11 +4,12 @@
 python train.py --outdir=runs --data=cifar.zip --sigma=0.2 --corruption_probability=0.9
 torchrun --standalone --nproc_per_node=8 train.py --outdir=runs --data=cifar.zip --sigma=0.2 --corruption_probability=0.9"""
 
-import contextlib
-import dataclasses
+import functools
 import importlib.util
 import json
 import os
+import time
+import traceback
 
 import click
 import torch
@@ -32,11 +33,12 @@ from training.objective.penalty import PENALTIES
 from training.objective.timesteps import TIMESTEPS
 from training.objective.variational import OBJECTIVES
 from training.objective.weighting import WEIGHTS
-from training.run import folder
+from training.run import folder, states
 from training.run.build import build_objective
-from training.run.config import to_json
+from training.run.config import from_json, to_json
 from training.run.optimizer import LR_SCHEDULES, OPTIMIZERS
 from training.run.options import DIFFUSION, PREDICTION, configure
+from training.run.stopping import STOPPED, Requests, Signals, Stop
 from training.run.training_loop import training_loop
 
 
@@ -160,6 +162,12 @@ COUNT, WHOLE = click.IntRange(min=1), click.IntRange(min=0)
 @click.option('--tick', metavar='KIMG', type=POSITIVE, default=50, show_default=True, help='Thousand images between lines of statistics')
 @click.option('--snap', metavar='TICKS', type=WHOLE, default=50, show_default=True, help='Ticks between network snapshots; 0: none')
 @click.option('--dump', metavar='TICKS', type=WHOLE, default=500, show_default=True, help='Ticks between training states; 0: none')
+@click.option('--dump-minutes', metavar='MINUTES', type=NOT_NEGATIVE, default=30, show_default=True,
+              help='Minutes between training states, besides those of --dump; 0: none')
+@click.option('--keep-states', metavar='INT', type=WHOLE, default=3, show_default=True,
+              help='How many training states the folder keeps, the newest; 0: all')
+@click.option('--max-hours', metavar='HOURS', type=NOT_NEGATIVE, default=0, show_default=True,
+              help=f'After so many hours write the state and end with exit code {STOPPED}, as after SIGTERM; 0: no limit')
 @click.option('--samples', metavar='INT', type=WHOLE, default=64, show_default=True,
               help='Images in the grid drawn at each snapshot; 0: none')
 @click.option('--val', metavar='DATA|SHARE', help='Held-out images: a data set, or a share of --data such as 0.05')
@@ -184,16 +192,16 @@ def main(**options):
     \b
     python train.py --outdir=runs --data=cifar.zip --sigma=0.2 --corruption_probability=0.9
     torchrun --standalone --nproc_per_node=8 train.py --outdir=runs --data=cifar.zip --cond=1 --arch=ddpmpp"""
-    o = EasyDict(options)
+    o = EasyDict(options, start=time.time())
     if o.threads:
         torch.set_num_threads(o.threads)
     distributed.init()
     check_mirrors(o)
     config = configure(o)
-    config, state_path, state = find_state(config, o)
+    config, place = find_run(config, o)
     print_config(config, o)
     if not o.dry_run:
-        launch(config, o, state_path, state)
+        launch(config, o, place)
 
 
 def check_mirrors(o):
@@ -215,70 +223,102 @@ def print_config(config, o):
                        f'{objective.evaluations:.3g} network evaluations an image and step; seed {config.run.seed}')
 
 
-def launch(config, o, state_path, state):
-    """Makes or finds the run's folder, and trains in it."""
-    run_dir = distributed.from_rank0(choose_folder, config, o, state_path)
-    if distributed.rank() != 0:
-        training_loop(config, run_dir, distributed.device(), (), state, state_path)
-        return
-    writers = open_writers(o, run_dir, config)
-    try:
-        with Logger(os.path.join(run_dir, 'log.txt')):
-            training_loop(config, run_dir, distributed.device(), writers, state, state_path)
-            print(f'Done: {run_dir}', flush=True)
-    except UserError:
-        take_back(run_dir)
-        raise
-
-
-def take_back(run_dir):
-    """Removes the folder of a run that was refused before it began (its data are read only now), so that it can be started again."""
-    names = os.listdir(run_dir)
-    if 'stats.jsonl' in names or any(map(checkpoint.PATTERN.fullmatch, names)):
-        return
-    for name in names:
-        if name in ('options.json', 'log.txt') or name.startswith('events.out.tfevents'):
-            os.unlink(os.path.join(run_dir, name))
-    with contextlib.suppress(OSError):
-        os.rmdir(run_dir)  # with --nosubdir other things may lie in it
-
-
-def find_state(config, o):
-    """(Config, path, content) of the state to continue from, the same on every rank; path and content are None for a fresh start."""
+def find_run(config, o):
+    """(Config, where the run goes on): ("file", its state), ("latest", its folder) or None for a fresh start; the same on every rank."""
     if o.resume is None:
-        return config, None, None
+        return config, None
     if o.transfer and o.resume != 'latest':
         raise UserError('--resume=FILE and --transfer exclude each other: one continues a run, the other starts a new one')
-    # A continued run keeps its seed, and what its network predicts: its first command may have had another default.
-    free = [key for key, given in (('run.seed', o.seed), ('network.arguments.prediction', o.prediction)) if given is None]
-    path, state, told = (folder.latest_state(o.outdir, config, free) if o.resume == 'latest'
-                         else (o.resume, *folder.load_state(o.resume, config, free)))
-    # Rank 0 decides, because a state may appear while the ranks look.
-    chosen = distributed.broadcast(path)
-    if chosen != path:
-        path, state, told = (chosen, *folder.load_state(chosen, config, free)) if chosen else (None, None, None)
-    if told is not None:
-        config = dataclasses.replace(config, run=dataclasses.replace(config.run, seed=told.run.seed),
-                                     network=dataclasses.replace(config.network, arguments=told.network.arguments))
-    return config, path, state
+
+    def look():
+        # A continued run keeps its seed, and what its network predicts: its first command may have had another default.
+        if o.resume != 'latest':
+            return ('file', o.resume), to_json(states.check(o.resume, config, o.free))
+        found = states.find(o.outdir, config, folder_name(config, o), o.free)
+        return (('latest', found[0]), to_json(found[1])) if found else (None, None)
+
+    o.free = [key for key, given in (('run.seed', o.seed), ('network.arguments.prediction', o.prediction)) if given is None]
+    place, told = distributed.from_rank0(look)
+    return (states.adopt(config, from_json(told)), place) if told else (config, None)
 
 
-def choose_folder(config, o, state_path):
-    """The run's folder; made unless it is there."""
-    if state_path:
-        return os.path.dirname(os.path.abspath(state_path))
-    if o.nosubdir:
-        os.makedirs(o.outdir, exist_ok=True)
-        fresh = o.resume == 'latest' and not checkpoint.states(o.outdir)  # the run that is there ended before its first state
-        if os.path.exists(os.path.join(o.outdir, 'options.json')) and not fresh:
-            raise UserError(f'--outdir={o.outdir} holds a run already; continue it with --resume=latest, '
-                            'or choose another folder')
-        return o.outdir
+def launch(config, o, place):
+    """Makes or finds the run's folder, and trains in it. Only rank 0 reads the state, and holds the lock of the folder."""
+    held = []  # on rank 0: lock, content of the state
+    run_dir, state_path = distributed.from_rank0(open_folder, config, o, place, held)
+    lock, state = held or (None, None)
+    note = functools.partial(folder.note_end, run_dir)
+    requests = Requests(Signals(note), config.run.max_hours, config.run.state_minutes, o.start)
+    try:
+        with requests.signals:
+            train_in(run_dir, config, o, state, state_path, requests)
+    except Stop as stop:
+        if lock:
+            folder.note_end(run_dir, f'Stopped: {stop.reason}; the state is written, and the same command with --resume=latest goes on')
+        raise click.exceptions.Exit(STOPPED) from None
+    except UserError as err:
+        note(f'Error: {err.message}', shown=False)
+        if lock:
+            lock.release()
+            folder.take_back(run_dir)
+        raise
+    except BaseException:
+        note(traceback.format_exc(), shown=False)
+        raise
+    finally:
+        if lock:
+            lock.release()
+
+
+def train_in(run_dir, config, o, state, state_path, requests):
+    """training_loop, with a log on rank 0."""
+    if distributed.rank() != 0:
+        training_loop(config, run_dir, distributed.device(), (), None, state_path, requests)
+        return
+    writers = open_writers(o, run_dir, config)
+    with Logger(os.path.join(run_dir, folder.LOG)):
+        training_loop(config, run_dir, distributed.device(), writers, state, state_path, requests)
+        print(f'Done: {run_dir}', flush=True)
+
+
+def open_folder(config, o, place, held):
+    """(folder, path of the state or None): locked, the state read, both put into `held`."""
+    kind, where = place or (None, None)
+    if kind is None:
+        run_dir = new_folder(config, o)
+    else:
+        run_dir = os.path.dirname(os.path.abspath(where)) if kind == 'file' else where
+    lock, path, state = folder.lock(run_dir), None, None
+    try:
+        if kind == 'file':
+            path, state = where, checkpoint.load(where)
+        elif kind == 'latest':
+            path, state = states.load_latest(run_dir, config, o.free)
+        else:
+            folder.RunFolder(run_dir, False).write_options(config)  # the same command finds it, should it end before its first state
+    except BaseException:
+        lock.release()
+        raise
+    held += [lock, state]
+    return run_dir, path
+
+
+def new_folder(config, o):
+    """Makes the folder of a new run."""
+    if not o.nosubdir:
+        return folder.create(o.outdir, folder_name(config, o))
+    os.makedirs(o.outdir, exist_ok=True)
+    if os.path.exists(os.path.join(o.outdir, folder.OPTIONS)):
+        raise UserError(f'--outdir={o.outdir} holds a run already; continue it with --resume=latest, or choose another folder')
+    return o.outdir
+
+
+def folder_name(config, o):
+    """What the folder of a new run is called, behind its number."""
     kind = 'cond' if o.cond else 'uncond'
     stem = os.path.splitext(os.path.basename(os.path.normpath(o.data)))[0]
     parts = [stem, kind, registry.parse(o.arch)[0], o.precond, f'batch{o.batch}', config.run.precision, o.desc]
-    name = o.expr_id or '-'.join(filter(None, parts))
-    return folder.create(o.outdir, name)
+    return o.expr_id or '-'.join(filter(None, parts))
 
 
 def open_writers(o, run_dir, config):

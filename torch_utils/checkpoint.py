@@ -1,32 +1,61 @@
 # SPDX-License-Identifier: Apache-2.0
-"""State files: plain tensors and JSON types, written whole or not at all, opened without executing anything."""
+"""State files: plain tensors and JSON types, written whole or not at all, checked and opened without executing anything."""
 
+import errno
 import os
 import re
+import zipfile
 
 import torch
 
 from dnnlib import UserError
 from dnnlib.files import replacing
 
-KEYS = ('options', 'progress', 'net', 'ema', 'optimizer', 'objective')
+KEYS = ('options', 'progress', 'net', 'ema', 'optimizer', 'objective')  # and "stats", in states of an unfinished tick
 PATTERN = re.compile(r'training-state-(\d+(?:\.\d+)?)\.pt')
+WRITTEN = 'give a training-state-*.pt that this program wrote'
 
 
 def save(path, state):
-    """Writes a state dict (keys as in KEYS) so that a crash at any moment leaves the old file or the new one."""
+    """Writes a state dict (keys as in KEYS) so that a crash at any moment leaves the old file or the new one, on the disk for good.
+
+    Raises OSError, as of a full disk."""
     with replacing(path) as part, open(part, 'wb') as f:
-        torch.save(state, f)
+        try:
+            torch.save(state, f)
+        except RuntimeError as err:  # PyTorch's writer hides what the file system said
+            raise _cause(err) from None
         f.flush()
         os.fsync(f.fileno())
+    _sync_folder(os.path.dirname(os.path.abspath(path)))
 
 
-def read_tensors(path, what, hint='', option=''):
+def _cause(err):
+    """The OSError behind an error of PyTorch's writer."""
+    found = err
+    while found is not None and not isinstance(found, OSError):
+        found = found.__context__
+    return found or OSError(errno.EIO, str(err).splitlines()[0])
+
+
+def _sync_folder(path):
+    """The new name is on the disk, too, when this returns (not every file system lets a folder be flushed)."""
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    except OSError:
+        pass
+    finally:
+        os.close(folder)
+
+
+def read_tensors(path, what, hint='', option='', mmap=False):
     """What a file of torch.save holds, on the CPU, if that is tensors and plain values; nothing is executed.
 
-    what, hint, option: for errors: what the file should be, what to do, and who named it, such as "--weights=". Raises UserError."""
+    what, hint, option: for errors: what the file should be, what to do, and who named it, such as "--weights=". mmap: tensors are read
+    when they are looked at. Raises UserError."""
     try:
-        return torch.load(path, map_location='cpu', weights_only=True)
+        return torch.load(path, map_location='cpu', weights_only=True, mmap=mmap)
     except FileNotFoundError:
         raise UserError(f'{option}{path}: no such file') from None
     except Exception as err:  # a damaged file may raise almost anything, and what PyTorch says of it does not help
@@ -35,19 +64,50 @@ def read_tensors(path, what, hint='', option=''):
 
 
 def load(path):
-    """The state dict of a file, on the CPU. Raises UserError when it is none."""
-    state = read_tensors(path, 'a training state', '; give a training-state-*.pt that this program wrote')
-    missing = [key for key in KEYS if not isinstance(state, dict) or key not in state]
+    """The state dict of a file, its tensors mapped from the file: who keeps one longer than the file may live clones it.
+
+    The CRC-32 of every record of the file, which is a zip, is compared before. Raises UserError where it is no whole state."""
+    check_records(path)
+    return peek(path)
+
+
+def peek(path):
+    """load() without comparing checksums: for what is small, such as state['progress']. Reads next to nothing."""
+    state = read_tensors(path, 'a training state', f'; {WRITTEN}', mmap=True)
+    missing = [key for key in KEYS if not isinstance(state, dict) or not isinstance(state.get(key), dict)]
     if missing:
-        raise UserError(f'{path}: not a training state (lacks {", ".join(missing)}); '
-                        'give a training-state-*.pt that this program wrote')
+        raise UserError(f'{path}: not a training state (lacks {", ".join(missing)}); {WRITTEN}')
     return state
 
 
+def check_records(path):
+    """Raises UserError unless every record of a file of torch.save has the CRC-32 that it was written with."""
+    hint = f'; {WRITTEN}, or an older one'
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except FileNotFoundError:
+        raise UserError(f'{path}: no such file') from None
+    except OSError as err:
+        raise UserError(f'{path}: cannot be read as a training state ({err.strerror or err}){hint}') from None
+    except Exception:  # headers that lie
+        raise UserError(f'{path}: cannot be read as a training state (not a whole file of tensors){hint}') from None
+    if damaged:
+        raise UserError(f'{path}: cannot be read as a training state (its record {damaged} is damaged: wrong checksum){hint}')
+
+
 def states(folder):
-    """Paths of the state files in a run's folder, newest progress first."""
+    """Paths of the state files in a run's folder, largest number in the name first."""
     found = [(float(match[1]), name) for name in os.listdir(folder) if (match := PATTERN.fullmatch(name))]
     return [os.path.join(folder, name) for _, name in sorted(found, reverse=True)]
+
+
+def nimg(path):
+    """The progress, in images, that a state file tells. Raises UserError."""
+    found = peek(path)['progress'].get('nimg')
+    if not isinstance(found, int) or found < 0:
+        raise UserError(f'{path}: not a training state (its progress has no number of images); {WRITTEN}')
+    return found
 
 
 def differences(old, new, ignore=(), prefix=''):

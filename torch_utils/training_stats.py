@@ -52,6 +52,24 @@ class Collector:
     def _add(self, name, x, chosen):
         self._accumulate(name, torch.stack([chosen.double(), x * chosen, x * x * chosen]).sum(dim=1))
 
+    def state(self):
+        """What was gathered on this rank since the last flush, copied to host memory."""
+        sums = {name: moments.cpu().clone() for name, moments in self._sums.items()}
+        return dict(sums=sums, tables={name: [list(labels), table.cpu().clone()] for name, (labels, table) in self._tables.items()})
+
+    def restore(self, states):
+        """Goes on from the state() of every rank, a list; on another number of ranks, rank 0 takes what all of them had gathered."""
+        if len(states) == distributed.size():
+            states = states[distributed.rank():][:1]
+        elif distributed.rank() != 0:
+            states = []
+        for state in states:
+            for name, moments in state['sums'].items():
+                self._accumulate(name, moments.to(self.device))
+            for name, (labels, table) in state['tables'].items():
+                held = self._tables[name][1] if name in self._tables else 0
+                self._tables[name] = labels, table.to(self.device) + held
+
     def flush(self):
         """{name: {num, mean, std}} over all ranks since the last flush; names that got no value have num 0 and mean None.
 

@@ -114,6 +114,9 @@ class RunConfig:
     tick_kimg: float = 50.0
     snapshot_ticks: int = 50
     state_ticks: int = 500
+    state_minutes: float = 30.0
+    keep_states: int = 3  # 0: all
+    max_hours: float = 0.0  # 0: any
     samples: int = 64
     metrics: MetricsConfig | None = None
     gns: bool = False

@@ -101,18 +101,27 @@ class PeriodicMetrics:
         plain = Settings()
         return Settings(kid_subset_size=min(plain.kid_subset_size, self.num, rows), splits=min(plain.splits, self.num))
 
-    def __call__(self, net, **pieces):
+    def __call__(self, net, stop=lambda: False, **pieces):
         """{'Metrics/fid2k': value, ...} of a network in eval mode, on every rank; {} and a warning where its images have none.
 
+        stop(): whether to leave off on this rank; what is returned then is {}.
         pieces: schedule, stepper and num_steps of generate_images; EDM's sampler in 18 steps, where they are not given."""
         try:
-            batches = uint8_batches(net, range(self.num), BATCH, 'the weight average', **pieces)
+            batches = until(stop, uint8_batches(net, range(self.num), BATCH, 'the weight average', **pieces))
             values = evaluate_batches(batches, self.detector, self.reference, self.names, self.settings, self.num)
         except UserError as err:  # of images that are not finite, say: training may recover from them
             distributed.print0(f'Warning: no metrics this time: {err.message}')
             return {}
         return {f'Metrics/{NAMES.get(name, name)}{short(self.num)}': misc.as_float(value)
                 for name, value in values.items()}
+
+
+def until(stop, batches):
+    """The batches; UserError, which metrics tell to every rank, where stop() says so before one of them."""
+    for batch in batches:
+        if stop():
+            raise UserError('the run was asked to end')
+        yield batch
 
 
 @contextlib.contextmanager

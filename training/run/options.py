@@ -48,7 +48,8 @@ def configure(o):
         run=config.RunConfig(
             seed=distributed.broadcast(o.seed if o.seed is not None else misc.seed_of(os.urandom(8).hex()) % 2**31),
             batch=o.batch, batch_gpu=o.batch_gpu or o.batch // distributed.size(), duration_kimg=o.duration * 1e3, tick_kimg=o.tick,
-            snapshot_ticks=o.snap, state_ticks=o.dump, samples=o.samples, metrics=metrics(o, dataset), gns=o.gns,
+            snapshot_ticks=o.snap, state_ticks=o.dump, state_minutes=o.dump_minutes, keep_states=o.keep_states,
+            max_hours=o.max_hours, samples=o.samples, metrics=metrics(o, dataset), gns=o.gns,
             precision=choose_precision(o), bench=o.bench, compile=o.compile_net, expr_id=o.expr_id, desc=o.desc,
             ranks=distributed.size(), versions=misc.versions()))
 

@@ -13,7 +13,7 @@ import torch
 
 from dnnlib import EasyDict, UserError, format_time
 from dnnlib.files import finite
-from torch_utils import checkpoint, distributed, misc, training_stats
+from torch_utils import distributed, misc, training_stats
 from training.checkpoints import posthoc
 from training.checkpoints.card import model_card
 from training.checkpoints.load import load_weights
@@ -23,15 +23,18 @@ from training.data.batches import micro_batches
 from training.run import gradients
 from training.run.build import build_averages, build_net, build_objective, build_optimizer, load_data, transfer_weights
 from training.run.config import to_json
-from training.run.folder import RunFolder, stop_if_orphan
+from training.run.folder import RunFolder, cannot_write, stop_if_orphan
 from training.run.metrics import PeriodicMetrics
 from training.run.optimizer import LearningRate
+from training.run.states import StateWriter, on_host
+from training.run.stopping import Requests, Signals, Stop
 from training.sampling import options as sampling
 from training.sampling.generate import resolution, sample_grid
 
 GROUPS = [f'{kind}/q{quartile}' for kind in ('clean', 'noisy') for quartile in (1, 2, 3, 4)]  # losses are reported by these
 SHOWN = r'Loss/[^/]+|Loss/{first}/(clean|noisy)'  # losses of the console's line; stats.jsonl has them all
 HEARTBEAT_SEC = 60     # a line at least this often, so that nobody wonders whether a run hangs
+RETRY_SEC = 60         # between attempts to write a state that the disk did not take
 
 
 class TrainStep(torch.nn.Module):
@@ -48,11 +51,14 @@ class TrainStep(torch.nn.Module):
 class Run:
     """Everything of one run on this rank."""
 
-    def __init__(self, config, folder, device, writers=(), resuming=False):
-        """config: a Config. writers: callables (fields, nimg)."""
+    def __init__(self, config, folder, device, writers=(), resuming=False, requests=None):
+        """config: a Config. writers: callables (fields, nimg). requests: Requests to end before the time."""
         self.config, self.device, self.writers = config, device, writers
-        self.folder = folder
-        self.progress = EasyDict(nimg=0, step=0, tick=0, seconds=0.0, log_bytes=0, stream=None)
+        self.folder, self.requests = folder, requests or Requests(Signals())
+        self.states, self.missed = StateWriter(config.run.keep_states), set()
+        # tick_nimg: where the tick began; pending: what is left to do of one that has ended.
+        self.progress = EasyDict(nimg=0, step=0, tick=0, tick_nimg=0, pending=[], seconds=0.0, log_bytes=0, stream=None)
+        self._start_clock()
         self.rank_batch = config.run.batch // distributed.size()
         self.first_row = distributed.rank() * self.rank_batch
         self._setup_numerics()
@@ -120,17 +126,24 @@ class Run:
     # ---- restore
 
     def restore(self, state, path):
-        """Continues from a state file's content; says what was restored."""
-        load_weights(self.net, state['net'], path)
+        """Continues from a state file's content, which only rank 0 needs to have; says what was restored. Empties `state`."""
+        part = lambda name: distributed.share(None if state is None else state.get(name))
+        load_weights(self.net, part('net'), path)
+        averages = part('ema')
         for name, average in self.averages.items():
-            load_weights(average.module, state['ema'][name], path)
-        self.objective.load_state_dict(state['objective'])
-        self.optimizer.load_state_dict(state['optimizer'])
-        self.progress = EasyDict(state['progress'])
+            load_weights(average.module, averages[name], path)
+        del averages
+        self.objective.load_state_dict(part('objective'))
+        self.optimizer.load_state_dict(on_host(part('optimizer')))  # which keeps what it is given
+        self.stats.restore(part('stats') or [])
+        progress = part('progress')
+        self.progress = EasyDict({'tick_nimg': progress['nimg'], 'pending': [], **progress})
         self.scale.restore(self.progress.loss_scale)
         self.data.stream.restore(self.progress.stream)
         if distributed.rank() == 0:
+            state.clear()  # so that the file is let go
             self.folder.rewind_log(self.progress.log_bytes)
+        self._start_clock()
         distributed.print0(f'Restored network, EMA, optimizer, objective and data position from {path} ({self.progress.nimg / 1e3:g} kimg)')
 
     # ---- step
@@ -205,7 +218,7 @@ class Run:
         lines = [f'rank {rank}, term {term}, {line}' for rank, found in enumerate(distributed.all_values(self.guard.culprits()))
                  for term, line in found.items()]
         self.save_state()
-        distributed.barrier()
+        self.finish_states()
         where = f'the last non-finite losses: {"; ".join(lines[:8])}' if lines else 'all losses were finite'
         raise UserError(
             f'{int(self.guard.in_row)} updates in a row were skipped for non-finite gradients, up to step {self.progress.step}; {where}. '
@@ -213,16 +226,28 @@ class Run:
 
     # ---- report
 
-    def report(self, tick_seconds, tick_nimg):
+    def _start_clock(self):
+        """The tick's time, of which a continued run knows its own part only."""
+        self.clock_nimg, self.clock = self.progress.nimg, time.time()
+
+    def rate(self):
+        """Images a second since the clock was started."""
+        return (self.progress.nimg - self.clock_nimg) / max(time.time() - self.clock, 1e-9)
+
+    def seconds(self):
+        """Of the whole run, as far as they were trained for."""
+        return self.progress.seconds + time.time() - self.clock
+
+    def report(self):
         """Gathers the statistics of a tick, writes one line to stats.jsonl and one to the console. Synchronises once."""
         p = self.progress
         stats = self.stats.flush()
-        rate = tick_nimg / max(tick_seconds, 1e-9)
+        rate, seconds = self.rate(), self.seconds()
         fields = {'nimg': p.nimg, 'Progress/kimg': p.nimg / 1e3, 'Progress/tick': p.tick, 'Progress/step': p.step,
                   **{name: s['mean'] for name, s in stats.items() if s['mean'] is not None},
                   'Pairs/passed': p.stream['cursor'], 'Pairs/accepted': p.stream['used'] / p.stream['cursor'],
                   'Optimizer/lr': self.optimizer.param_groups[0]['lr'],
-                  'Timing/seconds': round(p.seconds, 3), 'Timing/img_per_sec': round(rate, 2)}
+                  'Timing/seconds': round(seconds, 3), 'Timing/img_per_sec': round(rate, 2)}
         if self.noise_scale is not None:
             spread, signal = (stats[f'GNS/{name}']['mean'] for name in ('spread', 'signal'))
             fields['GNS/batch'] = spread / signal if signal else None  # None: no finite gradient in this tick
@@ -239,25 +264,8 @@ class Run:
                            if re.fullmatch(shown, name) and s['mean'] is not None)
         skipped = round(stats['Grad/skipped']['mean'] * stats['Grad/skipped']['num'] / distributed.size())
         warning = f'  SKIPPED {skipped} updates (non-finite gradients)' if skipped else ''
-        distributed.print0(f'tick {p.tick}  kimg {p.nimg / 1e3:.3f}  time {format_time(p.seconds)}  {losses}  img/s {rate:.1f}  '
+        distributed.print0(f'tick {p.tick}  kimg {p.nimg / 1e3:.3f}  time {format_time(seconds)}  {losses}  img/s {rate:.1f}  '
                            f'eta {format_time(left)}  mem {fields["Resources/cpu_gib"]:.2f} GiB{warning}')
-
-    def validate(self):
-        """Held-out loss of the EMA into stats.jsonl, if asked for."""
-        if self.data.validation is None:
-            return
-        fields = self.data.validation(self.ema.module, self.objective.first, self.device)
-        self._log(fields)
-        means = '  '.join(f'{name} {fields[name]:.5g}' for name in ('Val/clean', 'Val/noisy') if fields.get(name) is not None)
-        distributed.print0(f'    held out: {means}')
-
-    def measure(self):
-        """Metrics of the EMA's images into stats.jsonl."""
-        fields = self.metrics(self.ema.module, **sampling.default_pieces(self.ema.module))
-        if fields:
-            self._log(fields)
-            shown = '  '.join(f'{name.removeprefix("Metrics/")} {value:.5g}' for name, value in fields.items() if value is not None)
-            distributed.print0(f'    metrics: {shown}')
 
     def _log(self, fields):
         """A line of stats.jsonl beside that of the tick."""
@@ -266,33 +274,122 @@ class Run:
             for write in self.writers:
                 write(fields, self.progress.nimg)
 
-    # ---- save
+    # ---- what ticks bring
 
-    def save_snapshot(self):
-        """EMA network folder and sample grid."""
-        if distributed.rank() != 0:
-            return
+    def end_tick(self, done):
+        """Reports, and notes what else is due; done: whether the training is at its end."""
+        p, run = self.progress, self.config.run
+        p.tick += 1
+        self.report()
+        due = lambda every: bool(every and (done or p.tick % every == 0))
+        wanted = dict(validate=self.data.validation is not None and due(run.snapshot_ticks), snapshot=due(run.snapshot_ticks),
+                      measure=run.metrics is not None and due(run.metrics.every), state=due(run.state_ticks))
+        p.pending = [name for name, is_due in wanted.items() if is_due or name in self.missed]
+        p.seconds, p.tick_nimg = self.seconds(), p.nimg
+        self.missed.clear()
+        self._start_clock()
+
+    def do_pending(self):
+        """Does what is due, in order. Where Stop is raised meanwhile, what was cut short is left in progress.pending and has nothing in
+        the log: the continued run does it."""
+        p = self.progress
+        while p.pending:
+            name, *rest = p.pending
+            if name == 'state':
+                p.pending = rest
+                self.save_state()
+            else:
+                getattr(self, name)()
+                p.pending = rest
+        p.seconds = self.seconds()
+        self._start_clock()
+
+    def validate(self):
+        """Held-out loss of the EMA into stats.jsonl."""
+        fields = self.data.validation(self.ema.module, self.objective.first, self.device, stop=self.requests.asked)
+        self.requests.now()
+        self._log(fields)
+        means = '  '.join(f'{name} {fields[name]:.5g}' for name in ('Val/clean', 'Val/noisy') if fields.get(name) is not None)
+        distributed.print0(f'    held out: {means}')
+
+    def measure(self):
+        """Metrics of the EMA's images into stats.jsonl."""
+        fields = self.metrics(self.ema.module, stop=self.requests.asked, **sampling.default_pieces(self.ema.module))
+        self.requests.now()
+        if fields:
+            self._log(fields)
+            shown = '  '.join(f'{name.removeprefix("Metrics/")} {value:.5g}' for name, value in fields.items() if value is not None)
+            distributed.print0(f'    metrics: {shown}')
+
+    def snapshot(self):
+        """EMA network folder and sample grid; where the disk does not take them, those of the next tick."""
+        failed = distributed.broadcast(distributed.rank() == 0 and not self._save_snapshot())
+        self.requests.now()
+        if failed:
+            self.missed.add('snapshot')
+
+    def _save_snapshot(self):
+        """False where it cannot be written."""
         stop_if_orphan()
         kimg = self.progress.nimg / 1e3
-        card = model_card(self.ema.module.config, to_json(self.config), kimg)
-        save_network(self.ema.module, self.folder.numbered('network-snapshot', kimg), card=card)
-        for average in list(self.averages.values())[1:]:
-            path = self.folder.numbered('ema-snapshot', kimg, f'-{average.sigma_rel:.3f}.safetensors')
-            posthoc.write_average(path, average, self.progress.nimg)
-        if self.config.run.samples:
-            sample_grid(self.ema.module, self.config.run.samples, self.folder.numbered('samples', kimg, '.png'),
-                        **sampling.default_pieces(self.ema.module))
+        path = self.folder.numbered('network-snapshot', kimg)
+        try:
+            card = model_card(self.ema.module.config, to_json(self.config), kimg)
+            save_network(self.ema.module, path, card=card)
+            for average in list(self.averages.values())[1:]:
+                path = self.folder.numbered('ema-snapshot', kimg, f'-{average.sigma_rel:.3f}.safetensors')
+                posthoc.write_average(path, average, self.progress.nimg)
+            if self.config.run.samples:
+                path = self.folder.numbered('samples', kimg, '.png')
+                sample_grid(self.ema.module, self.config.run.samples, path, stop=self.requests.asked,
+                            **sampling.default_pieces(self.ema.module))
+        except OSError as err:
+            cannot_write(path, err, 'and the next tick tries again')
+            return False
+        return True
 
-    def save_state(self):
-        """Everything needed to continue, in one file."""
+    # ---- states
+
+    def state(self):
+        """Everything needed to continue, on rank 0; None on the others, which give their part. Copies nothing."""
+        stats = distributed.all_values(self.stats.state())
         if distributed.rank() != 0:
-            return
-        stop_if_orphan()
-        self.progress.log_bytes, self.progress.loss_scale = self.folder.log_bytes, self.scale.state()
-        state = dict(options=to_json(self.config), progress=dict(self.progress), net=self.net.state_dict(),
+            return None
+        p = self.progress
+        progress = dict(p, pending=list(p.pending), seconds=self.seconds(), log_bytes=self.folder.log_bytes, loss_scale=self.scale.state())
+        state = dict(options=to_json(self.config), progress=progress, net=self.net.state_dict(),
                      ema={name: average.state_dict() for name, average in self.averages.items()}, optimizer=self.optimizer.state_dict(),
                      objective=self.objective.state_dict())
-        checkpoint.save(self.folder.numbered('training-state', self.progress.nimg / 1e3, '.pt'), state)
+        return state if p.nimg == p.tick_nimg else state | {'stats': stats}
+
+    def save_state(self):
+        """Copies the state to host memory, to be written while the training goes on. All ranks call this."""
+        state = self.state()
+        self.requests.state_at, self.requests.retry_at = time.time(), None
+        if state is None:
+            return
+        stop_if_orphan()
+        path = self.folder.numbered('training-state', self.progress.nimg / 1e3, '.pt')
+        try:
+            self.folder.flush_log()  # a state tells how long the log is
+        except OSError as err:
+            self.states.failed(path, err)
+        else:
+            self.states.write(path, on_host(state))
+
+    def look_at_states(self):
+        """Says so where the disk did not take the last state, which is tried again; does not wait for one that is being written."""
+        found = None if self.states.busy else self.states.finish()
+        if found:
+            cannot_write(*found, f'the states before it are kept, and it is tried again in {RETRY_SEC} s')
+            self.requests.retry_at = time.time() + RETRY_SEC
+
+    def finish_states(self):
+        """Waits until the last state is written. All ranks call this. Raises UserError on all of them where the disk does not take it."""
+        found = self.states.finish()
+        told = distributed.broadcast(found and f'{found[0]} could not be written ({found[1].strerror or found[1]})')
+        if told:
+            raise UserError(f'{told}; make room, and go on from the last state that was written, with --resume=latest')
 
 
 def memory_gib(device):
@@ -304,53 +401,53 @@ def memory_gib(device):
     return found
 
 
-def training_loop(config, run_dir, device, writers=(), state=None, state_path=None):
-    """Trains until config.run.duration_kimg, in the folder run_dir; continues from `state` where one is given."""
+def training_loop(config, run_dir, device, writers=(), state=None, state_path=None, requests=None):
+    """Trains until config.run.duration_kimg, in the folder run_dir; continues from `state`, which rank 0 has, where there is a state_path.
+
+    Raises Stop, with the state written, where `requests` (or the hours of the Config) say so."""
     every = config.run
-    run = Run(config, RunFolder(run_dir, fractional=every.tick_kimg % 1 != 0), device, writers, resuming=state is not None)
+    folder = RunFolder(run_dir, fractional=every.tick_kimg % 1 != 0)
+    run = Run(config, folder, device, writers, resuming=state_path is not None, requests=requests)
     distributed.print0(run.data.line)
-    if state is not None:
+    if state_path is not None:
         run.restore(state, state_path)
     elif distributed.rank() == 0:
-        run.folder.rewind_log(0)  # of a run that ended before its first state
+        folder.rewind_log(0)  # of a run that ended before its first state
     if distributed.rank() == 0:
-        run.folder.write_options(config)  # nothing is refused from here on: those of a continued run give way to what works
-    # Rounded, because 0.24 * 1e3 is a little more than 240: that would be a step too many.
-    total_nimg, tick_nimg = round(every.duration_kimg * 1e3), round(every.tick_kimg * 1e3)
-    p = run.progress
-    tick_start_nimg, tick_start = p.nimg, time.time()
-    last_line = time.time()
+        folder.write_options(config)  # nothing is refused from here on: those of a continued run give way to what works
     distributed.print0(f'Training for {every.duration_kimg:g} kimg in {run_dir}')
+    run.requests.begin()
+    try:
+        train(run, round(every.duration_kimg * 1e3), round(every.tick_kimg * 1e3))  # 0.24 * 1e3 is a little more than 240
+        run.finish_states()
+    except Stop:
+        run.save_state()
+        run.finish_states()
+        raise
+    finally:
+        run.data.feed.close()
+    distributed.barrier()
+    return run
 
+
+def train(run, total_nimg, tick_nimg):
+    """Steps and ticks, up to total_nimg. Raises Stop where the run is asked to end."""
+    p = run.progress
+    run.do_pending()  # of the tick in which the run was stopped
+    last_line = time.time()
     while p.nimg < total_nimg:
         stop_if_orphan()
         run.step()
         run.stop_if_spoiled()
         done = p.nimg >= total_nimg
         if time.time() - last_line > HEARTBEAT_SEC:
-            rate = (p.nimg - tick_start_nimg) / (time.time() - tick_start)
-            left = format_time((total_nimg - p.nimg) / rate)
-            distributed.print0(f'    step {p.step}  kimg {p.nimg / 1e3:.3f}  img/s {rate:.1f}  eta {left}')
+            left = format_time((total_nimg - p.nimg) / run.rate())
+            distributed.print0(f'    step {p.step}  kimg {p.nimg / 1e3:.3f}  img/s {run.rate():.1f}  eta {left}')
             last_line = time.time()
-        if not done and p.nimg < tick_start_nimg + tick_nimg:
-            continue
-
-        # Tick: one line of statistics, and every so many ticks a snapshot and a state.
-        p.tick += 1
-        seconds = time.time() - tick_start
-        p.seconds += seconds
-        run.report(seconds, p.nimg - tick_start_nimg)
-        at = lambda every, p=p, done=done: every and (done or p.tick % every == 0)
-        if at(every.snapshot_ticks):
-            run.validate()
-            run.save_snapshot()
-        if every.metrics and at(every.metrics.every):
-            run.measure()
-        if at(every.state_ticks):
+        run.look_at_states()
+        if run.requests.after_step() and not done:
             run.save_state()
-        p.seconds += time.time() - tick_start - seconds
-        tick_start_nimg, tick_start, last_line = p.nimg, time.time(), time.time()
-
-    run.data.feed.close()
-    distributed.barrier()
-    return run
+        if done or p.nimg >= p.tick_nimg + tick_nimg:
+            run.end_tick(done)
+            run.do_pending()
+            last_line = time.time()

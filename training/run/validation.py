@@ -68,12 +68,13 @@ class Validation:
         self.sigma_max = torch.as_tensor(sigma_max, dtype=torch.float32).expand(self.sigma_n.shape)
 
     @torch.no_grad()
-    def __call__(self, net, term, device):
+    def __call__(self, net, term, device, stop=lambda: False):
+        """stop(): whether to leave off on this rank; what is returned then is of a part of the images, and of no use."""
         stats = training_stats.Collector(device)
         rows = np.array_split(np.arange(len(self.items)), distributed.size())[distributed.rank()]
         for first in range(0, len(self.items), self.batch):  # as many rounds on every rank, so that all report the same names
             part = rows[first:first + self.batch]
-            if len(part):
+            if len(part) and not stop():
                 self._judge(net, term, device, part, stats)
         self._fill(stats)
         return {f'Val/{name}': found['mean'] for name, found in stats.flush().items()}

@@ -17,6 +17,7 @@ from training.sampling.pixels import pictures
 from training.sampling.writers import write_grid
 
 NO_GUIDANCE = Guidance()
+GRID_BATCH = 16  # of a training's samples: between two of them it can be stopped
 
 
 class Samples(NamedTuple):
@@ -174,7 +175,13 @@ def network_device(net):
     return next((p.device for p in parameters), torch.device('cpu'))
 
 
-def sample_grid(net, count, path, **options):
-    """Writes one picture of the images of seeds 0 .. count - 1. options: those of generate_images, on one rank."""
-    parts = list(generate_images(net, range(count), **options))
+def sample_grid(net, count, path, stop=lambda: False, **options):
+    """Writes one picture of the images of seeds 0 .. count - 1, or none where stop() says so between two batches.
+
+    options: those of generate_images, on one rank."""
+    parts = []
+    for part in generate_images(net, range(count), batch=GRID_BATCH, **options):
+        parts.append(part)
+        if stop():
+            return
     write_grid(path, pictures(torch.cat([part.images for part in parts]), net.units))

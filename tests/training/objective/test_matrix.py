@@ -93,7 +93,7 @@ def test_every_piece_in_a_run(tmp_path, flag):
     run = tiny.make_run(tmp_path, *CONSISTENCY, flag)
     for _ in range(2):
         run.step()
-    run.report(1.0, 32)
+    run.report()
     run.data.feed.close()
     (line,) = tiny.read_log(tmp_path)
     assert line['Grad/skipped'] == 0 and line['Grad/norm'] > 0 and line['Loss/denoise'] > 0 and line['Loss/consistency'] >= 0

@@ -150,7 +150,7 @@ def test_lone_bad_loss_skips_one_update(tmp_path, monkeypatch):
     run.stop_if_spoiled()
     assert tiny.digest([run.net.state_dict(), run.optimizer.state_dict()['state']]) != before
     run.step()
-    run.report(1.0, 80)
+    run.report()
     line = tiny.read_log(tmp_path)[0]
     assert line['Grad/skipped'] == pytest.approx(1 / 5) and line['Loss/denoise/nonfinite'] == pytest.approx(3 / 80)
     assert line['Grad/norm'] > 0 and line['Loss/denoise'] > 0 and line['Grad/norm/nonfinite'] == pytest.approx(1 / 5)

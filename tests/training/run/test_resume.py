@@ -6,7 +6,9 @@ import json
 import math
 import os
 import shutil
+import struct
 import time
+import zipfile
 from pathlib import Path
 
 import psutil
@@ -246,9 +248,91 @@ def test_files_that_are_no_states(five_steps, tmp_path):
 def test_latest_without_a_state_starts_fresh(tmp_path, data, copied):
     outdir, folder, args = copied
     tiny.call(f'--outdir={tmp_path / "none"}', *args, '--resume=latest', '--duration=0.00008')
-    tiny.call(f'--outdir={outdir}', *args, '--resume=latest', '--duration=0.00008', '--lr=5e-4')  # another run's state
-    assert sorted(os.listdir(outdir)) == [folder.name, folder.name.replace('00000', '00001')]
     assert states(tmp_path / 'none') == [STATE_5]
+    tiny.call(f'--outdir={outdir}', *args, '--resume=latest', '--duration=0.00008', '--arch=ncsnpp')  # a run of another name
+    assert sorted(os.listdir(outdir)) == [folder.name, folder.name.replace('00000', '00001').replace('ddpmpp', 'ncsnpp')]
+
+
+@pytest.mark.parametrize('named', [[], ['--expr-id=mine']])
+def test_latest_refuses_where_only_other_runs_of_that_name_are(tmp_path, data, named):
+    """A changed option is a mistake, or another run: neither is for the program to guess."""
+    args = [f'--outdir={tmp_path / "runs"}', f'--data={data}', *tiny.FLAGS, *named, '--dump=0', '--snap=0', '--duration=0.00008']
+    tiny.call(*args)
+    name = tiny.only_folder(tmp_path / 'runs')
+    line = refused(*args, '--resume=latest', '--lr=5e-4')
+    assert f'{name} was trained with other options (optimizer.lr: 0.001 -> 0.0005)' in line and '--expr-id' in line
+    assert tiny.only_folder(tmp_path / 'runs') == name
+    tiny.call(*args, '--lr=5e-4')
+    assert len(os.listdir(tmp_path / 'runs')) == 2
+
+
+def test_latest_goes_on_in_the_folder_of_a_run_without_a_state(tmp_path, data):
+    """It ended before its first state: it starts again in its folder, with its seed."""
+    args = [f'--outdir={tmp_path / "runs"}', f'--data={data}', *tiny.FLAGS, '--dump=0', '--snap=0', '--duration=0.00008']
+    tiny.call(*args)
+    folder = tiny.only_folder(tmp_path / 'runs')
+    lines = tiny.read_log(folder)
+    tiny.call(*args, '--resume=latest')
+    assert tiny.only_folder(tmp_path / 'runs') == folder and tiny.read_log(folder) == lines
+
+
+def test_options_are_looked_at_before_states(copied, monkeypatch):
+    """The states of other runs are not opened at all."""
+    outdir, folder, args = copied
+    other = outdir / '00001-other'
+    shutil.copytree(folder, other)
+    options = json.loads((other / 'options.json').read_text())
+    options['optimizer']['lr'] = 1.0
+    (other / 'options.json').write_text(json.dumps(options))
+    opened, read = [], checkpoint.read_tensors
+    monkeypatch.setattr(checkpoint, 'read_tensors', lambda path, *rest, **more: opened.append(Path(path)) or read(path, *rest, **more))
+    tiny.call(f'--outdir={outdir}', *args, '--resume=latest', '--duration=0.00016')
+    assert {path.parent for path in opened} == {folder}
+
+
+def test_latest_goes_by_progress_not_by_time(copied):
+    """A copied folder has the times of the copying: the state that has come farthest is taken, and the log kept to it."""
+    outdir, folder, args = copied
+    tiny.call(f'--outdir={outdir}', *args, '--resume=latest', '--duration=0.00016')
+    os.utime(folder / STATE_5, (2e9, 2e9))
+    os.rename(folder / STATE_5, folder / 'training-state-000009.000.pt')  # nor by its name
+    tiny.call(f'--outdir={outdir}', *args, '--resume=latest', '--duration=0.00024')
+    assert [line['nimg'] for line in tiny.read_log(folder)] == [80, 160, 240]
+    assert tiny.read_state(folder / 'training-state-000000.240.pt')['progress']['step'] == 15
+
+
+def inside_a_tensor(path, share):
+    """Offset of a byte in the middle of a record of the file: the one so far into the list of those with tensors."""
+    with zipfile.ZipFile(path) as archive:
+        records = [info for info in archive.infolist() if '/data/' in info.filename and info.file_size > 64]
+    info = records[int(share * len(records))]
+    with open(path, 'rb') as f:
+        f.seek(info.header_offset + 26)
+        name, extra = struct.unpack('<HH', f.read(4))
+    return info.header_offset + 30 + name + extra + info.file_size // 2
+
+
+@pytest.mark.parametrize('where', [0.0, 0.5, 0.99])
+def test_a_damaged_state_is_passed_over(copied, capsys, where):
+    """One flipped bit in the tensors, which PyTorch reads without a word."""
+    outdir, folder, args = copied
+    tiny.call(f'--outdir={outdir}', *args, '--resume=latest', '--duration=0.00016')
+    path = folder / 'training-state-000000.160.pt'
+    content = bytearray(path.read_bytes())
+    content[inside_a_tensor(path, where)] ^= 1
+    path.write_bytes(content)
+    torch.load(path, weights_only=True)
+    capsys.readouterr()
+    tiny.call(f'--outdir={outdir}', *args, '--resume=latest', '--duration=0.00016')
+    output = capsys.readouterr().out
+    assert f'passes over: {path}: cannot be read as a training state (its record ' in output and 'wrong checksum' in output
+    assert f'position from {folder / STATE_5}' in output
+    assert 'wrong checksum' not in output.split('Restored')[1] and checkpoint.load(path)
+    path.write_bytes(content)
+    (folder / STATE_5).unlink()
+    line = refused(f'--outdir={outdir}', *args, '--resume=latest', '--duration=0.00016')
+    assert 'no state in' in line and str(path) in line
+    assert 'wrong checksum' in refused(f'--outdir={outdir}', *args, f'--resume={path}', '--duration=0.00016')
 
 
 def test_latest_passes_over_a_truncated_state(copied, capsys):
@@ -256,20 +340,19 @@ def test_latest_passes_over_a_truncated_state(copied, capsys):
     newer = folder / 'training-state-000000.160.pt'
     newer.write_bytes((folder / STATE_5).read_bytes()[:50000])
     (folder / '.training-state-000000.240.pt.123').write_bytes(b'')  # what a kill in the middle of a write leaves
-    assert os.path.getmtime(newer) > os.path.getmtime(folder / STATE_5)
     tiny.call(f'--outdir={outdir}', *args, '--resume=latest', '--duration=0.00016')
     output = capsys.readouterr().out
     assert f'--resume=latest passes over: {newer}: cannot be read' in output and f'position from {folder / STATE_5}' in output
     assert tiny.read_state(newer)['progress']['step'] == 10
 
 
-def test_latest_takes_the_newest_run(copied):
+def test_latest_takes_the_newest_of_equal_runs(copied):
     outdir, folder, args = copied
     second = outdir / folder.name.replace('00000', '00001')
     shutil.copytree(folder, second)
     os.utime(second / STATE_5, (0, 0))
     tiny.call(f'--outdir={outdir}', *args, '--resume=latest', '--duration=0.00016')
-    assert len(checkpoint.states(folder)) == 2 and len(checkpoint.states(second)) == 1
+    assert len(checkpoint.states(folder)) == 1 and len(checkpoint.states(second)) == 2
 
 
 def test_nosubdir_is_continued_and_never_overwritten(tmp_path, data):
@@ -280,7 +363,7 @@ def test_nosubdir_is_continued_and_never_overwritten(tmp_path, data):
     assert [line['nimg'] for line in tiny.read_log(tmp_path / 'run')] == [80]
     tiny.call(*args, '--duration=0.00016', '--resume=latest')
     assert [line['nimg'] for line in tiny.read_log(tmp_path / 'run')] == [80, 160]
-    assert 'holds a run already' in refused(*args, '--resume=latest', '--lr=5e-4')
+    assert 'was trained with other options (optimizer.lr: ' in refused(*args, '--resume=latest', '--lr=5e-4')
 
 
 def test_resume_and_transfer_exclude_each_other(five_steps, tmp_path):
@@ -320,6 +403,7 @@ def test_restored_run_equals_the_saved_one(tmp_path):
     for _ in range(3):
         first.step()
     first.save_state()
+    first.finish_states()
     state = checkpoint.load(checkpoint.states(tmp_path)[0])
     second = tiny.make_run(tmp_path, '--dropout=0.2', '--augment=0.5')
     second.restore(state, 'file')
@@ -329,4 +413,6 @@ def test_restored_run_equals_the_saved_one(tmp_path):
     for part in ('net', 'optimizer', 'objective'):
         assert tiny.digest(getattr(first, part).state_dict()) == tiny.digest(getattr(second, part).state_dict())
     assert tiny.digest(first.ema.state_dict()) == tiny.digest(second.ema.state_dict())
-    assert dict(first.progress) == dict(second.progress)
+    own = dict(seconds=0, loss_scale=None)
+    assert {**first.progress, **own} == {**second.progress, **own}
+    assert tiny.digest(first.stats.state()) == tiny.digest(second.stats.state())  # also of the tick that is under way

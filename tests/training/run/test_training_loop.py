@@ -121,8 +121,9 @@ def test_global_random_state_is_left_alone(tmp_path):
     before = torch.get_rng_state(), np.random.get_state(), random.getstate()
     run = steps(tiny.make_run(tmp_path, '--dropout=0.3', '--augment=0.5', '--val=0.2'), 3)
     run.validate()
-    run.save_snapshot()
+    run.snapshot()
     run.save_state()
+    run.finish_states()
     assert torch.equal(torch.get_rng_state(), before[0]) and random.getstate() == before[2]
     after = np.random.get_state()
     assert after[2:] == before[1][2:] and np.array_equal(after[1], before[1][1])
