@@ -76,9 +76,9 @@ def finish(args, log, ranks=1, script=ROOT / 'train.py'):
 
 
 def call(*args):
-    """Runs train.py in this process; what it refuses is a UserError."""
+    """Runs train.py in this process and returns its exit code, None for a good end; what it refuses is a UserError."""
     try:
-        train.main([str(arg) for arg in args], standalone_mode=False)
+        return train.main([str(arg) for arg in args], standalone_mode=False)
     except click.ClickException as err:
         raise UserError(err.message) from None
 
