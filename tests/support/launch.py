@@ -16,6 +16,8 @@ import tempfile
 import time
 from pathlib import Path
 
+import psutil
+
 CONTEXT = multiprocessing.get_context('forkserver')
 CONTEXT.set_forkserver_preload(['tests.support.preload'])
 
@@ -41,6 +43,13 @@ class Process:
         if self._process.exitcode is None:
             raise subprocess.TimeoutExpired('script', timeout)
         return self._process.exitcode
+
+    def wait_for(self, seconds):
+        """The exit code; TimeoutError where the process still runs after so many seconds."""
+        try:
+            return self.wait(seconds)
+        except subprocess.TimeoutExpired:
+            raise TimeoutError from None
 
     def kill(self):
         self._process.kill()
@@ -72,6 +81,23 @@ def run(script, args, ranks=1, env=None, cwd=None, timeout=300):
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
         return subprocess.CompletedProcess([str(script), *map(str, args)], code, log.read_text(), errors.read_text())
+
+
+def kill_tree(process):
+    """SIGKILL to a process and to all that it started, at once."""
+    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    for member in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.kill()
+    process.wait()
+    psutil.wait_procs(family, timeout=30)
+
+
+def signal_ranks(process, number):
+    """A signal to the ranks of a process of start(), not to who watches over them."""
+    for member in psutil.Process(process.pid).children() or [psutil.Process(process.pid)]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.send_signal(number)
 
 
 def _agent(script, args, ranks, environment, cwd, log, errors):

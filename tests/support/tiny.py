@@ -126,6 +126,14 @@ def digests(folder, name=STEP_40):
     return {**{key: digest(part) for key, part in state.items()}, 'log': digest(read_log(folder)), 'options.json': digest(written)}
 
 
+def files_digest(folder):
+    """SHA-256 over the names and contents of a folder's files."""
+    sha = hashlib.sha256()
+    for path in sorted(Path(folder).rglob('*')):
+        sha.update(path.name.encode() + (path.read_bytes() if path.is_file() else b''))
+    return sha.hexdigest()
+
+
 def only_folder(outdir):
     """The one run's folder under outdir."""
     folders = [path for path in Path(outdir).iterdir() if path.is_dir()]

@@ -2,6 +2,7 @@
 """The folder of a run: how it is named, written to, and kept to one writer."""
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -44,23 +45,23 @@ class RunFolder:
         try:
             self.flush_log()
         except OSError as err:
-            cannot_write(self.file(STATS), err, f'{len(self._lines)} lines are kept for the next time')
+            cannot_write(self.file(STATS), err, 'its lines are kept for the next time')
 
     def flush_log(self):
         """Writes the lines that are left of failed attempts; none of them in part. Raises OSError."""
         if not self._lines:
             return
-        with open(self.file(STATS), 'ab') as f:
+        data = b''.join(self._lines)
+        with open(self.file(STATS), 'ab', buffering=0) as f:  # a buffer would write what is left of it when it is closed
             try:
-                f.write(b''.join(self._lines))
-                f.flush()
+                if f.write(data) < len(data):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 os.fsync(f.fileno())
             except OSError:
                 with contextlib.suppress(OSError):
-                    os.truncate(f.fileno(), self.log_bytes)
-                    f.seek(0, os.SEEK_END)
+                    f.truncate(self.log_bytes)
                 raise
-            self.log_bytes = f.tell()
+        self.log_bytes += len(data)
         self._lines.clear()
 
     def rewind_log(self, log_bytes):

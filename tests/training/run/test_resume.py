@@ -18,7 +18,7 @@ from click.testing import CliRunner
 
 import train
 from dnnlib import UserError
-from tests.support import tiny
+from tests.support import launch, tiny
 from torch_utils import checkpoint
 from training.run.build import transfer_weights
 
@@ -41,16 +41,6 @@ def wait_for(condition, process, log, seconds=120):
     while not condition():
         assert process.poll() is None and time.time() < end, Path(log).read_text()
         time.sleep(0.002)
-
-
-def kill_tree(process):
-    """SIGKILL to a process and to all that it started, at once."""
-    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-    for member in family:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            member.kill()
-    process.wait()
-    psutil.wait_procs(family, timeout=30)
 
 
 def states(outdir):
@@ -95,7 +85,7 @@ def test_killed_and_continued_equals_straight(tmp_path, data, straight, ranks):
     args = [f'--outdir={outdir}', f'--data={data}', *tiny.FLAGS, *FULL, FORTY]
     process = tiny.start(args, tmp_path / 'log', ranks, script)
     wait_for(lambda: 'tick 5 ' in (tmp_path / 'log').read_text(), process, tmp_path / 'log')
-    kill_tree(process)
+    launch.kill_tree(process)
     assert [line['nimg'] for line in tiny.read_log(tiny.only_folder(outdir))] == [80, 160, 240, 320, 320, 400]  # once by --val
     continue_and_compare(args, outdir, tmp_path / 'log2', ranks, straight)
 
@@ -106,7 +96,7 @@ def kill_at_first_state(args, outdir, log, ranks):
         tiny.clear(outdir)
         process = tiny.start(args, log, ranks)
         wait_for(lambda: states(outdir), process, log)
-        kill_tree(process)
+        launch.kill_tree(process)
         if states(outdir) == [tiny.STEP_20]:
             return
     pytest.fail('the run was never killed in time')
