@@ -52,7 +52,8 @@ def main():
             while run.states.busy:
                 beside.append(timed(run.step))
             run.finish_states()
-            print(f'{gib:.2f} GiB: copy {copy:.3f} s, training stopped for {stop:.3f} s, written after {time.perf_counter() - start:.3f} s; '
+            written = time.perf_counter() - start
+            print(f'{gib:.2f} GiB: copy {copy:.3f} s, training stopped for {stop:.3f} s, written after {written:.3f} s; '
                   f'a step takes {statistics.median(alone):.3f} s, {statistics.median(beside):.3f} s beside the write')
 
 
