@@ -15,6 +15,7 @@ NETWORK = '''
 import torch
 from training.networks.interface import ARCHS, Arch, Network
 from training.networks.layers import Conv2d, Linear
+from training.networks.rows import Dropout
 
 class Pointwise(Network):
     """Two 1x1 convolutions with the noise level as a bias between them."""
@@ -25,11 +26,11 @@ class Pointwise(Network):
         super().__init__()
         self.scales = scales
         self.first, self.last = Conv2d(in_channels, channels, 1), Conv2d(channels, out_channels, 1)
-        self.level = Linear(1, channels)
+        self.level, self.dropout = Linear(1, channels), Dropout(0.01)
 
     def forward(self, x, noise_labels, class_labels, augment_labels=None):
         bias = self.level(noise_labels[:, None].to(x.dtype))[:, :, None, None]
-        return self.last(sum((scale * (self.first(x) + bias)).tanh() for scale in self.scales))
+        return self.last(self.dropout(sum((scale * (self.first(x) + bias)).tanh() for scale in self.scales)))
 
 ARCHS['pointwise'] = Arch(Pointwise, channels=4)
 '''

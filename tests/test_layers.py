@@ -24,8 +24,8 @@ TORCH_STATE = {'manual_seed', 'seed', 'set_rng_state', 'random.manual_seed', 'ra
                'cuda.manual_seed', 'cuda.manual_seed_all', 'cuda.set_rng_state'}
 TORCH_DRAWS = {'rand', 'randn', 'randint', 'randperm', 'normal', 'bernoulli', 'multinomial', 'poisson'}  # need generator=
 TORCH_LIKE = {'rand_like', 'randn_like', 'randint_like'}  # take no generator
-# Initial weights, label dropout: drawn from torch's own state, which misc.seeded sets and puts back.
-SEEDED = ('training.networks.conditioning', 'training.networks.layers')
+# Initial weights, and what a network that is no run's draws in training: from torch's own state, which misc.seeded sets and puts back.
+SEEDED = ('training.networks.layers', 'training.networks.rows')
 
 
 def program_files():

@@ -20,8 +20,8 @@ class Network(nn.Module):
 
     Constructor: the preconditioner gives img_resolution (int or [H, W]), in_channels, out_channels and label_dim; whatever else has a
     default is a key of --arch and of config.json, JSON types all. It raises ValueError, in one line, for what it cannot be.
-    Initial values come from torch's own random state, which misc.seeded sets. Parameters and buffers are the whole state: averages
-    copy them, checkpoints hold them by name."""
+    Initial values come from torch's own random state, which misc.seeded sets; dropout and its like from rows.py. Parameters and
+    buffers are the whole state: averages copy them, checkpoints hold them by name."""
 
     augment_dim = 0         # width of augment_labels; 0: it takes none
     label_embedding = None  # the conditioning.LabelEmbedding, where --cep is to perturb one and --label-dropout to drop labels

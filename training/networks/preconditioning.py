@@ -29,6 +29,7 @@ class Precond(nn.Module):
     output_multiple = 1         # channels of F for each channel of the image
     gives_variance = False      # whether the others have been trained to be the variance of a sampling step, see discrete.py
     sigma_data = 0.5            # std of the data, for the pieces of the objective that ask for it
+    row_draws = None            # of a training run: see rows.attach_row_draws()
 
     def __init__(self, img_resolution, img_channels, label_dim=0, use_fp16=False, model_type=None, **kwargs):
         super().__init__()
@@ -58,24 +59,27 @@ class Precond(nn.Module):
 
     def outputs(self, x, sigma, class_labels=None, augment_labels=None):
         """(D [N,C,H,W], what else F gives [N, (output_multiple - 1) C, H, W]), both float32."""
+        if self.training and self.row_draws is not None:
+            self.row_draws.next_call()
         x = x.float()
         sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).reshape(-1, 1, 1, 1)
         c_skip, c_out, c_in, c_noise = self.coefficients(sigma)
         half_on_cpu = self.compute_dtype == torch.float16 and x.device.type != 'cuda'
         inner = (c_in * x).to(torch.float32 if half_on_cpu else self.compute_dtype)
-        F_x = self.model(inner, c_noise.flatten(), self._labels(class_labels, x.device), augment_labels).float()
+        F_x = self.model(inner, c_noise.flatten(), self._labels(class_labels, x), augment_labels).float()
         F_x, rest = F_x[:, :self.img_channels], F_x[:, self.img_channels:]
         return c_skip * x + c_out * F_x, rest
 
-    def _labels(self, class_labels, device):
+    def _labels(self, class_labels, x):
         if not self.label_dim:
             return None
         if class_labels is None:
-            return torch.zeros([1, self.label_dim], device=device)
+            # Training draws for each row of its own: dropped labels, perturbations.
+            return torch.zeros([len(x) if self.training else 1, self.label_dim], device=x.device)
         if class_labels.shape[-1] != self.label_dim:
             raise ValueError(f'class_labels of shape {list(class_labels.shape)}: this network has label_dim={self.label_dim}, '
                              f'so the labels must be one-hot rows of that width')
-        return class_labels.to(device, torch.float32).reshape(-1, self.label_dim)
+        return class_labels.to(x.device, torch.float32).reshape(-1, self.label_dim)
 
 
 class EDMPrecond(Precond):

@@ -14,6 +14,7 @@ from torch_utils import misc
 from training.networks.conditioning import LabelEmbedding
 from training.networks.interface import ARCHS, Arch, Network, check_choice
 from training.networks.layers import Conv2d, FourierEmbedding, GroupNorm, Linear, PositionalEmbedding, silu
+from training.networks.rows import Dropout
 
 
 class UNetBlock(nn.Module):
@@ -30,7 +31,7 @@ class UNetBlock(nn.Module):
         super().__init__()
         init = init or {}
         init_zero = init_zero or {'init_weight': 0}
-        self.in_channels, self.out_channels, self.dropout = in_channels, out_channels, dropout
+        self.in_channels, self.out_channels = in_channels, out_channels
         self.skip_scale, self.adaptive_scale = skip_scale, adaptive_scale
         heads = out_channels // channels_per_head if num_heads is None else num_heads
         self.num_heads = heads if attention else 0
@@ -40,6 +41,7 @@ class UNetBlock(nn.Module):
         self.conv0 = Conv2d(in_channels, out_channels, 3, **resample, **init)
         self.affine = Linear(emb_channels, out_channels * (1 + adaptive_scale), **init)
         self.norm1 = GroupNorm(out_channels, eps=eps)
+        self.dropout = Dropout(dropout)
         self.conv1 = Conv2d(out_channels, out_channels, 3, **init_zero)
         self.skip = None
         if up or down or in_channels != out_channels:
@@ -58,7 +60,7 @@ class UNetBlock(nn.Module):
             h = silu(torch.addcmul(shift, self.norm1(h), 1 + scale), self.training)
         else:
             h = silu(self.norm1(h + params), self.training)
-        h = self.conv1(F.dropout(h, self.dropout, self.training))
+        h = self.conv1(self.dropout(h))
         x = (h + (x if self.skip is None else self.skip(x))) * self.skip_scale
         return (x + self._attend(x)) * self.skip_scale if self.num_heads else x
 

@@ -18,6 +18,7 @@ from training.diffusion.noise import NOISE, Levels
 from training.networks import conditioning
 from training.networks.ema import HalfLifeEMA, PowerFunctionEMA
 from training.networks.preconditioning import build_network
+from training.networks.rows import RowLayer
 from training.objective.loss import Objective, build_terms
 from training.objective.penalty import PENALTIES
 from training.objective.timesteps import TIMESTEPS
@@ -44,7 +45,7 @@ def build_cep(spec, label_dim):
         raise UserError(f'--cep={spec} perturbs the embedding of a class label; train with --cond=1')
     perturb = registry.build(spec, conditioning.CEP, '--cep')
     with misc.seeded('probe'):
-        probe('--cep', spec, lambda: perturb(torch.zeros(1, 1)))
+        probe('--cep', spec, lambda: perturb(torch.zeros(1, 1), RowLayer()))
     return perturb
 
 

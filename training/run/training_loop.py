@@ -20,6 +20,7 @@ from training.checkpoints.load import load_weights
 from training.checkpoints.save import save_network
 from training.data.augment import AugmentPipe
 from training.data.batches import micro_batches
+from training.networks.rows import attach_row_draws
 from training.run import gradients
 from training.run.build import build_averages, build_net, build_objective, build_optimizer, load_data, transfer_weights
 from training.run.config import to_json
@@ -85,6 +86,7 @@ class Run:
         self.net = build_net(config.network, self.device, seed=config.run.seed, precision=config.run.precision)
         if config.network.transfer and not resuming:
             transfer_weights(config.network.transfer, self.net)
+        self.row_draws = attach_row_draws(self.net)
         self.noise, self.objective = build_objective(config.objective, self.net, config.run.batch)
         self.objective.to(self.device)
         self.quartiles = self.noise.icdf(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)).float().to(self.device)
@@ -160,6 +162,8 @@ class Run:
                 images, augment_labels = self.augment(batch.images, batch.sigma_n, draws)
                 batch = batch._replace(images=images, augment_labels=augment_labels)
             batch = self.objective.timesteps.redraw(batch, draws)
+            self.row_draws.begin(draws, len(batch.images))
+            # seeded: for what row_draws does not reach, such as nn.Dropout in a network from outside.
             with self._sync(i == rounds - 1), misc.seeded(run.seed, p.step, 'dropout', distributed.rank(), i, device=self.device):
                 terms = self.train_step(batch, draws)
                 total = sum(term.sum() for term in terms.values())

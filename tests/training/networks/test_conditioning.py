@@ -14,6 +14,7 @@ from torch_utils import misc, registry
 from training.networks.conditioning import CEP, LabelEmbedding
 from training.networks.interface import ARCHS
 from training.networks.preconditioning import build_network
+from training.networks.rows import RowLayer
 
 N, D = 40_000, 24
 
@@ -21,7 +22,7 @@ N, D = 40_000, 24
 def perturbation(spec, n=N, d=D):
     """delta [n, d] that the piece adds."""
     with misc.seeded('cep', spec):
-        return registry.build(spec, CEP, '--cep')(torch.zeros(n, d)).double()
+        return registry.build(spec, CEP, '--cep')(torch.zeros(n, d), RowLayer()).double()
 
 
 @pytest.mark.parametrize('gamma', [0.1, 1, 5])
@@ -116,7 +117,7 @@ def test_a_network_keeps_its_names_configuration_and_samples(arch):
 @pytest.mark.parametrize('spec', ['uniform:gamma=-1', 'gaussian:gamma=inf'])
 def test_values_out_of_range_are_refused(spec):
     with pytest.raises(ValueError, match='gamma=.* must be 0 or more'):
-        registry.build(spec, CEP, '--cep')(torch.zeros(1, 4))
+        registry.build(spec, CEP, '--cep')(torch.zeros(1, 4), RowLayer())
 
 
 def test_unknown_kinds_are_refused_with_the_choices():

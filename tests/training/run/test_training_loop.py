@@ -140,10 +140,14 @@ def test_seed_reaches_weights_pairs_noise_and_dropout(tmp_path, monkeypatch):
     with_dropout = [steps(run('--dropout=0.5'), 1) for _ in range(2)]
     assert torch.equal(gradients(with_dropout[0]), gradients(with_dropout[1]))
     assert not torch.equal(gradients(with_dropout[0]), gradients(steps(run('--dropout=0'), 1)))
-    monkeypatch.setattr(training_loop.distributed, 'rank', lambda: 1)  # another mask, though its row numbers say otherwise here
-    moved = run('--dropout=0.5')
-    moved.first_row, moved.data.feed.rows = 0, slice(0, 16)
-    assert not torch.equal(gradients(steps(moved, 1)), gradients(with_dropout[0]))
+    monkeypatch.setattr(training_loop.distributed, 'rank', lambda: 1)  # the rows of the global batch count, not who computes them
+    moved = [run('--dropout=0.5') for _ in range(2)]
+    for each, first_row in zip(moved, (0, 16)):
+        each.first_row, each.data.feed.rows = 0, slice(0, 16)
+        shifted = training_loop.misc.Draws(5, 0, first_row)
+        each.row_draws.begin = lambda _, count, begin=each.row_draws.begin, draws=shifted: begin(draws, count)
+    assert torch.equal(gradients(steps(moved[0], 1)), gradients(with_dropout[0]))
+    assert not torch.equal(gradients(steps(moved[1], 1)), gradients(with_dropout[0]))
 
 
 def test_learning_rate_ramp(tmp_path):

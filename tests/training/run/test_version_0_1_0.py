@@ -16,7 +16,8 @@ from dnnlib import UserError
 from tests.support import GOLDEN
 from training.checkpoints.load import load_network
 from training.checkpoints.posthoc import stored_averages
-from training.run import config
+from training.networks.rows import RowDraws
+from training.run import config, training_loop
 
 WRITTEN = GOLDEN / 'version_0.1.0'
 STATE, CONTINUED, SNAPSHOT = 'training-state-000000.064.pt', 'training-state-000000.128.pt', 'network-snapshot-000000.128'
@@ -38,25 +39,44 @@ def threads():
     torch.set_num_threads(before)
 
 
+def continued(name, folder, monkeypatch):
+    """(state, lines of stats.jsonl) after the last command of the golden's README, given again today."""
+    monkeypatch.chdir(folder)
+    shutil.copy(WRITTEN / 'data.zip', 'data.zip')
+    (folder / name).mkdir()
+    for file in (STATE, 'options.json'):
+        shutil.copy(WRITTEN / name / file, folder / name / file)
+    train.main([*COMMON, *COMMANDS[name], f'--outdir={name}'], standalone_mode=False)
+    lines = [json.loads(line) for line in (folder / name / 'stats.jsonl').read_text().splitlines()]
+    return torch.load(folder / name / CONTINUED, weights_only=True), lines
+
+
 @pytest.mark.parametrize('name', COMMANDS)
 def test_a_state_is_continued_to_the_same_numbers(name, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    shutil.copy(WRITTEN / 'data.zip', 'data.zip')
-    (tmp_path / name).mkdir()
-    for file in (STATE, 'options.json'):
-        shutil.copy(WRITTEN / name / file, tmp_path / name / file)
-    train.main([*COMMON, *COMMANDS[name], f'--outdir={name}'], standalone_mode=False)
-    state, expected = torch.load(tmp_path / name / CONTINUED, weights_only=True), load_file(WRITTEN / name / 'continued.safetensors')
+    """With the masks of that version, which drew them from torch's own state, as a network still does that is not attached to a run."""
+    monkeypatch.setattr(training_loop, 'attach_row_draws', lambda net: RowDraws())
+    (state, lines), expected = continued(name, tmp_path, monkeypatch), load_file(WRITTEN / name / 'continued.safetensors')
     found = {f'net.{key}': value for key, value in state['net'].items()}
     found |= {f'ema.halflife.{key}': value for key, value in state['ema']['halflife'].items()}
     found |= {f'objective.{key}': value for key, value in state['objective'].items()}
     assert found.keys() == expected.keys()
     for key, value in expected.items():
         close(found[key], value)
-    lines = [json.loads(line) for line in (tmp_path / name / 'stats.jsonl').read_text().splitlines()]
     for line, before in zip(lines, json.loads((WRITTEN / 'continued.json').read_text())[name], strict=True):
         for key, value in before.items():
             assert line[key] == (value if value is None else pytest.approx(value, rel=1e-3, abs=1e-5)), key
+
+
+def test_masks_are_others_now(tmp_path, monkeypatch):
+    """By default the same pairs are seen at the same levels, and only what masks do to a network so young differs."""
+    state, (line, held_out) = continued('mix', tmp_path, monkeypatch)
+    before, held_out_before = json.loads((WRITTEN / 'continued.json').read_text())['mix']
+    assert [line[key] for key in ('nimg', 'Pairs/passed', 'Pairs/accepted')] == [128, 221, before['Pairs/accepted']]
+    expected = load_file(WRITTEN / 'mix' / 'continued.safetensors')
+    assert not torch.equal(state['net']['model.map_label.weight'], expected['net.model.map_label.weight'])
+    for key in ('Loss/denoise', 'Loss/denoise/noisy', 'Loss/log_weight'):
+        assert line[key] == pytest.approx(before[key], rel=0.01) and line[key] != before[key]
+    assert held_out['Val/noisy'] == pytest.approx(held_out_before['Val/noisy'], rel=0.01)
 
 
 @pytest.mark.parametrize('name', COMMANDS)

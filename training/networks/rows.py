@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a network in training draws for itself (dropout, dropped labels, perturbations), keyed by the row of the global batch.
+
+A number depends on seed, step, place in the network and row alone, so that masks are the same however the rows are shared out over
+ranks and micro-batches."""
+
+import math
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from torch_utils import misc
+
+# Numbers of a block, at most: where rows are larger, fewer than misc.BLOCK_ROWS of them are drawn together. A block is large enough that
+# starting it costs little of its time, and no larger, since a small micro-batch draws more than its own rows of it.
+BLOCK_NUMBERS, BLOCK_NUMBERS_CPU = 2 ** 22, 2 ** 16
+
+
+class RowDraws:
+    """What the layers of one network share: which rows of which step they look at, and in which call of the network.
+
+    key: int64 [4] on the CPU, so that reading it waits for no device: seed, calls so far, first row and number of rows of this
+    micro-batch. It is never written to, so that a call keeps its own; compiled code takes it as an input, not as a constant.
+    A copy of a network is without these draws, because nobody would tell the copy what it looks at."""
+
+    def __init__(self):
+        self.key = torch.tensor([0, 0, 0, 1], device='cpu')
+
+    def begin(self, draws, rows):
+        """A micro-batch of so many rows begins. draws: its misc.Draws."""
+        self.key = torch.tensor([misc.seed_of(draws.seed, draws.step, 'network'), 0, draws.first_row, rows], device='cpu')
+
+    def next_call(self):
+        """The network is called: what it draws from here on is of its own."""
+        self.key = self.key + torch.tensor([0, 1, 0, 0], device='cpu')
+
+    def __deepcopy__(self, memo):
+        return None
+
+
+class RowLayer(nn.Module):
+    """A layer that draws, from what attach_row_draws() gave it, or from torch's own random state where that has not been called.
+
+    name: what is drawn; a layer that draws two things gives them two names. Shapes begin with the rows of the call: n, or a multiple
+    or an even share M of the micro-batch's n rows, in order; row j of a call counts as the global row first_row M / n + j.
+    It has no parameters. Two places in a network need two layers: one that is called twice in a forward pass draws the same twice."""
+
+    rows, index = None, 0
+
+    def keep(self, name, shape, p, device):
+        """bool of the shape: False with probability p."""
+        if self.rows is None:
+            return torch.rand(shape, device=device) >= p
+        return self._draw(name, 'keep', p, shape, device)
+
+    def uniform(self, name, like):
+        """U(0, 1), of shape, type and device of `like`."""
+        return torch.rand_like(like) if self.rows is None else self._draw(name, 'uniform', 0.0, like.shape, like.device).to(like.dtype)
+
+    def normal(self, name, like):
+        """N(0, 1), of shape, type and device of `like`."""
+        return torch.randn_like(like) if self.rows is None else self._draw(name, 'normal', 0.0, like.shape, like.device).to(like.dtype)
+
+    def _draw(self, name, law, p, shape, device):
+        # The compiler must not look inside; without it, going through an operator is time lost.
+        function = draw_operator if torch.compiler.is_compiling() else draw
+        return function(self.rows.key, self.index, name, law, float(p), list(shape), device)
+
+
+class Dropout(RowLayer):
+    """F.dropout, in training: numbers of [N,...] are 0 with probability p, and 1 / (1 - p) times as large otherwise."""
+
+    def __init__(self, p):
+        super().__init__()
+        self.p = p
+
+    def forward(self, x):
+        if not (self.training and self.p):
+            return x
+        if self.rows is None:
+            return F.dropout(x, self.p)
+        return x * self.keep('dropout', x.shape, self.p, x.device) * (1 / (1 - self.p))  # bool: all that is kept for the backward pass
+
+
+def attach_row_draws(net):
+    """Gives each RowLayer of a preconditioned network its place in it; returns their RowDraws, to begin() each micro-batch with."""
+    net.row_draws = RowDraws()
+    for index, layer in enumerate(module for module in net.modules() if isinstance(module, RowLayer)):
+        layer.rows, layer.index = net.row_draws, index
+    return net.row_draws
+
+
+def draw(key: torch.Tensor, layer: int, name: str, law: str, p: float, shape: list[int], device: torch.device) -> torch.Tensor:
+    """Rows of a draw of the global batch: a pure function of its arguments. Bool for the law "keep", float32 otherwise.
+
+    The global batch is drawn in blocks of rows, each from a generator of its own; blocks that lie partly outside are drawn whole."""
+    seed, call, first_row, rows = key.tolist()
+    first = first_row * shape[0] // rows
+    last = first + shape[0]
+    most = BLOCK_NUMBERS_CPU if device.type == 'cpu' else BLOCK_NUMBERS
+    size = max(1, min(misc.BLOCK_ROWS, most // max(1, math.prod(shape[1:]))))
+    out = _empty(shape, law, device)
+    for block in range(first // size, -(-last // size)):
+        source = misc.generator(seed, call, layer, name, block, device=device)
+        start, low, high = block * size, max(block * size, first), min((block + 1) * size, last)
+        part = out[low - first:high - first]
+        if high - low == size:
+            LAWS[law](part, p, source)
+        else:
+            part.copy_(LAWS[law](_empty([size, *shape[1:]], law, device), p, source)[low - start:high - start])
+    return out
+
+
+def _empty(shape, law, device):
+    return torch.empty(shape, dtype=torch.bool if law == 'keep' else torch.float32, device=device)
+
+
+LAWS = {'keep': lambda out, p, source: out.bernoulli_(1 - p, generator=source),
+        'normal': lambda out, p, source: out.normal_(generator=source),
+        'uniform': lambda out, p, source: out.uniform_(generator=source)}
+draw_operator = torch.library.custom_op('ambient::draw_rows', draw, mutates_args=())
+draw_operator.register_fake(lambda key, layer, name, law, p, shape, device: _empty(shape, law, device))
