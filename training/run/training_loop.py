@@ -205,8 +205,12 @@ class Run:
         self.scale.update(bad)
         for average in self.averages.values():
             average.update(self.net, p.nimg, batch)
-        self.stats.report('Grad/norm', norm)
-        self.stats.report('Grad/skipped', bad)
+        self._report_step('Grad/norm', norm)
+        self._report_step('Grad/skipped', bad)
+
+    def _report_step(self, name, value):
+        """A number of the whole step, which all ranks know: counted once, so that a tick's mean is over steps on any number of ranks."""
+        self.stats.report(name, value if distributed.rank() == 0 else value.new_zeros(0))
 
     def _report_terms(self, terms, batch):
         """Each term under its own name, for clean and noisy rows apart, and by quartile of p(sigma). All are sums over C, H, W."""
@@ -266,7 +270,7 @@ class Run:
         shown = SHOWN.format(first=self.objective.first.name)
         losses = '  '.join(f'{name.removeprefix("Loss/")} {s["mean"]:.5g}' for name, s in stats.items()
                            if re.fullmatch(shown, name) and s['mean'] is not None)
-        skipped = round(stats['Grad/skipped']['mean'] * stats['Grad/skipped']['num'] / distributed.size())
+        skipped = round(stats['Grad/skipped']['mean'] * stats['Grad/skipped']['num'])
         warning = f'  SKIPPED {skipped} updates (non-finite gradients)' if skipped else ''
         distributed.print0(f'tick {p.tick}  kimg {p.nimg / 1e3:.3f}  time {format_time(seconds)}  {losses}  img/s {rate:.1f}  '
                            f'eta {format_time(left)}  mem {fields["Resources/cpu_gib"]:.2f} GiB{warning}')

@@ -35,7 +35,8 @@ def rows(output):
 
 def losses(folder):
     """[{name: value}] of the ticks and of the held-out losses."""
-    return [{name: value for name, value in line.items() if name.startswith(('Loss/', 'Val/', 'Grad/norm'))} for line in tiny.read_log(folder)]
+    names = ('Loss/', 'Val/', 'Grad/norm')
+    return [{name: value for name, value in line.items() if name.startswith(names)} for line in tiny.read_log(folder)]
 
 
 @pytest.fixture(scope='module')
