@@ -2,11 +2,14 @@
 """Attacks on whatever reads images: data sets as zips and folders, pictures and arrays as their members, sources of dataset_tool.py."""
 
 import functools
+import gzip
 import io
 import json
 import os
+import pickle
 import shutil
 import struct
+import tarfile
 import zipfile
 import zlib
 
@@ -27,9 +30,9 @@ from training.data.store import ImageStore
 from training.diffusion.noise import NOISE
 
 PAST_END = 2 ** 40  # bytes of a file that is as good as endless
-NAMES = ['../x.png', '../../../../tmp/x.png', '/etc/x.png', 'a/../../x.png', '..\\x.png', 'C:\\x.png', '.png', '.hidden.png', 'a//b.png', './a.png',
-         'x\n\x1b[31m.png', 'x\r.png', '\u202egnp.x.png', 'x' * 60_000 + '.png', 'a/' * 2000 + 'x.png', ' .png', 'é.png', '0.npy', '0.tif',
-         'dataset.json', 'dataset.json/x.png', 'a.png/', 'con.png', '-rf.png', '*.png', '\x7f.png']
+NAMES = ['../x.png', '../../../../tmp/x.png', '/etc/x.png', 'a/../../x.png', '..\\x.png', 'C:\\x.png', '.png', '.hidden.png', 'a//b.png',
+         './a.png', 'x\n\x1b[31m.png', 'x\r.png', '\u202egnp.x.png', 'x' * 60_000 + '.png', 'a/' * 2000 + 'x.png', ' .png', 'é.png',
+         '0.npy', '0.tif', 'dataset.json', 'dataset.json/x.png', 'a.png/', 'con.png', '-rf.png', '*.png', '\x7f.png']
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -83,8 +86,8 @@ def convert(path, draws):
     except click.ClickException as err:
         raise UserError(err.message) from err
     finally:
-        appeared = [os.path.relpath(os.path.join(root, name), here) for root, folders, names in os.walk(here) for name in (*folders, *names)]
-        odd = [name for name in appeared if name.split('/')[0] not in before and not name.startswith('out/made') and name != 'out']
+        found = [os.path.relpath(os.path.join(root, name), here) for root, *inside in os.walk(here) for name in sum(inside, [])]
+        odd = [name for name in found if name.split('/')[0] not in before and not name.startswith('out/made') and name != 'out']
         assert not odd, odd
     ImageDataset(dest).decode(0)
 
@@ -214,8 +217,8 @@ def special_members(members, draws):
     return [(own, pick([b'', b'{}', b'[]', b'\0', b'null', data * 3], draws) if own == name else data) for own, data in members]
 
 
-CENTRAL = {'flags': (8, 'H'), 'method': (10, 'H'), 'crc': (16, 'I'), 'packed': (20, 'I'), 'size': (24, 'I'), 'name': (28, 'H'), 'extra': (30, 'H'),
-           'comment': (32, 'H'), 'disk': (34, 'H'), 'offset': (42, 'I'), 'version': (6, 'H')}
+# Where fields of a directory's entry are: version, flags, method, checksum, both sizes, lengths of three texts, disk, offset.
+CENTRAL = [(6, 'H'), (8, 'H'), (10, 'H'), (16, 'I'), (20, 'I'), (24, 'I'), (28, 'H'), (30, 'H'), (32, 'H'), (34, 'H'), (42, 'I')]
 
 
 def lying(data, draws):
@@ -234,7 +237,7 @@ def lying(data, draws):
         data[place + 8] |= 1
         data[local + 6] |= 1
     elif kind == 3:
-        place, (offset, code) = pick(places, draws), pick(list(CENTRAL.values()), draws)
+        place, (offset, code) = pick(places, draws), pick(CENTRAL, draws)
         value = pick([0, 1, 7, 8, 12, 14, 2 ** 16 - 1, 2 ** 31 - 1, 2 ** 31, 2 ** 32 - 2, 2 ** 32 - 1], draws)
         struct.pack_into(f'<{code}', data, place + offset, value & (2 ** (8 * struct.calcsize(code)) - 1))
     else:
@@ -246,8 +249,8 @@ def lying(data, draws):
 
 def bomb(draws):
     """A zip with a member that decompresses to gigabytes."""
-    name, fill = pick([('dataset.json', b' '), ('dataset.json', b'['), ('dataset.json', b'[],'), ('0.png', b'\0'), ('5.png', b'\0'), ('0.npy', b'\0')],
-                      draws)
+    name, fill = pick([('dataset.json', b' '), ('dataset.json', b'['), ('dataset.json', b'[],'), ('0.png', b'\0'), ('5.png', b'\0'),
+                       ('0.npy', b'\0')], draws)
     size, declared = int(2 ** draws.integers(22, 34)), pick([None, None, 100, 2 ** 20], draws)
     whole, packed = inflating(fill, size)
     declared = min(whole, 2 ** 32 - 2) if declared is None else declared
@@ -323,30 +326,36 @@ def bases():
     info.add_itxt('other', 'text', zip=True)
     pngs = [png(grey), png(rgb), png(alpha), png(rgb, 'P'), png(grey, '1'), png(grey.astype(np.uint16) * 257), png(rgb, pnginfo=info),
             png(rgb, icc_profile=b'profile' * 20), png(rgb, 'P', transparency=3), png(grey, 'LA')]
-    others = [('x.jpg', png(rgb, format='JPEG')), ('x.jpg', png(rgb, format='JPEG', progressive=True)), ('x.jpg', png(rgb, 'CMYK', format='JPEG')),
-              ('x.bmp', png(rgb, format='BMP')), ('x.bmp', png(rgb, 'P', format='BMP')), ('x.png', png(rgb, format='TIFF')),
-              ('x.png', png(rgb, format='GIF')), ('x.tif', png(rgb, format='TIFF', compression='tiff_lzw')), ('x.ppm', png(rgb, format='PPM')),
-              ('x.png', png(rgb, format='ICNS')), ('x.png', png(rgb, format='TGA')), ('x.png', EPS)]
+    others = [('x.jpg', png(rgb, format='JPEG')), ('x.jpg', png(rgb, format='JPEG', progressive=True)),
+              ('x.jpg', png(rgb, 'CMYK', format='JPEG')), ('x.bmp', png(rgb, format='BMP')), ('x.bmp', png(rgb, 'P', format='BMP')),
+              ('x.png', png(rgb, format='TIFF')), ('x.png', png(rgb, format='GIF')), ('x.ppm', png(rgb, format='PPM')),
+              ('x.tif', png(rgb, format='TIFF', compression='tiff_lzw')), ('x.png', png(rgb, format='ICNS')),
+              ('x.png', png(rgb, format='TGA')), ('x.png', EPS)]
     if PIL.features.check('webp'):
         others.append(('x.webp', png(rgb, format='WEBP')))
-    arrays = [np.zeros([3, 8, 8], np.float32), np.ones([8, 8], np.uint8), np.asfortranarray(np.zeros([3, 8, 8])), np.zeros([3, 8, 8], '>f4'),
-              np.zeros([3, 8, 8], bool), np.zeros([3, 8, 8], np.int64), np.zeros([3, 8, 8], np.complex64), np.zeros([3, 0, 8], np.float32),
-              np.zeros([3, 8, 8], [('a', 'f4'), ('b', 'f4')]), np.zeros([3, 8, 8], 'S4'), np.zeros([3, 8, 8], 'M8[s]'), np.array(1.0)]
+    arrays = [np.zeros([3, 8, 8], np.float32), np.ones([8, 8], np.uint8), np.asfortranarray(np.zeros([3, 8, 8])),
+              np.zeros([3, 8, 8], '>f4'), np.zeros([3, 8, 8], bool), np.zeros([3, 8, 8], np.int64), np.zeros([3, 8, 8], np.complex64),
+              np.zeros([3, 0, 8], np.float32), np.zeros([3, 8, 8], [('a', 'f4'), ('b', 'f4')]), np.zeros([3, 8, 8], 'S4'),
+              np.zeros([3, 8, 8], 'M8[s]'), np.array(1.0)]
     return [('x.png', data) for data in pngs], others, [('x.npy', npy(array)) for array in arrays]
 
 
 EPS = b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n(x) run\nshowpage\n%%EOF\n'
-SHAPES = ['(3, 8, 8)', '()', '(0,)', '(3, 0, 8)', '(1000000000000,)', '(99999, 99999, 99999)', '(9223372036854775807, 9223372036854775807)', '(-1, 8, 8)',
-          '(3, 8, -8)', '(1.5, 8)', '(True, 8, 8)', '("a",)', '[3, 8, 8]', '3', 'None', '(' * 300 + ')' * 300, '(' + '1,' * 3000 + ')', '(9' + '9' * 4000 + ',)',
-          '(' + '-' * 4000 + '1,)', '(3, 8, 8', '(3L, 8L, 8L)', '(0x3, 8, 8)', '(3, 8, 8, 1)', '(8,)', '(192,)', '(1, 192)']
-DTYPES = ["'<f4'", "'|O'", "'O'", "'<f8'", "'|u1'", "'<f2'", "'|V1000000000'", "'|S999999999'", "'<U99999999'", "'|V0'", "[('a', '<f4')]", "[('a', '|O')]",
-          "'f4,f4'", "('<f4', (1000000,))", "'<f4' * 1000", "'>f4'", "'<M8[ns]'", "'float32'", "''", "None", "'(1000000,1000000)f4'", "'<f4', 'x': 1",
-          "'<f128'", "'T'", "{'names': ['a'], 'formats': ['O']}"]
+SHAPES = ['(3, 8, 8)', '()', '(0,)', '(3, 0, 8)', '(1000000000000,)', '(99999, 99999, 99999)', '(9223372036854775807, 9223372036854775807)',
+          '(-1, 8, 8)', '(3, 8, -8)', '(1.5, 8)', '(True, 8, 8)', '("a",)', '[3, 8, 8]', '3', 'None', '(' * 300 + ')' * 300,
+          '(' + '1,' * 3000 + ')', '(9' + '9' * 4000 + ',)', '(' + '-' * 4000 + '1,)', '(3, 8, 8', '(3L, 8L, 8L)', '(0x3, 8, 8)',
+          '(3, 8, 8, 1)', '(8,)', '(192,)', '(1, 192)']
+DTYPES = ["'<f4'", "'|O'", "'O'", "'<f8'", "'|u1'", "'<f2'", "'|V1000000000'", "'|S999999999'", "'<U99999999'", "'|V0'", "[('a', '<f4')]",
+          "[('a', '|O')]", "'f4,f4'", "('<f4', (1000000,))", "'<f4' * 1000", "'>f4'", "'<M8[ns]'", "'float32'", "''", "None",
+          "'(1000000,1000000)f4'", "'<f4', 'x': 1", "'<f128'", "'T'", "{'names': ['a'], 'formats': ['O']}"]
+ODD_CHUNKS = [b'zTXt', b'iTXt', b'iCCP', b'IDAT', b'tRNS', b'PLTE', b'acTL', b'fcTL', b'fdAT', b'eXIf', b'cHRM', b'abcd']
+SIDES = [0, 1, 8, 9, 255, 4096, 11_000, 65_535, 100_000, 2 ** 31 - 1, 2 ** 31, 2 ** 32 - 1]
 
 
 def array_file(draws):
     """An .npy file with a header of its own."""
-    header = f"{{'descr': {pick(DTYPES, draws)}, 'fortran_order': {pick(['False', 'True', '1', 'x'], draws)}, 'shape': {pick(SHAPES, draws)}, }}\n".encode()
+    order, shape = pick(['False', 'True', '1', 'x'], draws), pick(SHAPES, draws)
+    header = f"{{'descr': {pick(DTYPES, draws)}, 'fortran_order': {order}, 'shape': {shape}, }}\n".encode()
     if draws.integers(4) == 0:
         header = hostile.mutate(header, draws)
     version, size = pick([1, 1, 2, 3, 9], draws), pick([len(header), len(header), 0, 5, 2 ** 16 - 1], draws)
@@ -374,7 +383,7 @@ def repacked(data, draws):
     for _ in range(draws.integers(1, 4)):
         place, kind = int(draws.integers(len(found))), draws.integers(7)
         if kind <= 1:
-            size = struct.pack('>II', *(pick([0, 1, 8, 9, 255, 4096, 11_000, 65_535, 100_000, 2 ** 31 - 1, 2 ** 31, 2 ** 32 - 1], draws) for _ in '12'))
+            size = struct.pack('>II', pick(SIDES, draws), pick(SIDES, draws))
             rest = bytes(pick([own, own, 0, 1, 3, 16, 255], draws) for own in found[0][1][8:13])
             found[0] = (b'IHDR', size + rest)
         elif kind == 2:
@@ -384,9 +393,9 @@ def repacked(data, draws):
         elif kind == 4 and len(found) > 1:
             del found[place]
         elif kind == 5:
-            found[place:place] = [(pick([b'zTXt', b'iTXt', b'iCCP', b'IDAT', b'tRNS', b'PLTE', b'acTL', b'fcTL', b'fdAT', b'eXIf', b'cHRM', b'abcd'], draws),
-                                   pick([b'', b'k\0\0' + zlib.compress(bytes(2 ** 22)), b'k\0\1\0\0\0' + zlib.compress(bytes(2 ** 22)), bytes(26),
-                                         b'Exif\0\0MM\0*\xff\xff\xff\xff'], draws))]
+            large = zlib.compress(bytes(2 ** 22))
+            fills = [b'', b'k\0\0' + large, b'k\0\1\0\0\0' + large, bytes(26), b'Exif\0\0MM\0*\xff\xff\xff\xff']
+            found[place:place] = [(pick(ODD_CHUNKS, draws), pick(fills, draws))]
         else:
             found[0] = b'IHDR', struct.pack('>II', *(int(2 ** draws.uniform(0, 14)) for _ in '12')) + found[0][1][8:]
             found = [found[0], (b'IDAT', inflating(b'\0', int(2 ** draws.integers(10, 31)), True)[1]), *found[-1:]]
@@ -420,9 +429,6 @@ def member(draws, folder):
 
 
 def source(draws, folder):
-    import gzip
-    import pickle
-    import tarfile
     kind, found = draws.integers(5), io.BytesIO()
     images = np.random.default_rng(0).integers(0, 256, (5, 3072), np.uint8)
     if kind == 0:
@@ -433,7 +439,9 @@ def source(draws, folder):
             archive.addfile(info, io.BytesIO(batch))
     elif kind == 1:
         name, data = 'x-idx3-ubyte.gz', b'\0\0\x08\3' + struct.pack('>III', 5, 32, 96) + images.tobytes()
-        found.write(hostile.mutate(gzip.compress(data, 1), draws) if draws.integers(3) == 0 else gzip.compress(hostile.mutate(data[:40], draws) + data[40:], 1))
+        inside = draws.integers(3)
+        data = gzip.compress(hostile.mutate(data[:40], draws) + data[40:] if inside else data, 1)
+        found.write(data if inside else hostile.mutate(data, draws))
     elif kind == 2:
         name = 'x.npy'
         found.write(array_file(draws) if draws.integers(2) else hostile.mutate(npy(images.reshape(5, 3, 32, 32)), draws))

@@ -39,7 +39,8 @@ RUNS_CODE = ('exec', 'import', 'os.system', 'os.exec', 'os.posix_spawn', 'os.spa
 INSTALLED = tuple(os.path.realpath(path) for path in (sys.prefix, sys.base_prefix, os.path.dirname(np.__path__[0])))
 CHANGES_FILES = ('os.mkdir', 'os.rename', 'os.remove', 'os.rmdir', 'os.link', 'os.symlink', 'os.truncate', 'os.chmod', 'os.chown',
                  'shutil.rmtree', 'shutil.move', 'shutil.copyfile')
-RELATIVE = ('os.mkdir', 'os.rename', 'os.remove', 'os.rmdir', 'os.link', 'os.symlink', 'os.chmod', 'os.chown')  # the last arguments: in which folder
+# Their last arguments tell the folder that a path begins in.
+RELATIVE = ('os.mkdir', 'os.rename', 'os.remove', 'os.rmdir', 'os.link', 'os.symlink', 'os.chmod', 'os.chown')
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 RUNNER = 'from tests.support import hostile; hostile.main()'  # as a module that pickles and other modules find under its own name
 
