@@ -175,6 +175,7 @@ def open_picture(data, most=MAX_PIXELS):
     with _decoding():
         picture = PIL.Image.open(io.BytesIO(data), formats=_formats())
     pixels = picture.width * picture.height
+    most = min(most, MAX_PIXELS // 2) if picture.format == 'WEBP' else most  # its decoder holds several pictures at once
     if pixels > most:
         raise ValueError(f'{picture.width} x {picture.height} pixels, more than the {most} that are decoded')
     if data[:4] == b'\x89PNG' and data[24] == 16 and not picture.mode.startswith('I'):

@@ -29,7 +29,9 @@ def deeds(folder):
             raise UserError(f'too large: {err}') from None
 
     def refuse(message):
-        raise UserError(message)
+        err = UserError('')
+        err.message = message  # as no UserError would let it be
+        raise err
 
     def write(path):
         with open(path, 'w') as f:

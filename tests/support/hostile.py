@@ -32,7 +32,7 @@ from dnnlib import UserError
 from tests.support import ROOT
 
 SECONDS, GIB = 10, 2  # of one input
-LONGEST = 2000  # characters of an error
+LONGEST = 5000  # characters of an error
 EXAMPLES = 3  # of each failure that are told in full
 RUNS_CODE = ('exec', 'import', 'os.system', 'os.exec', 'os.posix_spawn', 'os.spawn', 'os.fork', 'subprocess.Popen', 'pickle.find_class',
              'socket.connect', 'socket.bind', 'ctypes.dlopen', 'webbrowser.open')
