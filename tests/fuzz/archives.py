@@ -457,4 +457,8 @@ def source(draws, folder):
     return put(hostile.mutate(data, draws) if kind == 0 and draws.integers(3) == 0 else data, folder, name), convert
 
 
-data_sets, members, sources = attack(data_set), attack(member), attack(source)
+def anything(draws, folder):
+    return pick([data_set, data_set, member, member, source], draws)(draws, folder)
+
+
+data_sets, members, sources, everything = attack(data_set), attack(member), attack(source), attack(anything)
