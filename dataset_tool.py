@@ -13,11 +13,11 @@ import re
 
 import click
 import numpy as np
-from tqdm import tqdm
 
 from dnnlib import UserError, arrays
 from dnnlib.archive import DAMAGE, damage
 from dnnlib.files import read_value
+from dnnlib.progress import Progress
 from torch_utils import registry
 from torch_utils.command_line import Command, hyphens, version_option
 from training.data import tables
@@ -301,7 +301,7 @@ def write(pool, source, job, indices, writer, options):
     """Converts and writes the images and dataset.json; returns how many there are."""
     bad, written, small, sums, values = {}, [], 0, [0.0, 0.0], 0
     extension = 'png' if job.as_png else 'npy'
-    members = tqdm(pool.imap(_convert, indices, CHUNK), total=len(indices), desc='Converting', unit='img', disable=None)
+    members = Progress(len(indices), 'Converting').over(pool.imap(_convert, indices, CHUNK))
     for number, (index, member) in enumerate(zip(indices, members)):
         if member.problem:
             bad[index] = member.problem

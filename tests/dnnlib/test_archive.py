@@ -205,7 +205,7 @@ def test_json_members_have_a_size_that_their_images_need(tmp_path, monkeypatch):
         zipped(tmp_path / 'a.zip', [*few, text]).read_json()
     assert zipped(tmp_path / 'b.zip', [*many, text]).read_json() == {'a': 1}
     fifteen_million = MAX_JSON // 36  # of [["00000/img00000000.png", 999], ...]
-    assert 15e6 < fifteen_million and JSON_BASE + 15_000_000 * JSON_PER_MEMBER > MAX_JSON
+    assert fifteen_million > 15e6 and JSON_BASE + 15_000_000 * JSON_PER_MEMBER > MAX_JSON
 
 
 def test_pictures_of_more_pixels_than_are_decoded(monkeypatch):

@@ -39,7 +39,8 @@ def test_labels():
 
 
 @pytest.mark.parametrize('values', [[-1, 0], [1, None], [[1], [1, 2]], [[1], 2], [[[1]], [[2]]], ['1', '2'], [{}, {}], [[], []],
-                                    [[math.nan]], [[1e39]], [math.inf, 1.0], [FAR], [[FAR], [0]], [-FAR, 0], [2 ** 63, 0], [[2 ** 64], [1e308]]])
+                                    [[math.nan]], [[1e39]], [math.inf, 1.0], [FAR], [[FAR], [0]], [-FAR, 0], [2 ** 63, 0],
+                                    [[2 ** 64], [1e308]]])
 def test_labels_that_are_none(values):
     with pytest.raises(ValueError) as error:
         tables.labels(values)
