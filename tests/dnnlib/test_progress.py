@@ -39,7 +39,7 @@ def test_a_line_a_minute(capsys, clock):
         clock.now += 0.5
         bar.update(100)
         bar.update(1)
-        assert capsys.readouterr().out == 'Decoding: 32000 of 50000 img (64%), 267 img/s, ETA 1m 07s\n'
+        assert capsys.readouterr().out == 'Decoding: 32000 of 50000 img (64%), 267 img/s, ETA 1m 08s\n'
     assert capsys.readouterr() == ('', '')
 
 

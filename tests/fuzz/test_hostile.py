@@ -76,6 +76,6 @@ def test_mutations_repeat_and_leave_the_original():
     value = {'labels': [['a.png', 1], ['b.png', [0.5, 1]]], 'units': {'offset': 0, 'scale': 1}}
     text = json.dumps(value).encode()
     made = [[hostile.mutate_json(value, np.random.default_rng([0, k])), hostile.mutate(text, np.random.default_rng([0, k]))]
-            for k in (*range(300), *range(300))]
-    assert made[:300] == made[300:] and json.dumps(value).encode() == text
-    assert len({one for pair in made for one in pair}) > 450
+            for k in (*range(100), *range(100))]
+    assert made[:100] == made[100:] and json.dumps(value).encode() == text
+    assert len({one for pair in made for one in pair}) > 150
