@@ -50,21 +50,25 @@ class Archive:
         self.path, self.where, self._opened = str(path), where or str(path), (None, None)
         self._digests = {}  # of JSON members that were read
         self._is_folder = os.path.isdir(self.path)
-        if self._is_folder:
-            root = Path(self.path)
-            self.names = sorted(p.relative_to(root).as_posix() for p in root.rglob('*') if p.is_file())
-        elif os.path.isfile(self.path):
-            try:
-                infos = [info for info in self._zip().infolist() if not info.filename.endswith('/')]
-                _check_places(infos)
-            except DAMAGE as err:
-                raise UserError(f'{self.where}: cannot be read: not a whole zip file ({damage(err)}); make it again') from None
-            self.names = sorted(info.filename for info in infos)
-        else:
+        if not self._is_folder and not os.path.isfile(self.path):
             raise UserError(f'{self.where}: no such zip file or folder')
+        try:
+            self.names = self._files() if self._is_folder else self._members()
+        except DAMAGE as err:
+            problem = 'its folders cannot be listed' if self._is_folder else 'not a whole zip file'
+            raise UserError(f'{self.where}: cannot be read: {problem} ({damage(err)}); make it again') from None
 
     def __getstate__(self):
         return {**self.__dict__, '_opened': (None, None)}
+
+    def _files(self):
+        root = Path(self.path)
+        return sorted(p.relative_to(root).as_posix() for p in root.rglob('*') if p.is_file())
+
+    def _members(self):
+        infos = [info for info in self._zip().infolist() if not info.filename.endswith('/')]
+        _check_places(infos)
+        return sorted(info.filename for info in infos)
 
     def _zip(self):
         """The open zip file, one for each process: a file position that two processes share would mix their reads."""
