@@ -7,19 +7,20 @@ python dataset_tool.py stats images.zip"""
 import collections
 import contextlib
 import csv
-import json
 import multiprocessing
 import os
 import re
 
 import click
 import numpy as np
-from tqdm import tqdm
 
-from dnnlib import UserError
+from dnnlib import UserError, arrays
 from dnnlib.archive import DAMAGE, damage
+from dnnlib.files import read_value
+from dnnlib.progress import Progress
 from torch_utils import registry
 from torch_utils.command_line import Command, hyphens, version_option
+from training.data import tables
 from training.data.convert import sources, transforms, writers
 from training.data.convert.statistics import describe
 from training.data.dataset import UNITS_8BIT
@@ -145,18 +146,26 @@ def apply_tables(source, options):
         source.sigmas = read_levels(options['sigmas'], '--sigmas', source.names)
     if options['sigma_max']:
         source.sigma_max = read_levels(options['sigma_max'], '--sigma-max', source.names)
+    if source.labels is not None:
+        check(tables.labels, 'the table of labels (--labels, or those of the source)', source.labels)
     if source.sigmas is not None:
-        if not all(isinstance(s, (int, float)) and 0 <= s < float('inf') for s in source.sigmas):
-            raise UserError('noise levels (--sigmas, or "sigmas" in the source) must be numbers of 0 or more')
+        check(tables.levels, 'the table of noise levels (--sigmas, or "sigmas" in the source)', source.sigmas, source.names)
         if options['resolution']:
             raise UserError('--resolution would colour the noise of images that have sigmas; leave it out, or resize '
                             'before the noise is there')
     if source.sigma_max is not None:
-        limits = [float('inf') if limit is None else limit for limit in source.sigma_max]
-        if not all(isinstance(limit, (int, float)) and limit > 0 for limit in limits):
-            raise UserError('upper limits (--sigma-max, or "sigma_max" in the source) must be numbers above 0')
-        source.sigma_max = [limit if limit < float('inf') else None for limit in limits]  # JSON has no infinity
+        where = 'the table of upper limits (--sigma-max, or "sigma_max" in the source)'
+        limits = check(tables.limits, where, source.sigma_max, source.names)
+        source.sigma_max = [limit if limit < float('inf') else None for limit in limits.tolist()]  # JSON has no infinity
     source.units = options['units'] or source.units
+
+
+def check(table, name, *args):
+    """table(*args) of tables.py, whose refusals are told of `name`."""
+    try:
+        return table(*args)
+    except ValueError as err:
+        raise UserError(f'{name} {err}') from None
 
 
 def read_levels(text, option, names):
@@ -169,7 +178,7 @@ def read_levels(text, option, names):
     values = sources.match(read_table(text, option), names, f'{option}={text}')
     try:
         return [None if value is None else float(value) for value in values]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise UserError(f'{option}={text}: must hold one number an image') from None
 
 
@@ -177,11 +186,11 @@ def read_table(path, option):
     """A CSV, JSON or .npy file as pairs, dict or list of values (sources.match)."""
     try:
         if path.endswith('.npy'):
-            return np.load(path, allow_pickle=False).tolist()
+            return arrays.open_npy(path).tolist()
+        if path.endswith('.json'):
+            found = read_value(path, f'{option}={path}')
+            return found.get(option.strip('-').replace('-', '_'), found) if isinstance(found, dict) else found
         with open(path, encoding='utf-8', newline='') as file:
-            if path.endswith('.json'):
-                found = json.load(file)
-                return found.get(option.strip('-').replace('-', '_'), found) if isinstance(found, dict) else found
             rows = [[registry.parse_number(text.strip()) for text in row] for row in csv.reader(file) if row]
     except (OSError, ValueError, csv.Error) as err:
         raise UserError(f'{option}={path}: cannot be read ({damage(err)}); give CSV, JSON or .npy') from None
@@ -292,7 +301,7 @@ def write(pool, source, job, indices, writer, options):
     """Converts and writes the images and dataset.json; returns how many there are."""
     bad, written, small, sums, values = {}, [], 0, [0.0, 0.0], 0
     extension = 'png' if job.as_png else 'npy'
-    members = tqdm(pool.imap(_convert, indices, CHUNK), total=len(indices), desc='Converting', unit='img', disable=None)
+    members = Progress(len(indices), 'Converting').over(pool.imap(_convert, indices, CHUNK))
     for number, (index, member) in enumerate(zip(indices, members)):
         if member.problem:
             bad[index] = member.problem

@@ -10,11 +10,11 @@ import math
 import click
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import dnnlib
 from dnnlib import UserError
 from dnnlib.files import beside, file_digest, prepare_output, write_json
+from dnnlib.progress import Progress
 from torch_utils import distributed, misc
 from torch_utils.command_line import Command, Number, version_option
 from training.checkpoints.load import load_network
@@ -238,8 +238,8 @@ def measure(net, dataset, items, conditional, method, o):
     found = {name: torch.zeros([o.repeats, len(items)], dtype=torch.float64) for name in method.columns}
     terms = torch.zeros(method.terms, dtype=torch.float64)
     mine, error = np.arange(len(items))[distributed.rank()::distributed.size()], None
-    with tqdm(total=o.repeats * len(mine), unit='img', desc='rank 0' if distributed.size() > 1 else None, smoothing=0,
-              disable=True if distributed.rank() else None, bar_format=BAR) as bar:
+    with Progress(o.repeats * len(mine), 'rank 0' if distributed.size() > 1 else None, show=distributed.rank() == 0, smoothing=0,
+                  bar_format=BAR) as bar:
         try:
             for repeat in range(o.repeats):
                 for rows in (mine[first:first + o.batch] for first in range(0, len(mine), o.batch)):

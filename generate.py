@@ -8,10 +8,10 @@ import os
 
 import click
 import torch
-from tqdm import tqdm
 
 from dnnlib import EasyDict, UserError
 from dnnlib.files import check_writable, prepare_output
+from dnnlib.progress import Progress
 from torch_utils import distributed
 from torch_utils.command_line import Command, IntList, version_option
 from training.sampling import guidance
@@ -102,8 +102,7 @@ def write_all(net, batches, share, files, first_images):
     """Samples and writes this rank's images; returns how many. Raises UserError that says how many came to be."""
     writers = Writers()
     try:
-        with writers, tqdm(total=share, unit='img', desc='rank 0' if distributed.size() > 1 else None,
-                           disable=True if distributed.rank() else None) as bar:
+        with writers, Progress(share, 'rank 0' if distributed.size() > 1 else None, show=distributed.rank() == 0) as bar:
             for part in batches:
                 check_finite(part)
                 first_images.take(part)

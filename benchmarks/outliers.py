@@ -11,13 +11,13 @@ from typing import NamedTuple
 
 import click
 import torch
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dnnlib import UserError  # noqa: E402 (the folder above had to be found first)
 from dnnlib.figures import figure  # noqa: E402
 from dnnlib.files import write_json  # noqa: E402
+from dnnlib.progress import Progress  # noqa: E402
 from torch_utils import misc, registry  # noqa: E402
 from torch_utils.command_line import Command, version_option  # noqa: E402
 from training.data.batches import Batch  # noqa: E402
@@ -118,7 +118,7 @@ def train_all(toy, kind, seeds, specs=SPECS, steps=None):
     data = [split(toy.images, seed, kind)[0] for seed in range(seeds)]
     streams = [PairStream(torch.zeros(len(images)), noise, batch=BATCH, seed=seed) for seed, images in enumerate(data)]
     optimizer, steps = torch.optim.Adam(net.parameters(), lr=RATE, betas=(0.9, 0.99)), steps or toy.steps
-    for step in tqdm(range(steps), desc=kind, disable=None, leave=False):
+    for step in Progress(steps, kind, 'step', leave=False).over(range(steps)):
         pairs = [stream.next() for stream in streams]
         images = torch.cat([own[index] for own, (index, _) in zip(data, pairs)])
         sigma = torch.cat([torch.from_numpy(level) for _, level in pairs]).float().reshape(-1, 1, 1, 1)

@@ -1,9 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The members of a zip file or folder, and images among them as arrays: the one reader of archives."""
+"""The members of a zip file or folder, and images among them as arrays: the one reader of archives, whoever made them.
 
+What a file says of itself is compared with what is there before anything is allocated for it."""
+
+import contextlib
+import functools
 import io
 import os
 import struct
+import warnings
 import zipfile
 import zlib
 from pathlib import Path
@@ -11,17 +16,29 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 
-from dnnlib.files import json_object
+from dnnlib import arrays
+from dnnlib.files import MAX_JSON, json_object
+from dnnlib.fingerprint import digest, fingerprint
 from dnnlib.util import UserError, one_line
 
 LOSSY = ('.jpg', '.jpeg', '.webp')
 IMAGES = ('.png', '.bmp', *LOSSY, '.npy')  # members that are images, wherever images are read
 RARER_IMAGES = ('.tif', '.tiff', '.pgm', '.ppm')  # and where they are converted
 CONVERTED = {'P': 'RGB', 'CMYK': 'RGB', '1': 'L'}  # Pillow's modes whose values are no intensities
+# Whatever its name, a picture is one of these: Pillow knows formats that run other programs, such as EPS.
+FORMATS = ('PNG', 'JPEG', 'BMP', 'DIB', 'GIF', 'WEBP', 'TIFF', 'PPM')
+
+MAX_PIXELS = 2 ** 27  # of a picture: 11585 x 11585
+MAX_MEMBER = 2 ** 29  # bytes of an image as a file: a picture of so many pixels with 4 channels, not compressed
+MAX_SCANS = 2 ** 31  # pixels times scans of a JPEG: each scan, of a few bytes, takes a pass over all pixels
+JSON_BASE, JSON_PER_MEMBER = 2 ** 25, 2 ** 16  # bytes of dataset.json, up to MAX_JSON: what no set of images needs is not read
+MAX_DEFLATE = 1032  # to one: deflate does not compress any better
 
 # What Pillow, numpy and zipfile raise for files that are damaged or are something else.
 DAMAGE = (OSError, SyntaxError, ValueError, EOFError, KeyError, struct.error, zlib.error, zipfile.BadZipFile, NotImplementedError,
-          PIL.Image.DecompressionBombError)
+          OverflowError, RecursionError, MemoryError, PIL.Image.DecompressionBombError)
+
+warnings.filterwarnings('ignore', category=PIL.Image.DecompressionBombWarning)  # MAX_PIXELS takes its place
 
 
 class Archive:
@@ -31,20 +48,27 @@ class Archive:
 
     def __init__(self, path, where=None):
         self.path, self.where, self._opened = str(path), where or str(path), (None, None)
+        self._digests = {}  # of JSON members that were read
         self._is_folder = os.path.isdir(self.path)
-        if self._is_folder:
-            root = Path(self.path)
-            self.names = sorted(p.relative_to(root).as_posix() for p in root.rglob('*') if p.is_file())
-        elif os.path.isfile(self.path):
-            try:
-                self.names = sorted(name for name in self._zip().namelist() if not name.endswith('/'))
-            except DAMAGE as err:
-                raise UserError(f'{self.where}: cannot be read: not a whole zip file ({damage(err)}); make it again') from None
-        else:
+        if not self._is_folder and not os.path.isfile(self.path):
             raise UserError(f'{self.where}: no such zip file or folder')
+        try:
+            self.names = self._files() if self._is_folder else self._members()
+        except DAMAGE as err:
+            problem = 'its folders cannot be listed' if self._is_folder else 'not a whole zip file'
+            raise UserError(f'{self.where}: cannot be read: {problem} ({damage(err)}); make it again') from None
 
     def __getstate__(self):
         return {**self.__dict__, '_opened': (None, None)}
+
+    def _files(self):
+        root = Path(self.path)
+        return sorted(p.relative_to(root).as_posix() for p in root.rglob('*') if p.is_file())
+
+    def _members(self):
+        infos = [info for info in self._zip().infolist() if not info.filename.endswith('/')]
+        _check_places(infos)
+        return sorted(info.filename for info in infos)
 
     def _zip(self):
         """The open zip file, one for each process: a file position that two processes share would mix their reads."""
@@ -57,42 +81,125 @@ class Archive:
         found = [name for name in self.names if name.lower().endswith(suffixes) and not os.path.basename(name).startswith('.')]
         if not found:
             raise UserError(f'{self.where}: no images in it (looked for {", ".join(suffixes)})')
+        twice = next((name for name, after in zip(found, found[1:]) if name == after), None)
+        if twice:
+            raise UserError(f'{self.where}: holds {twice} twice; make it again')
         return found
 
-    def read(self, name):
-        """The bytes of a member. Raises errors of DAMAGE."""
-        return (Path(self.path) / name).read_bytes() if self._is_folder else self._zip().read(name)
+    def read(self, name, most=MAX_MEMBER):
+        """The bytes of a member, of which there must be no more than `most`. Raises errors of DAMAGE."""
+        if self._is_folder:
+            with open(os.path.join(self.path, name), 'rb') as f:
+                size = os.fstat(f.fileno()).st_size
+                _check_size(size, most)
+                return f.read(size)
+        info = self._zip().getinfo(name)
+        _check_size(info.file_size, most)
+        _check_member(info)
+        with self._zip().open(info) as f:
+            return f.read(info.file_size)
 
     def read_json(self, name='dataset.json'):
         """The object in a JSON member, {} where there is none."""
-        if name not in self.names:
-            return {}
+        return json_object(self._json(name), f'{self.where}: {name}') if name in self.names else {}
+
+    def _json(self, name):
+        """The bytes of a JSON member, whose digest is kept."""
         try:
-            data = self.read(name)
+            data = self.read(name, min(MAX_JSON, JSON_BASE + JSON_PER_MEMBER * len(self.names)))
         except DAMAGE as err:
             raise UserError(f'{self.where}: {name} cannot be read ({damage(err)})') from None
-        return json_object(data, f'{self.where}: {name}')
+        self._digests[name] = digest(data)
+        return data
+
+    def fingerprint(self, suffixes=IMAGES, labels='dataset.json'):
+        """The fingerprint of the images in it, from the zip's directory or the files' sizes and times; the path has no part in it.
+
+        Raises UserError."""
+        names = self.images(suffixes)
+        if labels in self.names and labels not in self._digests:
+            self._json(labels)
+        try:
+            if self._is_folder:
+                found = [os.stat(os.path.join(self.path, name)) for name in names]
+                sizes, contents = [stat.st_size for stat in found], [stat.st_mtime_ns for stat in found]
+            else:
+                found = [self._zip().getinfo(name) for name in names]
+                sizes, contents = [info.file_size for info in found], [info.CRC for info in found]
+            return fingerprint('folder' if self._is_folder else 'zip', names, sizes, contents, self._digests.get(labels))
+        except DAMAGE as err:
+            raise UserError(f'{self.where}: cannot be read ({damage(err)})') from None
 
 
-def open_picture(data):
-    """The bytes of a picture -> Pillow's image, of which only the header has been read. Raises errors of DAMAGE."""
-    picture = PIL.Image.open(io.BytesIO(data))
+def _check_size(size, most):
+    if most is not None and size > most:
+        raise ValueError(f'it has {size} bytes, more than the {most} that are read of it')
+
+
+def _check_places(infos):
+    """Refuses members that share bytes with others: few bytes would stand for many."""
+    starts = np.array([info.header_offset for info in infos], np.float64)
+    ends = starts + 30 + np.array([info.compress_size for info in infos], np.float64)  # 30: a header without its name
+    order = np.argsort(starts)
+    if (starts[order][1:] < ends[order][:-1]).any():
+        raise ValueError('its members overlap')
+
+
+def _check_member(info):
+    """Refuses a member of a zip file that would not be read, or not within bounds."""
+    if info.flag_bits & 1:
+        raise ValueError('it is encrypted; make the zip file without a password')
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise ValueError(f'it is compressed by {zipfile.compressor_names.get(info.compress_type, info.compress_type)}; make the zip file '
+                         'with deflate, or without compression')
+    if info.file_size > info.compress_size * (MAX_DEFLATE if info.compress_type else 1):
+        raise ValueError(f'its {info.compress_size} bytes cannot become the {info.file_size} that the directory tells of')
+
+
+@functools.cache
+def _formats():
+    """Those of FORMATS that this Pillow was built with."""
+    PIL.Image.init()
+    return tuple(kind for kind in FORMATS if kind in PIL.Image.OPEN)
+
+
+@contextlib.contextmanager
+def _decoding():
+    """Decoders meet bytes that they do not expect with whatever error their code comes to: turns it into one of DAMAGE."""
+    try:
+        yield
+    except DAMAGE:
+        raise
+    except Exception as err:
+        raise ValueError(f'{type(err).__name__}: {err}') from err
+
+
+def open_picture(data, most=MAX_PIXELS):
+    """The bytes of a picture -> Pillow's image, of which only the header has been read. most: pixels. Raises errors of DAMAGE."""
+    with _decoding():
+        picture = PIL.Image.open(io.BytesIO(data), formats=_formats())
+    pixels = picture.width * picture.height
+    most = min(most, MAX_PIXELS // 2) if picture.format == 'WEBP' else most  # its decoder holds several pictures at once
+    if pixels > most:
+        raise ValueError(f'{picture.width} x {picture.height} pixels, more than the {most} that are decoded')
     if data[:4] == b'\x89PNG' and data[24] == 16 and not picture.mode.startswith('I'):
         raise ValueError('16 bits in several channels, of which Pillow reads 8; save it as .npy')
+    if data[:2] == b'\xff\xd8' and pixels * data.count(b'\xff\xda') > MAX_SCANS:
+        raise ValueError(f'{data.count(bytes([0xff, 0xda]))} scans of {pixels} pixels, more than are decoded')
     return picture
 
 
-def decode_image(name, data, modes=None):
+def decode_image(name, data, modes=None, most=MAX_PIXELS):
     """The bytes of a member -> array [C,H,W]: 8-bit pictures as uint8, deeper ones and .npy as they lie there; [H,W] is one channel.
 
-    Palettes and CMYK become RGB, bits grey. modes: Pillow's modes that are allowed after that, by default all.
+    Palettes and CMYK become RGB, bits grey. modes: Pillow's modes that are allowed after that, by default all. most: pixels of a picture.
     Raises errors of DAMAGE."""
     if name.lower().endswith('.npy'):
-        array = np.load(io.BytesIO(data), allow_pickle=False)
-        if array.ndim not in (2, 3):
+        array = arrays.from_bytes(data)
+        if array.ndim not in (2, 3) or not array.size:
             raise ValueError(f'an array of shape {list(array.shape)} is no image [C,H,W] or [H,W]')
         return array[None] if array.ndim == 2 else array
-    with open_picture(data) as picture:
+    with open_picture(data, most) as picture, _decoding():
         if picture.mode in CONVERTED:
             picture = picture.convert(CONVERTED[picture.mode])
         if modes and picture.mode not in modes:
@@ -103,4 +210,5 @@ def decode_image(name, data, modes=None):
 
 def damage(err):
     """What an error of DAMAGE says of a file, in one line."""
-    return 'not an image' if isinstance(err, PIL.UnidentifiedImageError) else one_line(err)
+    plain = {PIL.UnidentifiedImageError: 'not an image', MemoryError: 'it needs more memory than there is'}
+    return next((text for kind, text in plain.items() if isinstance(err, kind)), None) or one_line(err)

@@ -10,9 +10,9 @@ import urllib.parse
 import urllib.request
 
 import filelock
-from tqdm import tqdm
 
 from dnnlib.files import file_digest
+from dnnlib.progress import Progress
 from dnnlib.util import UserError
 
 
@@ -86,8 +86,8 @@ def _fetch(url, part):
         tag = found.get('ETag') or found.get('Last-Modified') or ''
         with open(f'{part}.tag', 'w', encoding='utf-8') as f:
             f.write('' if tag.startswith('W/') else tag)  # a weak tag does not vouch for bytes
-        with open(part, 'ab' if goes_on else 'wb') as out, tqdm(total=total, initial=have, unit='B', unit_scale=True, disable=None,
-                                                               desc=os.path.basename(part).removesuffix('.part')) as bar:
+        name = os.path.basename(part).removesuffix('.part')
+        with open(part, 'ab' if goes_on else 'wb') as out, Progress(total, name, 'B', initial=have, unit_scale=True) as bar:
             while chunk := response.read(1 << 20):
                 out.write(chunk)
                 bar.update(len(chunk))

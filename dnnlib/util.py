@@ -3,6 +3,8 @@
 
 import sys
 
+LONGEST = 4000  # characters of an error: names in files that others made may be of any length
+
 
 class UserError(Exception):
     """A mistake of the user or a file that cannot be used, told in one line: what was given, what is allowed, what to do.
@@ -10,6 +12,7 @@ class UserError(Exception):
     The command line shows it without a traceback and ends with exit code 1."""
 
     def __init__(self, message):
+        message = printable(message if len(message) <= LONGEST else f'{message[:LONGEST]}...')
         super().__init__(message)
         self.message = message
 
@@ -79,6 +82,11 @@ def format_time(seconds):
     if s < 86400:
         return f'{s // 3600}h {s // 60 % 60:02}m'
     return f'{s // 86400}d {s // 3600 % 24:02}h'
+
+
+def printable(text):
+    """Text with escapes in place of line ends and control characters, which names of files and members may hold."""
+    return text if text.isprintable() else ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def one_line(err, last=False):

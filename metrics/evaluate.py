@@ -4,9 +4,9 @@
 import dataclasses
 
 import torch
-from tqdm import tqdm
 
 from dnnlib import UserError
+from dnnlib.progress import Progress
 from metrics import kernel, manifold, scores
 from metrics.frechet import frechet_distance
 from metrics.image_files import BadImages
@@ -52,7 +52,7 @@ def collect(batches, detector, total=None, metrics=('fid',), settings=Settings()
     Raises UserError; an error on one rank is raised on all of them."""
     run, error = _Run(detector, settings, 'is' in metrics, keep_features or needs_features(metrics)), None
     try:
-        with tqdm(total=total, unit='img', desc='features', disable=None if distributed.rank() == 0 else True) as bar:
+        with Progress(total, 'features', show=distributed.rank() == 0) as bar:
             for images in batches:
                 run.add(torch.as_tensor(images))
                 bar.update(len(images) * distributed.size())

@@ -425,9 +425,10 @@ def test_refused_options(tmp_path):
             ((source, dest, '--sample=spread'), 'needs --max-images'), ((source, dest, '--units=0,1'), '--units is for float'),
             ((source, dest, '--units=0,0'), 'more than 0'),
             ((source, dest, f'--labels={tmp_path}/l.csv'), 'misses 1 of 3 images, such as 02.png'),
-            ((source, dest, f'--labels={tmp_path}/bad.json'), 'cannot be read'),
-            ((source, dest, '--sigmas=-1'), 'numbers of 0 or more'),
-            ((source, dest, '--sigma-max=0'), 'numbers above 0'), ((source, dest, '--sigma-max=x'), '--sigma-max=x: neither a number'),
+            ((source, dest, f'--labels={tmp_path}/bad.json'), 'bad.json: not a JSON file'),
+            ((source, dest, '--sigmas=-1'), 'levels must be 0 or more'),
+            ((source, dest, '--sigma-max=0'), 'limits must be above 0'),
+            ((source, dest, '--sigma-max=x'), '--sigma-max=x: neither a number'),
             ((source, dest, '--sigmas=x'), 'neither a number nor a file'), ((dest,), "Missing option '--source'")]:
         assert text in refusal(*args), args
     assert sorted(os.listdir(tmp_path)) == ['bad.json', 'in', 'l.csv']

@@ -304,6 +304,7 @@ def test_published_command_lines(here, monkeypatch, name):
         run, optimizer = config['run'], config['optimizer']
         assert (run['precision'], optimizer['loss_scale'], run['duration_kimg'], run['tick_kimg']) == ('fp16', 100, 200e3, 200)
         assert (run['batch_gpu'], optimizer['ema_halflife_kimg'], run['seed'], run['desc']) == (8, 50e3, 3, 'text')
+        assert config['data'].pop('fingerprint')['images'] == 64
         assert config['data'] == dict(path='good.zip', use_labels=True, keep=1.0, xflip=True, augment=0.0, validation=None, cache_gib=8,
                                       workers=4)
 

@@ -3,16 +3,22 @@
 
 import io
 import multiprocessing
+import os
 import pickle
+import struct
+import warnings
 import zipfile
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import PIL.Image
+import PIL.ImageFile
 import pytest
 
 from dnnlib import UserError
-from dnnlib.archive import DAMAGE, IMAGES, RARER_IMAGES, Archive, damage, decode_image
+from dnnlib.archive import DAMAGE, IMAGES, JSON_BASE, JSON_PER_MEMBER, MAX_PIXELS, RARER_IMAGES, Archive, damage, decode_image
+from dnnlib.files import MAX_JSON
 
 
 def coded(array, mode, kind='PNG'):
@@ -115,3 +121,137 @@ def test_archives_that_are_none(tmp_path, name, content, message):
         with pytest.raises(UserError, match=message) as error:
             Archive(path, where).images()
         assert error.value.message.startswith(start) and '\n' not in error.value.message
+
+
+# ----------------------------------------------------------------------------------------------------
+# Archives that others made
+
+
+def refused(archive, name, *args):
+    """What reading a member is refused with."""
+    with pytest.raises(DAMAGE) as error:
+        archive.read(name, *args)
+    return damage(error.value)
+
+
+def zipped(path, members, method=zipfile.ZIP_DEFLATED, change=None):
+    """A zip; change(place of the last entry of its directory, data): what is done to its bytes afterwards."""
+    with zipfile.ZipFile(path, 'w', method) as archive:
+        for name, data in members:
+            archive.writestr(name, data)
+    if change:
+        data = bytearray(path.read_bytes())
+        change(data.rindex(b'PK\1\2'), data)
+        path.write_bytes(data)
+    return Archive(path)
+
+
+def put(code, offset, value):
+    return lambda place, data: struct.pack_into(code, data, place + offset, value)
+
+
+def test_members_that_are_not_what_the_directory_says(tmp_path):
+    members = [('a.png', bytes(100_000)), ('b.png', bytes(100_000))]
+    assert 'encrypted' in refused(zipped(tmp_path / 'a.zip', members, change=put('<H', 8, 1)), 'b.png')
+    for method in (zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2):
+        assert 'with deflate, or without compression' in refused(zipped(tmp_path / 'a.zip', members, method), 'b.png')
+    assert 'cannot become the 1000000 that' in refused(zipped(tmp_path / 'a.zip', members, change=put('<I', 24, 10 ** 6)), 'b.png')
+    assert 'more than the 536870912 that' in refused(zipped(tmp_path / 'a.zip', members, change=put('<I', 24, 2 ** 29 + 1)), 'b.png')
+    assert 'CRC' in refused(zipped(tmp_path / 'a.zip', members, change=put('<I', 24, 10)), 'b.png')
+    whole = zipped(tmp_path / 'a.zip', members)
+    assert whole.read('b.png') == whole.read('b.png', 100_000) == bytes(100_000)
+    assert 'more than the 99999' in refused(whole, 'b.png', 99_999)
+
+
+def test_what_a_small_member_claims_is_not_decompressed(tmp_path, monkeypatch):
+    """100 bytes in the directory, 64 MiB in the stream: no more than zipfile's least piece is made of it."""
+    made, whole = [], zlib.decompressobj
+
+    class Watched:
+        def __init__(self, *args):
+            self.own = whole(*args)
+
+        def decompress(self, data, most):
+            made.append(most)
+            return self.own.decompress(data, most)
+
+        def __getattr__(self, name):
+            return getattr(self.own, name)
+
+    archive = zipped(tmp_path / 'a.zip', [('a.png', bytes(2 ** 26))], change=put('<I', 24, 100))
+    monkeypatch.setattr(zipfile.zlib, 'decompressobj', Watched)
+    assert 'CRC' in refused(archive, 'a.png') and 0 < max(made) <= 4096
+
+
+def test_members_that_share_bytes_or_a_name(tmp_path):
+    members = [('a.png', b'a' * 500), ('b.png', b'b' * 500)]
+    with pytest.raises(UserError, match='its members overlap'):
+        zipped(tmp_path / 'a.zip', members, change=put('<I', 42, 0))
+    with pytest.warns(UserWarning, match='Duplicate'):
+        twice = zipped(tmp_path / 'b.zip', [*members, ('a.png', b'c')])
+    with pytest.raises(UserError, match='holds a.png twice'):
+        twice.images()
+    with pytest.warns(UserWarning, match='Duplicate'):  # as "zip -u" and ZipFile(..., "a") leave it: the last one counts
+        again = zipped(tmp_path / 'c.zip', [*members, ('dataset.json', b'{"a": 1}'), ('dataset.json', b'{"a": 2}')])
+    assert again.read_json() == {'a': 2} and again.images() == ['a.png', 'b.png']
+
+
+def test_json_members_have_a_size_that_their_images_need(tmp_path, monkeypatch):
+    monkeypatch.setattr('dnnlib.archive.JSON_BASE', 1000)
+    monkeypatch.setattr('dnnlib.archive.JSON_PER_MEMBER', 100)
+    few, many = ([(f'{i}.png', b'') for i in range(count)] for count in (10, 100))
+    text = ('dataset.json', b'{"a":' + b' ' * 5000 + b'1}')
+    with pytest.raises(UserError, match='dataset.json cannot be read .it has 5007 bytes, more than the 2100'):
+        zipped(tmp_path / 'a.zip', [*few, text]).read_json()
+    assert zipped(tmp_path / 'b.zip', [*many, text]).read_json() == {'a': 1}
+    fifteen_million = MAX_JSON // 36  # of [["00000/img00000000.png", 999], ...]
+    assert fifteen_million > 15e6 and JSON_BASE + 15_000_000 * JSON_PER_MEMBER > MAX_JSON
+
+
+def test_pictures_of_more_pixels_than_are_decoded(monkeypatch):
+    """Told from their headers, before Pillow warns of them, or decodes them."""
+    def header(width, height, body=b''):
+        parts = [(b'IHDR', struct.pack('>IIBBBBB', width, height, 8, 2, 0, 0, 0)), (b'IDAT', zlib.compress(body)), (b'IEND', b'')]
+        return b'\x89PNG\r\n\x1a\n' + b''.join(struct.pack('>I', len(d)) + k + d + struct.pack('>I', zlib.crc32(k + d)) for k, d in parts)
+
+    monkeypatch.setattr(PIL.ImageFile.ImageFile, 'load', lambda self: pytest.fail('decoded'))
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        warnings.filterwarnings('ignore', category=PIL.Image.DecompressionBombWarning)  # as dnnlib.archive does
+        for size in ((100_000, 100_000), (11_586, 11_586), (MAX_PIXELS, 2)):
+            with pytest.raises(DAMAGE, match='pixels'):
+                decode_image('x.png', header(*size))
+        with pytest.raises(ValueError, match='8 x 9 pixels, more than the 64 that are decoded'):
+            decode_image('x.png', header(8, 9), most=64)
+    assert MAX_PIXELS >= 10_000 ** 2
+
+
+def test_a_jpeg_of_endless_scans():
+    image = PIL.Image.fromarray(np.zeros([512, 512, 3], np.uint8))
+    buffer = io.BytesIO()
+    image.save(buffer, 'JPEG', progressive=True)
+    data = buffer.getvalue()
+    scan = data[data.rindex(b'\xff\xda'):-2]
+    assert decode_image('x.jpg', data[:-2] + scan * 50 + data[-2:]).shape == (3, 512, 512)
+    with pytest.raises(ValueError, match='scans of 262144 pixels'):
+        decode_image('x.jpg', data[:-2] + scan * 9000 + data[-2:])
+
+
+def test_formats_that_run_programs_are_no_images():
+    """Pillow hands EPS to Ghostscript, whatever the file is called."""
+    with pytest.raises(DAMAGE) as error:
+        decode_image('x.png', b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n')
+    assert damage(error.value) == 'not an image'
+
+
+def test_names_of_any_kind_stay_in_one_line(tmp_path):
+    for name in ('a\nb\x1b[31m.png', 'x' * 60_000 + '.png', 'a\u202eb.png'):
+        with pytest.warns(UserWarning, match='Duplicate'):
+            archive = zipped(tmp_path / 'a.zip', [(name, b'x'), (name, b'x')])
+        with pytest.raises(UserError) as error:
+            archive.images()
+        assert error.value.message.isprintable() and len(error.value.message) < 4100
+    folder = tmp_path / 'f'
+    folder.mkdir()
+    (folder / os.fsdecode(b'\xff.png')).write_bytes(b'x')
+    assert len(Archive(folder).fingerprint()['names']) == 32  # no text encodes such a name

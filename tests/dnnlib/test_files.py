@@ -90,13 +90,25 @@ def test_json_has_no_nan(tmp_path):
 
 
 @pytest.mark.parametrize('content, message', [(b'{', 'not a JSON file'), (b'\xff', 'not a JSON file'), (b'[1]', 'object, got list'),
-                                              (None, 'No such file')])
+                                              (None, 'No such file'), (b'[' * 200_000, 'nested too deep'), (b'9' * 5000, 'not a JSON file'),
+                                              (b'{"a":' * 9999 + b'1' + b'}' * 9999, 'nested too deep'), (b'', 'not a JSON file')])
 def test_what_is_no_json_object_is_one_line(tmp_path, content, message):
     if content is not None:
         (tmp_path / 'x.json').write_bytes(content)
     with pytest.raises(UserError, match=message) as error:
         files.read_json(tmp_path / 'x.json')
     assert error.value.message.startswith(f'{tmp_path / "x.json"}: ') and '\n' not in error.value.message
+
+
+def test_json_beyond_the_limit_is_not_read(tmp_path, monkeypatch):
+    with open(tmp_path / 'x.json', 'wb') as f:
+        f.truncate(files.MAX_JSON + 1)  # no bytes on the disk
+    with pytest.raises(UserError, match=f'x.json: larger than the {files.MAX_JSON} bytes of JSON that are read'):
+        files.read_json(tmp_path / 'x.json')
+    monkeypatch.setattr(files, 'MAX_JSON', 5)
+    assert files.json_value(b'[1,2]', 'x') == [1, 2]
+    with pytest.raises(UserError, match='x: larger than'):
+        files.json_value(b'[1, 2]', 'x')
 
 
 def test_digests(tmp_path):
@@ -119,6 +131,13 @@ def test_where_results_go(tmp_path, monkeypatch):
     (tmp_path / 'file').write_text('')
     with pytest.raises(UserError, match='--out-path=file/r.json: the folder .* is not writable'):
         files.prepare_output('file/r.json', '--out-path')
+
+
+def test_a_mistake_of_the_user_is_one_line_whatever_it_names():
+    assert UserError('é ü "x" 10 µm').message == 'é ü "x" 10 µm'
+    found = UserError('a\nb\r\x1b[31m\x00\ud800\u202e').message
+    assert found == 'a\\nb\\r\\x1b[31m\\x00\\ud800\\u202e' == str(UserError(found))
+    assert len(UserError('x' * 10 ** 6).message) < 5000
 
 
 def test_errors_in_one_line():

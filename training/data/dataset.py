@@ -6,6 +6,7 @@ Network units: (stored - offset) / scale. 8-bit images have offset = scale = 127
 by the scale on reading; for 8-bit images they are in network units. `sigma_max`, in the same units, is the highest level that an
 image may be trained at (null: any), for images that are like those wanted in their details only."""
 
+import math
 import os
 from pathlib import Path
 
@@ -13,8 +14,10 @@ import numpy as np
 import torch
 
 from dnnlib import UserError
-from dnnlib.archive import DAMAGE, Archive, damage, decode_image
+from dnnlib.archive import DAMAGE, MAX_MEMBER, MAX_PIXELS, Archive, damage, decode_image
+from training.data import tables
 
+SLACK_PIXELS, SLACK_BYTES = 2 ** 20, 2 ** 24  # by which one image may exceed what the first makes likely, before it is read
 UNITS_8BIT = {'offset': 127.5, 'scale': 127.5}  # of data that tells none
 
 
@@ -69,13 +72,23 @@ class ImageDataset:
             return np.zeros([len(raw), 0], np.float32)
         if self._labels.ndim == 2:
             return self._labels[raw]
-        return np.eye(self.label_dim, dtype=np.float32)[self._labels[raw]]
+        found = np.zeros([len(raw), self.label_dim], np.float32)
+        found[np.arange(len(raw)), self._labels[raw]] = 1
+        return found
+
+    def fingerprint(self):
+        """What the data set is known by, whatever its path; see dnnlib.fingerprint. All of it counts, also what is not kept."""
+        return self._archive.fingerprint()
 
     def decode(self, raw_idx):
         """An image of the archive as it lies there, never flipped: [C,H,W], uint8 or float32. Safe in threads."""
         name = self._names[raw_idx]
+        pixels, size = MAX_PIXELS, MAX_MEMBER
+        if self.image_shape is not None:  # what is far larger than the first image is not decoded to see that it differs
+            pixels = min(pixels, SLACK_PIXELS + 4 * self.image_shape[1] * self.image_shape[2])
+            size = min(size, SLACK_BYTES + 32 * math.prod(self.image_shape))
         try:
-            image = decode_image(name, self._archive.read(name))
+            image = decode_image(name, self._archive.read(name, size), most=pixels)
         except DAMAGE as err:
             raise UserError(f'{self.path}: cannot read {name} ({damage(err)})') from None
         if image.dtype not in (np.uint8, np.float32, np.float64):
@@ -108,30 +121,23 @@ class ImageDataset:
 
     def _read_units(self):
         try:
-            units = {key: float(self._meta['units'][key]) for key in ('offset', 'scale')}
-        except (KeyError, TypeError, ValueError):
+            return tables.units(self._meta.get('units'))
+        except KeyError:
             raise UserError(
                 f'{self.path}: float images need "units": {{"offset": ..., "scale": ...}} in dataset.json, with network = '
                 '(stored - offset) / scale; convert with dataset_tool.py, or write 0 and 1 for values in network units') from None
-        if not (np.isfinite(list(units.values())).all() and units['scale'] > 0):
-            raise UserError(f'{self.path}: dataset.json has units {units}; both must be finite, the scale above 0')
-        return units
+        except ValueError as err:
+            raise UserError(f'{self.path}: dataset.json has {err}') from None
 
-    def _by_file(self, key):
-        """The values of dataset.json's `key` in the order of the images; None where it is absent or null."""
+    def _table(self, key, check, *args):
+        """check(values of dataset.json's `key` in the order of the images, *args); None where the key is absent or null."""
         table = self._meta.get(key)
         if not table:
             return None
         try:
-            pairs = table.items() if isinstance(table, dict) else table
-            table = {str(name).replace('\\', '/'): value for name, value in pairs}
-        except (TypeError, ValueError):
-            raise UserError(f'{self.path}: "{key}" in dataset.json must be [file, value] pairs or an object') from None
-        missing = [name for name in self._names if name not in table]
-        if missing:
-            raise UserError(f'{self.path}: "{key}" in dataset.json misses {len(missing)} of {len(self._names)} files, '
-                            f'such as {missing[0]}; list every file')
-        return [table[name] for name in self._names]
+            return check(tables.by_file(table, self._names), *args)
+        except ValueError as err:
+            raise UserError(f'{self.path}: "{key}" in dataset.json {err}') from None
 
     def _read_labels(self, use_labels):
         self.has_labels, self.label_dim, self._labels = bool(self._meta.get('labels')), 0, None
@@ -140,48 +146,19 @@ class ImageDataset:
         if not self.has_labels:
             raise UserError(f'--cond=1 needs labels, and {self.path} has none in its dataset.json; '
                             'make them with dataset_tool.py --labels, or use --cond=0')
-        values = self._by_file('labels')
-        try:
-            labels = np.array(values)
-            classes = labels.dtype.kind in 'iu' and labels.ndim == 1
-            self._labels = labels.astype(np.int64) if classes else labels.astype(np.float32).reshape(len(values), -1)
-            if not np.isfinite(self._labels).all() or (classes and labels.min() < 0):
-                raise ValueError
-        except (TypeError, ValueError):
-            raise UserError(f'{self.path}: labels in dataset.json must be classes 0, 1, ... or finite vectors of one '
-                            'length') from None
+        self._labels = self._table('labels', tables.labels)
         # The number of classes is that of the whole archive: a subset must not change the network.
-        self.label_dim = int(labels.max()) + 1 if classes else self._labels.shape[1]
+        self.label_dim = int(self._labels.max()) + 1 if self._labels.ndim == 1 else self._labels.shape[1]
 
     def _read_sigmas(self):
         """Native noise levels of every image of the archive, float64, network units."""
-        values = self._by_file('sigmas')
-        if values is None:
-            return np.zeros(len(self._names))
-        try:
-            sigmas = np.array(values, np.float64).reshape(len(self._names))
-        except (TypeError, ValueError):
-            raise UserError(f'{self.path}: "sigmas" in dataset.json must be one number a file') from None
-        if not (np.isfinite(sigmas) & (sigmas >= 0)).all():
-            bad = int(np.flatnonzero(~(np.isfinite(sigmas) & (sigmas >= 0)))[0])
-            raise UserError(f'{self.path}: "sigmas" in dataset.json gives {self._names[bad]} the level {sigmas[bad]}; '
-                            'levels must be 0 or more')
-        return sigmas / self.units['scale'] if self.units else sigmas
+        found = self._table('sigmas', tables.levels, self._names, self.units['scale'] if self.units else 1)
+        return np.zeros(len(self._names)) if found is None else found
 
     def _read_sigma_max(self):
         """The highest level that every image of the archive may be trained at, float64, network units; inf where there is no limit."""
-        values = self._by_file('sigma_max')
-        if values is None:
-            return np.full(len(self._names), np.inf)
-        try:
-            limits = np.array([np.inf if value is None else value for value in values], np.float64).reshape(len(self._names))
-        except (TypeError, ValueError):
-            raise UserError(f'{self.path}: "sigma_max" in dataset.json must be one number a file, or null') from None
-        if not (limits > 0).all():
-            bad = int(np.flatnonzero(~(limits > 0))[0])
-            raise UserError(f'{self.path}: "sigma_max" in dataset.json gives {self._names[bad]} the limit {limits[bad]}; '
-                            'limits must be above 0, or null for none')
-        return limits / self.units['scale'] if self.units else limits
+        found = self._table('sigma_max', tables.limits, self._names, self.units['scale'] if self.units else 1)
+        return np.full(len(self._names), np.inf) if found is None else found
 
 
 def _describe(dtype, shape):

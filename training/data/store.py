@@ -7,9 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from dnnlib import UserError
+from dnnlib.progress import Progress
 from torch_utils import distributed
 
 CHUNK = 64  # images that a thread works on before it reports
@@ -97,8 +97,7 @@ class ImageStore:
         chunks = [(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK)]
         ranks = distributed.local_size() if self.mapped else 1
         mine = chunks[distributed.local_rank()::ranks] if self.mapped else chunks
-        bar = tqdm(total=count, desc=title, unit='img', unit_scale=True, disable=None if distributed.rank() == 0 else True)
-        with bar, ThreadPoolExecutor(workers) as pool:
+        with Progress(count, title, show=distributed.rank() == 0, unit_scale=True) as bar, ThreadPoolExecutor(workers) as pool:
             for chunk, _ in zip(mine, pool.map(work, mine)):
                 bar.update((chunk[1] - chunk[0]) * ranks)
         if self.mapped:

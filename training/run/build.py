@@ -12,6 +12,7 @@ from training.checkpoints.load import load_network
 from training.data.batches import Feed
 from training.data.corruption import Corruption, LabelCorruption
 from training.data.dataset import ImageDataset
+from training.data.identity import check_same
 from training.data.pairs import PairStream
 from training.data.store import ImageStore
 from training.diffusion.noise import NOISE, Levels
@@ -125,7 +126,8 @@ def load_data(config, net, noise, rows, device):
     """Opens, decodes and corrupts the data of a run (Config). rows: slice of the global batch that is this rank's."""
     data, run = config.data, config.run
     corruption = build_corruption(config.corruption)
-    dataset = ImageDataset(data.path, use_labels=data.use_labels, keep=data.keep, xflip=data.xflip)
+    dataset = check_same(f'--data={data.path}', data.fingerprint,
+                         ImageDataset(data.path, use_labels=data.use_labels, keep=data.keep, xflip=data.xflip))
     sigma_n = corruption.levels(dataset.raw_idx, dataset.native_sigma, dataset.image_shape)
     store = ImageStore(dataset, corruption, sigma_n, cache_gib=data.cache_gib, workers=data.workers or None)
     labels = torch.from_numpy(dataset.labels(np.arange(len(dataset)))) if net.label_dim else None

@@ -20,6 +20,7 @@ class ValidationConfig:
 
     share: float = 0.0
     path: str | None = None
+    fingerprint: dict | None = None  # of the data set of its own; None where version 0.2.0 or an older one wrote this
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class DataConfig:
     validation: ValidationConfig | None = None
     cache_gib: float = 8.0
     workers: int = 1
+    fingerprint: dict | None = None  # what the data are known by (dnnlib.fingerprint); None where version 0.2.0 or an older one wrote this
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the command line says -> the Config that a run is made from; what cannot work is refused here."""
 
+import dataclasses
 import os
 
 import torch
@@ -9,6 +10,7 @@ from dnnlib import UserError
 from torch_utils import distributed, misc, registry
 from training.data.corruption import LabelCorruption
 from training.data.dataset import ImageDataset
+from training.data.identity import open_everywhere
 from training.data.pairs import with_inverse_weight
 from training.diffusion.discrete import build_diffusion
 from training.networks.interface import ARCHS, network_class
@@ -37,10 +39,9 @@ def configure(o):
         raise UserError('--power-ema stores averages at snapshots, and --snap=0 makes none; raise --snap')
     corruption = config.CorruptionConfig(o.sigma, o.corruption_probability, o.corruption_seed, o.corruption_protocol, label_corruption(o))
     build_corruption(corruption)  # refuses values out of range
-    dataset = ImageDataset(o.data, use_labels=o.cond, keep=o.dataset_keep_percentage, xflip=o.xflip)
+    data, dataset = open_data(o)
     return config.Config(
-        data=config.DataConfig(path=o.data, use_labels=o.cond, keep=o.dataset_keep_percentage, xflip=o.xflip, augment=o.augment,
-                               validation=validation(o), cache_gib=o.cache_gib if o.cache else 0.0, workers=o.workers),
+        data=data,
         corruption=corruption,
         network=config.NetworkConfig(network_arguments(o, dataset), cep=o.cep, transfer=o.transfer),
         objective=objective(o, dataset),
@@ -68,6 +69,20 @@ def check_batch(o):
         good = max(n for n in range(1, min(o.batch_gpu, part) + 1) if part % n == 0)
         raise UserError(f'--batch={o.batch} is not divisible by {world} ranks x --batch-gpu={o.batch_gpu}; '
                         f'try --batch-gpu={good}')
+
+
+def open_data(o):
+    """(DataConfig, ImageDataset) of --data and --val, which are the same on all ranks."""
+    held_out = validation(o)
+    openers = {f'--data={o.data}': lambda: ImageDataset(o.data, use_labels=o.cond, keep=o.dataset_keep_percentage, xflip=o.xflip)}
+    if held_out and held_out.path:
+        openers[f'--val={held_out.path}'] = lambda: ImageDataset(held_out.path, use_labels=o.cond)
+    (dataset, *_), (fingerprint, *own) = open_everywhere(openers)
+    if own:
+        held_out = dataclasses.replace(held_out, fingerprint=own[0])
+    return config.DataConfig(path=o.data, use_labels=o.cond, keep=o.dataset_keep_percentage, xflip=o.xflip, augment=o.augment,
+                             validation=held_out, cache_gib=o.cache_gib if o.cache else 0.0, workers=o.workers,
+                             fingerprint=fingerprint), dataset
 
 
 # ---- the objective
@@ -222,7 +237,7 @@ def choose_precision(o):
 
 
 def validation(o):
-    """The ValidationConfig, or None."""
+    """The ValidationConfig, or None; without a fingerprint yet."""
     if o.val is None:
         return None
     if not o.snap:
@@ -230,7 +245,7 @@ def validation(o):
     try:
         share = float(o.val)
     except ValueError:
-        return config.ValidationConfig(path=ImageDataset(o.val, use_labels=o.cond).path)
+        return config.ValidationConfig(path=o.val)
     if not 0 < share < 1:
         raise UserError(f'--val={o.val}: a share must lie between 0 and 1; or give a data set')
     return config.ValidationConfig(share=share)

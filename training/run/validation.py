@@ -11,6 +11,7 @@ from torch_utils import distributed, misc, training_stats
 from training.data.batches import Batch
 from training.data.corruption import Corruption
 from training.data.dataset import ImageDataset
+from training.data.identity import check_same
 from training.data.store import ImageStore
 
 LEVELS = 8  # middles of as many equally probable bins of the run's noise distribution
@@ -34,7 +35,8 @@ def build(config, noise, store, dataset, held_out, sigma_n, labels):
     data, corrupt = config.data, config.corruption
     if data.validation.path:
         corruption = Corruption(corrupt.sigma, corrupt.probability, corrupt.seed + (corrupt.protocol == 'fixed'), corrupt.protocol)
-        dataset = check_alike(dataset, ImageDataset(data.validation.path, use_labels=data.use_labels))
+        own = ImageDataset(data.validation.path, use_labels=data.use_labels)
+        dataset = check_alike(dataset, check_same(f'--val={data.validation.path}', data.validation.fingerprint, own))
         sigma_n = corruption.levels(dataset.raw_idx, dataset.native_sigma, dataset.image_shape)
         store = ImageStore(dataset, corruption, sigma_n, cache_gib=data.cache_gib, workers=data.workers or None)
         labels = torch.from_numpy(dataset.labels(np.arange(len(dataset)))) if data.use_labels else None

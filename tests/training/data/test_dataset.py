@@ -341,7 +341,7 @@ def test_label_file_that_misses_a_file(tmp_path):
 def test_bad_labels(tmp_path, labels):
     names = ['000.png', '001.png']
     path = picture_zip(tmp_path / 'a.zip', 2, labels=[[n, v] for n, v in zip(names, labels)])
-    assert 'labels in dataset.json' in refusal(path, use_labels=True)
+    assert '"labels" in dataset.json' in refusal(path, use_labels=True)
 
 
 @pytest.mark.parametrize('sigmas', [[-0.1, 0], [float('nan'), 0], ['x', 0], [[1, 2], 0]])

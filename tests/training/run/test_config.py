@@ -17,7 +17,7 @@ WRITTEN = json.loads((GOLDEN / 'run' / 'options-0.1.0.json').read_text())
 @pytest.mark.parametrize('case', WRITTEN, ids=['conditions', 'published consistency', 'bridge'])
 def test_options_of_0_1_0_are_read(tmp_path, case):
     told, today = from_json(case['options']), tiny.options(tmp_path, *case['flags'])
-    found = checkpoint.differences(to_json(told), to_json(today), ignore=('data.path', 'run.versions'))
+    found = checkpoint.differences(to_json(told), to_json(today), ignore=('data.path', 'data.fingerprint', 'run.versions'))
     assert found == []
     assert from_json(to_json(told)) == told
 
@@ -34,3 +34,15 @@ def test_what_is_no_configuration_is_refused_in_one_line(values):
     with pytest.raises(UserError, match='^configuration: ') as err:
         from_json(values)
     assert '\n' not in err.value.message
+
+
+def test_older_options_know_no_fingerprint(tmp_path):
+    today = tiny.options(tmp_path)
+    assert from_json(WRITTEN[0]['options']).data.fingerprint is None and today.data.fingerprint['images'] == 64
+    values = to_json(today)
+    del values['data']['fingerprint']  # as version 0.2.0 wrote them
+    assert from_json(values).data.fingerprint is None
+    assert from_json(json.loads(json.dumps(to_json(today)))) == today
+    values['data']['fingerprint'] = 'text'
+    with pytest.raises(UserError, match='^configuration: "data.fingerprint" must be dict'):
+        from_json(values)

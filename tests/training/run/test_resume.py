@@ -196,7 +196,7 @@ def test_what_may_change(copied):
 @pytest.mark.parametrize('flag, named', [
     ('--lr=2e-3', 'optimizer.lr: 0.001 -> 0.002'), ('--batch=32', 'run.batch: 16 -> 32'), ('--sigma=0.5', 'corruption.sigma: 0.4 -> 0.5'),
     ('--seed=1', 'run.seed: '), ('--expr-id=y', 'run.expr_id: None -> y'), ('--pairing=truncate', 'objective.pairing: skip -> truncate'),
-    ('--weight=uniform', 'objective.weight: edm -> uniform'), ('--val=0.2', "data.validation: None -> {'share': 0.2, 'path': None}"),
+    ('--weight=uniform', 'objective.weight: edm -> uniform'), ('--val=0.2', "data.validation: None -> {'share': 0.2, 'path': None"),
     ('--power-ema=0.1', 'optimizer.power_ema: '), ('--clip=1', 'optimizer.clip: 0.0 -> 1.0'),
     ('--cbase=32', 'network.arguments.model_channels: 16 -> 32'), ('--arch=ncsnpp', 'network.arguments.encoder_type: ')])
 def test_another_option_is_refused_by_name(five_steps, tmp_path, flag, named):

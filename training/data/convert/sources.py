@@ -5,9 +5,9 @@ A source has `names` (one an image), `labels`, `sigmas`, `sigma_max` (one an ima
 kind(i) -> Kind, cheaply, and read(i) -> array [C,H,W] of kind(i)'s shape and type."""
 
 import gzip
+import lzma
 import math
 import os
-import pickle
 import re
 import tarfile
 from typing import NamedTuple
@@ -15,8 +15,10 @@ from typing import NamedTuple
 import numpy as np
 import PIL.ImageMode
 
-from dnnlib import UserError
-from dnnlib.archive import CONVERTED, DAMAGE, IMAGES, RARER_IMAGES, Archive, damage, decode_image, open_picture
+from dnnlib import UserError, arrays
+from dnnlib.archive import CONVERTED, DAMAGE, IMAGES, MAX_DEFLATE, RARER_IMAGES, Archive, damage, decode_image, open_picture
+from training.data import tables
+from training.data.convert import cifar
 
 LAYOUTS = {'nhw': (0, 1, 2), 'nhwc': (0, 3, 1, 2), 'nchw': (0, 1, 2, 3)}  # axes in the order N, (C,) H, W
 
@@ -47,7 +49,7 @@ def open_source(path, layout=None):
         if re.search(pattern, name):
             try:
                 return opener(path, layout)
-            except (*DAMAGE, tarfile.TarError, pickle.UnpicklingError) as err:
+            except (*DAMAGE, tarfile.TarError, lzma.LZMAError) as err:
                 raise UserError(f'--source={path}: cannot be read ({damage(err)})') from None
     raise UserError(f'--source={path}: not a folder, .zip, cifar-10-python.tar.gz, ...idx3-ubyte(.gz), .npy, .npz or '
                     '"digits"')
@@ -60,7 +62,7 @@ class FileSource:
         self._archive = Archive(path, f'--source={path}')
         self.names = self._archive.images((*IMAGES, *RARER_IMAGES))
         meta = self._archive.read_json()
-        self.units = meta.get('units')
+        self.units = _units(meta.get('units'), path)
         self.labels, self.sigmas, self.sigma_max = (match(meta[key], self.names, f'"{key}" in {path}') if meta.get(key) else None
                                                     for key in ('labels', 'sigmas', 'sigma_max'))
         if 'labels' not in meta:
@@ -80,6 +82,14 @@ class FileSource:
         """The image, [C,H,W], as decode_image gives it."""
         name = self.names[index]
         return decode_image(name, self._archive.read(name))
+
+
+def _units(told, path):
+    try:
+        return None if told is None else tables.units(told)
+    except (KeyError, ValueError):
+        raise UserError(f'--source={path}: "units" in its dataset.json must be {{"offset": ..., "scale": ...}}, two finite numbers, the '
+                        'scale above 0') from None
 
 
 class ArraySource:
@@ -118,36 +128,8 @@ def _digits():
 
 
 def _cifar(path, layout):
-    """The training batches of cifar-10-python.tar.gz: pickles of {data: uint8 [n, 3*32*32], labels: [n]}."""
-    images, labels = [], []
-    with tarfile.open(path) as archive:
-        for member in sorted(archive.getmembers(), key=lambda m: m.name):
-            if os.path.basename(member.name).startswith('data_batch') and member.isfile():
-                batch = _SafeUnpickler(archive.extractfile(member), encoding='latin1').load()
-                images.append(np.asarray(batch['data'], np.uint8).reshape(-1, 3, 32, 32))
-                labels.extend(int(label) for label in batch['labels'])
-    if not images:
-        raise ValueError('no data_batch files in it')
-    return ArraySource(np.concatenate(images), labels)
-
-
-class _SafeUnpickler(pickle.Unpickler):
-    """Opens pickles of plain containers and numeric arrays; any other global in them is refused before it is looked up."""
-
-    ALLOWED = {('numpy', 'ndarray'): np.ndarray, ('numpy', 'dtype'): np.dtype,
-               ('_codecs', 'encode'): lambda text, encoding: text.encode('latin1')}
-
-    def find_class(self, module, name):
-        if (module, name) in (('numpy.core.multiarray', '_reconstruct'), ('numpy._core.multiarray', '_reconstruct')):
-            return _empty_array
-        if (module, name) not in self.ALLOWED:
-            raise pickle.UnpicklingError(f'it refers to {module}.{name}, which image data has no use for')
-        return self.ALLOWED[module, name]
-
-
-def _empty_array(cls, shape, typecode):
-    """What numpy's own reconstruction makes before the state is set."""
-    return np.ndarray.__new__(np.ndarray, shape, typecode)
+    """The training batches of cifar-10-python.tar.gz."""
+    return ArraySource(*cifar.read(path))
 
 
 def _idx(path, layout):
@@ -161,29 +143,41 @@ def _idx(path, layout):
 
 
 def _read_idx(path):
-    with (gzip.open if str(path).endswith('.gz') else open)(path, 'rb') as file:
-        data = file.read()
-    if data[:3] != b'\0\0\x08' or len(data) < 4 + 4 * data[3]:
-        raise ValueError('not an idx file of unsigned bytes')
-    shape = np.frombuffer(data, '>u4', data[3], 4).astype(int)
-    if len(data) != 4 + 4 * data[3] + math.prod(shape):
-        raise ValueError(f'{len(data)} bytes long, not what the shape {shape.tolist()} in its header needs')
-    return np.frombuffer(data, np.uint8, offset=4 + 4 * data[3]).reshape(shape)
+    packed = str(path).endswith('.gz')
+    most = os.path.getsize(path) * (MAX_DEFLATE if packed else 1)
+    with (gzip.open if packed else open)(path, 'rb') as file:
+        head = file.read(4)
+        sizes = file.read(4 * head[3]) if head[:3] == b'\0\0\x08' and len(head) == 4 else b''
+        if not sizes or len(sizes) < 4 * head[3]:
+            raise ValueError('not an idx file of unsigned bytes')
+        shape = np.frombuffer(sizes, '>u4').tolist()
+        count = math.prod(shape)
+        data = file.read(count + 1) if count <= most else b''  # one more than there should be
+    if len(data) != count:
+        raise ValueError(f'not of the length that the shape {shape} in its header needs')
+    return np.frombuffer(data, np.uint8).reshape(shape)
 
 
 def _array(path, layout):
     if str(path).lower().endswith('.npy'):
-        return ArraySource(_as_nchw(np.load(path, mmap_mode='r', allow_pickle=False), layout, path))
-    with np.load(path, allow_pickle=False) as found:
-        keys = [key for key in found.files if found[key].ndim in (3, 4)]
-        images = 'images' if 'images' in keys else keys[0] if len(keys) == 1 else None
-        if images is None:
-            raise ValueError(f'needs an array "images", or one of three or four dimensions; it has {", ".join(found.files)}')
-        labels = found['labels'].tolist() if 'labels' in found.files else None
-        source = ArraySource(_as_nchw(found[images], layout, path), labels)
-    if labels is not None and len(labels) != len(source.names):
-        raise ValueError(f'{len(source.names)} images, but {len(labels)} labels')
+        return ArraySource(_as_nchw(arrays.open_npy(path), layout, path))
+    found = {name.removesuffix('.npy'): array for name, array in _npz(path)}
+    keys = [key for key, array in found.items() if array.ndim in (3, 4)]
+    images = 'images' if 'images' in keys else keys[0] if len(keys) == 1 else None
+    if images is None:
+        raise ValueError(f'needs an array "images", or one of three or four dimensions; it has {", ".join(found)}')
+    source = ArraySource(_as_nchw(found[images], layout, path), found['labels'].tolist() if 'labels' in found else None)
+    if source.labels is not None and not (isinstance(source.labels, list) and len(source.labels) == len(source.names)):
+        raise ValueError(f'{len(source.names)} images, but {np.size(source.labels)} labels')
     return source
+
+
+def _npz(path):
+    """(name, array) of the arrays in an .npz, which is a zip file of .npy files."""
+    archive = Archive(path, f'--source={path}')
+    for name in archive.names:
+        if name.endswith('.npy'):
+            yield name, arrays.from_bytes(archive.read(name, most=None))
 
 
 def _as_nchw(images, layout, path):
@@ -209,6 +203,8 @@ def match(table, names, where):
     """The values of a table in the order of the names. table: [[name, value], ...], {name: value}, or values in order.
 
     Names may be given without their folders. Raises UserError where a file is missed or the count differs."""
+    if not isinstance(table, (list, tuple, dict)):
+        raise UserError(f'{where}: expected a list or an object, got {type(table).__name__}')
     pairs = list(table.items()) if isinstance(table, dict) else list(table)
     by_name = all(isinstance(pair, (list, tuple)) and len(pair) == 2 and isinstance(pair[0], str) for pair in pairs)
     if not by_name:

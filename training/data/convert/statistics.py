@@ -6,8 +6,8 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-from tqdm import tqdm
 
+from dnnlib.progress import Progress
 from training.data.dataset import UNITS_8BIT, ImageDataset
 from training.diffusion.ambient import snr_db
 
@@ -52,7 +52,7 @@ def moments(dataset):
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         found = pool.map(of_image, dataset.raw_idx)
-        rows = np.array(list(tqdm(found, total=len(dataset), desc='Reading', unit='img', disable=None)), np.float64)
+        rows = np.array(list(Progress(len(dataset), 'Reading').over(found)), np.float64)
     means, variances = rows[:, 2], rows[:, 3]
     units = dataset.units or UNITS_8BIT
     # All images have one size, so the total variance is the mean one within images plus that of their means.

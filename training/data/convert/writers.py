@@ -62,7 +62,9 @@ class ArchiveWriter:
         return self
 
     def write(self, name, data):
-        """Adds a member (bytes)."""
+        """Adds a member (bytes). Raises UserError for a name that leads out of the archive."""
+        if os.path.isabs(name) or '..' in name.replace('\\', '/').split('/'):
+            raise UserError(f'{name}: leads out of {self.dest}; a member is named relative to it')
         if self._as_zip:
             # One date for all: the same images give the same file, byte by byte.
             self._zip.writestr(zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0)), data)

@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""NumPy's files of plain numbers, whoever made them: nothing is allocated, or run, for what a header says and the file does not hold."""
+
+import math
+import os
+import re
+from typing import NamedTuple
+
+import numpy as np
+
+MAX_HEADER = 2 ** 16  # bytes; NumPy's own are below 200
+KEYS = {'descr': r'["\']([^"\']*)["\']', 'fortran_order': r'(True|False)', 'shape': r'\(([\d\sL,]*)\)'}
+
+
+class Header(NamedTuple):
+    """What the head of an .npy file says of the array in it."""
+
+    dtype: np.dtype
+    shape: tuple
+    order: str  # C or F
+    offset: int  # bytes before the numbers
+
+
+def read_header(head, size):
+    """The Header of an .npy file of `size` bytes that begins with the bytes `head`.
+
+    Raises ValueError for what is none, holds other things than plain numbers, or is shorter than its header says."""
+    major = head[6] if head[:6] == b'\x93NUMPY' and len(head) >= 12 else 0
+    if major not in (1, 2, 3):
+        raise ValueError('not an .npy file')
+    start = 10 if major == 1 else 12
+    offset = start + int.from_bytes(head[8:start], 'little')
+    if not offset <= min(len(head), start + MAX_HEADER):
+        raise ValueError('its header is cut off, or of no sensible length')
+    text = head[start:offset].decode('latin1')
+    found = [re.search(rf'["\']{key}["\']\s*:\s*{value}', text) for key, value in KEYS.items()]
+    if not all(found):
+        raise ValueError('its header is not that of an array of plain numbers')
+    descr, order, shape = (match[1] for match in found)
+    if not re.fullmatch(r'[<>=|]?[biufc](1|2|4|8|16|32)', descr):
+        raise ValueError(f'it holds {descr[:20]!r}, not plain numbers')
+    try:
+        dtype = np.dtype(descr)
+    except TypeError:
+        raise ValueError(f'it holds {descr!r}, which this machine does not have') from None
+    shape = tuple(int(side) for side in re.findall(r'\d+', shape))
+    if len(shape) > 8 or math.prod(shape) * dtype.itemsize > size - offset:
+        raise ValueError(f'its header tells of more numbers than it holds: {descr} of shape {list(shape)} in {size} bytes')
+    return Header(dtype, shape, 'F' if order == 'True' else 'C', offset)
+
+
+def from_bytes(data):
+    """The array in the bytes of an .npy file; it can be written to. Raises ValueError."""
+    found = read_header(data, len(data))
+    flat = np.frombuffer(data, found.dtype, math.prod(found.shape), found.offset)
+    return flat.reshape(found.shape, order=found.order).copy(order='K')
+
+
+def open_npy(path):
+    """The array in an .npy file, mapped from the disk, read-only. Raises ValueError and OSError."""
+    with open(path, 'rb') as f:
+        found = read_header(f.read(MAX_HEADER + 12), os.fstat(f.fileno()).st_size)
+    if not math.prod(found.shape):
+        return np.zeros(found.shape, found.dtype)  # nothing to map
+    return np.memmap(path, found.dtype, 'r', found.offset, found.shape, found.order)

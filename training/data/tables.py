@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What dataset.json says of each image: labels, noise levels, limits, units; checked, whoever wrote it.
+
+Functions of values raise ValueError that says what is wrong with them; who calls them knows what they are called."""
+
+import itertools
+import math
+import sys
+
+import numpy as np
+
+MAX_CLASSES = 2 ** 17  # a class is a one-hot vector wherever a network sees it
+NUMBERS = {int, float, bool}
+LARGEST = sys.float_info.max
+
+
+def by_file(table, names):
+    """The values of a table in the order of the names. table: [[name, value], ...] or {name: value}. Raises ValueError."""
+    pairs = list(table.items()) if isinstance(table, dict) else table
+    if not isinstance(pairs, list) or not all(
+            isinstance(pair, (list, tuple)) and len(pair) == 2 and isinstance(pair[0], str) for pair in pairs):
+        raise ValueError('must be [file, value] pairs or an object')
+    found = {name.replace('\\', '/'): value for name, value in pairs}
+    missing = [name for name in names if name not in found]
+    if missing:
+        raise ValueError(f'misses {len(missing)} of {len(names)} files, such as {missing[0]}; list every file')
+    return [found[name] for name in names]
+
+
+def numbers(values):
+    """A list of numbers as they stand in JSON -> float64 [N]; those beyond float64 become infinite. Raises ValueError."""
+    kinds = set(map(type, values))
+    if not kinds <= NUMBERS:
+        raise ValueError('must be one number a file')
+    if int in kinds:  # of any length
+        values = [math.inf if value > LARGEST else -math.inf if value < -LARGEST else value for value in values]
+    return np.array(values, np.float64)
+
+
+def labels(values):
+    """A list of labels, all of them classes or all of them vectors -> int64 [N] or float32 [N, D]. Raises ValueError."""
+    wrong = ValueError('must be classes 0, 1, ... or finite vectors of one length')
+    kinds = set(map(type, values))
+    if kinds == {int}:
+        low, high = min(values), max(values)
+        if low < 0:
+            raise wrong
+        if high >= MAX_CLASSES:
+            raise ValueError(f'give class {str(high)[:20]}, and the last that can be is {MAX_CLASSES - 1}')
+        return np.array(values, np.int64)
+    if kinds <= NUMBERS:
+        values, kinds = [[value] for value in values], {list}
+    lengths = set(map(len, values)) if kinds == {list} else set()
+    if len(lengths) != 1 or lengths == {0}:
+        raise wrong
+    flat = list(itertools.chain.from_iterable(values))
+    with np.errstate(over='ignore'):
+        try:
+            found = numbers(flat).astype(np.float32).reshape(len(values), -1)
+        except ValueError:
+            raise wrong from None
+    if not np.isfinite(found).all():
+        raise wrong
+    return found
+
+
+def levels(values, names, scale=1.0):
+    """Noise levels divided by the scale, float64 [N], all of them finite. Raises ValueError."""
+    found = _over(numbers(values), scale)
+    bad = np.flatnonzero(~(np.isfinite(found) & (found >= 0)))
+    if len(bad):
+        raise ValueError(f'gives {names[bad[0]]} the level {shown(values[bad[0]])}; levels must be 0 or more')
+    return found
+
+
+def limits(values, names, scale=1.0):
+    """Upper limits of levels divided by the scale, float64 [N]; inf for null, which is none. Raises ValueError."""
+    try:
+        found = _over(numbers([math.inf if value is None else value for value in values]), scale)
+    except ValueError as err:
+        raise ValueError(f'{err}, or null') from None
+    bad = np.flatnonzero(~(found > 0))
+    if len(bad):
+        raise ValueError(f'gives {names[bad[0]]} the limit {shown(values[bad[0]])}; limits must be above 0, or null for none')
+    return found
+
+
+def units(value):
+    """{offset, scale} of float data, as floats; both matter as float32. Raises ValueError, or KeyError where one is missing."""
+    if not isinstance(value, dict):
+        raise KeyError('units')
+    found = {key: value[key] for key in ('offset', 'scale')}
+    if not {type(one) for one in found.values()} <= {int, float}:
+        raise KeyError('numbers')
+    with np.errstate(over='ignore', under='ignore'):
+        told = numbers(list(found.values()))
+        usable = np.isfinite(told.astype(np.float32)).all() and np.float32(told[1]) > 0
+    if not usable:
+        told = ', '.join(f'{key}: {shown(one)}' for key, one in found.items())
+        raise ValueError(f'units {{{told}}}; both must be finite, the scale above 0')
+    return dict(zip(found, told.tolist()))
+
+
+def shown(value):
+    """A number of JSON for an error, however long it is."""
+    return f'{value:g}' if type(value) is float or abs(value) <= LARGEST else f'{"-" * (value < 0)}1e308 or more'
+
+
+def _over(values, scale):
+    with np.errstate(over='ignore', under='ignore'):
+        return values / scale
