@@ -9,6 +9,7 @@ import torch
 
 from dnnlib import UserError
 from dnnlib.files import read_json
+from dnnlib.fingerprint import data_differences
 from torch_utils import checkpoint, distributed
 from training.run.config import from_json, to_json
 from training.run.folder import OPTIONS, name_of, runs
@@ -24,8 +25,23 @@ SAME = 'give the same options, or start a new run from its weights with --transf
 
 
 def changes(told, config, free=()):
-    """What differs between the Config of a run and that of a command line, one string each; but for MAY_CHANGE and the keys in `free`."""
-    return checkpoint.differences(to_json(told), to_json(config), ignore=(*MAY_CHANGE, *free))
+    """What differs between the Config of a run and that of a command line, one string each; but for MAY_CHANGE and the keys in `free`.
+
+    Data are compared by their fingerprints, wherever they lie; those of a run of version 0.2.0 or older, which had none, by their path."""
+    old, new = to_json(told), to_json(config)
+    data = [*_data_changes(old['data'], new['data'], '--data')]
+    if old['data']['validation'] and new['data']['validation']:
+        data += _data_changes(old['data']['validation'], new['data']['validation'], '--val')
+    return data + checkpoint.differences(old, new, ignore=(*MAY_CHANGE, *free))
+
+
+def _data_changes(old, new, option):
+    """What differs between the data of two parts of configurations, whose keys for that are taken out."""
+    (path, before), (here, now) = ((part.pop('path'), part.pop('fingerprint')) for part in (old, new))
+    if before is None or now is None:
+        same = (path and os.path.realpath(path)) == (here and os.path.realpath(here))
+        return [] if same else [f'{option}: {path} -> {here}, and the older state does not tell whether their data are equal']
+    return [f'{option}={here}: {phrase}' for phrase in data_differences(before, now)]
 
 
 def told_by(path):

@@ -345,6 +345,54 @@ def test_latest_takes_the_newest_of_equal_runs(copied):
     assert len(checkpoint.states(folder)) == 1 and len(checkpoint.states(second)) == 2
 
 
+def test_the_same_data_elsewhere_are_the_same(copied, data, tmp_path, monkeypatch):
+    """Another spelling of the path, a copy on another disk, a link: it is the images that count."""
+    outdir, folder, args = copied
+    rest = [arg for arg in args if not arg.startswith('--data=')]
+    there = shutil.copy(data, tmp_path / 'other.zip')
+    (tmp_path / 'link.zip').symlink_to(data)
+    monkeypatch.chdir(os.path.dirname(data))
+    for i, path in enumerate(['./tiny.zip', f'../{Path(data).parent.name}/tiny.zip', there, tmp_path / 'link.zip']):
+        tiny.call(f'--outdir={outdir}', f'--data={path}', *rest, '--resume=latest', f'--duration={(i + 2) * 80 / 1e6}')
+        assert tiny.only_folder(outdir) == folder and len(tiny.read_log(folder)) == i + 2
+    assert json.loads((folder / 'options.json').read_text())['data']['path'] == str(tmp_path / 'link.zip')
+
+
+def test_other_data_under_the_same_path_are_refused(tmp_path):
+    """Held-out images could become training images without a word."""
+    path = tiny.make_zip(tmp_path / 'data.zip')
+    held = tiny.make_zip(tmp_path / 'held.zip', count=8, seed=1)
+    args = [f'--outdir={tmp_path / "runs"}', f'--data={path}', f'--val={held}', *tiny.FLAGS, '--dump=1', '--duration=0.00008']
+    tiny.call(*args)
+    state = tiny.only_folder(tmp_path / 'runs') / STATE_5
+    tiny.make_zip(path, seed=1)
+    for resume in ('latest', state):
+        line = refused(*args, f'--resume={resume}')
+        assert f'--data={path}: other ' in line and ('contents of the images' in line or 'names or sizes of the images' in line), line
+    tiny.make_zip(path, count=65)
+    assert f'--data={path}: 65 images instead of 64' in refused(*args, '--resume=latest')
+    tiny.make_zip(path)
+    tiny.make_zip(held, count=9, seed=1)
+    assert f'--val={held}: 9 images instead of 8' in refused(*args, '--resume=latest')
+    tiny.make_zip(held, count=8, seed=1)
+    tiny.call(*args, '--resume=latest')
+
+
+def test_states_without_a_fingerprint_go_by_the_path(copied, data, tmp_path):
+    """Those of version 0.2.0."""
+    outdir, folder, args = copied
+    state = tiny.read_state(folder / STATE_5)
+    state['options']['data'].pop('fingerprint')
+    checkpoint.save(folder / STATE_5, state)
+    (folder / 'options.json').write_text(json.dumps(state['options']))
+    there = shutil.copy(data, tmp_path / 'other.zip')
+    rest = [arg for arg in args if not arg.startswith('--data=')]
+    line = refused(f'--outdir={outdir}', *rest, f'--data={there}', f'--resume={folder / STATE_5}', '--duration=0.00016')
+    assert f'--data: {data} -> {there}, and the older state does not tell whether their data are equal' in line
+    tiny.call(f'--outdir={outdir}', *args, '--resume=latest', '--duration=0.00016')
+    assert json.loads((folder / 'options.json').read_text())['data']['fingerprint']['images'] == 64
+
+
 def test_nosubdir_is_continued_and_never_overwritten(tmp_path, data):
     args = [f'--outdir={tmp_path / "run"}', f'--data={data}', *tiny.FLAGS, '--dump=1', '--snap=0', '--nosubdir', '--seed=5']
     tiny.call(*args, '--duration=0.00008', '--dump=0')  # no state: as if killed before the first
