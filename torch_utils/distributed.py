@@ -17,7 +17,7 @@ import torch
 
 from dnnlib import UserError
 from torch_utils import packing, rendezvous
-from torch_utils.monitor import DONE, FAILED, Monitor
+from torch_utils.monitor import DONE, FAILED, Judge, Monitor
 
 TIMEOUT_SEC = 600       # what a collective operation may take, and how long a rank may be silent
 PIECE_BYTES = 64 << 20  # of a shared value; the timeout is for one piece
@@ -47,7 +47,7 @@ def init(timeout=None, remedy='start the same command again'):
     _check_order(_group.cards)
     _words = f' (--timeout={timeout / 60:g})' if timeout else '', remedy
     timeout = timeout or TIMEOUT_SEC
-    _monitor = Monitor(_group, rank(), timeout, *_words, _tell)
+    _monitor = Monitor(_group, Judge(_group.cards, rank(), timeout, *_words), _tell)
     atexit.register(fail, 'it did not leave the others')  # after shutdown() this does nothing
     if 'GLOO_SOCKET_IFNAME' not in os.environ and (name := rendezvous.interface(_group, rank())):
         os.environ['GLOO_SOCKET_IFNAME'] = name
@@ -126,9 +126,10 @@ def explain(error):
         return None
     if not (isinstance(error, torch.distributed.DistError) or LOST.search(str(error))):
         return None
-    reason = re.sub(r'^(\[[^]]*\]|\S*Error:|\s)*', '', rendezvous.first_line(error)).split('. This may')[0]
+    reason = re.sub(r'^(\[[^]]*\]|\S*Error:|\s)*', '', rendezvous.first_line(error)).split('. ')[0]
     option, remedy = _words
-    text = f'rank {rank()} ({_group.cards[rank()]}) has lost the others ({reason}){option}: stopping; {remedy}'
+    late = option if 'timed out' in reason.lower() else ''
+    text = f'rank {rank()} ({_group.cards[rank()]}) has lost the others ({reason}){late}: stopping; {remedy}'
     _tell(text)
     return text
 

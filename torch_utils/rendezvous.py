@@ -14,6 +14,8 @@ from torch.distributed import PrefixStore, TCPStore
 from dnnlib import UserError
 
 JOIN_SEC = 600    # in which all ranks must have started; nodes of a cluster may come up minutes apart
+STORE_SEC = 60    # for what the store is asked; it looks up the names of addresses first, for which a network may take long
+PROBE_SEC = 5     # for an answer at all
 REPORT_SEC = 60   # between lines about a wait
 PAUSES_SEC = 0.001, 0.1  # between looks into the store: at first, and after a while
 
@@ -37,14 +39,15 @@ class Group(NamedTuple):
     """The ranks of one start."""
 
     store: PrefixStore    # for this start alone, though the server may outlive it
+    watch: PrefixStore    # the same, over a connection of its own for another thread
     place: tuple          # (host, port) of the server
     prefixes: tuple       # of the keys, for further connections
     cards: list           # [Card of rank 0, ...]
     serves: bool          # whether the server lives in this process
 
-    def connect(self, seconds):
-        """One more connection to the store. Raises OSError or RuntimeError, within `seconds` where nobody answers."""
-        return _prefixed(connect(*self.place, seconds), self.prefixes)
+    def connect(self):
+        """One more connection to the store. Raises OSError or RuntimeError."""
+        return _prefixed(connect(*self.place), self.prefixes)
 
 
 def meet(rank, size, device, local_rank):
@@ -52,6 +55,7 @@ def meet(rank, size, device, local_rank):
     place = os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT'])
     serves = rank == 0 and os.environ.get('TORCHELASTIC_USE_AGENT_STORE') != 'True'
     plain = serve(*place) if serves else reach(*place)
+    watch = reach(*place)  # now: connecting may take long, and silence is counted as soon as the others know this rank
     host = socket.gethostname()
     node = os.environ.get('GROUP_RANK') or f'{host} {_boot()}'
     card = Card(host, os.getpid(), node, local_rank, device, own_address(place[0]), os.urandom(8).hex())
@@ -67,14 +71,19 @@ def meet(rank, size, device, local_rank):
         raise UserError(f'the {size} ranks did not all join within {JOIN_SEC:g} s; rank 0 says which are missing')
     cards = [Card(*fields) for fields in json.loads(store.get('cards'))]
     if cards[rank].nonce != card.nonce:
-        raise UserError(f'RANK={rank} was given twice: to this process ({card}) and to another ({cards[rank]})')
-    return Group(store, place, prefixes, cards, serves)
+        raise given_twice(rank, card)
+    return Group(store, _prefixed(watch, prefixes), place, prefixes, cards, serves)
+
+
+def given_twice(rank, card):
+    """The error of a process whose number another one has, too."""
+    return UserError(f'RANK={rank} was given twice: to this process ({card}) and to another; each rank needs a number of its own')
 
 
 def serve(host, port):
     """The store, served by this process. Raises UserError."""
     try:
-        return TCPStore(host, port, None, True, timedelta(seconds=JOIN_SEC), wait_for_workers=False)
+        return TCPStore(host, port, None, True, timedelta(seconds=STORE_SEC), wait_for_workers=False)
     except RuntimeError as err:
         raise UserError(f'MASTER_ADDR={host} MASTER_PORT={port}: rank 0 cannot listen there ({first_line(err)}); '
                         'name the node of rank 0, and a port that is free on it') from None
@@ -86,7 +95,7 @@ def reach(host, port):
 
     def there():
         try:
-            found.append(connect(host, port, JOIN_SEC))
+            found.append(connect(host, port))
         except (OSError, RuntimeError) as err:
             there.error = err
         return bool(found)
@@ -98,11 +107,11 @@ def reach(host, port):
     return found[0]
 
 
-def connect(host, port, seconds):
-    """A client of the store. Raises OSError or RuntimeError, within `seconds` where nobody answers."""
+def connect(host, port):
+    """A client of the store. Raises OSError or RuntimeError."""
     # TCPStore prints pages where it does not get through: it is let in only where somebody listens.
-    socket.create_connection((host.strip('[]'), port), seconds).close()
-    return TCPStore(host, port, None, False, timedelta(seconds=seconds), wait_for_workers=False)
+    socket.create_connection((host.strip('[]'), port), PROBE_SEC).close()
+    return TCPStore(host, port, None, False, timedelta(seconds=STORE_SEC), wait_for_workers=False)
 
 
 def poll(ready, seconds=float('inf'), report=None, slow=PAUSES_SEC[1]):
@@ -168,7 +177,13 @@ def _ask(plain, rank, card):
     """Asks rank 0 for the name of this start. What ranks of an earlier one had asked may still be in the store: hence the nonce."""
     base = PrefixStore('ranks', plain)
     base.set(f'asks/{rank}', card.nonce)
-    if not poll(lambda: base.check([f'name/{card.nonce}']), JOIN_SEC):
+
+    def answered():
+        if base.get(f'asks/{rank}').decode() != card.nonce:
+            raise given_twice(rank, card)
+        return base.check([f'name/{card.nonce}'])
+
+    if not poll(answered, JOIN_SEC):
         raise UserError(f'rank 0 did not join within {JOIN_SEC:g} s; rank {rank} ({card}) was waiting for it')
     return base.get(f'name/{card.nonce}').decode()
 
