@@ -55,7 +55,7 @@ def lengths(ctx, param, value):
     return sorted(set(found))
 
 
-SHARE, POSITIVE, NOT_NEGATIVE = Number(least=0, most=1), Number(above=0), Number(least=0)
+SHARE, POSITIVE, NOT_NEGATIVE, MINUTES = Number(least=0, most=1), Number(above=0), Number(least=0), Number(least=0.1, most=10080)
 COUNT, WHOLE = click.IntRange(min=1), click.IntRange(min=0)
 
 
@@ -154,6 +154,8 @@ COUNT, WHOLE = click.IntRange(min=1), click.IntRange(min=0)
               help='Memory of a node for decoded images; more than this is mapped from disk')
 @click.option('--workers', metavar='INT', type=WHOLE, default=1, show_default=True,
               help='Threads that decode the data; 0: all cores decode, and batches are not prepared ahead')
+@click.option('--timeout', metavar='MINUTES', type=MINUTES, default=10, show_default=True,
+              help='With several ranks: end them all when one has not answered for about this long (docs/multi-node.md)')
 @click.option('--threads', metavar='INT', type=COUNT, help='CPU threads of each rank  [default: PyTorch\'s]')
 # Input and output.
 @click.option('--expr-id', metavar='STR', help='Name of the run\'s folder; --resume=latest continues runs of the same name')
@@ -195,11 +197,13 @@ def main(**options):
     o = EasyDict(options, start=time.time())
     if o.threads:
         torch.set_num_threads(o.threads)
-    distributed.init()
+    distributed.init(timeout=o.timeout * 60, remedy='continue with the same command and --resume=latest')
     check_mirrors(o)
     config = configure(o)
     config, place = find_run(config, o)
     print_config(config, o)
+    if distributed.size() > 1:
+        distributed.print0(distributed.rank_map())
     if not o.dry_run:
         launch(config, o, place)
 

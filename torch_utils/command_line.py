@@ -6,11 +6,13 @@ import functools
 import math
 import re
 import time
+import traceback
 
 import click
 
 from dnnlib import UserError
 from torch_utils import distributed, misc, registry
+from torch_utils.monitor import EXIT_LOST
 
 PATIENCE_SEC = 5  # what torchrun needs, amply, to end the other ranks after the first has failed
 
@@ -26,8 +28,25 @@ class Command(click.Command):
         try:
             with rank0_first(), one_line_errors():
                 return super().invoke(ctx)
+        except click.exceptions.Exit:
+            raise
+        except (Exception, KeyboardInterrupt) as err:  # but not SystemExit, with which a rank ends of its own will
+            distributed.fail(f'{type(err).__name__} {err}')
+            raise
         finally:
             distributed.shutdown()
+
+    def main(self, *args, **kwargs):
+        try:
+            return super().main(*args, **kwargs)
+        except SystemExit as end:
+            distributed.end(end.code if isinstance(end.code, int) else 1)
+            raise
+        except Exception:
+            if distributed.has_failed():
+                traceback.print_exc()
+            distributed.end(1)
+            raise
 
 
 def options_of(*options):
@@ -48,9 +67,11 @@ def rank0_first():
     try:
         yield
     except click.ClickException as err:
+        distributed.fail(err.format_message())
         if not distributed.rank():
             raise
-        time.sleep(PATIENCE_SEC)
+        # All ranks lose one that is gone: the first of another node speaks for its own.
+        time.sleep(PATIENCE_SEC * (2 if err.exit_code == EXIT_LOST and distributed.local_rank() else 1))
         err.show()
         raise SystemExit(err.exit_code) from None
 
@@ -70,6 +91,13 @@ def one_line_errors():
         raise click.ClickException(f'{err.filename}: {err.strerror}') from None
     except OSError as err:
         raise click.ClickException(f'{err.filename or "file system"}: {err.strerror or err}') from None
+    except RuntimeError as err:
+        text = distributed.explain(err)
+        if text is None:
+            raise
+        lost = click.ClickException(text)
+        lost.exit_code = EXIT_LOST
+        raise lost from None
 
 
 def version_option(command):

@@ -1,34 +1,151 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rank, world, device: one process by default, torchrun's ranks when it launched us (nccl on GPUs, gloo on CPUs)."""
+"""Rank, world, device: one process by default, or the ranks that torchrun or a script of Slurm's starts (nccl on GPUs, gloo on CPUs).
 
+Tensors on GPUs go over nccl; objects, barriers and whatever else lies on the CPU over gloo, which waits for no device. What one rank
+may take any time for (decoding, writing, fetching) the others await with wait_for_all(); anything else that takes longer than the
+timeout ends all of them (monitor.py)."""
+
+import atexit
+import contextlib
+import itertools
 import os
+import re
+import sys
+from datetime import timedelta
 
 import torch
 
 from dnnlib import UserError
+from torch_utils import packing, rendezvous
+from torch_utils.monitor import DONE, FAILED, Judge, Monitor
+
+TIMEOUT_SEC = 600       # what a collective operation may take, and how long a rank may be silent
+PIECE_BYTES = 64 << 20  # of a shared value; the timeout is for one piece
+# Errors of gloo and of nccl that PyTorch has no class for.
+LOST = re.compile(r'gloo|Connection closed by peer|Connection reset|Broken pipe|Socket closed|Timed out waiting|NCCL', re.IGNORECASE)
 
 _launcher_pid = None
+_group, _monitor, _waits, _words, _notes = None, None, None, None, []
 
 
-def init():
-    """Joins the process group if torchrun launched this process; otherwise does nothing. Safe to call once at the start of a script."""
-    global _launcher_pid
+def init(timeout=None, remedy='start the same command again'):
+    """Joins the other ranks if there are any; otherwise does nothing. Safe to call once at the start of a script.
+
+    timeout: seconds; None: TIMEOUT_SEC, and no message names the option --timeout. remedy: the end of messages about lost ranks."""
+    global _launcher_pid, _group, _monitor, _waits, _words
     if 'TORCHELASTIC_RUN_ID' in os.environ:
         _launcher_pid = os.getppid()
-    if int(os.environ.get('WORLD_SIZE', 1)) == 1 or torch.distributed.is_initialized():
+    if size() == 1 or torch.distributed.is_initialized():
         return
-    if torch.cuda.is_available():
-        if local_rank() >= torch.cuda.device_count():
-            raise UserError(f'--nproc_per_node={local_size()} asks for more ranks than this node has GPUs '
-                            f'({torch.cuda.device_count()}); ask for at most that')
-        torch.cuda.set_device(local_rank())
-    torch.distributed.init_process_group('nccl' if torch.cuda.is_available() else 'gloo')
+    _check_environment()
+    gpu = device()
+    if gpu.type == 'cuda':
+        torch.cuda.set_device(gpu)
+    threads = torch.get_num_threads()
+    words = torch.cuda.get_device_name(gpu) if gpu.type == 'cuda' else f'{threads} thread{"s" * (threads > 1)}'
+    _group, _waits = rendezvous.meet(rank(), size(), words, local_rank()), itertools.count()
+    _check_order(_group.cards)
+    _words = f' (--timeout={timeout / 60:g})' if timeout else '', remedy
+    timeout = timeout or TIMEOUT_SEC
+    _monitor = Monitor(_group, Judge(_group.cards, rank(), timeout, *_words), _tell)
+    atexit.register(fail, 'it did not leave the others')  # after shutdown() this does nothing
+    if 'GLOO_SOCKET_IFNAME' not in os.environ and (name := rendezvous.interface(_group, rank())):
+        os.environ['GLOO_SOCKET_IFNAME'] = name
+    cuda = gpu.type == 'cuda'
+    torch.distributed.init_process_group(
+        'cpu:gloo,cuda:nccl' if cuda else 'gloo', timeout=timedelta(seconds=timeout), device_id=gpu if cuda else None,
+        store=_group.store, rank=rank(), world_size=size())
+
+
+def _check_environment():
+    missing = [name for name in ('RANK', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT') if not os.environ.get(name)]
+    if missing:
+        raise UserError(f'WORLD_SIZE={size()} is set, but not {" and ".join(missing)}; start the ranks with torchrun, or set them all for '
+                        'each (docs/multi-node.md)')
+    if torch.cuda.is_available() and device().index >= torch.cuda.device_count():
+        what = f'--nproc_per_node={local_size()}' if 'TORCHELASTIC_RUN_ID' in os.environ else f'LOCAL_RANK={local_rank()}'
+        raise UserError(f'{what} asks for more ranks than this node has GPUs ({torch.cuda.device_count()}); ask for at most that')
+
+
+def _check_order(cards):
+    """Ranks of a node follow each other, as torchrun numbers them: they share files, and the first of them fetches for all."""
+    for number, card in enumerate(cards):
+        first = number - card.local_rank
+        if first < 0 or (cards[first].node, cards[first].local_rank) != (card.node, 0):
+            raise UserError(f'RANK={number} has LOCAL_RANK={card.local_rank} on {card.host}, but RANK={first} is not LOCAL_RANK=0 there; '
+                            'number the ranks node by node (srun --distribution=block)')
 
 
 def shutdown():
-    """Leaves the process group, if there is one."""
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    """Leaves the others, who need this rank no longer; after fail() the process group is left as it is."""
+    global _group, _monitor
+    _notes.clear()
+    if _monitor is not None and not has_failed():
+        if _group.serves:  # the store ends with this process
+            others = [f'beat/{other}' for other in range(1, size())]
+            rendezvous.poll(lambda: all(sign == DONE or sign.startswith(FAILED) for sign in _group.store.multi_get(others)))
+        _monitor.leave()
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+        _group, _monitor = None, None
+
+
+def fail(error):
+    """Tells the other ranks, in one line, that this one ends with an error; end() must follow."""
+    if _monitor is not None:
+        _monitor.leave(error.split('\n')[0][:500])
+
+
+def has_failed():
+    """Whether fail() was called among several ranks."""
+    return _monitor is not None and _monitor.failed
+
+
+def end(code):
+    """After fail(), ends the process at once: to take the process group down may mean to wait for ranks that are gone."""
+    if has_failed():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def on_abort(note):
+    """Has note(text) called with the reason before this process ends because other ranks are gone; from another thread, in haste."""
+    _notes.append(note)
+
+
+def _tell(text):
+    for note in _notes:
+        with contextlib.suppress(Exception):  # one that fails must not keep the others from being called
+            note(text)
+
+
+def explain(error):
+    """The one line that a failed collective operation comes down to, after the notes of on_abort(); None for any other error."""
+    if _group is None or not isinstance(error, RuntimeError):
+        return None
+    if not (isinstance(error, torch.distributed.DistError) or LOST.search(str(error))):
+        return None
+    reason = re.sub(r'^(\[[^]]*\]|\S*Error:|\s)*', '', rendezvous.first_line(error)).split('. ')[0]
+    option, remedy = _words
+    late = option if 'timed out' in reason.lower() else ''
+    text = f'rank {rank()} ({_group.cards[rank()]}) has lost the others ({reason}){late}: stopping; {remedy}'
+    _tell(text)
+    return text
+
+
+def rank_map():
+    """Who computes where: "8 ranks on 2 nodes: a: 0-3 (NVIDIA H200), b: 4-7 (NVIDIA H200)"; '' for one rank."""
+    if _group is None:
+        return ''
+    nodes = {}
+    for number, card in enumerate(_group.cards):
+        nodes.setdefault(card.node, []).append((number, card))
+    parts = []
+    for members in nodes.values():
+        numbers = f'{members[0][0]}-{members[-1][0]}' if len(members) > 1 else f'{members[0][0]}'
+        parts.append(f'{members[0][1].host}: {numbers} ({" / ".join(dict.fromkeys(card.device for _, card in members))})')
+    return f'{size()} ranks on {len(nodes)} node{"s" * (len(nodes) > 1)}: {", ".join(parts)}'
 
 
 def num_option():
@@ -53,12 +170,18 @@ def local_rank():
 
 def local_size():
     """How many processes work together on this node."""
+    if 'LOCAL_WORLD_SIZE' not in os.environ and _group is not None:  # only torchrun sets it
+        return sum(card.node == _group.cards[rank()].node for card in _group.cards)
     return int(os.environ.get('LOCAL_WORLD_SIZE', 1))
 
 
 def device():
     """This rank's GPU, or the CPU."""
-    return torch.device('cuda', local_rank()) if torch.cuda.is_available() else torch.device('cpu')
+    if not torch.cuda.is_available():
+        return torch.device('cpu')
+    # srun --gpus-per-task=1 shows each rank one GPU, its own.
+    alone = torch.cuda.device_count() == 1 and 'TORCHELASTIC_RUN_ID' not in os.environ
+    return torch.device('cuda', 0 if alone else local_rank())
 
 
 def pick_device(name=None):
@@ -80,10 +203,35 @@ def print0(*args, **kwargs):
         print(*args, flush=True, **kwargs)
 
 
-def barrier():
-    """Waits for every rank."""
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
+def wait_for_all(what):
+    """Waits for every rank to come here, as long as all of them live, be it for hours; says once a minute for whom. what: they do.
+
+    Collective operations that follow begin on all ranks together. Every rank calls this."""
+    if _group is None:
+        return
+    store, number = _group.store, next(_waits)
+    store.set(f'at/{rank()}', str(number))  # for the report
+    store.add(f'wait/{number}', 1)
+    rendezvous.poll(lambda: store.add(f'wait/{number}', 0) == size(), report=lambda seconds: _report(number, what))
+    if rank() == 0:
+        store.delete_key(f'wait/{number - 1}')  # which all have left
+
+
+def _report(number, what):
+    """Says, on the lowest rank that waits, who is awaited; one that has ended will not come."""
+    store = _group.store
+    missing = [other for other in range(size()) if not store.check([f'at/{other}']) or int(store.get(f'at/{other}')) < number]
+    gone = [other for other in missing if store.get(f'beat/{other}') == DONE]
+    if gone:
+        raise RuntimeError(f'rank {gone[0]} has ended, and rank {rank()} waits for it: {what}')
+    if rank() == min(set(range(size())) - set(missing)):
+        names = ', '.join(f'rank {other} ({_group.cards[other].host})' for other in missing[:4])
+        print(f'waiting for {names}{f" and {len(missing) - 4} more" if len(missing) > 4 else ""}: {what}', flush=True)
+
+
+def barrier(what='a barrier'):
+    """Waits for every rank, on the host alone."""
+    wait_for_all(what)
 
 
 def all_sum(tensor):
@@ -93,13 +241,53 @@ def all_sum(tensor):
     return tensor
 
 
-def broadcast(value, source=0):
-    """Any JSON-like object of rank `source`, on every rank."""
+class Agreement:
+    """What becomes of agree()."""
+
+    def __init__(self, values, work=None):
+        self._values, self._work = values, work
+
+    def result(self):
+        """The largest value of all ranks, place by place: a list of ints. Waits for ranks that have not called agree() yet."""
+        if self._work is not None:
+            self._work.wait()
+            self._work, self._values = None, self._values.tolist()
+        return self._values
+
+
+def agree(values):
+    """Starts to find the largest of each int over all ranks, and returns at once; Agreement.result() has them. Waits for no device."""
+    if not torch.distributed.is_initialized():
+        return Agreement([int(value) for value in values])
+    tensor = torch.tensor([int(value) for value in values], dtype=torch.int64)
+    return Agreement(tensor, torch.distributed.all_reduce(tensor, torch.distributed.ReduceOp.MAX, async_op=True))
+
+
+def share(value, source=0, what='a shared value'):
+    """The value of rank `source` on every rank: JSON values, dicts, lists, tuples and tensors in any nesting.
+
+    Tensors arrive one after the other in fresh CPU tensors; the source gets back its own value. The others wait for it as long as it
+    takes (what: it does). Every rank calls this."""
     if not torch.distributed.is_initialized():
         return value
-    box = [value]
-    torch.distributed.broadcast_object_list(box, src=source, device=device())
-    return box[0]
+    wait_for_all(what)
+    mine = rank() == source
+    data, tensors = packing.pack(value) if mine else (b'', [])
+    length = torch.tensor([len(data)])
+    torch.distributed.broadcast(length, source)
+    structure = torch.frombuffer(bytearray(data), dtype=torch.uint8) if mine else torch.empty(int(length), dtype=torch.uint8)
+    torch.distributed.broadcast(structure, source)
+    if not mine:
+        value, tensors = packing.unpack(structure.numpy().tobytes())
+    for tensor in tensors:
+        for piece in packing.pieces(tensor.cpu().contiguous() if mine else tensor, PIECE_BYTES):
+            torch.distributed.broadcast(piece, source)
+    return value
+
+
+def broadcast(value, source=0):
+    """Any JSON-like object of rank `source`, on every rank."""
+    return share(value, source)
 
 
 def from_rank0(function, *args):
@@ -110,28 +298,40 @@ def from_rank0(function, *args):
             found = function(*args)
         except (UserError, OSError) as err:
             error = err
-    found, error = broadcast((found, error))
+    found, error = share((found, error), what=_words_of(function))
     if error is not None:
         raise error
     return found
 
 
+def _words_of(function):
+    """What a function does, in words, for the ranks that wait for it."""
+    return getattr(function, '__name__', 'its work').strip('_<>').replace('_', ' ')
+
+
 def first_on_node(function, *args, **kwargs):
-    """function(...) on one rank of each node, then on the others: what it downloads is fetched once. Every rank calls this."""
+    """function(...) on one rank of each node, then on the others: what it downloads is fetched once. Every rank calls this.
+
+    What is the user's mistake or the file system's on one node is raised on all ranks."""
+    result, error = None, None
     if local_rank() == 0:
-        result = function(*args, **kwargs)
-        barrier()
-        return result
-    barrier()
-    return function(*args, **kwargs)
+        try:
+            result = function(*args, **kwargs)
+        except (UserError, OSError) as err:
+            error = err
+    for found in all_values(error, what=_words_of(function)):
+        if found is not None:
+            raise found
+    return result if local_rank() == 0 else function(*args, **kwargs)
 
 
-def all_values(value):
-    """[value of rank 0, value of rank 1, ...]: one JSON-like object of each rank, on every rank."""
+def all_values(value, what='the values of all ranks'):
+    """[value of rank 0, value of rank 1, ...]: one JSON-like object of each rank, on every rank. what: the slower ones are doing."""
     if not torch.distributed.is_initialized():
         return [value]
+    wait_for_all(what)
     found = [None] * size()
-    torch.distributed.all_gather_object(found, value)
+    torch.distributed.all_gather_object(found, value)  # on the CPU, where the group has a backend for it
     return found
 
 

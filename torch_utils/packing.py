@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Nested values as bytes that hold their structure, and the tensors in them apart."""
+
+import io
+import pickle
+
+import torch
+
+
+def pack(value):
+    """(bytes, tensors) of dicts, lists, tuples and whatever can be pickled; tensors stand in the order in which unpack() makes them."""
+    tensors, places = [], {}
+
+    class Pickler(pickle.Pickler):
+        def persistent_id(self, obj):
+            if not isinstance(obj, torch.Tensor):
+                return None
+            if id(obj) not in places:  # one that occurs twice is one tensor afterwards, too
+                places[id(obj)] = len(tensors)
+                tensors.append(obj.detach())
+            return places[id(obj)], obj.dtype, list(obj.shape)
+
+    file = io.BytesIO()
+    Pickler(file, protocol=pickle.HIGHEST_PROTOCOL).dump(value)
+    return file.getvalue(), tensors
+
+
+def unpack(data):
+    """(value, tensors): what pack() was given, with fresh CPU tensors whose content is still to come; trust the sender."""
+    tensors = []
+
+    class Unpickler(pickle.Unpickler):
+        def persistent_load(self, pid):
+            place, dtype, shape = pid
+            if place == len(tensors):
+                tensors.append(torch.empty(shape, dtype=dtype))
+            return tensors[place]
+
+    return Unpickler(io.BytesIO(data)).load(), tensors
+
+
+def pieces(tensor, nbytes):
+    """The bytes of a contiguous CPU tensor as views of at most nbytes, uint8 [n]."""
+    flat = tensor.reshape(-1)  # 0-dim tensors cannot be seen as another type
+    return flat.view(torch.uint8).split(nbytes) if flat.numel() else ()

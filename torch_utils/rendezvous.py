@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where ranks meet: the store that they share, a card of each, and a name for this start which no earlier one had."""
+
+import json
+import os
+import socket
+import time
+from datetime import timedelta
+from typing import NamedTuple
+
+import psutil
+from torch.distributed import PrefixStore, TCPStore
+
+from dnnlib import UserError
+
+JOIN_SEC = 600    # in which all ranks must have started; nodes of a cluster may come up minutes apart
+STORE_SEC = 60    # for what the store is asked; it looks up the names of addresses first, for which a network may take long
+PROBE_SEC = 5     # for an answer at all
+REPORT_SEC = 60   # between lines about a wait
+PAUSES_SEC = 0.001, 0.1  # between looks into the store: at first, and after a while
+
+
+class Card(NamedTuple):
+    """A rank, as the others know it."""
+
+    host: str
+    pid: int
+    node: str         # equal on the ranks of one node alone
+    local_rank: int
+    device: str       # 'NVIDIA H200', '4 threads'
+    address: str      # its own, on the way to the store
+    nonce: str        # of this process alone
+
+    def __str__(self):
+        return f'host {self.host}, pid {self.pid}'
+
+
+class Group(NamedTuple):
+    """The ranks of one start."""
+
+    store: PrefixStore    # for this start alone, though the server may outlive it
+    watch: PrefixStore    # the same, over a connection of its own for another thread
+    place: tuple          # (host, port) of the server
+    prefixes: tuple       # of the keys, for further connections
+    cards: list           # [Card of rank 0, ...]
+    serves: bool          # whether the server lives in this process
+
+    def connect(self):
+        """One more connection to the store. Raises OSError or RuntimeError."""
+        return _prefixed(connect(*self.place), self.prefixes)
+
+
+def meet(rank, size, device, local_rank):
+    """Waits for all ranks to start; returns their Group. device: what this rank computes on, in words. Raises UserError."""
+    place = os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT'])
+    serves = rank == 0 and os.environ.get('TORCHELASTIC_USE_AGENT_STORE') != 'True'
+    plain = serve(*place) if serves else reach(*place)
+    watch = reach(*place)  # now: connecting may take long, and silence is counted as soon as the others know this rank
+    host = socket.gethostname()
+    node = os.environ.get('GROUP_RANK') or f'{host} {_boot()}'
+    card = Card(host, os.getpid(), node, local_rank, device, own_address(place[0]), os.urandom(8).hex())
+    name = card.nonce if rank == 0 else _ask(plain, rank, card)
+    prefixes = 'ranks', name
+    store = _prefixed(plain, prefixes)
+    store.set(f'beat/{rank}', '0')
+    store.set(f'card/{rank}', json.dumps(card))
+    if rank == 0:
+        _invite(plain, store, size, name)
+        store.set('cards', json.dumps([json.loads(store.get(f'card/{other}')) for other in range(size)]))
+    elif not poll(lambda: store.check(['cards']), JOIN_SEC):
+        raise UserError(f'the {size} ranks did not all join within {JOIN_SEC:g} s; rank 0 says which are missing')
+    cards = [Card(*fields) for fields in json.loads(store.get('cards'))]
+    if cards[rank].nonce != card.nonce:
+        raise given_twice(rank, card)
+    return Group(store, _prefixed(watch, prefixes), place, prefixes, cards, serves)
+
+
+def given_twice(rank, card):
+    """The error of a process whose number another one has, too."""
+    return UserError(f'RANK={rank} was given twice: to this process ({card}) and to another; each rank needs a number of its own')
+
+
+def serve(host, port):
+    """The store, served by this process. Raises UserError."""
+    try:
+        return TCPStore(host, port, None, True, timedelta(seconds=STORE_SEC), wait_for_workers=False)
+    except RuntimeError as err:
+        raise UserError(f'MASTER_ADDR={host} MASTER_PORT={port}: rank 0 cannot listen there ({first_line(err)}); '
+                        'name the node of rank 0, and a port that is free on it') from None
+
+
+def reach(host, port):
+    """The store, served by rank 0 or its launcher, as soon as it is there. Raises UserError."""
+    found = []
+
+    def there():
+        try:
+            found.append(connect(host, port))
+        except (OSError, RuntimeError) as err:
+            there.error = err
+        return bool(found)
+
+    waiting = lambda seconds: print(f'waiting for {host}:{port}, where rank 0 is to answer: {first_line(there.error)}', flush=True)
+    if not poll(there, JOIN_SEC, waiting, slow=1):
+        raise UserError(f'MASTER_ADDR={host} MASTER_PORT={port}: nobody answered within {JOIN_SEC:g} s ({first_line(there.error)}); '
+                        'start rank 0 there, and let all nodes name its address')
+    return found[0]
+
+
+def connect(host, port):
+    """A client of the store. Raises OSError or RuntimeError."""
+    # TCPStore prints pages where it does not get through: it is let in only where somebody listens.
+    socket.create_connection((host.strip('[]'), port), PROBE_SEC).close()
+    return TCPStore(host, port, None, False, timedelta(seconds=STORE_SEC), wait_for_workers=False)
+
+
+def poll(ready, seconds=float('inf'), report=None, slow=PAUSES_SEC[1]):
+    """Waits until ready() is true, or that long: then returns False. report: callable(seconds waited), called once a minute."""
+    start, told, pause = time.monotonic(), 0, PAUSES_SEC[0]
+    while not ready():
+        waited = time.monotonic() - start
+        if waited >= seconds:
+            return False
+        if report is not None and waited // REPORT_SEC > told:
+            told = waited // REPORT_SEC
+            report(waited)
+        time.sleep(pause)
+        pause = min(1.5 * pause, slow)
+    return True
+
+
+def own_address(host):
+    """The address that this node has for `host`; '' where it knows no way there."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host.strip('[]'), 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect(address)  # sends nothing
+            return probe.getsockname()[0]
+    except OSError:
+        return ''
+
+
+def interface(group, rank):
+    """The network interface that leads from the rank's node to the other nodes; None on one node, or where none is found.
+
+    Gloo takes the one that the host's name belongs to, which is the loopback where /etc/hosts says 127.0.1.1."""
+    others = [card.address for card in group.cards if card.node != group.cards[rank].node]
+    if not others:
+        return None
+    outside = [address for address in others if not address.startswith('127.') and address not in ('', '::1')]
+    own = own_address((outside or [group.place[0]])[0])
+    names = [name for name, addresses in psutil.net_if_addrs().items() if own in [each.address.split('%')[0] for each in addresses]]
+    return names[0] if own and names else None
+
+
+def first_line(error):
+    """What an error of PyTorch says, without the trace that comes after it."""
+    return str(error).strip().split('\n')[0].strip() or type(error).__name__
+
+
+def _prefixed(store, prefixes):
+    for prefix in prefixes:
+        store = PrefixStore(prefix, store)
+    return store
+
+
+def _boot():
+    """A text that differs among machines of one name, such as containers."""
+    try:
+        with open('/proc/sys/kernel/random/boot_id', encoding='ascii') as file:
+            return file.read().strip()
+    except OSError:
+        return ''
+
+
+def _ask(plain, rank, card):
+    """Asks rank 0 for the name of this start. What ranks of an earlier one had asked may still be in the store: hence the nonce."""
+    base = PrefixStore('ranks', plain)
+    base.set(f'asks/{rank}', card.nonce)
+
+    def answered():
+        if base.get(f'asks/{rank}').decode() != card.nonce:
+            raise given_twice(rank, card)
+        return base.check([f'name/{card.nonce}'])
+
+    if not poll(answered, JOIN_SEC):
+        raise UserError(f'rank 0 did not join within {JOIN_SEC:g} s; rank {rank} ({card}) was waiting for it')
+    return base.get(f'name/{card.nonce}').decode()
+
+
+def _invite(plain, store, size, name):
+    """Rank 0: tells the name to whoever asks for it, until every rank has left its card under it."""
+    base, answered, missing = PrefixStore('ranks', plain), {}, []
+
+    def complete():
+        for rank in range(1, size):
+            if base.check([f'asks/{rank}']) and answered.get(rank) != (asker := base.get(f'asks/{rank}').decode()):
+                base.set(f'name/{asker}', name)  # which nobody reads where the asker belonged to an earlier start
+                answered[rank] = asker
+        missing[:] = [rank for rank in range(1, size) if not store.check([f'card/{rank}'])]
+        return not missing
+
+    some = lambda: f'{", ".join(map(str, missing[:8]))}{" and more" if len(missing) > 8 else ""} of {size} ranks'
+    if not poll(complete, JOIN_SEC, lambda seconds: print(f'waiting for the start of {some()}', flush=True)):
+        raise UserError(f'{some()} did not join within {JOIN_SEC:g} s: start all of them, with the same MASTER_ADDR and MASTER_PORT')
