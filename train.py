@@ -252,6 +252,7 @@ def launch(config, o, place):
     run_dir, state_path = distributed.from_rank0(open_folder, config, o, place, held)
     lock, state = held or (None, None)
     note = functools.partial(folder.note_end, run_dir)
+    distributed.on_abort(functools.partial(note, shown=False))
     requests = Requests(Signals(note), config.run.max_hours, config.run.state_minutes, o.start)
     try:
         with requests.signals:
@@ -266,8 +267,9 @@ def launch(config, o, place):
             lock.release()
             folder.take_back(run_dir)
         raise
-    except BaseException:
-        note(traceback.format_exc(), shown=False)
+    except BaseException as err:
+        if distributed.explain(err) is None:  # which notes what it has to say
+            note(traceback.format_exc(), shown=False)
         raise
     finally:
         if lock:

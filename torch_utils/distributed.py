@@ -115,9 +115,9 @@ def on_abort(note):
 
 
 def _tell(text):
-    for note in _notes:
+    while _notes:  # each is told once
         with contextlib.suppress(Exception):  # one that fails must not keep the others from being called
-            note(text)
+            _notes.pop(0)(text)
 
 
 def explain(error):
@@ -347,22 +347,3 @@ def all_rows(tensor):
 def is_orphan():
     """True when torchrun, which launched this worker, has died: such a worker must write nothing more."""
     return _launcher_pid is not None and os.getppid() != _launcher_pid
-
-
-class _Agreed:
-    def __init__(self, values):
-        self._table = torch.tensor(values)
-        self._work = torch.distributed.all_reduce(self._table, torch.distributed.ReduceOp.MAX, async_op=True) if size() > 1 else None
-
-    def result(self):
-        if self._work is not None:
-            self._work.wait()
-        return self._table.tolist()
-
-
-def agree(values):
-    return _Agreed(values)
-
-
-def share(value, source=0):
-    return broadcast(value, source)

@@ -169,7 +169,7 @@ class StateWriter:
 
     def write(self, path, state):
         """Starts to write a state that nobody changes any more; waits for the one before."""
-        self._join()
+        self.wait()
         self._thread = threading.Thread(target=self._write, args=(path, state), name='state')
         self._thread.start()
 
@@ -184,11 +184,12 @@ class StateWriter:
 
     def finish(self):
         """Waits for the state that is being written; (path, OSError) where the last one failed, told once, or None."""
-        self._join()
+        self.wait()
         found, self._error = self._error, None
         return found
 
-    def _join(self):
+    def wait(self):
+        """Waits for the state that is being written."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None

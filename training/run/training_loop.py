@@ -331,7 +331,7 @@ class Run:
 
     def snapshot(self):
         """EMA network folder and sample grid; where the disk does not take them, those of the next tick."""
-        failed = distributed.broadcast(distributed.rank() == 0 and not self._save_snapshot())
+        failed = distributed.share(distributed.rank() == 0 and not self._save_snapshot(), what='writing the snapshot')
         self.requests.now()
         if failed:
             self.missed.add('snapshot')
@@ -360,7 +360,7 @@ class Run:
 
     def state(self):
         """Everything needed to continue, on rank 0; None on the others, which give their part. Copies nothing."""
-        stats = distributed.all_values(self.stats.state())
+        stats = distributed.all_values(self.stats.state(), what='writing the state')
         if distributed.rank() != 0:
             return None
         p = self.progress
@@ -372,6 +372,7 @@ class Run:
 
     def save_state(self):
         """Copies the state to host memory, to be written while the training goes on. All ranks call this."""
+        self.states.wait()  # for the one before, here, where the other ranks are patient
         state = self.state()
         self.requests.state_at, self.requests.retry_at = time.time(), None
         if state is None:
@@ -395,7 +396,7 @@ class Run:
     def finish_states(self):
         """Waits until the last state is written. All ranks call this. Raises UserError on all of them where the disk does not take it."""
         found = self.states.finish()
-        told = distributed.broadcast(found and f'{found[0]} could not be written ({found[1].strerror or found[1]})')
+        told = distributed.share(found and f'{found[0]} could not be written ({found[1].strerror or found[1]})', what='writing the state')
         if told:
             raise UserError(f'{told}; make room, and go on from the last state that was written, with --resume=latest')
 
