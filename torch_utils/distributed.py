@@ -24,6 +24,8 @@ PIECE_BYTES = 64 << 20  # of a shared value; the timeout is for one piece
 # Errors of gloo and of nccl that PyTorch has no class for.
 LOST = re.compile(r'gloo|Connection closed by peer|Connection reset|Broken pipe|Socket closed|Timed out waiting|NCCL', re.IGNORECASE)
 
+ORPHAN = 'the launcher of this worker is gone'
+
 _launcher_pid = None
 _group, _monitor, _waits, _words, _notes = None, None, None, None, []
 
@@ -128,6 +130,8 @@ def explain(error):
         return None
     reason = re.sub(r'^(\[[^]]*\]|\S*Error:|\s)*', '', rendezvous.first_line(error)).split('. ')[0]
     option, remedy = _words
+    if is_orphan():  # the ranks of a dead launcher lose each other one by one
+        reason = f'{ORPHAN}; {reason}'
     late = option if 'timed out' in reason.lower() else ''
     text = f'rank {rank()} ({_group.cards[rank()]}) has lost the others ({reason}){late}: stopping; {remedy}'
     _tell(text)

@@ -80,7 +80,7 @@ def cannot_write(path, err, rest):
 def stop_if_orphan():
     """Ends a worker whose launcher has died, before it writes anything into a folder that another run may own by now."""
     if distributed.is_orphan():
-        raise SystemExit('the launcher of this worker is gone: stopping without writing')
+        raise SystemExit(f'{distributed.ORPHAN}: stopping without writing')
 
 
 def note_end(folder, text, shown=True):

@@ -130,7 +130,7 @@ def test_workers_of_a_dead_launcher_stop(tmp_path, data):
             with contextlib.suppress(psutil.NoSuchProcess):
                 worker.kill()
     assert len(tiny.read_log(folder)) <= lines + 1  # one may have been in the writing
-    assert 'the launcher of this worker is gone: stopping without writing' in log.read_text()
+    assert 'the launcher of this worker is gone' in log.read_text()
     assert len(tiny.read_state(max(folder.glob('*.pt')))['net'])  # whole
     assert not [name for name in os.listdir(folder) if name.startswith('.')]
 
