@@ -131,7 +131,7 @@ def damage_zip_members(draws, parts):
 def bomb_members(draws, parts):
     """One member is 64 MiB or 1 GiB of zeros, deflated to little; returns the parts and the set of names to deflate."""
     i = int(draws.integers(len(parts)))
-    parts = [*parts[:i], (parts[i][0], bytes(one_of(draws, [2 ** 22, 2 ** 26]))), *parts[i + 1:]]
+    parts = [*parts[:i], (parts[i][0], bytes(one_of(draws, [2 ** 16, 2 ** 22, 2 ** 25]))), *parts[i + 1:]]
     return parts, {parts[i][0]}
 
 
@@ -232,7 +232,7 @@ def strange_tensor(draws, old):
     kind = int(draws.integers(12))
     flat = old.flatten()
     choices = [
-        lambda: old.double(), lambda: old.half(), lambda: old.to(torch.int64), lambda: old[None], lambda: flat, lambda: old[..., :1],
+        lambda: old.double(), lambda: old.half(), lambda: old.to(torch.int64), lambda: old[None], lambda: flat, lambda: flat[:1],
         lambda: torch.zeros(0), lambda: torch.full_like(old, float('nan')) if old.is_floating_point() else old + 1,
         lambda: torch.zeros([1]).expand(1000, 1000), lambda: old.bool(), lambda: old.t() if old.ndim == 2 else old.reshape(-1, 1),
         lambda: torch.zeros([]),
