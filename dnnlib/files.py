@@ -79,6 +79,8 @@ def json_object(data, name):
         found = json.loads(data)
     except ValueError as err:
         raise UserError(f'{name}: not a JSON file: {err}') from None
+    except RecursionError:
+        raise UserError(f'{name}: not a JSON file that can be read: it is nested too deeply') from None
     if not isinstance(found, dict):
         raise UserError(f'{name}: expected a JSON object, got {type(found).__name__}')
     return found

@@ -7,9 +7,15 @@ import sys
 class UserError(Exception):
     """A mistake of the user or a file that cannot be used, told in one line: what was given, what is allowed, what to do.
 
-    The command line shows it without a traceback and ends with exit code 1."""
+    The command line shows it without a traceback and ends with exit code 1. What came from a file or the command line stays within the
+    line: control characters are written as escapes, and of a very long message the middle is left out."""
+
+    LONGEST = 1600  # characters
 
     def __init__(self, message):
+        message = ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in str(message))
+        if len(message) > self.LONGEST:
+            message = f'{message[:self.LONGEST // 2]} ... {message[-self.LONGEST // 4:]}'
         super().__init__(message)
         self.message = message
 

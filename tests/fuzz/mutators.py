@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Seeded damage: what chance, a broken disk or ill will makes of bytes, zip files, pickles, JSON, safetensors and trees of values.
+"""Seeded damage to zip files, pickles, trees of values, safetensors and .npz files; that to bytes and JSON is in tests/support/hostile.py.
 
-Every function takes a numpy Generator first and returns something new; the same generator state gives the same damage."""
+Every function takes a NumPy generator and returns something new; the same state of the generator gives the same damage."""
 
 import copy
 import io
@@ -10,50 +10,14 @@ import pickle
 import pickletools
 import struct
 import zipfile
-import zlib
 
 import numpy as np
 import torch
 
 from tests.support import edm_pickle
+from tests.support.hostile import mutate, mutate_json, pick
 
 EXTREMES = [0, 1, 2, 255, 2 ** 15, 2 ** 16 - 1, 2 ** 31 - 1, 2 ** 31, 2 ** 32 - 1, 2 ** 40, 2 ** 62, 2 ** 63 - 1, 2 ** 64 - 1]
-
-
-def one_of(draws, items):
-    """One of the items of a list."""
-    return items[int(draws.integers(len(items)))]
-
-
-# ---- bytes
-
-
-def damage_bytes(draws, data, count=None):
-    """Bits flipped, the end or a part cut off, parts copied elsewhere, numbers overwritten; `count` times, by default 1 to 3."""
-    data = bytearray(data)
-    for _ in range(count or int(draws.integers(1, 4))):
-        if not data:
-            data += b'.'
-        place, kind = int(draws.integers(len(data))), int(draws.integers(7))
-        size = int(draws.integers(1, 200))
-        if kind == 0:
-            data[place] ^= 1 << int(draws.integers(8))
-        elif kind == 1:
-            del data[place:]
-        elif kind == 2:
-            del data[place:place + size]
-        elif kind == 3:
-            other = int(draws.integers(len(data)))
-            data[place:place] = data[other:other + size]
-        elif kind == 4:
-            data[place:place] = draws.bytes(int(draws.integers(1, 6)))
-        elif kind == 5:
-            width = one_of(draws, [1, 2, 4, 8])
-            data[place:place + width] = (one_of(draws, EXTREMES) % 256 ** width).to_bytes(width, 'little')
-        else:
-            data[place:place + size] = bytes(min(size, len(data) - place))
-    return bytes(data)
-
 
 # ---- zip files
 
@@ -80,17 +44,17 @@ def pack(parts, alignment=64, compressed=()):
 HEADERS = {b'PK\x03\x04': 30, b'PK\x01\x02': 46, b'PK\x05\x06': 22, b'PK\x06\x06': 56, b'PK\x06\x07': 20, b'PK\x07\x08': 16}
 
 
-def damage_zip_headers(draws, data):
+def damage_zip_headers(data, draws):
     """Fields of local headers, of the directory and of its end, overwritten by other numbers."""
     data = bytearray(data)
-    kinds = [one_of(draws, list(HEADERS)) for _ in range(int(draws.integers(1, 3)))]
+    kinds = [pick(list(HEADERS), draws) for _ in range(int(draws.integers(1, 3)))]
     for kind in kinds:
         places = [place for place in range(len(data)) if data.startswith(kind, place)] if len(data) < 4096 else _find(data, kind)
         if not places:
             continue
-        place, width = one_of(draws, places), one_of(draws, [1, 2, 2, 4, 4])
+        place, width = pick(places, draws), pick([1, 2, 2, 4, 4], draws)
         place += int(draws.integers(4, HEADERS[kind]))
-        value = one_of(draws, EXTREMES) if draws.random() < 0.7 else int(draws.integers(256 ** width))
+        value = pick(EXTREMES, draws) if draws.random() < 0.7 else int(draws.integers(256 ** width))
         data[place:place + width] = (value % 256 ** width).to_bytes(width, 'little')
     return bytes(data)
 
@@ -103,7 +67,7 @@ def _find(data, kind):
     return places
 
 
-def damage_zip_members(draws, parts):
+def damage_zip_members(parts, draws):
     """Members missing, twice, renamed, exchanged, cut, lengthened or damaged inside, in a zip file whose directory and CRCs are right."""
     parts = list(parts)
     for _ in range(int(draws.integers(1, 3))):
@@ -114,7 +78,8 @@ def damage_zip_members(draws, parts):
         elif kind == 1:
             parts.append((name, parts[j][1]))
         elif kind == 2:
-            parts[i] = one_of(draws, ['../x', 'archive/data.pkl', name + '\x00', name.upper(), 'a' * 5000, '/etc/x', parts[j][0], '']), content
+            names = ['../x', 'archive/data.pkl', name + '\x00', name.upper(), 'a' * 5000, '/etc/x', parts[j][0], '']
+            parts[i] = pick(names, draws), content
         elif kind == 3:
             parts[i], parts[j] = (name, parts[j][1]), (parts[j][0], content)
         elif kind == 4:
@@ -122,26 +87,26 @@ def damage_zip_members(draws, parts):
         elif kind == 5:
             parts[i] = name, content + draws.bytes(int(draws.integers(1, 100)))
         elif kind == 6:
-            parts[i] = name, damage_bytes(draws, content)
+            parts[i] = name, mutate(content, draws)
         else:
             parts[i] = name, b''
     return parts
 
 
-def bomb_members(draws, parts):
+def bomb_members(parts, draws):
     """One member is 64 MiB or 1 GiB of zeros, deflated to little; returns the parts and the set of names to deflate."""
     i = int(draws.integers(len(parts)))
-    parts = [*parts[:i], (parts[i][0], bytes(one_of(draws, [2 ** 16, 2 ** 22, 2 ** 25]))), *parts[i + 1:]]
+    parts = [*parts[:i], (parts[i][0], bytes(pick([2 ** 16, 2 ** 22, 2 ** 25], draws))), *parts[i + 1:]]
     return parts, {parts[i][0]}
 
 
 # ---- pickles
 
-GLOBALS = [('os', 'system'), ('builtins', 'eval'), ('torch', 'load'), ('collections', 'OrderedDict'), ('torch._utils', '_rebuild_tensor_v2'),
-           ('torch._utils', '_rebuild_sparse_tensor'), ('torch._utils', '_rebuild_meta_tensor_no_storage'), ('torch', 'FloatStorage'),
-           ('torch', 'DoubleStorage'), ('torch', 'BFloat16Storage'), ('torch.storage', 'UntypedStorage'), ('torch', 'Size'),
-           ('torch', 'float32'), ('torch._utils', '_rebuild_parameter'), ('torch._utils', '_rebuild_qtensor'), ('builtins', 'bytearray'),
-           ('_codecs', 'encode'), ('collections', 'Counter'), ('torch', 'device'), ('torch', 'Tensor'),
+GLOBALS = [('os', 'system'), ('builtins', 'eval'), ('torch', 'load'), ('collections', 'OrderedDict'), ('torch', 'FloatStorage'),
+           ('torch._utils', '_rebuild_tensor_v2'), ('torch._utils', '_rebuild_sparse_tensor'), ('torch._utils', '_rebuild_qtensor'),
+           ('torch._utils', '_rebuild_meta_tensor_no_storage'), ('torch', 'DoubleStorage'), ('torch', 'BFloat16Storage'),
+           ('torch.storage', 'UntypedStorage'), ('torch', 'Size'), ('torch', 'float32'), ('torch._utils', '_rebuild_parameter'),
+           ('builtins', 'bytearray'), ('_codecs', 'encode'), ('collections', 'Counter'), ('torch', 'device'), ('torch', 'Tensor'),
            ('torch._tensor', '_rebuild_from_type_v2'), ('torch.storage', '_load_from_bytes')]
 
 
@@ -151,7 +116,7 @@ def tokens(data):
     return [data[first:last] for first, last in zip(places, places[1:])]
 
 
-def damage_pickle(draws, data, evil=()):
+def damage_pickle(data, draws, evil=()):
     """Opcodes taken out, doubled, exchanged, put in; numbers, texts and globals replaced. evil: whole pickles to put in."""
     parts = tokens(data)
     for _ in range(int(draws.integers(1, 4))):
@@ -163,45 +128,46 @@ def damage_pickle(draws, data, evil=()):
         elif kind == 2:
             parts[i], parts[j] = parts[j], parts[i]
         elif kind in (3, 4):
-            _replace_number(draws, parts)
+            _replace_number(parts, draws)
         elif kind == 5:
-            _replace_text(draws, parts)
+            _replace_text(parts, draws)
         elif kind == 6:
-            _replace_global(draws, parts)
+            _replace_global(parts, draws)
         else:
-            other = one_of(draws, [pickle.EMPTY_LIST, pickle.MARK, pickle.DUP, pickle.POP, pickle.NONE, pickle.TUPLE1, pickle.REDUCE,
-                                   pickle.BUILD, pickle.BINPERSID, pickle.APPEND, pickle.SETITEM, pickle.STOP, pickle.NEWTRUE, *evil])
+            other = pick([pickle.EMPTY_LIST, pickle.MARK, pickle.DUP, pickle.POP, pickle.NONE, pickle.TUPLE1, pickle.REDUCE,
+                                   pickle.BUILD, pickle.BINPERSID, pickle.APPEND, pickle.SETITEM, pickle.STOP,
+                          pickle.NEWTRUE, *evil], draws)
             parts.insert(i, other)
     return b''.join(parts)
 
 
-def _replace_number(draws, parts):
+def _replace_number(parts, draws):
     widths = {pickle.BININT1: 1, pickle.BININT2: 2, pickle.BININT: 4, pickle.BINGET: 1, pickle.LONG_BINGET: 4}
     places = [i for i, part in enumerate(parts) if part[:1] in widths]
     if not places:
         return
-    i = one_of(draws, places)
-    value = one_of(draws, EXTREMES)
+    i = pick(places, draws)
+    value = pick(EXTREMES, draws)
     if parts[i][:1] in (pickle.BINGET, pickle.LONG_BINGET):
         parts[i] = pickle.LONG_BINGET + int(draws.integers(10 ** int(draws.integers(1, 6)))).to_bytes(4, 'little')
     elif draws.random() < 0.3:
-        parts[i] = one_of(draws, [pickle.NONE, pickle.BINFLOAT + struct.pack('>d', 0.5), pickle.EMPTY_TUPLE, pickle.EMPTY_LIST,
-                                  pickle.BINFLOAT + struct.pack('>d', float('nan')), pickle.BININT + struct.pack('<i', -1)])
+        parts[i] = pick([pickle.NONE, pickle.BINFLOAT + struct.pack('>d', 0.5), pickle.EMPTY_TUPLE, pickle.EMPTY_LIST,
+                                  pickle.BINFLOAT + struct.pack('>d', float('nan')), pickle.BININT + struct.pack('<i', -1)], draws)
     else:
         parts[i] = pickle.LONG1 + bytes([9]) + value.to_bytes(9, 'little')
 
 
-def _replace_text(draws, parts):
+def _replace_text(parts, draws):
     places = [i for i, part in enumerate(parts) if part[:1] == pickle.BINUNICODE]
     if places:
-        i, text = one_of(draws, places), one_of(draws, [b'', b'0', b'x' * 100_000, b'\x1b[31m', 'é\u2028'.encode(), b'\xff', b'../../x'])
-        parts[i] = parts[one_of(draws, places)] if draws.random() < 0.5 else edm_pickle.text(text)
+        i, text = pick(places, draws), pick([b'', b'0', b'x' * 100_000, b'\x1b[31m', 'é\u2028'.encode(), b'\xff', b'../../x'], draws)
+        parts[i] = parts[pick(places, draws)] if draws.random() < 0.5 else edm_pickle.text(text)
 
 
-def _replace_global(draws, parts):
+def _replace_global(parts, draws):
     places = [i for i, part in enumerate(parts) if part[:1] == pickle.GLOBAL]
     if places:
-        parts[one_of(draws, places)] = pickle.GLOBAL + '{}\n{}\n'.format(*one_of(draws, GLOBALS)).encode()
+        parts[pick(places, draws)] = pickle.GLOBAL + '{}\n{}\n'.format(*pick(GLOBALS, draws)).encode()
 
 
 # ---- trees of values
@@ -209,17 +175,17 @@ def _replace_global(draws, parts):
 DEEP = 3000  # levels of nesting, beyond what Python's stack takes
 
 
-def strange(draws, old=None):
+def strange(old, draws=None):
     """A value of another kind or size than the old one."""
     number = old if isinstance(old, (int, float)) and not isinstance(old, bool) else 1
-    return one_of(draws, [
+    return pick([
         None, True, False, 0, -1, 1, 2, 7, 0.5, -0.5, 10 ** 6, 10 ** 9, 10 ** 12, 2 ** 63, 10 ** 30, -10 ** 12, 10 ** 400, 1e308, 1e-320,
         float('nan'), float('inf'), -float('inf'), number + 1, -number, number * 2, float(number) if abs(number) < 2 ** 60 else 0.0,
         '', 'x', '0', '1', 'nan', 'cosine:steps=1000000000', 'x' * 200_000, '\x1b[31mred\n\u2028', '\ud800', 'True', [], {}, [1], [None],
-        [1] * 1000, [[1, 2], [3]], {'a': 1}, {'': None}, [0] * 3, [-1, 1], [10 ** 9, 1], [old], {'x': old}, str(old)[:1000]])
+        [1] * 1000, [[1, 2], [3]], {'a': 1}, {'': None}, [0] * 3, [-1, 1], [10 ** 9, 1], [old], {'x': old}, str(old)[:1000]], draws)
 
 
-def nested(draws, depth=DEEP):
+def nested(depth, draws):
     """Lists in lists, or dicts in dicts."""
     value, is_list = 1, draws.random() < 0.5
     for _ in range(depth):
@@ -227,7 +193,7 @@ def nested(draws, depth=DEEP):
     return value
 
 
-def strange_tensor(draws, old):
+def strange_tensor(old, draws):
     """A tensor of another shape, type, layout or content than the old one."""
     kind = int(draws.integers(12))
     flat = old.flatten()
@@ -248,7 +214,7 @@ def paths(value, prefix=()):
         yield from paths(item, (*prefix, key))
 
 
-def damage_tree(draws, tree, count=None, deep=True, below=()):
+def damage_tree(tree, draws, count=None, deep=True, below=()):
     """Values replaced by strange ones, keys missing, renamed and added, parts exchanged, in a copy; tuples become lists.
 
     deep: whether nesting beyond Python's stack is among the damage. below: a path; only what lies in it is damaged."""
@@ -264,27 +230,27 @@ def damage_tree(draws, tree, count=None, deep=True, below=()):
         holder = tree
         for key in path[:-1]:
             holder = holder[key]
-        _damage_item(draws, holder, path[-1], deep and number == rounds - 1)
+        _damage_item(holder, path[-1], draws, deep and number == rounds - 1)
     return tree
 
 
-def _damage_item(draws, holder, key, deep):
+def _damage_item(holder, key, draws, deep):
     old, kind = holder[key], int(draws.integers(10))
     if kind == 0:
         del holder[key]
     elif kind == 1 and isinstance(holder, dict):
-        holder[one_of(draws, ['extra', '', 'x' * 100_000, '\x1b[31m\n', f'{key}'[:50] + '_', '__class__'])] = holder.pop(key)
+        holder[pick(['extra', '', 'x' * 100_000, '\x1b[31m\n', f'{key}'[:50] + '_', '__class__'], draws)] = holder.pop(key)
     elif kind == 2 and isinstance(holder, dict):
-        holder[one_of(draws, ['extra', 0, 10 ** 20, 'nimg', '\x00'])] = strange(draws, 1)
+        holder[pick(['extra', 0, 10 ** 20, 'nimg', '\x00'], draws)] = strange(1, draws)
     elif kind == 3:
-        other = holder[one_of(draws, list(holder) if isinstance(holder, dict) else range(len(holder)))]
+        other = holder[pick(list(holder) if isinstance(holder, dict) else range(len(holder)), draws)]
         holder[key] = copy.deepcopy(other)
     elif kind == 4 and deep and draws.random() < 0.3:
-        holder[key] = nested(draws, one_of(draws, [70, 900, DEEP]))
+        holder[key] = nested(pick([70, 900, DEEP], draws), draws)
     elif isinstance(old, torch.Tensor):
-        holder[key] = strange_tensor(draws, old) if draws.random() < 0.7 else strange(draws)
+        holder[key] = strange_tensor(old, draws) if draws.random() < 0.7 else strange(None, draws)
     else:
-        holder[key] = strange(draws, old) if not isinstance(old, (dict, list)) else strange(draws)
+        holder[key] = strange(old, draws) if not isinstance(old, (dict, list)) else strange(None, draws)
 
 
 def _lists(value):
@@ -293,77 +259,53 @@ def _lists(value):
     return [_lists(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-# ---- JSON
-
-
-def damage_json(draws, value):
-    """Bytes of a JSON text whose values, or whose letters, are damaged."""
-    kind = draws.random()
-    if kind < 0.75:
-        return _dump(draws, damage_tree(draws, value))
-    text = json.dumps(value).encode()
-    if kind < 0.9:
-        return damage_bytes(draws, text)
-    return one_of(draws, [b'', b'null', b'[]', b'1e999', b'{', b'[' * 100_000, b'{"a":' * 100_000, b'9' * 10_000, b'"\\ud800"', text[:-1],
-                          b'\xef\xbb\xbf' + text, text.decode().encode('utf-16'), b'\xff' + text, text + b'{}', b'\x00' * 100,
-                          text.replace(b'1', b'1e999'), text.replace(b'0', b'NaN'), text.replace(b'"', b"'"),
-                          text.replace(b':', b': -Infinity,', 1), text[:-1] + b',' + text[1:]])
-
-
-def _dump(draws, value):
-    try:
-        return json.dumps(value, ensure_ascii=bool(draws.random() < 0.5)).encode('utf-8', 'surrogatepass')
-    except (RecursionError, ValueError):  # deeper than the encoder goes: written by hand
-        return b'{"a":' * 20_000 + b'1' + b'}' * 20_000
-
-
 # ---- safetensors
 
 
-def damage_safetensors(draws, data):
+def damage_safetensors(data, draws):
     """A safetensors file with lies in its header, or damaged as bytes."""
     if draws.random() < 0.3:
-        return damage_bytes(draws, data)
+        return mutate(data, draws)
     size = struct.unpack('<Q', data[:8])[0]
     header, body = json.loads(data[8:8 + size]), data[8 + size:]
     kind = int(draws.integers(5))
     if kind == 0:
-        return struct.pack('<Q', one_of(draws, [*EXTREMES, size + 1, size - 1, len(data), 100_000_000])) + data[8:]
+        return struct.pack('<Q', pick([*EXTREMES, size + 1, size - 1, len(data), 100_000_000], draws)) + data[8:]
     if kind == 1:
-        text = damage_json(draws, header)
+        text = mutate_json(header, draws)
     else:
-        entry = header[one_of(draws, [key for key in header if key != '__metadata__'])]
-        key = one_of(draws, list(entry))
-        entry[key] = _lie(draws, key, entry[key])
+        entry = header[pick([key for key in header if key != '__metadata__'], draws)]
+        key = pick(list(entry), draws)
+        entry[key] = _lie(key, entry[key], draws)
         text = json.dumps(header).encode()
-    return struct.pack('<Q', len(text)) + text + (body if draws.random() < 0.8 else damage_bytes(draws, body))
+    return struct.pack('<Q', len(text)) + text + (body if draws.random() < 0.8 else mutate(body, draws))
 
 
-def _lie(draws, key, old):
+def _lie(key, old, draws):
     if key == 'dtype':
-        return one_of(draws, ['F64', 'F16', 'BF16', 'I64', 'BOOL', 'U8', 'F8_E5M2', 'F4', 'C64', 'X', '', None, 3, 'U16', 'U64'])
+        return pick(['F64', 'F16', 'BF16', 'I64', 'BOOL', 'U8', 'F8_E5M2', 'F4', 'C64', 'X', '', None, 3, 'U16', 'U64'], draws)
     if key == 'shape':
-        return one_of(draws, [[], [0], [10 ** 12], [2 ** 63], [-1], [2 ** 32, 2 ** 32], [*old, 1], old[::-1], [1] * 100, None, 'x', [1.5],
-                              [2 ** 64], [2 ** 31] * 4])
+        return pick([[], [0], [10 ** 12], [2 ** 63], [-1], [2 ** 32, 2 ** 32], [*old, 1], old[::-1], [1] * 100, None, 'x', [1.5],
+                              [2 ** 64], [2 ** 31] * 4], draws)
     first, last = old
-    return one_of(draws, [[last, first], [0, last], [first, 2 ** 63], [first, last + 4], [first - 4, last - 4], [-1, last], [first], None,
-                          [first, last, last], [0, 0], [2 ** 64 - 1, 2 ** 64], 'x', [first / 2, last / 2]])
+    return pick([[last, first], [0, last], [first, 2 ** 63], [first, last + 4], [first - 4, last - 4], [-1, last], [first], None,
+                          [first, last, last], [0, 0], [2 ** 64 - 1, 2 ** 64], 'x', [first / 2, last / 2]], draws)
 
 
 # ---- .npz
 
 
-def damage_npz(draws, data):
+def damage_npz(data, draws):
     """A zip of .npy files with lies in their headers, or damaged as a zip file."""
     parts, kind = members(data), draws.random()
     if kind < 0.2:
-        return damage_bytes(draws, data)
+        return mutate(data, draws)
     if kind < 0.35:
-        return damage_zip_headers(draws, data)
+        return damage_zip_headers(data, draws)
     if kind < 0.5:
-        return pack(damage_zip_members(draws, parts), 1)
+        return pack(damage_zip_members(parts, draws), 1)
     if kind < 0.6:
-        parts, names = bomb_members(draws, parts)
+        parts, names = bomb_members(parts, draws)
         return pack(parts, 1, names)
     i = int(draws.integers(len(parts)))
     name, content = parts[i]
@@ -372,9 +314,11 @@ def damage_npz(draws, data):
         return pack(parts, 1)
     size = struct.unpack('<H', content[8:10])[0]
     header = content[10:10 + size].decode()
-    old = one_of(draws, [header[header.index("'descr': ") + 9:header.index(', ')], 'False', header[header.index('('):header.index(')') + 1]])
-    new = one_of(draws, ["'<f8'", "'O'", "'<U1000000'", "'>f8'", "'<c16'", "'V8'", "[('a', '<f8')]", 'True', '()', '(10000000000,)', '(-1,)',
-                         '(1000000, 1000000)', '(99999999999999999999,)', 'None', '(' * 500 + ')' * 500, "'<M8[ns]'", "'|S1000000'", '1' * 5000])
+    old = pick([header[header.index("'descr': ") + 9:header.index(', ')], 'False', header[header.index('('):header.index(')') + 1]],
+               draws)
+    new = pick(["'<f8'", "'O'", "'<U1000000'", "'>f8'", "'<c16'", "'V8'", "[('a', '<f8')]", 'True', '()', '(10000000000,)', '(-1,)',
+                         '(1000000, 1000000)', '(99999999999999999999,)', 'None', '(' * 500 + ')' * 500, "'<M8[ns]'",
+                "'|S1000000'", '1' * 5000], draws)
     text = header.replace(old, new, 1).encode()
     parts[i] = name, content[:8] + struct.pack('<H', min(len(text), 65535)) + text + content[10 + size:]
     return pack(parts, 1, {name} if draws.random() < 0.2 else ())
@@ -388,11 +332,8 @@ def npy(array):
 
 def strange_array(draws):
     """An array of a kind that statistics do not have."""
-    return one_of(draws, [np.array(None), np.array('x'), np.array([['a', 'b']]), np.zeros([0]), np.zeros([3, 0]), np.array(1j), np.array([1, 2]),
+    return pick([np.array(None), np.array('x'), np.array([['a', 'b']]), np.zeros([0]), np.zeros([3, 0]), np.array(1j), np.array([1, 2]),
                           np.array({'a': 1}), np.array([None, 'x'], object), np.array(5), np.array(True), np.zeros([2, 2, 2]),
                           np.array('2020-01-01', 'M8[D]'), np.array([(1, 2.0)], 'i4,f8'), np.full([4, 4], np.nan), np.zeros(8, 'f2'),
-                          np.array(b'x'), np.array('\x1b[31m\n'), np.array(10 ** 18)])
+                          np.array(b'x'), np.array('\x1b[31m\n'), np.array(10 ** 18)], draws)
 
-
-def crc(data):
-    return zlib.crc32(data)

@@ -1,23 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kinds of files that are damaged: how one is made, how it is damaged, and what reads it.
+"""Attacks (see tests/support/hostile.py) on what reads states, networks, averages and statistics: a class for each kind of file.
 
-KINDS[name](folder) makes sound files in the folder; write(draws) puts a damaged one in the place of one of them; read() opens it as the
-program does; check() says, in words, what a refused file has changed that it must not."""
+Kind(folder) makes sound files in the folder and reads them once; write(draws) puts a damaged file in the place of a sound one; read()
+opens it as the program does; check() fails where a refused file has changed what it must not."""
 
+import contextlib
 import io
 import json
 import pickle
 import shutil
 import sys
+import warnings
+from pathlib import Path
 
 import numpy as np
 import safetensors.torch
 import torch
 
-from dnnlib import hub
+from dnnlib import UserError, hub
 from metrics.statistics import Statistics, load_statistics, save_statistics
 from tests.fuzz import mutators
 from tests.support import GOLDEN, edm_pickle, tiny
+from tests.support.hostile import mutate, mutate_json, pick
 from torch_utils import checkpoint, misc
 from training.checkpoints import diffusers, load, posthoc, publish
 from training.checkpoints.load import load_network
@@ -44,7 +48,34 @@ class Kind:
     """One sound file, `path`, of which damage() makes another; those that have several files override write()."""
 
     def __init__(self, folder):
-        self.folder, self.path = folder, None
+        self.folder, self.path = Path(folder), None
+        with contextlib.redirect_stdout(io.StringIO()):
+            self.prepare(self.folder)
+            self.read()  # whatever is imported late is in by now
+        for encoding in ('utf-8-sig', 'utf-16', 'utf-16-le', 'utf-16-be', 'utf-32', 'utf-32-le', 'utf-32-be'):
+            ''.encode(encoding)  # likewise: json guesses encodings
+
+    def __call__(self, draws):
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # of zipfile, about names that are there twice
+            self.write(draws)
+        return self.judge
+
+    def judge(self):
+        """Reads. Warnings, which are lines that nobody asked for, are failures; so is memory that PyTorch was refused."""
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter('always')
+            try:
+                self.read()
+            except UserError as err:
+                cause = err
+                while cause is not None:
+                    if any(words in str(cause) for words in ('allocate memory', 'bad_alloc')):
+                        raise MemoryError(str(cause)) from err
+                    cause = cause.__context__
+                self.check()
+                raise
+        assert not seen, f'warns: {seen[0].message}'
 
     def write(self, draws):
         self.path.write_bytes(self.damage(draws))
@@ -53,7 +84,7 @@ class Kind:
         raise NotImplementedError
 
     def check(self):
-        return None
+        pass
 
 
 class Torch(Kind):
@@ -72,22 +103,22 @@ class Torch(Kind):
             return self.damaged_tree(draws)
         kind = (kind - self.share_of_trees) / (1 - self.share_of_trees)
         if kind < 0.15:
-            return mutators.damage_bytes(draws, self.data)
+            return mutate(self.data, draws)
         if kind < 0.3:
-            return mutators.damage_zip_headers(draws, self.data)
+            return mutators.damage_zip_headers(self.data, draws)
         if kind < 0.45:
-            return mutators.pack(mutators.damage_zip_members(draws, self.parts))
+            return mutators.pack(mutators.damage_zip_members(self.parts, draws))
         if kind < 0.5:
-            parts, names = mutators.bomb_members(draws, self.parts)
+            parts, names = mutators.bomb_members(self.parts, draws)
             return mutators.pack(parts, compressed=names)
         if kind < 0.55:
             return self.legacy(draws)
         content = dict(self.parts)[self.name]
-        content = mutators.damage_pickle(draws, content, EVIL) if kind < 0.9 else mutators.damage_bytes(draws, content)
+        content = mutators.damage_pickle(content, draws, EVIL) if kind < 0.9 else mutate(content, draws)
         return mutators.pack([(name, content if name == self.name else part) for name, part in self.parts])
 
     def damaged_tree(self, draws):
-        return self.saved(mutators.damage_tree(draws, self.tree))
+        return self.saved(mutators.damage_tree(self.tree, draws))
 
     def saved(self, tree, **options):
         file = io.BytesIO()
@@ -102,7 +133,7 @@ class Torch(Kind):
     def legacy(self, draws):
         """PyTorch's older format, a row of pickles, damaged, and with sizes of storages that lie."""
         data = self.saved(self.tree, _use_new_zipfile_serialization=False)
-        return mutators.damage_bytes(draws, data) if draws.random() < 0.5 else mutators.damage_bytes(draws, data[:5000]) + data[5000:]
+        return mutate(data, draws) if draws.random() < 0.5 else mutate(data[:5000], draws) + data[5000:]
 
 
 class State(Torch):
@@ -111,11 +142,10 @@ class State(Torch):
     flags = ['--cbase=4', '--power-ema=0.05', '--weight=learned']
     share_of_trees = 0.55
 
-    def __init__(self, folder):
-        super().__init__(folder)
+    def prepare(self, folder):
         self.run = self.make_run()
         self.run.save_state()
-        (self.path,) = folder.glob('training-state-*.pt')
+        (self.path,) = self.folder.glob('training-state-*.pt')
         self.load_base(self.path.read_bytes())
         self.digest = self.state_digest()
 
@@ -126,9 +156,8 @@ class State(Torch):
         return run
 
     def damaged_tree(self, draws):
-        part = mutators.one_of(draws, [(), ('options',), ('progress',), ('progress',), ('net',), ('ema',), ('optimizer',), ('optimizer',),
-                                       ('objective',)])
-        return self.saved(mutators.damage_tree(draws, self.tree, below=part))
+        part = pick(['', 'options', 'progress', 'progress', 'net', 'ema', 'optimizer', 'optimizer', 'objective'], draws)
+        return self.saved(mutators.damage_tree(self.tree, draws, below=(part,) if part else ()))
 
     def state_digest(self):
         run = self.run
@@ -144,11 +173,10 @@ class State(Torch):
             self.digest = self.state_digest()
 
     def check(self):
-        if self.state_digest() == self.digest:
-            return None
-        self.run = self.make_run()
-        self.digest = self.state_digest()
-        return 'changed a part of the run before it was refused'
+        if self.state_digest() != self.digest:
+            self.run = self.make_run()
+            self.digest = self.state_digest()
+            raise AssertionError('changed a part of the run before it was refused')
 
 
 def read_state(path):
@@ -165,8 +193,7 @@ class DiscreteState(State):
 class StateAsNetwork(Torch):
     """A training state that a network is taken from, of this version and of 0.1.0."""
 
-    def __init__(self, folder):
-        super().__init__(folder)
+    def prepare(self, folder):
         self.path = folder / 'a.pt'
         net = build(SONG)
         state = {key: {} for key in checkpoint.KEYS} | {
@@ -181,8 +208,7 @@ class StateAsNetwork(Torch):
 class OldWeights(Torch):
     """A folder with the pytorch_model.bin of an old client of the Hub."""
 
-    def __init__(self, folder):
-        super().__init__(folder)
+    def prepare(self, folder):
         self.net = folder / 'net'
         shutil.copytree(GOLDEN / 'hub' / 'old_client', self.net)
         self.path = self.net / 'pytorch_model.bin'
@@ -195,8 +221,7 @@ class OldWeights(Torch):
 class Snapshot(Kind):
     """A snapshot's folder: config.json and model.safetensors."""
 
-    def __init__(self, folder):
-        super().__init__(folder)
+    def prepare(self, folder):
         self.net = folder / 'net'
         self.sound = []
         for config in (SONG, ADM, VP):
@@ -204,12 +229,12 @@ class Snapshot(Kind):
             self.sound.append((config, (self.net / load.WEIGHTS).read_bytes()))
 
     def write(self, draws):
-        config, weights = mutators.one_of(draws, self.sound)
+        config, weights = pick(self.sound, draws)
         text = json.dumps(config).encode()
         if draws.random() < 0.65:
-            text = mutators.damage_json(draws, config)
+            text = mutate_json(config, draws)
         else:
-            weights = mutators.damage_safetensors(draws, weights)
+            weights = mutators.damage_safetensors(weights, draws)
         (self.net / load.CONFIG).write_bytes(text)
         (self.net / load.WEIGHTS).write_bytes(weights)
 
@@ -231,20 +256,19 @@ class FromHub(Snapshot):
 class SingleFile(Kind):
     """Files of any kind under any name, as one argument."""
 
-    def __init__(self, folder):
-        super().__init__(folder)
+    def prepare(self, folder):
         net = build(SONG)
         save_network(net, folder / 'net')
         zipped = io.BytesIO()
         torch.save(net.state_dict(), zipped)
-        self.sound = [(folder / 'net' / name).read_bytes() for name in (load.WEIGHTS, load.CONFIG)] + [
-            zipped.getvalue(), edm_pickle.snapshot(net, folder / 'marker'), b'<!DOCTYPE html>', (GOLDEN / 'metrics' / 'metrics.json').read_bytes()]
+        self.sound = [(folder / 'net' / name).read_bytes() for name in (load.WEIGHTS, load.CONFIG)]
+        self.sound += [zipped.getvalue(), edm_pickle.snapshot(net, folder / 'marker'), b'<!DOCTYPE html>', b'PK\x05\x06' + bytes(18)]
         self.path = folder / 'file'
         self.path.write_bytes(self.sound[3])
 
     def damage(self, draws):
-        data = mutators.one_of(draws, self.sound)
-        return mutators.damage_bytes(draws, data) if draws.random() < 0.9 else data
+        data = pick(self.sound, draws)
+        return mutate(data, draws) if draws.random() < 0.9 else data
 
     def read(self):
         use(load_network(self.path))
@@ -253,33 +277,33 @@ class SingleFile(Kind):
 class Pickle(Kind):
     """EDM's network-snapshot.pkl."""
 
-    def __init__(self, folder):
-        super().__init__(folder)
+    def prepare(self, folder):
         self.sound = [edm_pickle.snapshot(build({**SONG, 'units': None}), folder / 'marker', protocol=protocol, old_torch=protocol == 3)
                       for protocol in (3, 4)]
         self.path = folder / 'network-snapshot-000001.pkl'
         self.path.write_bytes(self.sound[0])
 
     def damage(self, draws):
-        data = mutators.one_of(draws, self.sound)
+        data = pick(self.sound, draws)
         kind = draws.random()
         if kind < 0.3:
-            return mutators.damage_bytes(draws, data)
+            return mutate(data, draws)
         evil = [*EVIL, *(data[2:] for data in edm_pickle.bombs().values() if len(data) < 2000)]
-        return mutators.damage_pickle(draws, data, evil) if kind < 0.9 else pickle.dumps(mutators.damage_tree(draws, {'ema': [1]}, deep=False))
+        if kind < 0.9:
+            return mutators.damage_pickle(data, draws, evil)
+        return pickle.dumps(mutators.damage_tree({'ema': [1]}, draws, deep=False), protocol=4)
 
     def read(self):
         use(load_network(self.path))
 
     def check(self):
-        return 'executed the source' if (self.folder / 'marker').exists() else None
+        assert not (self.folder / 'marker').exists(), 'executed the source'
 
 
 class Diffusers(Kind):
     """A folder in diffusers' layout, which is not read, and what is in it under the names that are."""
 
-    def __init__(self, folder):
-        super().__init__(folder)
+    def prepare(self, folder):
         self.top = folder / 'top'
         self.top.mkdir()
         net = build({'img_resolution': 8, 'img_channels': 1, 'model_channels': 128, 'channel_mult': [1], 'num_blocks': 1,
@@ -289,9 +313,9 @@ class Diffusers(Kind):
         self.weights = (self.top / 'unet' / 'diffusion_pytorch_model.safetensors').read_bytes()[:400_000]
 
     def write(self, draws):
-        (self.top / 'unet' / 'config.json').write_bytes(mutators.damage_json(draws, self.config))
-        (self.top / 'unet' / 'model.safetensors').write_bytes(mutators.damage_safetensors(draws, self.weights))
-        self.path = mutators.one_of(draws, [self.top, self.top / 'unet', self.top / 'unet', self.top / 'unet' / 'config.json'])
+        (self.top / 'unet' / 'config.json').write_bytes(mutate_json(self.config, draws))
+        (self.top / 'unet' / 'model.safetensors').write_bytes(mutators.damage_safetensors(self.weights, draws))
+        self.path = pick([self.top, self.top / 'unet', self.top / 'unet', self.top / 'unet' / 'config.json'], draws)
 
     def read(self):
         if self.path:
@@ -301,8 +325,7 @@ class Diffusers(Kind):
 class Options(Kind):
     """options.json of a run and results of eval_fid.py, which a model card tells of."""
 
-    def __init__(self, folder):
-        super().__init__(folder)
+    def prepare(self, folder):
         self.run, self.out = folder / 'run', folder / 'out'
         self.out.mkdir()
         self.ref = self.run / 'network-snapshot-000001'
@@ -315,10 +338,10 @@ class Options(Kind):
         (self.run / 'network-snapshot-000001.fid.json').write_text(json.dumps(self.result))
 
     def write(self, draws):
-        options, result = mutators.one_of(draws, [self.options, self.old]), self.result
+        options, result = pick([self.options, self.old], draws), self.result
         texts = [json.dumps(options).encode(), json.dumps(result).encode()]
         which = int(draws.integers(2))
-        texts[which] = mutators.damage_json(draws, (options, result)[which])
+        texts[which] = mutate_json((options, result)[which], draws)
         (self.run / 'options.json').write_bytes(texts[0])
         (self.run / 'network-snapshot-000001.fid.json').write_bytes(texts[1])
 
@@ -330,8 +353,7 @@ class Options(Kind):
 class Averages(Kind):
     """Stored power-function averages of a run, from which another is made."""
 
-    def __init__(self, folder):
-        super().__init__(folder)
+    def prepare(self, folder):
         self.run = folder / 'run'
         net = build(SONG)
         save_network(net, self.run / 'network-snapshot-000001')
@@ -345,17 +367,17 @@ class Averages(Kind):
     def write(self, draws):
         for path, data in self.files.items():
             path.write_bytes(data)
-        path = mutators.one_of(draws, list(self.files))
+        path = pick(list(self.files), draws)
         data, kind = self.files[path], draws.random()
         if kind < 0.5:
-            path.write_bytes(mutators.damage_safetensors(draws, data))
+            path.write_bytes(mutators.damage_safetensors(data, draws))
             return
-        meta = {'nimg': mutators.one_of(draws, ['0', '-1', '1e3', 'nan', '2000', '9' * 400, '9' * 5000, '1', '', 'x\x1b[0m']),
-                'sigma_rel': mutators.one_of(draws, ['0.05', '0', '-1', 'nan', 'inf', '1e-300', '0.29', '7', '', '1e400'])}
-        meta.pop(mutators.one_of(draws, ['nimg', 'sigma_rel', 'x']), None)
+        meta = {'nimg': pick(['0', '-1', '1e3', 'nan', '2000', '9' * 400, '9' * 5000, '1', '', 'x\x1b[0m'], draws),
+                'sigma_rel': pick(['0.05', '0', '-1', 'nan', 'inf', '1e-300', '0.29', '7', '', '1e400'], draws)}
+        meta.pop(pick(['nimg', 'sigma_rel', 'x'], draws), None)
         tensors = safetensors.torch.load(data)
         if kind < 0.8:
-            tensors = mutators.damage_tree(draws, tensors, deep=False)
+            tensors = mutators.damage_tree(tensors, draws, deep=False)
         tensors = {str(key)[:1000]: value.contiguous().clone() for key, value in tensors.items() if isinstance(value, torch.Tensor)}
         path.write_bytes(safetensors.torch.save(tensors, metadata=meta if kind > 0.7 else {'nimg': '1000', 'sigma_rel': '0.05'}))
 
@@ -366,8 +388,7 @@ class Averages(Kind):
 class StatisticsFile(Kind):
     """Statistics of reference images, ours and published ones."""
 
-    def __init__(self, folder):
-        super().__init__(folder)
+    def prepare(self, folder):
         self.path = folder / 'ref.npz'
         draws = np.random.default_rng(0)
         rows = draws.normal(size=[20, 4]).astype(np.float32)
@@ -378,7 +399,7 @@ class StatisticsFile(Kind):
         self.sound = [self.path.read_bytes(), self.path.read_bytes(), file.getvalue()]
 
     def damage(self, draws):
-        return mutators.damage_npz(draws, mutators.one_of(draws, self.sound))
+        return mutators.damage_npz(pick(self.sound, draws), draws)
 
     def read(self):
         found = load_statistics(self.path)
@@ -388,12 +409,6 @@ class StatisticsFile(Kind):
 
 
 def use(net):
-    """A network that was loaded must also work: its card is written, and its output is an image."""
-    load_ok = torch.zeros(1, net.img_channels, *misc.height_width(net.img_resolution))
-    net(load_ok, torch.tensor(1.0))
+    """A network that was loaded must also work: one evaluation, one digest."""
+    net(torch.zeros(1, net.img_channels, *misc.height_width(net.img_resolution)), torch.tensor(1.0))
     misc.state_digest(net)
-
-
-KINDS = {'averages': Averages, 'diffusers': Diffusers, 'discrete_state': DiscreteState, 'file': SingleFile, 'hub': FromHub,
-         'old_weights': OldWeights, 'options': Options, 'pickle': Pickle, 'snapshot': Snapshot, 'state': State,
-         'state_as_network': StateAsNetwork, 'statistics': StatisticsFile}
