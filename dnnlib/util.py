@@ -13,7 +13,7 @@ class UserError(Exception):
     LONGEST = 1600  # characters
 
     def __init__(self, message):
-        message = ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in str(message))
+        message = ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in str(message))
         if len(message) > self.LONGEST:
             message = f'{message[:self.LONGEST // 2]} ... {message[-self.LONGEST // 4:]}'
         super().__init__(message)

@@ -22,11 +22,12 @@ from metrics.statistics import Statistics, load_statistics, save_statistics
 from tests.fuzz import mutators
 from tests.support import GOLDEN, edm_pickle, tiny
 from tests.support.hostile import mutate, mutate_json, pick
-from torch_utils import checkpoint, misc
+from torch_utils import checkpoint, misc, tensor_file
 from training.checkpoints import diffusers, load, posthoc, publish
 from training.checkpoints.load import load_network
 from training.checkpoints.save import save_network
 from training.networks import preconditioning
+from training.run import states
 from training.run.config import from_json, to_json
 
 SONG = {'img_resolution': 8, 'img_channels': 1, 'model_type': 'SongUNet', 'model_channels': 4, 'channel_mult': [1, 2], 'num_blocks': 1,
@@ -36,6 +37,7 @@ ADM = {'img_resolution': [8, 16], 'img_channels': 2, 'model_type': 'DhariwalUNet
        'num_blocks': 1, 'attn_resolutions': [4], 'precond': 'iddpm', 'diffusion': 'cosine:steps=20', 'prediction': 'v',
        'sampling': {'sampler': 'dpmpp_2m', 'steps': 3}}
 VP = {**{key: value for key, value in SONG.items() if key != 'sigma_data'}, 'precond': 'vp', 'M': 50, 'beta_d': 19.9}
+checkpoint.read_tensors = tensor_file.read
 EVIL = [edm_pickle.ask_for(*name, protocol)[2:-1] for name in (('os', 'mkdir'), ('builtins', 'eval')) for protocol in (3, 4)]
 
 
@@ -52,8 +54,8 @@ class Kind:
         with contextlib.redirect_stdout(io.StringIO()):
             self.prepare(self.folder)
             self.read()  # whatever is imported late is in by now
-        for encoding in ('utf-8-sig', 'utf-16', 'utf-16-le', 'utf-16-be', 'utf-32', 'utf-32-le', 'utf-32-be'):
-            ''.encode(encoding)  # likewise: json guesses encodings
+        for encoding in ('utf-8-sig', 'utf-16', 'utf-16-le', 'utf-16-be', 'utf-32', 'utf-32-le', 'utf-32-be', 'cp437'):
+            ''.encode(encoding)  # likewise: json guesses encodings, and names in zip files have one
 
     def __call__(self, draws):
         with warnings.catch_warnings():
@@ -165,23 +167,22 @@ class State(Torch):
                             'optimizer': run.optimizer.state_dict(), 'objective': dict(run.objective.state_dict()),
                             'progress': dict(run.progress), 'stream': run.data.stream.state(), 'scale': run.scale.state()})
 
-    def read(self):
-        state = read_state(self.path)
-        told = to_json(from_json(state['options']))
-        if not checkpoint.differences(told, to_json(self.run.config)):
-            self.run.restore(state, str(self.path))
-            self.digest = self.state_digest()
-
-    def check(self):
+    def write(self, draws):
         if self.state_digest() != self.digest:
             self.run = self.make_run()
             self.digest = self.state_digest()
-            raise AssertionError('changed a part of the run before it was refused')
+        super().write(draws)
 
+    def read(self):
+        state = checkpoint.load(self.path)
+        told = to_json(from_json(state['options']))
+        if not checkpoint.differences(told, to_json(self.run.config)):
+            self.run.restore(states.checked(state, self.run, self.path), str(self.path))
+            self.run.step()
+            self.digest = self.state_digest()
 
-def read_state(path):
-    """The content of a state, as folder.load_state() reads it."""
-    return checkpoint.load(path)
+    def check(self):
+        assert self.state_digest() == self.digest, 'changed a part of the run before it was refused'
 
 
 class DiscreteState(State):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Networks, ready to use, from whatever names them: folder, training state, EDM's pickle, Hugging Face name, URL."""
 
+import contextlib
 import json
 import math
 import os
@@ -22,7 +23,7 @@ CONFIG, WEIGHTS, OLD_WEIGHTS = 'config.json', 'model.safetensors', 'pytorch_mode
 READS = ("a snapshot folder (config.json + model.safetensors), a training-state .pt, EDM's .pkl, a URL of the latter two, "
          'or a Hugging Face name, owner/name[@revision]')
 PRECONDS = {'EDMPrecond': 'edm', 'VPPrecond': 'vp', 'VEPrecond': 've', 'iDDPMPrecond': 'iddpm'}  # as published classes are called
-MANY = 10 ** 6  # steps of a diffusion or of a sampler, and more than any has
+MANY = 10 ** 6  # more than any count of a network, or steps of a diffusion or sampler
 RECIPE = re.compile(r'ambient_laws_(?P<data>.+?)_sigma_(?P<sigma>\d*\.?\d+)_corruption_(?P<corruption_probability>\d*\.?\d+)'
                     r'_keep_(?P<dataset_keep_percentage>\d*\.?\d+)')
 
@@ -95,7 +96,7 @@ def _check_plausible(config, state):
     for key, value in config.items():
         numbers = [number for number in (value if isinstance(value, list) else [value]) if isinstance(number, int)]
         texts = [int(digits[:20]) for text in _texts(value) for digits in re.findall(r'\d+', text)]
-        if (len(numbers) > max(len(state), 16) or any(abs(number) > max(largest, 4096) for number in numbers)
+        if (len(numbers) > max(len(state), 16) or any(abs(number) > min(max(largest, 4096), MANY) for number in numbers)
                 or max(texts, default=0) > MANY):
             raise UserError(f'network configuration: {key} asks for a far larger network than that of the weights here')
     if isinstance(blocks, int) and isinstance(levels, list) and blocks * max(len(levels), 1) > max(len(state), 16):
@@ -202,8 +203,9 @@ def _read_file(path, weights):
         start = f.read(16)
     if start[:1] == b'\x80':
         return _read_pickle(path, weights)
-    if zipfile.is_zipfile(path):
-        return _read_state(path, weights)
+    with contextlib.suppress(zipfile.BadZipFile):
+        if zipfile.is_zipfile(path):
+            return _read_state(path, weights)
     kind = 'no PyTorch file, or not a whole one'
     if start[8:9] == b'{':
         kind = f'a safetensors file, which holds weights without their {CONFIG}'
