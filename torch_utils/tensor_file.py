@@ -97,7 +97,11 @@ class Reader:
         if self.prefix + 'byteorder' in self.members and self.record('byteorder') != b'little':
             raise Refused('was written on a big-endian machine')
         words = WORDS | {('torch', name): name for name in STORAGES}
-        root = Machine(self.record('data.pkl'), 0, words, self.limits, _record, persistent=True, keys=(str, int)).run()
+        data = self.record('data.pkl')
+        try:
+            root = Machine(data, 0, words, self.limits, _record, persistent=True, keys=(str, int)).run()
+        except Refused as err:
+            raise Refused(f'holds more than tensors and plain values, or is damaged: it {err}') from None
         return self.plain(root)
 
     def plain(self, value, depth=0):

@@ -243,7 +243,7 @@ def _read_weights(path):
     try:
         return safetensors.torch.load_file(path)
     except safetensors.SafetensorError as err:
-        raise UserError(f'{path}: no whole safetensors file: {err}') from None
+        raise UserError(f'{path}: no whole safetensors file: {one_line(err)}') from None
 
 
 def _read_state(path, weights):
