@@ -17,9 +17,10 @@ from dnnlib import UserError
 from dnnlib.archive import DAMAGE
 from torch_utils.pickle_machine import Global, Limits, Machine, Record, Refused, is_record
 
-MAX_STEPS = 5_000_000  # opcodes and visits: that many take seconds; a state of 1,000 tensors in 6 parts takes 200,000
+MAX_STEPS = 2_000_000   # opcodes, which take seconds; a state of 1,000 tensors in 6 parts takes 250,000
 MAX_DEPTH = 64         # of dicts and lists within each other
 MAX_DIMS = 16          # of a tensor
+MAX_DIRECTORY = 2 ** 26  # bytes of a zip file's directory, which zipfile reads whole: a million records
 LOCAL_HEADER = 30      # bytes of a zip member's own header, without name and extra field
 
 WORDS = {('collections', 'OrderedDict'): 'dict', ('torch._utils', '_rebuild_tensor_v2'): 'tensor',
@@ -62,6 +63,7 @@ class Reader:
 
     def _directory(self, file):
         """({name: ZipInfo}, what the names of the records begin with)."""
+        self._check_directory()
         try:
             with zipfile.ZipFile(file) as archive:
                 infos = archive.infolist()
@@ -72,6 +74,15 @@ class Reader:
         if len(found) != 1 or len(members) != len(infos):
             raise Refused('is a zip file of other things than torch.save writes')
         return members, found[0].removesuffix('data.pkl')
+
+    def _check_directory(self):
+        """Looks at the end of the file alone, which torch.save writes without a comment."""
+        end, wide = bytes(self.data[-22:]), bytes(self.data[-98:-42])  # the latter in files of 4 GiB and more
+        size = int.from_bytes(end[12:16], 'little')
+        if size == 2 ** 32 - 1 and wide[:4] == b'PK\x06\x06':
+            size = int.from_bytes(wide[40:48], 'little')
+        if end[:4] != b'PK\x05\x06' or size > MAX_DIRECTORY:
+            raise Refused('is no whole zip file, which torch.save writes')
 
     def record(self, name):
         """The bytes of a record, as a view of the file; their CRC-32 is right."""
@@ -102,6 +113,8 @@ class Reader:
             root = Machine(data, 0, words, self.limits, _record, persistent=True, keys=(str, int)).run()
         except Refused as err:
             raise Refused(f'holds more than tensors and plain values, or is damaged: it {err}') from None
+        done = MAX_STEPS - self.limits.steps
+        self.limits.steps = min(self.limits.steps, 2 * done + 1000)  # parts that are met again and again would take for ever
         return self.plain(root)
 
     def plain(self, value, depth=0):

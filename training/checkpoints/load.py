@@ -23,6 +23,7 @@ CONFIG, WEIGHTS, OLD_WEIGHTS = 'config.json', 'model.safetensors', 'pytorch_mode
 READS = ("a snapshot folder (config.json + model.safetensors), a training-state .pt, EDM's .pkl, a URL of the latter two, "
          'or a Hugging Face name, owner/name[@revision]')
 PRECONDS = {'EDMPrecond': 'edm', 'VPPrecond': 'vp', 'VEPrecond': 've', 'iDDPMPrecond': 'iddpm'}  # as published classes are called
+MAX_TEXT = 2 ** 24  # bytes of a configuration, or of a header: 100,000 tensors
 MANY = 10 ** 6  # more than any count of a network, or steps of a diffusion or sampler
 RECIPE = re.compile(r'ambient_laws_(?P<data>.+?)_sigma_(?P<sigma>\d*\.?\d+)_corruption_(?P<corruption_probability>\d*\.?\d+)'
                     r'_keep_(?P<dataset_keep_percentage>\d*\.?\d+)')
@@ -187,7 +188,7 @@ def read(ref, weights='ema'):
         return _read_folder(ref)
     if name := hub.NAME.fullmatch(ref):
         config, path = distributed.first_on_node(hub.fetch, ref, CONFIG, (WEIGHTS, OLD_WEIGHTS), **name.groupdict())
-        return read_json(config), _read_weights(path)
+        return _read_config(config), _read_weights(path)
     raise UserError(f'{ref}: no such file or folder; a network is {READS}')
 
 
@@ -232,8 +233,14 @@ def _read_folder(folder):
     for name in (WEIGHTS, OLD_WEIGHTS):
         path = os.path.join(folder, name)
         if os.path.isfile(path):
-            return read_json(os.path.join(folder, CONFIG)), _read_weights(path)
+            return _read_config(os.path.join(folder, CONFIG)), _read_weights(path)
     raise UserError(f'{folder}: {CONFIG} is there, but neither {WEIGHTS} nor {OLD_WEIGHTS}')
+
+
+def _read_config(path):
+    if os.path.getsize(path) > MAX_TEXT:
+        raise UserError(f'{path}: {os.path.getsize(path)} bytes, and no configuration of a network')
+    return read_json(path)
 
 
 def _read_weights(path):
@@ -241,6 +248,10 @@ def _read_weights(path):
     if path.endswith('.bin'):
         return _read_old_weights(path)
     try:
+        with open(path, 'rb') as f:
+            header = int.from_bytes(f.read(8), 'little')
+        if header > MAX_TEXT:
+            raise UserError(f'{path}: no whole safetensors file: its header claims {header} bytes')
         return safetensors.torch.load_file(path)
     except safetensors.SafetensorError as err:
         raise UserError(f'{path}: no whole safetensors file: {one_line(err)}') from None
