@@ -17,11 +17,11 @@ from dnnlib import UserError
 from dnnlib.archive import DAMAGE
 from torch_utils.pickle_machine import Global, Limits, Machine, Record, Refused, is_record
 
-MAX_STEPS = 2_000_000   # opcodes, which take seconds; a state of 1,000 tensors in 6 parts takes 250,000
-MAX_DEPTH = 64         # of dicts and lists within each other
-MAX_DIMS = 16          # of a tensor
+MAX_STEPS = 2_000_000    # opcodes, which take seconds; a state of 1,000 tensors in 6 parts takes 250,000
+MAX_DEPTH = 64           # of dicts and lists within each other
+MAX_DIMS = 16            # of a tensor
 MAX_DIRECTORY = 2 ** 26  # bytes of a zip file's directory, which zipfile reads whole: a million records
-LOCAL_HEADER = 30      # bytes of a zip member's own header, without name and extra field
+LOCAL_HEADER = 30        # bytes of a zip member's own header, without name and extra field
 
 WORDS = {('collections', 'OrderedDict'): 'dict', ('torch._utils', '_rebuild_tensor_v2'): 'tensor',
          ('torch._utils', '_rebuild_parameter'): 'parameter'}

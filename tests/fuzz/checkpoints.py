@@ -7,6 +7,7 @@ opens it as the program does; check() fails where a refused file has changed wha
 import contextlib
 import io
 import json
+import os
 import pickle
 import shutil
 import sys
@@ -20,7 +21,7 @@ import torch
 from dnnlib import UserError, hub
 from metrics.statistics import Statistics, load_statistics, save_statistics
 from tests.fuzz import mutators
-from tests.support import GOLDEN, edm_pickle, tiny
+from tests.support import GOLDEN, edm_pickle, hostile, tiny
 from tests.support.hostile import mutate, mutate_json, pick
 from torch_utils import checkpoint, misc, tensor_file
 from training.checkpoints import diffusers, load, posthoc, publish
@@ -98,6 +99,8 @@ class Torch(Kind):
         self.data, self.parts = data, mutators.members(data)
         self.tree = torch.load(io.BytesIO(data), weights_only=True)
         self.name = next(name for name, _ in self.parts if name.endswith('/data.pkl'))
+        self.content = dict(self.parts)[self.name]
+        self.tokens = mutators.tokens(self.content)
 
     def damage(self, draws):
         kind = draws.random()
@@ -115,8 +118,7 @@ class Torch(Kind):
             return mutators.pack(parts, compressed=names)
         if kind < 0.55:
             return self.legacy(draws)
-        content = dict(self.parts)[self.name]
-        content = mutators.damage_pickle(content, draws, EVIL) if kind < 0.9 else mutate(content, draws)
+        content = mutators.damage_pickle(self.tokens, draws, EVIL) if kind < 0.9 else mutate(self.content, draws)
         return mutators.pack([(name, content if name == self.name else part) for name, part in self.parts])
 
     def damaged_tree(self, draws):
@@ -141,7 +143,7 @@ class Torch(Kind):
 class State(Torch):
     """A training state that a run continues from."""
 
-    flags = ['--cbase=4', '--power-ema=0.05', '--weight=learned']
+    flags = ['--cbase=4', '--cres=1', '--power-ema=0.05', '--weight=learned']
     share_of_trees = 0.55
 
     def prepare(self, folder):
@@ -188,7 +190,7 @@ class State(Torch):
 class DiscreteState(State):
     """A training state of a discrete-time objective, whose losses are part of it."""
 
-    flags = ['--cbase=4', '--precond=iddpm', '--objective=hybrid', '--diffusion=cosine:steps=20', '--timesteps=second_moment']
+    flags = ['--cbase=4', '--cres=1', '--precond=iddpm', '--objective=hybrid', '--diffusion=cosine:steps=20', '--timesteps=second_moment']
 
 
 class StateAsNetwork(Torch):
@@ -281,17 +283,17 @@ class Pickle(Kind):
     def prepare(self, folder):
         self.sound = [edm_pickle.snapshot(build({**SONG, 'units': None}), folder / 'marker', protocol=protocol, old_torch=protocol == 3)
                       for protocol in (3, 4)]
+        self.tokens = [mutators.tokens(data) for data in self.sound]
         self.path = folder / 'network-snapshot-000001.pkl'
         self.path.write_bytes(self.sound[0])
 
     def damage(self, draws):
-        data = pick(self.sound, draws)
         kind = draws.random()
         if kind < 0.3:
-            return mutate(data, draws)
+            return mutate(pick(self.sound, draws), draws)
         evil = [*EVIL, *(data[2:] for data in edm_pickle.bombs().values() if len(data) < 2000)]
         if kind < 0.9:
-            return mutators.damage_pickle(data, draws, evil)
+            return mutators.damage_pickle(pick(self.tokens, draws), draws, evil)
         return pickle.dumps(mutators.damage_tree({'ema': [1]}, draws, deep=False), protocol=4)
 
     def read(self):
@@ -330,7 +332,8 @@ class Options(Kind):
         self.run, self.out = folder / 'run', folder / 'out'
         self.out.mkdir()
         self.ref = self.run / 'network-snapshot-000001'
-        save_network(build(SONG), self.ref)
+        self.net = build(SONG)
+        save_network(self.net, self.ref)
         self.options = to_json(tiny.options(folder))
         self.old = json.loads((GOLDEN / 'version_0.1.0' / 'mix' / 'options.json').read_text())
         self.result = {'fid_score': 3.5, 'num_images': 50_000, 'reference': {'num_images': 5, 'split': 'train', 'sha256': '0' * 64},
@@ -347,7 +350,7 @@ class Options(Kind):
         (self.run / 'network-snapshot-000001.fid.json').write_bytes(texts[1])
 
     def read(self):
-        publish.fill(str(self.out), load_network(self.ref), str(self.ref))
+        publish.fill(str(self.out), self.net, str(self.ref))
         from_json(load.read_json(self.run / 'options.json'))
 
 
@@ -413,3 +416,29 @@ def use(net):
     """A network that was loaded must also work: one evaluation, one digest."""
     net(torch.zeros(1, net.img_channels, *misc.height_width(net.img_resolution)), torch.tensor(1.0))
     misc.state_digest(net)
+
+
+ALL = [Averages, Diffusers, DiscreteState, FromHub, OldWeights, Options, Pickle, SingleFile, Snapshot, State, StateAsNetwork,
+       StatisticsFile]
+
+
+def judge(log, *args):
+    """hostile.main() in a process that was forked for it; what it prints goes to the file `log`."""
+    with open(log, 'wb') as out:
+        os.dup2(out.fileno(), 1)
+    hostile.main(args)
+
+
+class SomeOfAll:
+    """Kinds of which each has something of its own; those that cost little come more often."""
+
+    often = {Averages: 1, Options: 2, Snapshot: 4, State: 1, StateAsNetwork: 1, StatisticsFile: 4}
+
+    def __init__(self, folder):
+        self.kinds = []
+        for kind, count in self.often.items():
+            (Path(folder) / kind.__name__).mkdir()
+            self.kinds += count * [kind(Path(folder) / kind.__name__)]
+
+    def __call__(self, draws):
+        return pick(self.kinds, draws)(draws)

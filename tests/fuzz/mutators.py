@@ -3,7 +3,6 @@
 
 Every function takes a NumPy generator and returns something new; the same state of the generator gives the same damage."""
 
-import copy
 import io
 import json
 import pickle
@@ -116,9 +115,11 @@ def tokens(data):
     return [data[first:last] for first, last in zip(places, places[1:])]
 
 
-def damage_pickle(data, draws, evil=()):
-    """Opcodes taken out, doubled, exchanged, put in; numbers, texts and globals replaced. evil: whole pickles to put in."""
-    parts = tokens(data)
+def damage_pickle(parts, draws, evil=()):
+    """The tokens of a pickle as bytes, with opcodes taken out, doubled, exchanged, put in; numbers, texts and globals replaced.
+
+    evil: whole pickles to put in."""
+    parts = list(parts)
     for _ in range(int(draws.integers(1, 4))):
         i, j, kind = int(draws.integers(len(parts))), int(draws.integers(len(parts))), int(draws.integers(8))
         if kind == 0 and len(parts) > 1:
@@ -218,7 +219,7 @@ def damage_tree(tree, draws, count=None, deep=True, below=()):
     """Values replaced by strange ones, keys missing, renamed and added, parts exchanged, in a copy; tuples become lists.
 
     deep: whether nesting beyond Python's stack is among the damage. below: a path; only what lies in it is damaged."""
-    tree = copy.deepcopy(_lists(tree))
+    tree = _lists(tree)
     rounds = count or int(draws.integers(1, 3))
     for number in range(rounds):
         places = [path for path in paths(tree) if path[:len(below)] == below]
@@ -244,7 +245,7 @@ def _damage_item(holder, key, draws, deep):
         holder[pick(['extra', 0, 10 ** 20, 'nimg', '\x00'], draws)] = strange(1, draws)
     elif kind == 3:
         other = holder[pick(list(holder) if isinstance(holder, dict) else range(len(holder)), draws)]
-        holder[key] = copy.deepcopy(other)
+        holder[key] = _lists(other)
     elif kind == 4 and deep and draws.random() < 0.3:
         holder[key] = nested(pick([70, 900, DEEP], draws), draws)
     elif isinstance(old, torch.Tensor):
