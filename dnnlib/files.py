@@ -10,7 +10,7 @@ import shutil
 import tempfile
 import uuid
 
-from dnnlib.util import UserError
+from dnnlib.util import UserError, one_line
 
 # ----------------------------------------------------------------------------------------------------
 # Whole or not at all: what is under way has a name that begins with a dot
@@ -56,6 +56,10 @@ def new_folder(dest, over='nothing'):
 # ----------------------------------------------------------------------------------------------------
 # JSON
 
+MAX_JSON = 2 ** 31  # bytes; classes, levels and limits of 15 million images take 1.6e9
+TOO_LARGE = f'{{}}: larger than the {MAX_JSON} bytes of JSON that are read'
+
+
 
 def write_json(path, value, null=False):
     """Writes a file that holds JSON alone. null: whether nan and infinity become null; otherwise they raise ValueError."""
@@ -66,24 +70,44 @@ def write_json(path, value, null=False):
 
 def read_json(path):
     """The object in a JSON file. Raises UserError, in one line, where it holds anything else."""
+    return _object(read_value(path), path)
+
+
+def read_value(path, name=None):
+    """The value in a JSON file, of whatever kind; `name` is what errors call it. Raises UserError."""
+    name = name or path
     try:
         with open(path, 'rb') as f:
-            return json_object(f.read(), path)
+            if os.fstat(f.fileno()).st_size > MAX_JSON:
+                raise UserError(TOO_LARGE.format(name))
+            return json_value(f.read(), name)
     except OSError as err:
-        raise UserError(f'{path}: {err.strerror or err}') from None
+        raise UserError(f'{name}: {err.strerror or err}') from None
 
 
 def json_object(data, name):
     """The object in JSON text or bytes; `name` is what errors call them."""
+    return _object(json_value(data, name), name)
+
+
+def json_value(data, name):
+    """The value in JSON text or bytes, whoever made them. Raises UserError, in one line."""
+    if len(data) > MAX_JSON:
+        raise UserError(TOO_LARGE.format(name))
     try:
-        found = json.loads(data)
-    except ValueError as err:
-        raise UserError(f'{name}: not a JSON file: {err}') from None
+        return json.loads(data)
     except RecursionError:
-        raise UserError(f'{name}: not a JSON file that can be read: it is nested too deeply') from None
-    if not isinstance(found, dict):
-        raise UserError(f'{name}: expected a JSON object, got {type(found).__name__}')
-    return found
+        raise UserError(f'{name}: not JSON that is read: its lists or objects are nested too deep') from None
+    except MemoryError:
+        raise UserError(f'{name}: its {len(data)} bytes of JSON need more memory than there is') from None
+    except ValueError as err:
+        raise UserError(f'{name}: not a JSON file: {one_line(err)}') from None
+
+
+def _object(value, name):
+    if not isinstance(value, dict):
+        raise UserError(f'{name}: expected a JSON object, got {type(value).__name__}')
+    return value
 
 
 def finite(value):

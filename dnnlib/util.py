@@ -5,19 +5,16 @@ import os
 import sys
 import threading
 
+LONGEST = 4000  # characters of an error: names in files that others made may be of any length
+
 
 class UserError(Exception):
     """A mistake of the user or a file that cannot be used, told in one line: what was given, what is allowed, what to do.
 
-    The command line shows it without a traceback and ends with exit code 1. What came from a file or the command line stays within the
-    line: control characters are written as escapes, and of a very long message the middle is left out."""
-
-    LONGEST = 1600  # characters
+    The command line shows it without a traceback and ends with exit code 1."""
 
     def __init__(self, message):
-        message = ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in str(message))
-        if len(message) > self.LONGEST:
-            message = f'{message[:self.LONGEST // 2]} ... {message[-self.LONGEST // 4:]}'
+        message = printable(message if len(message) <= LONGEST else f'{message[:LONGEST]}...')
         super().__init__(message)
         self.message = message
 
@@ -162,6 +159,11 @@ def format_time(seconds):
     if s < 86400:
         return f'{s // 3600}h {s // 60 % 60:02}m'
     return f'{s // 86400}d {s // 3600 % 24:02}h'
+
+
+def printable(text):
+    """Text with escapes in place of line ends and control characters, which names of files and members may hold."""
+    return text if text.isprintable() else ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def one_line(err, last=False):

@@ -30,16 +30,17 @@ STORAGES = {'DoubleStorage': torch.float64, 'FloatStorage': torch.float32, 'Half
             'CharStorage': torch.int8, 'ByteStorage': torch.uint8, 'BoolStorage': torch.bool}
 
 
-def read(path, what='a file of tensors', hint='', option='', mapped=False):
+def read(path, what='a file of tensors', hint='', option='', mapped=False, checksums=True):
     """What a file of torch.save holds, tensors on the CPU: dicts (keys are text or whole numbers), lists, tuples and plain values.
 
     what, hint, option: for errors: what the file should be, what to do, and who named it, such as "--weights=". mapped: the tensors are
     the file's own pages, which cost nothing until they are looked at, and are good only while the file stays as it is; otherwise they
-    have memory of their own. Tensors that shared memory share it again. Raises UserError, in one line, for anything else than such a
-    file, for files that are cut off or damaged (by their CRC-32), and for tensors that the file cannot hold."""
+    have memory of their own. Tensors that shared memory share it again. checksums: whether the CRC-32 of the tensors is compared; that of
+    the values always is. Raises UserError, in one line, for anything else than such a file, for files that are cut off or damaged, and
+    for tensors that the file cannot hold."""
     try:
         with open(path, 'rb') as f:
-            return Reader(f, mapped).tree()
+            return Reader(f, mapped, checksums).tree()
     except FileNotFoundError:
         raise UserError(f'{option}{path}: no such file') from None
     except Refused as err:
@@ -51,8 +52,8 @@ def read(path, what='a file of tensors', hint='', option='', mapped=False):
 class Reader:
     """One file. Nothing that it makes is larger than the file, or larger together."""
 
-    def __init__(self, file, mapped):
-        self.mapped, self.limits = mapped, Limits(MAX_STEPS)
+    def __init__(self, file, mapped, checksums):
+        self.mapped, self.checksums, self.limits = mapped, checksums, Limits(MAX_STEPS)
         self.left = os.fstat(file.fileno()).st_size  # bytes of tensors that there can be
         self.storages = {}  # name of the record -> 1-D tensor
         if not self.left:
@@ -84,8 +85,8 @@ class Reader:
         if end[:4] != b'PK\x05\x06' or size > MAX_DIRECTORY:
             raise Refused('is no whole zip file, which torch.save writes')
 
-    def record(self, name):
-        """The bytes of a record, as a view of the file; their CRC-32 is right."""
+    def record(self, name, checksum=True):
+        """The bytes of a record, as a view of the file."""
         info = self.members.get(self.prefix + name)
         if info is None:
             raise Refused(f'lacks the record {ascii(name[:50])}')
@@ -99,7 +100,7 @@ class Reader:
         found = self.data[start:start + info.file_size]
         if len(found) != info.file_size:
             raise Refused('is cut off, or claims more bytes than it has')
-        if zlib.crc32(found) != info.CRC:
+        if checksum and zlib.crc32(found) != info.CRC:
             raise Refused(f'is damaged: the CRC-32 of the record {ascii(name[:50])} is wrong')
         return found
 
@@ -160,7 +161,7 @@ class Reader:
         if dtype is None or type(count) is not int:
             raise Refused('is damaged (a storage of an unknown form)')
         if name not in self.storages:
-            found = self.record(f'data/{name}')
+            found = self.record(f'data/{name}', self.checksums)
             self.left -= len(found)
             if self.left < 0:
                 raise Refused('holds tensors that are larger than the file')

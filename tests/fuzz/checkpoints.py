@@ -28,7 +28,7 @@ from training.checkpoints import diffusers, load, posthoc, publish
 from training.checkpoints.load import load_network
 from training.checkpoints.save import save_network
 from training.networks import preconditioning
-from training.run import states
+from training.run import schema
 from training.run.config import from_json, to_json
 
 SONG = {'img_resolution': 8, 'img_channels': 1, 'model_type': 'SongUNet', 'model_channels': 4, 'channel_mult': [1, 2], 'num_blocks': 1,
@@ -179,7 +179,7 @@ class State(Torch):
         state = checkpoint.load(self.path)
         told = to_json(from_json(state['options']))
         if not checkpoint.differences(told, to_json(self.run.config)):
-            self.run.restore(states.checked(state, self.run, self.path), str(self.path))
+            self.run.restore(schema.checked(state, self.run, self.path), str(self.path))
             self.run.step()
             self.digest = self.state_digest()
 

@@ -9,7 +9,7 @@ import torch
 from dnnlib import UserError
 from tests.support import tiny
 from torch_utils import tensor_file
-from training.run import states
+from training.run import schema
 from training.run.config import OptimizerConfig
 
 
@@ -32,7 +32,7 @@ def refused(found, change):
     before = tiny.digest([run.net.state_dict(), run.ema.state_dict(), run.optimizer.state_dict(), dict(run.progress)])
     change(state)
     with pytest.raises(UserError, match='^here.pt: cannot be continued from: .*; is it damaged?') as error:
-        states.checked(state, run, 'here.pt')
+        schema.checked(state, run, 'here.pt')
     assert tiny.digest([run.net.state_dict(), run.ema.state_dict(), run.optimizer.state_dict(), dict(run.progress)]) == before
     assert error.value.message.isprintable()
     return error.value.message
@@ -59,9 +59,17 @@ def drop(*path):
 
 def test_a_sound_state_is_taken_as_it_is(found):
     run, state = found
-    taken = states.checked(state, run, 'here.pt')
+    taken = schema.checked(state, run, 'here.pt')
     assert tiny.digest({**taken, 'optimizer': None}) == tiny.digest({**state, 'optimizer': None})
     assert tiny.digest(taken['optimizer']['state']) == tiny.digest(state['optimizer']['state'])
+
+
+def test_a_state_within_a_tick(found):
+    """Where the tick began, what is left to do of it, and what was gathered in it so far."""
+    run, state = found
+    state = {**state, 'progress': {**state['progress'], 'tick_nimg': 16, 'pending': ['snapshot', 'state']},
+             'stats': [{'sums': {'x': torch.zeros(3).double()}, 'tables': {'y': [['a', 'b'], torch.zeros(2, 3).double()]}}]}
+    assert schema.checked(state, run, 'here.pt')['progress']['pending'] == ['snapshot', 'state']
 
 
 def test_hyperparameters_are_the_runs_own(found):
@@ -70,13 +78,13 @@ def test_hyperparameters_are_the_runs_own(found):
     state = copy.deepcopy(state)
     state['optimizer']['param_groups'][0].pop('eps')
     state['optimizer']['param_groups'][0]['betas'] = 'none'
-    (group,) = states.checked(state, run, 'here.pt')['optimizer']['param_groups']
+    (group,) = schema.checked(state, run, 'here.pt')['optimizer']['param_groups']
     assert group['eps'] == 1e-8 and tuple(group['betas']) == (0.9, 0.999)
 
 
 def test_a_state_before_the_first_step_has_no_moments(found):
     run, state = found
-    assert states.checked({**state, 'optimizer': {**state['optimizer'], 'state': {}}}, run, 'here.pt')['optimizer']['state'] == {}
+    assert schema.checked({**state, 'optimizer': {**state['optimizer'], 'state': {}}}, run, 'here.pt')['optimizer']['state'] == {}
 
 
 @pytest.mark.parametrize('name', ['nimg', 'step', 'tick', 'log_bytes', 'seconds'])
@@ -99,6 +107,12 @@ def test_counts(found, name, value):
     (put('progress', 'stream', 'cursor', value=31), '32 pairs used of 31 passed'),
     (put('progress', 'stream', 'used', value=16), 'contradicts itself: 32 images in 2 steps of 16, 16 pairs used'),
     (put('progress', 'step', value=3), 'contradicts itself'),
+    (put('progress', 'tick_nimg', value=48), '"progress.tick_nimg" must not be above "progress.nimg", got 48'),
+    (put('progress', 'tick_nimg', value='x'), '"progress.tick_nimg" must be a whole number'),
+    (put('progress', 'pending', value=['state', 'exec']), '"progress.pending" must be a list of validate, snapshot, measure, state'),
+    (put('stats', value={}), '"stats" must be a list'),
+    (put('stats', value=[{'sums': {'x': torch.zeros(3)}, 'tables': {}}]), '"stats" holds other things than sums and tables'),
+    (put('stats', value=[{'sums': {}, 'tables': {'x': [['a'], torch.zeros(2, 3).double()]}}]), '"stats" holds other things'),
     (put('net', value=3), '"net": expected a state dict'),
     (put('net', 'extra', value=torch.zeros(1)), '"net": the weights do not fit the config: extra is unknown'),
     (put('net', 'x\n\x1b[31m', value=torch.zeros(1)), r'x\n\x1b[31m is unknown'),
@@ -138,5 +152,5 @@ def test_own_sampling_of_the_network_is_looked_at(found):
 
 def test_an_example_has_what_the_optimizer_remembers():
     for kind in ('adam', 'adamw:weight_decay=0.1'):
-        example, param = states.example(OptimizerConfig(kind=kind))
+        example, param = schema.example(OptimizerConfig(kind=kind))
         assert {name: value.shape for name, value in example.items()} == {'step': (), 'exp_avg': param.shape, 'exp_avg_sq': param.shape}

@@ -11,6 +11,7 @@ from training.run.build import build_optimizer
 from training.sampling.options import own_sampling
 
 MOST = 2 ** 53  # of counts: what JSON and float64 hold exactly
+PENDING = ('validate', 'snapshot', 'measure', 'state')  # what can be left to do of a tick
 
 
 def checked(state, run, path):
@@ -28,6 +29,7 @@ def checked(state, run, path):
             check_module(average.module, state['ema'][name], f'ema.{name}')
         check_module(run.objective, state['objective'], 'objective')
         check_optimizer(state['optimizer'], run)
+        check_stats(state.get('stats', []))
         own_sampling(run.net)  # which came with the state, and is needed only at the next grid of samples
     except UserError as err:
         raise UserError(f'{path}: cannot be continued from: {err.message}; is it damaged? Continue from an older state') from None
@@ -45,6 +47,13 @@ def check_progress(progress, batch):
     _check_dict(stream, 'progress.stream')
     for name in ('cursor', 'used'):
         _check_count(stream, name, 'progress.stream')
+    if progress.get('tick_nimg') is not None:
+        _check_count(progress, 'tick_nimg', 'progress')
+        if progress['tick_nimg'] > progress['nimg']:
+            raise UserError(f'"progress.tick_nimg" must not be above "progress.nimg", got {progress["tick_nimg"]}')
+    pending = progress.get('pending', [])
+    if not isinstance(pending, list) or not all(name in PENDING for name in pending):
+        raise UserError(f'"progress.pending" must be a list of {", ".join(PENDING)}, got {_shown(pending)}')
     scale = progress.get('loss_scale')
     if not isinstance(scale, list | tuple) or len(scale) != 2:
         raise UserError(f'"progress.loss_scale" must be two numbers, got {_shown(scale)}')
@@ -87,6 +96,20 @@ def check_optimizer(found, run):
         for name, value in expected.items():
             like = params[index].shape if torch.is_tensor(value) and value.shape == probe.shape else None
             _check_moment(entry.get(name), value, like, f'{where}.{name}')
+
+
+def check_stats(stats):
+    """Refuses what training_stats.Collector.state() of no rank gave."""
+    if not isinstance(stats, list):
+        raise UserError(f'"stats" must be a list, got {_shown(stats)}')
+    moments = lambda value, rows: torch.is_tensor(value) and value.dtype == torch.float64 and list(value.shape) == [*rows, 3]
+    table = lambda value: (isinstance(value, list) and len(value) == 2 and isinstance(value[0], list)
+                           and all(isinstance(label, str) for label in value[0]) and moments(value[1], [len(value[0])]))
+    for found in stats:
+        parts = [found.get(key) for key in ('sums', 'tables')] if isinstance(found, dict) else [None, None]
+        if not (all(isinstance(part, dict) and all(isinstance(name, str) for name in part) for part in parts)
+                and all(moments(value, []) for value in parts[0].values()) and all(map(table, parts[1].values()))):
+            raise UserError('"stats" holds other things than sums and tables of what was reported')
 
 
 def example(config):
