@@ -4,17 +4,24 @@
 python train.py --outdir=runs --data=cifar.zip --sigma=0.2 --corruption_probability=0.9
 torchrun --standalone --nproc_per_node=8 train.py --outdir=runs --data=cifar.zip --sigma=0.2 --corruption_probability=0.9"""
 
+import contextlib
 import functools
 import importlib.util
 import json
 import os
+import re
+import threading
 import time
 import traceback
+import uuid
 
 import click
+import numpy as np
+import PIL.Image
 import torch
 
 from dnnlib import EasyDict, Logger, UserError
+from dnnlib.files import read_json, write_json
 from metrics.detectors import DETECTORS
 from metrics.evaluate import METRICS
 from torch_utils import checkpoint, distributed, misc, registry
@@ -36,6 +43,7 @@ from training.objective.weighting import WEIGHTS
 from training.run import folder, states
 from training.run.build import build_objective
 from training.run.config import from_json, to_json
+from training.run.mirrors import Mirrors
 from training.run.optimizer import LR_SCHEDULES, OPTIMIZERS
 from training.run.options import DIFFUSION, PREDICTION, configure
 from training.run.stopping import STOPPED, Requests, Signals, Stop
@@ -184,8 +192,8 @@ COUNT, WHOLE = click.IntRange(min=1), click.IntRange(min=0)
 @click.option('--metrics-detector', type=Spec(DETECTORS), default='inception', show_default=True, help='Where features come from')
 @click.option('--transfer', metavar='REF', help='Start from the weights of a network: snapshot folder, .pt state, Hugging Face name')
 @click.option('--resume', metavar='latest|PT', help='Continue exactly: the newest state of this run under --outdir, or this state file')
-@click.option('--tensorboard', is_flag=True, help='Mirror the statistics to TensorBoard, in the run\'s folder')
-@click.option('--wandb', metavar='PROJECT', help='Mirror the statistics to Weights & Biases')
+@click.option('--tensorboard', is_flag=True, help='Mirror statistics and samples to TensorBoard, in the run\'s folder')
+@click.option('--wandb', metavar='PROJECT', help='Mirror statistics and samples to Weights & Biases')
 @click.option('-n', '--dry-run', is_flag=True, help='Print the configuration, and write nothing')
 @version_option
 def main(**options):
@@ -279,11 +287,11 @@ def launch(config, o, place):
 def train_in(run_dir, config, o, state, state_path, requests):
     """training_loop, with a log on rank 0."""
     if distributed.rank() != 0:
-        training_loop(config, run_dir, distributed.device(), (), None, state_path, requests)
+        training_loop(config, run_dir, distributed.device(), None, None, state_path, requests)
         return
-    writers = open_writers(o, run_dir, config)
-    with Logger(os.path.join(run_dir, folder.LOG)):
-        training_loop(config, run_dir, distributed.device(), writers, state, state_path, requests)
+    mirrors = open_mirrors(o, run_dir, config, state['progress']['nimg'] if state else 0)
+    with Logger(os.path.join(run_dir, folder.LOG)), contextlib.closing(mirrors):
+        training_loop(config, run_dir, distributed.device(), mirrors, state, state_path, requests)
         print(f'Done: {run_dir}', flush=True)
 
 
@@ -327,18 +335,121 @@ def folder_name(config, o):
     return o.expr_id or '-'.join(filter(None, parts))
 
 
-def open_writers(o, run_dir, config):
-    """Callables (fields, nimg) that mirror stats.jsonl elsewhere."""
-    writers = []
+def open_mirrors(o, run_dir, config, nimg):
+    """The Mirrors that the options ask for. nimg: where the run stands, 0 at its start. Nothing is opened before the first line."""
+    mirrors = {}
     if o.tensorboard:
-        from torch.utils.tensorboard import SummaryWriter
-        board = SummaryWriter(run_dir)
-        writers.append(lambda fields, nimg: [board.add_scalar(k, v, nimg) for k, v in fields.items() if v is not None] and board.flush())
+        mirrors['--tensorboard'] = TensorBoard(run_dir, nimg)
     if o.wandb:
+        mirrors['--wandb'] = WeightsAndBiases(o.wandb, run_dir, config, nimg)
+    return Mirrors(mirrors)
+
+
+class TensorBoard:
+    """Event files in the run's folder: one curve, however often the run was continued.
+
+    nimg: where the run stands: what an earlier process wrote of later steps is dropped when the files are read."""
+
+    def __init__(self, run_dir, nimg):
+        self.run_dir, self.first, self._board = run_dir, nimg + 1, None
+
+    def scalars(self, fields, nimg):
+        self._write(nimg, lambda board: [board.add_scalar(name, value, nimg) for name, value in fields.items()])
+
+    def picture(self, path, nimg):
+        with PIL.Image.open(path) as picture:
+            pixels = np.array(picture)
+        self._write(nimg, lambda board: board.add_image('samples', pixels, nimg, dataformats='HW' if pixels.ndim == 2 else 'HWC'))
+
+    def close(self):
+        if self._board is not None:
+            self._board.close()
+            self._board = None
+
+    def _write(self, nimg, write):
+        """Writes and flushes; after an error a new file is begun the next time, because the old one may end in the middle of a record."""
+        try:
+            if self._board is None:
+                from torch.utils.tensorboard import SummaryWriter
+                hush_tensorboard()
+                self._board = SummaryWriter(self.run_dir, purge_step=self.first)
+            write(self._board)
+            self._board.flush()
+            self.first = nimg + 1
+        except Exception:
+            with contextlib.suppress(Exception):
+                self.close()
+            self._board = None
+            raise
+
+
+def hush_tensorboard():
+    """Its thread prints a traceback when it cannot write; the next call raises the same error, which is told in one line."""
+    show = threading.excepthook
+    if not getattr(show, 'is_hushed', False):
+        def hushed(args):
+            if not type(args.thread).__module__.startswith('tensorboard.'):
+                show(args)
+        hushed.is_hushed = True
+        threading.excepthook = hushed
+
+
+class WeightsAndBiases:
+    """A run of this project, whose id is kept in the run's folder: a continued run continues it. The x axis is nimg.
+
+    nimg: where the run stands. Lines up to where the server is already, of a process that came farther, are passed over: its steps can
+    only grow, and those lines are the same."""
+
+    ID = 'wandb.json'
+
+    def __init__(self, project, run_dir, config, nimg):
+        self.project, self.run_dir, self.config, self.nimg = project, run_dir, config, nimg
+        self._run, self._tried = None, False
+
+    def scalars(self, fields, nimg):
+        self._log(fields, nimg)
+
+    def picture(self, path, nimg):
+        self._log({'samples': str(path)}, nimg, pictures=True)
+
+    def close(self):
+        if self._run is not None:
+            run, self._run = self._run, None
+            run.finish()
+
+    def _log(self, fields, nimg, pictures=False):
+        run = self._open()
+        if run is None or self.nimg < nimg < self._start:
+            return
+        if pictures:
+            import wandb
+            fields = {name: wandb.Image(path) for name, path in fields.items()}
+        run.log({**fields, 'nimg': nimg}, step=max(nimg, self._start))
+
+    def _open(self):
+        """The run on the server; None where an earlier attempt failed: each may take minutes."""
+        if self._tried:
+            return self._run
+        self._tried = True
         import wandb
-        project = wandb.init(project=o.wandb, name=os.path.basename(run_dir), dir=run_dir, config=to_json(config))
-        writers.append(lambda fields, nimg: project.log({**fields, 'nimg': nimg}))
-    return writers
+        run = wandb.init(project=self.project, id=self._id(), resume='allow', name=os.path.basename(self.run_dir), dir=self.run_dir,
+                         config=to_json(self.config), allow_val_change=True)
+        run.define_metric('nimg')
+        run.define_metric('*', step_metric='nimg')
+        self._start = int(getattr(run, 'starting_step', 0) or 0)  # the first step that the server takes
+        self._run = run
+        return run
+
+    def _id(self):
+        path = os.path.join(self.run_dir, self.ID)
+        if os.path.exists(path):
+            found = read_json(path).get('id')
+            if not isinstance(found, str) or not re.fullmatch(r'[\w-]{1,64}', found):
+                raise UserError(f'{path}: holds no id of a run; remove it to begin a new one')
+            return found
+        found = uuid.uuid4().hex
+        write_json(path, {'id': found})
+        return found
 
 
 if __name__ == '__main__':

@@ -3,6 +3,6 @@
 
 from dnnlib.download import open_url
 from dnnlib.files import replacing
-from dnnlib.util import EasyDict, Logger, UserError, format_time, one_line
+from dnnlib.util import EasyDict, Logger, UserError, append_line, format_time, one_line
 
-__all__ = ['EasyDict', 'Logger', 'UserError', 'format_time', 'one_line', 'open_url', 'replacing']
+__all__ = ['EasyDict', 'Logger', 'UserError', 'append_line', 'format_time', 'one_line', 'open_url', 'replacing']

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """EasyDict, a console that is also a log file, errors and durations for people."""
 
+import os
 import sys
+import threading
 
 LONGEST = 4000  # characters of an error: names in files that others made may be of any length
 
@@ -36,13 +38,15 @@ class EasyDict(dict):
 
 
 class Logger:
-    """Duplicates stdout and stderr into a file while the context is open; the file is appended to, so that a resumed run has one log."""
+    """Duplicates stdout and stderr into a file while the context is open; the file is appended to, so that a resumed run has one log.
+
+    Printing never fails for the file's sake: see LogFile. Safe in threads."""
 
     def __init__(self, path):
         self.path = path
 
     def __enter__(self):
-        self._file = open(self.path, 'a', encoding='utf-8')  # noqa: SIM115 (lives as long as the context)
+        self._file = LogFile(self.path)
         self._streams = sys.stdout, sys.stderr
         sys.stdout, sys.stderr = (_Tee(stream, self._file) for stream in self._streams)
         return self
@@ -51,22 +55,95 @@ class Logger:
         sys.stdout, sys.stderr = self._streams
         self._file.close()
 
+    def note(self, text):
+        """Writes a line into the file alone, at once."""
+        self._file.write(f'{text}\n')
+
+
+class LogFile:
+    """Text appended to a file, in UTF-8; write() and flush() never raise.
+
+    What cannot be written (a full disk) is kept, up to KEPT bytes, and comes first at the next write that works; of what was said
+    beyond that, a line tells how much it was."""
+
+    KEPT = 1 << 20
+
+    def __init__(self, path):
+        self._fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        self._lock = threading.RLock()  # a signal handler may print while its own thread prints
+        self._waiting, self._dropped, self._reason = bytearray(), 0, ''
+
+    def write(self, text):
+        """Takes text; what ends a line is in the file when this returns, if that can be."""
+        data = text.encode('utf-8', 'backslashreplace')
+        with self._lock:
+            if self._dropped:
+                self._drain()
+            if self._dropped or len(self._waiting) + len(data) > self.KEPT:
+                self._dropped += len(data)
+            else:
+                self._waiting += data
+            if b'\n' in data:
+                self._drain()
+
+    def flush(self):
+        """Writes what waits, if that can be."""
+        with self._lock:
+            self._drain()
+
+    def close(self):
+        """Writes what waits, if that can be; whatever is said afterwards goes nowhere."""
+        with self._lock:
+            self._drain()
+            if self._fd is not None:
+                os.close(self._fd)
+            self._fd = None
+
+    def _drain(self):
+        if self._write_out() and self._dropped:
+            self._waiting += f'\n[{self._dropped} bytes of output are missing here: {self._reason}]\n'.encode()
+            self._dropped = 0
+            self._write_out()
+
+    def _write_out(self):
+        """Whether nothing is waiting any more."""
+        try:
+            while self._waiting and self._fd is not None:
+                del self._waiting[:os.write(self._fd, self._waiting)]
+        except OSError as err:
+            self._reason = one_line(err.strerror or err)
+        return not self._waiting
+
+
+def append_line(path, text):
+    """Appends a line to a file, whatever other processes and threads write there; returns whether that could be done, and never raises."""
+    data = memoryview(f'{text}\n'.encode('utf-8', 'backslashreplace'))
+    try:
+        fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        try:
+            while data:
+                data = data[os.write(fd, data):]
+        finally:
+            os.close(fd)
+    except OSError:
+        return False
+    return True
+
 
 class _Tee:
-    """A text stream that also writes to a file. Lines that rewrite themselves (progress bars) stay out of the file."""
+    """A text stream that also writes to a LogFile. Lines that rewrite themselves (progress bars) stay out of the file."""
 
     def __init__(self, stream, file):
         self._stream, self._file = stream, file
 
     def write(self, text):
-        self._stream.write(text)
         if '\r' not in text:
-            self._file.write(text)
-        return len(text)
+            self._file.write(text)  # before a terminal that is gone raises
+        return self._stream.write(text)
 
     def flush(self):
-        self._stream.flush()
         self._file.flush()
+        self._stream.flush()
 
     def __getattr__(self, name):
         return getattr(self._stream, name)

@@ -2,7 +2,10 @@
 """Mean and covariance of features, gathered batch by batch and rank by rank in float64, and the .npz files that hold them."""
 
 import dataclasses
+import math
 import os
+import tokenize
+import zipfile
 
 import numpy as np
 import torch
@@ -100,13 +103,17 @@ def load_statistics(path, name=None, features=True):
     found = _read_arrays(path, name, {'mu', 'sigma', *FACTS} - (set() if features else {'features'}))
     if not {'mu', 'sigma'} <= found.keys():
         raise UserError(f'{name}: has no mu and sigma; images go with --ref-path, statistics are made by "ref"')
+    for key, value in found.items():
+        kinds, what = KINDS.get(key, ('U', 'text'))
+        if value.dtype.kind not in kinds or value.ndim != DIMS.get(key, 0):
+            raise UserError(f'{name}: "{key}" must be {what}, got {value.dtype} {list(value.shape)}')
     mean, cov = (np.asarray(found.pop(key), dtype=np.float64) for key in ('mu', 'sigma'))
-    if mean.ndim != 1 or cov.shape != (len(mean), len(mean)):
+    if not len(mean) or cov.shape != (len(mean), len(mean)):
         raise UserError(f'{name}: mu {list(mean.shape)} and sigma {list(cov.shape)} do not fit together')
     if not (np.isfinite(mean).all() and np.isfinite(cov).all()):
         raise UserError(f'{name}: mu or sigma is not finite')
     rows = found.pop('features', None)
-    if rows is not None and (rows.ndim != 2 or rows.shape[1] != len(mean)):
+    if rows is not None and rows.shape[1] != len(mean):
         raise UserError(f'{name}: features {list(rows.shape)} and mu {list(mean.shape)} do not fit together')
     facts = {key: value.tolist() for key, value in found.items()} | {'features': rows}
     if 'shape' in facts:
@@ -119,10 +126,31 @@ def _read_arrays(path, name, keys):
     if not os.path.isfile(path):
         raise UserError(f'{name}: no such file')
     try:
-        with np.load(path, allow_pickle=False) as data:
-            return {key: data[key] for key in data.files if key in keys}
-    except (*DAMAGE, TypeError, AttributeError) as err:
+        with zipfile.ZipFile(path) as archive:
+            members = {info.filename.removesuffix('.npy'): info for info in archive.infolist() if info.filename.endswith('.npy')}
+            return {key: _read_array(archive, info) for key, info in members.items() if key in keys}
+    except (*DAMAGE, TypeError, AttributeError, LookupError, OverflowError, RecursionError, RuntimeError, tokenize.TokenError) as err:
         raise UserError(f'{name}: not a readable .npz of statistics ({one_line(err)})') from None
 
 
+def _read_array(archive, info):
+    """The array of a member. Raises ValueError, before memory is taken, where it claims to be larger than what it is read from."""
+    if info.file_size > MOST_DEFLATED * info.compress_size + 2 ** 26:
+        raise ValueError(f'{info.filename} claims to be {info.file_size} bytes, packed in {info.compress_size}')
+    with archive.open(info) as f:
+        version = np.lib.format.read_magic(f)
+        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, fortran, dtype = read_header(f)
+        size = math.prod(shape) * dtype.itemsize
+        if dtype.hasobject or min(shape, default=1) < 0 or size != info.file_size - f.tell():
+            raise ValueError(f'{info.filename} claims {dtype} {list(shape)} and has {info.file_size - f.tell()} bytes')
+        values = np.frombuffer(f.read(), dtype).copy()  # writable
+    return values.reshape(shape[::-1]).T if fortran else values.reshape(shape)
+
+
+MOST_DEFLATED = 100  # bytes that one byte of a large compressed member may stand for; of real statistics it is less than 2
+NUMBERS = 'fiu', 'an array of numbers'
+KINDS = {'mu': NUMBERS, 'sigma': NUMBERS, 'features': NUMBERS, 'num_images': ('iu', 'a whole number'),
+         'shape': ('iu', 'three whole numbers')}
+DIMS = {'mu': 1, 'sigma': 2, 'features': 2, 'shape': 1}  # of those that are not single values
 FACTS = tuple(field.name for field in dataclasses.fields(Statistics)[2:])

@@ -4,12 +4,12 @@
 import errno
 import os
 import re
-import zipfile
 
 import torch
 
 from dnnlib import UserError
 from dnnlib.files import replacing
+from torch_utils import tensor_file
 
 KEYS = ('options', 'progress', 'net', 'ema', 'optimizer', 'objective')  # and "stats", in states of an unfinished tick
 PATTERN = re.compile(r'training-state-(\d+(?:\.\d+)?)\.pt')
@@ -49,13 +49,13 @@ def _sync_folder(path):
         os.close(folder)
 
 
-def read_tensors(path, what, hint='', option='', mmap=False):
+def read_tensors(path, what, hint='', option=''):
     """What a file of torch.save holds, on the CPU, if that is tensors and plain values; nothing is executed.
 
-    what, hint, option: for errors: what the file should be, what to do, and who named it, such as "--weights=". mmap: tensors are read
-    when they are looked at. Raises UserError."""
+    PyTorch's own reader, for files of others in any of its formats. what, hint, option: for errors: what the file should be, what to do,
+    and who named it, such as "--weights=". Raises UserError."""
     try:
-        return torch.load(path, map_location='cpu', weights_only=True, mmap=mmap)
+        return torch.load(path, map_location='cpu', weights_only=True)
     except FileNotFoundError:
         raise UserError(f'{option}{path}: no such file') from None
     except Exception as err:  # a damaged file may raise almost anything, and what PyTorch says of it does not help
@@ -63,37 +63,21 @@ def read_tensors(path, what, hint='', option='', mmap=False):
         raise UserError(f'{option}{path}: cannot be read as {what} ({reason}){hint}') from None
 
 
-def load(path):
+def load(path, checksums=True):
     """The state dict of a file, its tensors mapped from the file: who keeps one longer than the file may live clones it.
 
-    The CRC-32 of every record of the file, which is a zip, is compared before. Raises UserError where it is no whole state."""
-    check_records(path)
-    return peek(path)
-
-
-def peek(path):
-    """load() without comparing checksums: for what is small, such as state['progress']. Reads next to nothing."""
-    state = read_tensors(path, 'a training state', f'; {WRITTEN}', mmap=True)
+    checksums: whether the CRC-32 of the tensors is compared; without that, next to nothing is read. Raises UserError where it is no
+    whole state."""
+    state = tensor_file.read(path, 'a training state', f'; {WRITTEN}', mapped=True, checksums=checksums)
     missing = [key for key in KEYS if not isinstance(state, dict) or not isinstance(state.get(key), dict)]
     if missing:
         raise UserError(f'{path}: not a training state (lacks {", ".join(missing)}); {WRITTEN}')
     return state
 
 
-def check_records(path):
-    """Raises UserError unless every record of a file of torch.save has the CRC-32 that it was written with."""
-    hint = f'; {WRITTEN}, or an older one'
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-    except FileNotFoundError:
-        raise UserError(f'{path}: no such file') from None
-    except OSError as err:
-        raise UserError(f'{path}: cannot be read as a training state ({err.strerror or err}){hint}') from None
-    except Exception:  # headers that lie
-        raise UserError(f'{path}: cannot be read as a training state (not a whole file of tensors){hint}') from None
-    if damaged:
-        raise UserError(f'{path}: cannot be read as a training state (its record {damaged} is damaged: wrong checksum){hint}')
+def peek(path):
+    """load() for what is small, such as state['progress']."""
+    return load(path, checksums=False)
 
 
 def states(folder):

@@ -18,15 +18,16 @@ class Refused(Exception):
 
 
 class Limits:
-    """What is left of the work and of the text that one file may cost."""
+    """What is left of the work and of the text that one file may cost. steps: of the work."""
 
-    def __init__(self):
-        self.steps, self.text = MAX_STEPS, MAX_TEXT
+    def __init__(self, steps=MAX_STEPS):
+        self.most = self.steps = steps
+        self.text = MAX_TEXT
 
     def step(self):
         self.steps -= 1
         if self.steps < 0:
-            raise Refused(f'takes more than {MAX_STEPS} steps to read')
+            raise Refused(f'takes more than {self.most} steps to read')
 
     def read_text(self, size):
         self.text -= size
@@ -62,11 +63,12 @@ class Machine:
 
     data: a memoryview; bytes are handed out as views of it. words: {(module, name): word} of the globals that it may name.
     record(word, args): what stands for a call. persistent: whether it may refer to things outside, as PyTorch's storages do.
-    Every value was paid for in `limits`; dict keys are text, so that nothing strange is hashed or compared; sets are lists."""
+    keys: types of the keys of dicts. Every value was paid for in `limits`; keys are text, or whole numbers where those are allowed, so
+    that nothing strange is hashed or compared; sets are lists."""
 
-    def __init__(self, data, position, words, limits, record=Record, persistent=False):
+    def __init__(self, data, position, words, limits, record=Record, persistent=False, keys=(str,)):
         self.data, self.position, self.words, self.limits = data, position, words, limits
-        self.record, self.is_persistent = record, persistent
+        self.record, self.is_persistent, self.keys = record, persistent, keys
         self.stack, self.marks, self.memo = [], [], {}
 
     def run(self):
@@ -164,8 +166,8 @@ class Machine:
         self.top(list).extend(values)
 
     def set_items(self, flat):
-        if len(flat) % 2 or not all(type(key) is str for key in flat[::2]):
-            raise Refused('is damaged (a dict whose keys are not text)')
+        if len(flat) % 2 or not all(type(key) in self.keys for key in flat[::2]):
+            raise Refused('is damaged (a dict with keys of the wrong type)')
         self.top(dict).update(zip(flat[::2], flat[1::2]))
 
     def global_on_stack(self):
@@ -183,7 +185,8 @@ class Machine:
 
     def build(self):
         state = self.pop()
-        self.top(Record).state = state
+        if not isinstance(self.top(Record | dict), dict):  # attributes of a dict, which state dicts have, are no part of it
+            self.stack[-1].state = state
 
     def persistent(self):
         if not self.is_persistent:

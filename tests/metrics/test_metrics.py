@@ -2,6 +2,7 @@
 """Statistics, Fréchet distance and the Inception network."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from dnnlib import UserError
 from metrics import frechet, inception
 from metrics.frechet import frechet_distance, half_factor
 from metrics.statistics import Moments, load_statistics, save_statistics
+from tests.fuzz import mutators
 from tests.support import GOLDEN
 from tests.support.formula_weights import KEYS, save_inception_weights
 
@@ -96,6 +98,36 @@ def test_bad_statistics_files(tmp_path, content, message):
     with pytest.raises(UserError, match=message) as caught:
         load_statistics(path)
     assert '\n' not in caught.value.message and 's.npz' in caught.value.message
+
+
+@pytest.mark.parametrize('key, value, words', [
+    ('mu', np.array('x'), '"mu" must be an array of numbers, got <U1 []'), ('sigma', np.zeros(3), '"sigma" must be an array of numbers'),
+    ('features', np.zeros(3), '"features" must be'), ('features', np.zeros([4, 2]), 'features [4, 2] and mu [3] do not fit'),
+    ('detector', np.array(5), '"detector" must be text, got int64 []'), ('source', np.array(['a', 'b']), '"source" must be text'),
+    ('num_images', np.array(1.5), '"num_images" must be a whole number'), ('num_images', np.array('x'), '"num_images"'),
+    ('shape', np.array(5), '"shape" must be three whole numbers'), ('mu', np.array([1j, 0, 0]), '"mu" must be an array of numbers'),
+    ('split', np.array(b'x'), '"split" must be text'), ('features', np.array([None]), 'not a readable .npz')])
+def test_statistics_of_other_types(tmp_path, key, value, words):
+    np.savez(tmp_path / 's.npz', **{'mu': np.zeros(3), 'sigma': np.eye(3), key: value})
+    with pytest.raises(UserError, match=re.escape(words)):
+        load_statistics(tmp_path / 's.npz')
+
+
+def test_statistics_that_claim_more_than_they_have(tmp_path):
+    """Neither a header nor a compressed member is believed: memory is taken for what is there."""
+    np.savez(tmp_path / 's.npz', mu=np.zeros(3), sigma=np.eye(3))
+    data = (tmp_path / 's.npz').read_bytes()
+    for name, new in {'large.npz': b'(9999999999999,)', 'negative.npz': b'(-3,)'}.items():
+        parts = [(member, content.replace(b'(3,), }' + b' ' * (len(new) - 4), new + b', }')) for member, content in mutators.members(data)]
+        assert parts != mutators.members(data)
+        (tmp_path / name).write_bytes(mutators.pack(parts))
+    (tmp_path / 'bomb.npz').write_bytes(mutators.pack([('mu.npy', bytes(2 ** 27))], compressed={'mu.npy'}))
+    for name in ('large.npz', 'negative.npz', 'bomb.npz'):
+        with pytest.raises(UserError, match='not a readable .npz of statistics .mu.npy claims'):
+            load_statistics(tmp_path / name)
+    np.savez_compressed(tmp_path / 'c.npz', mu=np.zeros(2000), sigma=np.eye(2000), features=np.asfortranarray(np.ones([5, 2000])))
+    found = load_statistics(tmp_path / 'c.npz')
+    assert (found.cov == np.eye(2000)).all() and found.features.flags.writeable and found.features.shape == (5, 2000)
 
 
 def test_truncated_statistics_file(tmp_path):

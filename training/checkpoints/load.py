@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Networks, ready to use, from whatever names them: folder, training state, EDM's pickle, Hugging Face name, URL."""
 
+import contextlib
+import json
 import math
 import os
 import re
@@ -13,13 +15,16 @@ import torch
 from dnnlib import UserError, hub, one_line
 from dnnlib.download import is_url, open_url
 from dnnlib.files import read_json
-from torch_utils import checkpoint, distributed, legacy_pickle, misc
+from torch_utils import distributed, legacy_pickle, misc, registry, tensor_file
 from training.networks import preconditioning
+from training.networks.interface import network_class
 
 CONFIG, WEIGHTS, OLD_WEIGHTS = 'config.json', 'model.safetensors', 'pytorch_model.bin'
 READS = ("a snapshot folder (config.json + model.safetensors), a training-state .pt, EDM's .pkl, a URL of the latter two, "
          'or a Hugging Face name, owner/name[@revision]')
 PRECONDS = {'EDMPrecond': 'edm', 'VPPrecond': 'vp', 'VEPrecond': 've', 'iDDPMPrecond': 'iddpm'}  # as published classes are called
+MAX_TEXT = 2 ** 24  # bytes of a configuration, or of a header: 100,000 tensors
+MANY = 10 ** 6  # more than any count of a network, or steps of a diffusion or sampler
 RECIPE = re.compile(r'ambient_laws_(?P<data>.+?)_sigma_(?P<sigma>\d*\.?\d+)_corruption_(?P<corruption_probability>\d*\.?\d+)'
                     r'_keep_(?P<dataset_keep_percentage>\d*\.?\d+)')
 
@@ -50,60 +55,122 @@ def show_recipe(ref):
 
 
 def _build(config, state, ref):
-    """The network of a config with the weights of a state dict, made at no greater cost than these weights warrant."""
+    """The network of a config with the weights of a state dict; made when it is known, from a sketch without memory, that these fit it."""
     try:
+        check_tensors(state)
         _check_plausible(config, state)
-        with misc.seeded('weights to be overwritten'), Allowance(2 * sum(tensor.numel() for tensor in state.values())):
+        with torch.device('meta'), misc.seeded('a sketch'):
+            sketch = preconditioning.build_network(config)
+        check_weights(sketch, state)
+        with misc.seeded('weights to be overwritten'):
             net = preconditioning.build_network(config)
+        net.load_state_dict(state)
     except UserError as err:
         raise UserError(f'{ref}: {err.message}') from None
-    except (RuntimeError, ArithmeticError, AttributeError, LookupError, AssertionError) as err:  # Python's words for strange numbers
+    except (RuntimeError, ArithmeticError, AttributeError, LookupError, AssertionError, TypeError, ValueError) as err:
+        # Python's and PyTorch's words for strange numbers
         raise UserError(f'{ref}: network configuration: {one_line(err)}') from None
-    load_weights(net, state, ref)
     return net
 
 
-class Allowance(torch.overrides.TorchFunctionMode):
-    """In its context ValueError is raised before torch makes more than so many new values, and some for small constants."""
+def check_tensors(state):
+    """Refuses what is no state dict of real numbers."""
+    if not isinstance(state, dict):
+        raise UserError(f'expected a state dict (name: tensor), got {type(state).__name__}')
+    for key, value in state.items():
+        if not isinstance(key, str) or not isinstance(value, torch.Tensor) or value.is_complex():
+            raise UserError(f'expected a state dict (name: tensor), and "{key}" holds {_kind(value)}')
 
-    FACTORIES = (torch.empty, torch.ones, torch.rand, torch.randn, torch.zeros)
 
-    def __init__(self, values):
-        super().__init__()
-        self.left = values + 2 ** 20
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func in self.FACTORIES:
-            shape = args[0] if args and not isinstance(args[0], int) else args
-            self.left -= math.prod(max(side, 1) for side in shape)
-            if self.left < 0:
-                raise ValueError('it asks for a far larger network than that of the weights here')
-        return func(*args, **(kwargs or {}))
+def _kind(value):
+    return f'values of {value.dtype}'.replace('torch.', '') if isinstance(value, torch.Tensor) else type(value).__name__
 
 
 def _check_plausible(config, state):
-    """Refuses numbers that no network with such weights has: counts that exceed every tensor, more blocks than there are tensors."""
+    """Refuses values of other kinds than a network takes, and numbers that no network with such weights has: counts that exceed every
+    tensor, more blocks than there are tensors, tables of more than MANY entries."""
+    if not isinstance(config, dict):
+        raise UserError(f'network configuration: expected an object, got {type(config).__name__}')
+    _check_kinds(config)
     largest = max((tensor.numel() for tensor in state.values()), default=0)
     blocks, levels = config.get('num_blocks', 1), config.get('channel_mult', [])
     for key, value in config.items():
         numbers = [number for number in (value if isinstance(value, list) else [value]) if isinstance(number, int)]
-        if len(numbers) > max(len(state), 16) or any(abs(number) > max(largest, 4096) for number in numbers):
+        texts = [int(digits[:20]) for text in _texts(value) for digits in re.findall(r'\d+', text)]
+        if (len(numbers) > max(len(state), 16) or any(abs(number) > min(max(largest, 4096), MANY) for number in numbers)
+                or max(texts, default=0) > MANY):
             raise UserError(f'network configuration: {key} asks for a far larger network than that of the weights here')
     if isinstance(blocks, int) and isinstance(levels, list) and blocks * max(len(levels), 1) > max(len(state), 16):
         raise UserError(f'network configuration: num_blocks={blocks} asks for more layers than {len(state)} tensors make')
 
 
+def _texts(value):
+    """The texts and whole numbers inside a value of JSON, as text; those of numbers and lists of numbers are looked at elsewhere."""
+    if isinstance(value, dict):
+        return [text for item in value.values() for text in ([str(item)] if type(item) is int else _texts(item))]
+    if isinstance(value, list):
+        return [text for item in value for text in _texts(item)]
+    return [value] if isinstance(value, str) else []
+
+
+def _check_kinds(config):
+    """Refuses values that are of another kind than the default which they replace; the network's own checks see to the rest."""
+    defaults = {'img_resolution': 1, 'img_channels': 1, 'label_dim': 0, 'use_fp16': False, 'model_type': '', 'precond': ''}
+    kind = preconditioning.PRECONDS.get(config['precond'] if isinstance(config.get('precond'), str) else 'edm')
+    model_type = config.get('model_type', kind and kind.model_type)
+    if kind:
+        defaults |= kind.options
+    if isinstance(model_type, str):
+        defaults |= registry.parameters(network_class(model_type))
+    for key, default in defaults.items():
+        value = config.get(key, default)
+        fits = _fits(value, default) or key == 'img_resolution' and _fits(value, [1])
+        if not fits and not (value is None and key == 'diffusion'):
+            raise UserError(f'network configuration: "{key}" must be {_words(default)}, got {json.dumps(value)[:100]}')
+    units = config.get('units')
+    if units is not None and not (isinstance(units, dict) and units.keys() == {'offset', 'scale'}
+                                  and all(_fits(value, 1) or _fits(value, [1]) for value in units.values())):
+        raise UserError(f'network configuration: "units" must be {{"offset": ..., "scale": ...}}, each a number or one per channel, '
+                        f'got {json.dumps(units)[:100]}')
+
+
+def _fits(value, default):
+    """Whether a value of JSON can stand in the place of a default."""
+    if isinstance(default, bool) or isinstance(value, bool):
+        return isinstance(value, bool) and isinstance(default, bool)
+    if isinstance(default, (int, float)):
+        return isinstance(value, (int, float)) and value == value and abs(value) < 2 ** 63 or value in (math.inf, -math.inf)
+    if isinstance(default, (list, tuple)):
+        return isinstance(value, (list, tuple)) and all(_fits(item, 1) and abs(item) != math.inf for item in value)
+    return isinstance(value, str)
+
+
+def _words(default):
+    if isinstance(default, bool):
+        return 'true or false'
+    return 'a number' if isinstance(default, (int, float)) else 'a list of numbers' if isinstance(default, (list, tuple)) else 'text'
+
+
 def load_weights(net, state, ref):
-    """Copies a state dict into a network. Raises UserError with `ref` and the first few that differ."""
+    """Copies a state dict into a network. Raises UserError with `ref` and the first few that differ; the network is as it was then."""
+    try:
+        check_tensors(state)
+        check_weights(net, state)
+    except UserError as err:
+        raise UserError(f'{ref}: {err.message}') from None
+    net.load_state_dict(state)
+
+
+def check_weights(net, state):
+    """Refuses a state dict whose names or shapes are not those of a network, or of any module; says the first few that differ."""
     own = net.state_dict()
     wrong = [f'{key} is missing' for key in own if key not in state]
-    wrong += [f'{key} is unknown' for key in state if key not in own]
+    wrong += [f'{key[:200]} is unknown' for key in state if key not in own]
     wrong += [f'{key} is {list(state[key].shape)} in the weights and {list(own[key].shape)} in the config'
               for key in own if key in state and state[key].shape != own[key].shape]
     if wrong:
         more = f', and {len(wrong) - 3} more' if len(wrong) > 3 else ''
-        raise UserError(f'{ref}: the weights do not fit the config: {"; ".join(wrong[:3])}{more}')
-    net.load_state_dict(state)
+        raise UserError(f'the weights do not fit the config: {"; ".join(wrong[:3])}{more}')
 
 
 def read(ref, weights='ema'):
@@ -121,7 +188,7 @@ def read(ref, weights='ema'):
         return _read_folder(ref)
     if name := hub.NAME.fullmatch(ref):
         config, path = distributed.first_on_node(hub.fetch, ref, CONFIG, (WEIGHTS, OLD_WEIGHTS), **name.groupdict())
-        return read_json(config), _read_weights(path)
+        return _read_config(config), _read_weights(path)
     raise UserError(f'{ref}: no such file or folder; a network is {READS}')
 
 
@@ -137,8 +204,9 @@ def _read_file(path, weights):
         start = f.read(16)
     if start[:1] == b'\x80':
         return _read_pickle(path, weights)
-    if zipfile.is_zipfile(path):
-        return _read_state(path, weights)
+    with contextlib.suppress(zipfile.BadZipFile):
+        if zipfile.is_zipfile(path):
+            return _read_state(path, weights)
     kind = 'no PyTorch file, or not a whole one'
     if start[8:9] == b'{':
         kind = f'a safetensors file, which holds weights without their {CONFIG}'
@@ -165,8 +233,14 @@ def _read_folder(folder):
     for name in (WEIGHTS, OLD_WEIGHTS):
         path = os.path.join(folder, name)
         if os.path.isfile(path):
-            return read_json(os.path.join(folder, CONFIG)), _read_weights(path)
+            return _read_config(os.path.join(folder, CONFIG)), _read_weights(path)
     raise UserError(f'{folder}: {CONFIG} is there, but neither {WEIGHTS} nor {OLD_WEIGHTS}')
+
+
+def _read_config(path):
+    if os.path.getsize(path) > MAX_TEXT:
+        raise UserError(f'{path}: {os.path.getsize(path)} bytes, and no configuration of a network')
+    return read_json(path)
 
 
 def _read_weights(path):
@@ -174,35 +248,42 @@ def _read_weights(path):
     if path.endswith('.bin'):
         return _read_old_weights(path)
     try:
+        with open(path, 'rb') as f:
+            header = int.from_bytes(f.read(8), 'little')
+        if header > MAX_TEXT:
+            raise UserError(f'{path}: no whole safetensors file: its header claims {header} bytes')
         return safetensors.torch.load_file(path)
     except safetensors.SafetensorError as err:
-        raise UserError(f'{path}: no whole safetensors file: {err}') from None
+        raise UserError(f'{path}: no whole safetensors file: {one_line(err)}') from None
 
 
 def _read_state(path, weights):
     """Config and weights of a training state: {"options": {"network": config}, "net": ..., "ema": {name: ...}}."""
-    state = checkpoint.load(path)
+    state = tensor_file.read(path, 'a training state', f'; a network is {READS}', mapped=True)
+    if not isinstance(state, dict) or not {'options', 'net', 'ema'} <= state.keys():
+        raise UserError(f'{path}: not a training state (lacks options, net or ema); a network is {READS}')
     try:
         config, raw, averages = state['options']['network'], state['net'], dict(state['ema'])
         config = config.get('arguments', config)  # version 0.1.0 had them in place of the network's part of a tree
-    except (AttributeError, KeyError, TypeError, ValueError):
+        sets = {_weights_name(key, first=not index): dict(average) for index, (key, average) in enumerate(averages.items())}
+        sets['raw'] = dict(raw)
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError):
         raise UserError(f'{path}: this training state describes no network; a network is {READS}') from None
-    sets = {_weights_name(key, first=not index): average for index, (key, average) in enumerate(averages.items())} | {'raw': {}}
     if weights.startswith('ema:'):
         weights = f'ema:{float(weights[4:]):.3f}'
     if weights not in sets:
         raise UserError(f'{path}: holds no {weights} weights; give --weights={" or --weights=".join(sets)}')
-    return config, {**raw, **sets[weights]}  # what is not averaged (buffers, say) is the network's own
+    return config, {**sets['raw'], **sets[weights]}  # what is not averaged (buffers, say) is the network's own
 
 
 def _weights_name(key, first):
     """What --weights calls an average of a state: the first is "ema", "power_0.050" is "ema:0.050"."""
-    return 'ema' if first else f'ema:{key.removeprefix("power_")}'
+    return 'ema' if first else f'ema:{str(key).removeprefix("power_")}'
 
 
 def _read_old_weights(path):
     """The state dict in a pytorch_model.bin: tensors only, nothing executed."""
-    state = checkpoint.read_tensors(path, 'plain tensors')
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+    state = tensor_file.read(path, 'plain tensors', mapped=True)
+    if not isinstance(state, dict):
         raise UserError(f'{path}: expected a state dict (name: tensor), got {type(state).__name__}')
     return state

@@ -9,9 +9,9 @@ import re
 import safetensors
 import safetensors.torch
 
-from dnnlib import UserError
+from dnnlib import UserError, one_line
 from dnnlib.files import replacing
-from training.checkpoints.load import load_network, load_weights
+from training.checkpoints.load import check_tensors, check_weights, load_network, load_weights
 from training.networks import ema
 
 PATTERN = re.compile(r'ema-snapshot-[\d.]+-(\d\.\d{3})\.safetensors')
@@ -35,9 +35,13 @@ def stored_averages(run):
         try:
             with safetensors.safe_open(path, 'pt') as f:
                 header = f.metadata() or {}
-            found.append((path, int(header['nimg']), float(header['sigma_rel'])))
-        except (safetensors.SafetensorError, KeyError, ValueError, OSError) as err:
-            raise UserError(f'{path}: not an average that train.py wrote ({err})') from None
+            nimg, sigma_rel = int(header['nimg']), float(header['sigma_rel'])
+            ema.exponent(sigma_rel)
+            if not 0 < nimg < 2 ** 53:
+                raise ValueError(f'nimg={nimg} must be above 0')
+            found.append((path, nimg, sigma_rel))
+        except (safetensors.SafetensorError, KeyError, ValueError, ArithmeticError, OSError) as err:
+            raise UserError(f'{path}: not an average that train.py wrote ({one_line(err)})') from None
     return sorted(found, key=lambda item: item[1])
 
 
@@ -58,8 +62,21 @@ def reconstruct(run, sigma_rel, nimg=None):
         raise UserError(f'{run}: {err}') from None
     used = [(path, factor) for (path, _, _), factor in zip(stored, factors) if factor]
     net = load_network(_newest_snapshot(run))
-    load_weights(net, ema.combine((safetensors.torch.load_file(path) for path, _ in used), [factor for _, factor in used]), run)
+    load_weights(net, ema.combine((_read_average(path, net) for path, _ in used), [factor for _, factor in used]), run)
     return net, [(os.path.basename(path), factor) for path, factor in used], ema.profile_error(profiles, target, factors)
+
+
+def _read_average(path, net):
+    """The state dict in a file of write_average, refused where it is not one of this network."""
+    try:
+        state = safetensors.torch.load_file(path)
+        check_tensors(state)
+        check_weights(net, state)
+    except safetensors.SafetensorError as err:
+        raise UserError(f'{path}: no whole safetensors file: {one_line(err)}') from None
+    except UserError as err:
+        raise UserError(f'{path}: {err.message}') from None
+    return state
 
 
 def _newest_snapshot(run):

@@ -8,7 +8,7 @@ import shutil
 from dnnlib import UserError, hub
 from dnnlib.files import new_folder, read_json
 from training.checkpoints import diffusers
-from training.checkpoints.card import model_card
+from training.checkpoints.card import PUBLIC, model_card
 from training.checkpoints.load import load_network
 from training.checkpoints.save import write_files
 
@@ -32,7 +32,7 @@ def fill(folder, net, ref, metrics=(), samples=None):
     found = beside(ref)
     metrics = [*dict.fromkeys(os.path.abspath(path) for path in (*found['metrics'], *metrics))]
     samples = samples or found['samples']
-    card = model_card(net.config, found['options'], found['kimg'], [read_json(path) for path in metrics],
+    card = model_card(net.config, found['options'], found['kimg'], [read_result(path) for path in metrics],
                       SAMPLES if samples else None)
     write_files(net, folder, card)
     if samples:
@@ -50,11 +50,37 @@ def beside(ref):
     if not number:
         return found
     options = os.path.join(folder, 'options.json')
-    found['options'] = read_json(options) if os.path.isfile(options) else {}
+    found['options'] = read_options(options) if os.path.isfile(options) else {}
     found['kimg'] = float(number[1])
     found['metrics'] = sorted(os.path.join(folder, name) for name in os.listdir(folder) if name.endswith('.fid.json'))
     samples = os.path.join(folder, f'samples-{number[1]}.png')
     found['samples'] = samples if os.path.isfile(samples) else None
+    return found
+
+
+def read_options(path):
+    """What options.json of a run holds. Raises UserError where the parts that a card tells of are not objects."""
+    found = read_json(path)
+    for key, names in PUBLIC.items():
+        if names is not None and not isinstance(found.get(key, {}), dict):
+            raise UserError(f'{path}: not the options of a run: "{key}" must be an object, got {type(found[key]).__name__}')
+    return found
+
+
+def read_result(path):
+    """What a JSON file of eval_fid.py holds. Raises UserError where what a card quotes is of another type."""
+    found = read_json(path)
+    parts = {'': (found, {'num_images': int})}
+    for key, kinds in (('reference', {'num_images': int, 'split': str, 'sha256': str}), ('detector', {'name': str})):
+        part = found.get(key)
+        if part is not None and not isinstance(part, dict):
+            raise UserError(f'{path}: not a result of eval_fid.py: "{key}" must be an object, got {type(part).__name__}')
+        parts[f'{key}.'] = part or {}, kinds
+    for where, (part, kinds) in parts.items():
+        for key, kind in kinds.items():
+            if part.get(key) is not None and (not isinstance(part[key], kind) or isinstance(part[key], bool)):
+                raise UserError(f'{path}: not a result of eval_fid.py: "{where}{key}" must be {kind.__name__}, '
+                                f'got {type(part[key]).__name__}')
     return found
 
 

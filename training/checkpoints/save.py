@@ -27,7 +27,7 @@ def write_files(net, folder, card=None):
     with open(os.path.join(folder, WEIGHTS), 'wb') as f:
         f.write(safetensors.torch.save(state, metadata={'format': 'pt'}))
     write_json(os.path.join(folder, CONFIG), net.config)
-    with open(os.path.join(folder, CARD), 'w', encoding='utf-8') as f:
+    with open(os.path.join(folder, CARD), 'w', encoding='utf-8', errors='backslashreplace') as f:
         f.write(card or model_card(net.config))
 
 

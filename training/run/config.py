@@ -160,7 +160,7 @@ def from_json(values, kind=Config, where=''):
         except (AttributeError, TypeError, ValueError):
             raise UserError('configuration: its keys are those of version 0.1.0, and its values are not') from None
     fields = {f.name: f for f in dataclasses.fields(kind)}
-    unknown = sorted(set(values) - set(fields))
+    unknown = sorted(str(name) for name in set(values) - set(fields))
     missing = [name for name, f in fields.items()
                if name not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
     for problem, names in (('unknown', unknown), ('missing', missing)):
@@ -179,9 +179,18 @@ def _value(hint, value, where):
     if dataclasses.is_dataclass(wanted):
         return from_json(value, wanted, f'{where}.')
     plain = (int, float) if wanted is float else wanted
-    if not isinstance(value, plain) or isinstance(value, bool) != (wanted is bool):
-        raise UserError(f'configuration: "{where}" must be {wanted.__name__}, got {value!r}')
+    if not isinstance(value, plain) or isinstance(value, bool) != (wanted is bool) or not _is_json(value):
+        raise UserError(f'configuration: "{where}" must be {wanted.__name__}, got {value!r}'[:300])
     return value
+
+
+def _is_json(value):
+    """Whether a value is one of JSON, and its numbers are such that a machine can count with them."""
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_json(item) for key, item in value.items())
+    if isinstance(value, list):
+        return all(map(_is_json, value))
+    return value is None or isinstance(value, str) or isinstance(value, int | float) and abs(value) < 2 ** 64
 
 
 # ---- options of version 0.1.0, which are one flat dict with a few dicts in it

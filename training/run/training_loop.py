@@ -21,11 +21,12 @@ from training.checkpoints.save import save_network
 from training.data.augment import AugmentPipe
 from training.data.batches import micro_batches
 from training.networks.rows import attach_row_draws
-from training.run import gradients
+from training.run import gradients, schema
 from training.run.build import build_averages, build_net, build_objective, build_optimizer, load_data, transfer_weights
 from training.run.config import to_json
 from training.run.folder import RunFolder, cannot_write, stop_if_orphan
 from training.run.metrics import PeriodicMetrics
+from training.run.mirrors import Mirrors
 from training.run.optimizer import LearningRate
 from training.run.states import StateWriter, on_host
 from training.run.stopping import Requests, Signals, Stop
@@ -52,9 +53,9 @@ class TrainStep(torch.nn.Module):
 class Run:
     """Everything of one run on this rank."""
 
-    def __init__(self, config, folder, device, writers=(), resuming=False, requests=None):
-        """config: a Config. writers: callables (fields, nimg). requests: Requests to end before the time."""
-        self.config, self.device, self.writers = config, device, writers
+    def __init__(self, config, folder, device, mirrors=None, resuming=False, requests=None):
+        """config: a Config. mirrors: Mirrors, on rank 0. requests: Requests to end before the time."""
+        self.config, self.device, self.mirrors = config, device, mirrors or Mirrors()
         self.folder, self.requests = folder, requests or Requests(Signals())
         self.states, self.missed = StateWriter(config.run.keep_states), set()
         # tick_nimg: where the tick began; pending: what is left to do of one that has ended.
@@ -128,8 +129,12 @@ class Run:
     # ---- restore
 
     def restore(self, state, path):
-        """Continues from a state file's content, which only rank 0 needs to have; says what was restored. Empties `state`."""
-        part = lambda name: distributed.share(None if state is None else state.get(name))
+        """Continues from a state file's content, which only rank 0 needs to have; says what was restored. Empties `state`.
+
+        Raises UserError, with the run as it was, where the content is not that of such a run."""
+        found = {}
+        distributed.from_rank0(lambda: found.update(schema.checked(state, self, path)))
+        part = lambda name: distributed.share(found.pop(name, None), what='reading the state')
         load_weights(self.net, part('net'), path)
         averages = part('ema')
         for name, average in self.averages.items():
@@ -264,8 +269,7 @@ class Run:
         fields |= {f'Resources/{k}': v for k, v in memory_gib(self.device).items()}
         if distributed.rank() == 0:
             self.folder.log(finite(fields))
-            for write in self.writers:
-                write(fields, p.nimg)
+            self.mirrors.scalars(fields, p.nimg)
         left = max(self.config.run.duration_kimg * 1e3 - p.nimg, 0) / max(rate, 1e-9)
         shown = SHOWN.format(first=self.objective.first.name)
         losses = '  '.join(f'{name.removeprefix("Loss/")} {s["mean"]:.5g}' for name, s in stats.items()
@@ -279,8 +283,7 @@ class Run:
         """A line of stats.jsonl beside that of the tick."""
         if distributed.rank() == 0:
             self.folder.log({'nimg': self.progress.nimg, **fields})
-            for write in self.writers:
-                write(fields, self.progress.nimg)
+            self.mirrors.scalars(fields, self.progress.nimg)
 
     # ---- what ticks bring
 
@@ -349,8 +352,10 @@ class Run:
                 posthoc.write_average(path, average, self.progress.nimg)
             if self.config.run.samples:
                 path = self.folder.numbered('samples', kimg, '.png')
-                sample_grid(self.ema.module, self.config.run.samples, path, stop=self.requests.asked,
-                            **sampling.default_pieces(self.ema.module))
+                drawn = sample_grid(self.ema.module, self.config.run.samples, path, stop=self.requests.asked,
+                                    **sampling.default_pieces(self.ema.module))
+                if drawn:
+                    self.mirrors.picture(path, self.progress.nimg)
         except OSError as err:
             cannot_write(path, err, 'and the next tick tries again')
             return False
@@ -410,13 +415,13 @@ def memory_gib(device):
     return found
 
 
-def training_loop(config, run_dir, device, writers=(), state=None, state_path=None, requests=None):
+def training_loop(config, run_dir, device, mirrors=None, state=None, state_path=None, requests=None):
     """Trains until config.run.duration_kimg, in the folder run_dir; continues from `state`, which rank 0 has, where there is a state_path.
 
     Raises Stop, with the state written, where `requests` (or the hours of the Config) say so."""
     every = config.run
     folder = RunFolder(run_dir, fractional=every.tick_kimg % 1 != 0)
-    run = Run(config, folder, device, writers, resuming=state_path is not None, requests=requests)
+    run = Run(config, folder, device, mirrors, resuming=state_path is not None, requests=requests)
     distributed.print0(run.data.line)
     if state_path is not None:
         run.restore(state, state_path)

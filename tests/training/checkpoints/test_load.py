@@ -2,6 +2,7 @@
 """Networks from folders, training states, EDM's pickles and the Hugging Face Hub; what is refused; what is written."""
 
 import json
+import math
 import os
 import pickle
 import shutil
@@ -19,7 +20,7 @@ from torch_utils import misc
 from training.checkpoints.card import model_card
 from training.checkpoints.load import PRECONDS, load_network, recipe, show_recipe
 from training.checkpoints.save import save_network
-from training.networks import preconditioning
+from training.networks import layers, preconditioning
 
 DATA = GOLDEN
 PUBLISHED = DATA / 'networks' / 'hf_ambient_laws'  # config.json + model.safetensors, as a current client of the Hub writes them
@@ -222,7 +223,7 @@ def test_the_classes_of_pickles_are_those_of_this_program():
 def test_pickles_of_other_networks_are_refused(tmp_path):
     path = tmp_path / 'net.pkl'
     path.write_bytes(edm_pickle.snapshot(edm_pickle.EDMPrecond(), 'marker'))
-    assert 'weights here' in refused(path)
+    assert 'weights do not fit the config' in refused(path)
     path.write_bytes(edm_pickle.snapshot(edm_pickle.Linear(), 'marker'))
     assert 'without constructor arguments' in refused(path) or 'class' in refused(path)
 
@@ -264,11 +265,51 @@ def test_weights_that_do_not_fit_their_config(tmp_path, change, words):
 
 @pytest.mark.parametrize('change', [{'model_channels': 10 ** 6}, {'num_blocks': 10 ** 5}, {'channel_mult': [1] * 10 ** 5},
                                     {'precond': 'iddpm', 'M': 10 ** 10}, {'label_dim': 10 ** 30}, {'model_channels': -16},
-                                    {'img_resolution': 0}, {'channel_mult': [1, 'two']}, {'channel_mult': 2}])
-def test_configs_of_strange_sizes_cost_nothing(tmp_path, change):
+                                    {'img_resolution': 0}, {'channel_mult': [1, 'two']}, {'channel_mult': 2},
+                                    {'model_channels': 4000, 'channel_mult': [4000, 4000]}, {'label_dim': 4096},
+                                    {'precond': 'iddpm', 'diffusion': 'cosine:steps=1000000000'}, {'precond': 'iddpm', 'M': 4096},
+                                    {'sampling': {'sampler': 'heun', 'steps': 10 ** 9}}])
+def test_configs_of_strange_sizes_cost_nothing(tmp_path, change, monkeypatch):
     save_network(build(), tmp_path / 'net')
     (tmp_path / 'net' / 'config.json').write_text(json.dumps({**CONFIG, **change}))
+    made = []
+    initial = layers.initial
+    monkeypatch.setattr(layers, 'initial', lambda *args, **kwargs: made.append(initial(*args, **kwargs)) or made[-1])
     assert len(refused(tmp_path / 'net')) < 600
+    assert all(tensor.is_meta for tensor in made)
+
+
+@pytest.mark.parametrize('key, value', [
+    ('sigma_data', 'x'), ('sigma_data', None), ('sigma_data', math.nan), ('sigma_data', {}), ('sigma_min', [1]), ('use_fp16', 1),
+    ('img_channels', True), ('channel_mult', {'a': 1}), ('attn_resolutions', 4), ('model_type', 3), ('model_type', []), ('precond', {}),
+    ('units', 5), ('units', {'scale': 1}), ('units', {'scale': 1, 'offset': 'x'}), ('img_resolution', [8]), ('img_resolution', [8, 8, 8])])
+def test_values_of_other_kinds(tmp_path, key, value):
+    save_network(build(), tmp_path / 'net')
+    (tmp_path / 'net' / 'config.json').write_text(json.dumps({**CONFIG, key: value}))
+    assert 'network configuration' in refused(tmp_path / 'net')
+
+
+def test_sizes_that_files_claim(tmp_path):
+    """A header, or a configuration, of many megabytes is refused before it is read."""
+    save_network(build(), tmp_path / 'net')
+    weights, config = tmp_path / 'net' / 'model.safetensors', tmp_path / 'net' / 'config.json'
+    data = weights.read_bytes()
+    weights.write_bytes((2 ** 40).to_bytes(8, 'little') + data[8:])
+    assert f'its header claims {2 ** 40} bytes' in refused(tmp_path / 'net')
+    weights.write_bytes(data)
+    os.truncate(config, 2 ** 25)
+    assert f'{2 ** 25} bytes, and no configuration' in refused(tmp_path / 'net')
+
+
+@pytest.mark.parametrize('change, words', [
+    ({'net': 5}, 'describes no network'), ({'ema': {'halflife': torch.zeros(3)}}, 'describes no network'),
+    ({'options': {'network': []}}, 'describes no network'), ({'ema': {'halflife': {'x': 5}}}, '"x" holds int'),
+    ({'options': {'network': {'arguments': [1]}}}, 'expected an object, got list'),
+    ({'net': {'w': torch.zeros(3, dtype=torch.bfloat16)}, 'ema': {'halflife': {}}}, 'model.'),
+])
+def test_states_whose_parts_are_of_other_types(tmp_path, state, change, words):
+    torch.save({**state, **change}, tmp_path / 'state.pt')
+    assert words in refused(tmp_path / 'state.pt')
 
 
 def test_recipes_in_names(capsys):

@@ -19,7 +19,7 @@ from click.testing import CliRunner
 import train
 from dnnlib import UserError
 from tests.support import launch, tiny
-from torch_utils import checkpoint
+from torch_utils import checkpoint, tensor_file
 from training.run.build import transfer_weights
 
 FULL = ['--augment=0.5', '--dropout=0.2', '--xflip=1', '--val=0.2', '--workers=2', '--threads=1', '--seed=5', '--expr-id=x']
@@ -274,8 +274,8 @@ def test_options_are_looked_at_before_states(copied, monkeypatch):
     options = json.loads((other / 'options.json').read_text())
     options['optimizer']['lr'] = 1.0
     (other / 'options.json').write_text(json.dumps(options))
-    opened, read = [], checkpoint.read_tensors
-    monkeypatch.setattr(checkpoint, 'read_tensors', lambda path, *rest, **more: opened.append(Path(path)) or read(path, *rest, **more))
+    opened, read = [], tensor_file.read
+    monkeypatch.setattr(tensor_file, 'read', lambda path, *rest, **more: opened.append(Path(path)) or read(path, *rest, **more))
     tiny.call(f'--outdir={outdir}', *args, '--resume=latest', '--duration=0.00016')
     assert {path.parent for path in opened} == {folder}
 
@@ -315,14 +315,14 @@ def test_a_damaged_state_is_passed_over(copied, capsys, where):
     capsys.readouterr()
     tiny.call(f'--outdir={outdir}', *args, '--resume=latest', '--duration=0.00016')
     output = capsys.readouterr().out
-    assert f'passes over: {path}: cannot be read as a training state (its record ' in output and 'wrong checksum' in output
+    assert f'passes over: {path}: cannot be read as a training state (it is damaged: the CRC-32 of the record ' in output
     assert f'position from {folder / STATE_5}' in output
-    assert 'wrong checksum' not in output.split('Restored')[1] and checkpoint.load(path)
+    assert 'CRC-32' not in output.split('Restored')[1] and checkpoint.load(path)
     path.write_bytes(content)
     (folder / STATE_5).unlink()
     line = refused(f'--outdir={outdir}', *args, '--resume=latest', '--duration=0.00016')
     assert 'no state in' in line and str(path) in line
-    assert 'wrong checksum' in refused(f'--outdir={outdir}', *args, f'--resume={path}', '--duration=0.00016')
+    assert 'CRC-32' in refused(f'--outdir={outdir}', *args, f'--resume={path}', '--duration=0.00016')
 
 
 def test_latest_passes_over_a_truncated_state(copied, capsys):
