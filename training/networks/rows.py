@@ -73,6 +73,7 @@ class Dropout(RowLayer):
 
     def __init__(self, p):
         super().__init__()
+        misc.require(0 <= p < 1, f'p={p} of a dropout must be 0 or more and below 1')
         self.p = p
 
     def forward(self, x):
@@ -80,7 +81,9 @@ class Dropout(RowLayer):
             return x
         if self.rows is None:
             return F.dropout(x, self.p)
-        return x * self.keep('dropout', x.shape, self.p, x.device) * (1 / (1 - self.p))  # bool: all that is kept for the backward pass
+        kept, scale = self.keep('dropout', x.shape, self.p, x.device), 1 / (1 - self.p)
+        # For the backward pass a mask lies in memory. A GPU holds bool, a byte a number; a CPU multiplies numbers of one type faster.
+        return x * (kept.to(x.dtype) * scale) if x.is_cpu else x * kept * scale
 
 
 def attach_row_draws(net):

@@ -102,6 +102,12 @@ def test_a_network_by_itself_draws_from_torch():
         assert torch.equal(found, nn.Dropout(0.4)(x))
 
 
+@pytest.mark.parametrize('p', [-0.1, 1, math.nan])
+def test_probabilities_that_are_none_are_refused(p):
+    with pytest.raises(ValueError, match='must be 0 or more and below 1'):
+        rows.Dropout(p)
+
+
 # ---- cuts
 
 
