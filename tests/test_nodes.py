@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 
 import psutil
@@ -162,6 +163,37 @@ def test_an_error_on_one_node(tmp_path, data):
     said = r'^rank 1 \(host node1, pid \d+\) has ended with an error \(none.zip: no such zip file or folder\): stopping$'
     assert re.search(said, logs[0], re.MULTILINE), logs[0]
     assert logs[1].count('Error: none.zip: no such') == 1 and 'Traceback' not in logs[0] + logs[1]
+
+
+def page():
+    """(the first block of docs/multi-node.md, [(command of node 0, of node 1), ...])."""
+    text = (ROOT / 'docs' / 'multi-node.md').read_text()
+    blocks = [textwrap.dedent(block) for block in re.findall(r'(?:^    .*\n)+', text, re.MULTILINE)]
+    settings, = [block for block in blocks if block.startswith('RUN=')]
+    found = []
+    for block in blocks:
+        each = re.split(r'^# on (?:each node|node[01])\n', block, flags=re.MULTILINE)[1:]
+        if each:
+            found.append((each[0], each[-1]))
+    return settings, found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('kind', range(3))
+def test_commands_of_the_page(tmp_path, kind):
+    settings, found = page()
+    assert len(found) == 3
+    tiny.make_zip(tmp_path / 'digits.zip', count=128)
+    (tmp_path / 'train.py').symlink_to(ROOT / 'train.py')
+    path = os.pathsep.join([os.path.dirname(sys.executable), os.environ['PATH']])
+    with nodes.cluster(2) as both:
+        started = []
+        for number, node in enumerate(both):
+            line = ['sh', '-c', settings + found[kind][number]]
+            started.append(node.start(line, tmp_path / f'log{number}', {**ENV, 'PATH': path}, cwd=tmp_path))
+        codes = [process.wait(300) for process in started]
+    logs = [(tmp_path / f'log{number}').read_text() for number in (0, 1)]
+    assert codes == [0, 0] and 'Done: runs/00000-digits' in logs[0], logs
 
 
 # --- ranks that stop, are slow, or are killed
