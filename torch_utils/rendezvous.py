@@ -109,7 +109,8 @@ def reach(host, port):
 
 def connect(host, port):
     """A client of the store. Raises OSError or RuntimeError."""
-    # TCPStore prints pages where it does not get through: it is let in only where somebody listens.
+    # TCPStore prints pages where it does not get through: it is let in only where somebody listens. This is no way to look in often:
+    # the server looks up the name of every address that connects, and answers nobody meanwhile.
     socket.create_connection((host.strip('[]'), port), PROBE_SEC).close()
     return TCPStore(host, port, None, False, timedelta(seconds=STORE_SEC), wait_for_workers=False)
 

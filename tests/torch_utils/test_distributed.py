@@ -159,10 +159,14 @@ def test_nodes_in_the_map(monkeypatch):
 
 # --- how they meet
 
+@pytest.fixture(scope='module')
+def store():
+    return TCPStore('127.0.0.1', 0, None, True, timedelta(seconds=60), wait_for_workers=False)
+
+
 @pytest.fixture
-def agent(monkeypatch):
+def agent(monkeypatch, store):
     """A store that outlives the ranks, as torchrun's does; one connection serves all of them, for each new one may wait for a DNS."""
-    store = TCPStore('127.0.0.1', 0, None, True, timedelta(seconds=10), wait_for_workers=False)
     for name, value in dict(MASTER_ADDR='127.0.0.1', MASTER_PORT=store.port, TORCHELASTIC_USE_AGENT_STORE='True').items():
         monkeypatch.setenv(name, str(value))
     monkeypatch.setattr(rendezvous, 'connect', lambda host, port: store)
