@@ -39,12 +39,14 @@ def command(launcher, number, *args, count=2, ranks=1, flags=()):
 class Job:
     """train.py on all nodes of a cluster."""
 
-    def __init__(self, cluster, folder, launcher, *args, **how):
-        self.nodes, self.folder, self.launcher = cluster, folder, launcher
-        self.started = []
-        for number, node in enumerate(cluster):
-            line, env = command(launcher, number, *args, count=len(cluster), **how)
-            self.started.append(node.start(line, self.path(number), env))
+    def __init__(self, cluster, folder, launcher, *args, env=None, **how):
+        self.nodes, self.folder, self.env = cluster, folder, env or {}
+        self.commands = [command(launcher, number, *args, count=len(cluster), **how) for number in range(len(cluster))]
+        self.started = [self.start(number) for number in range(len(cluster))]
+
+    def start(self, number):
+        line, env = self.commands[number]
+        return self.nodes[number].start(line, self.path(number), {**env, **self.env})
 
     def path(self, number):
         return self.folder / f'log{number}'
@@ -267,3 +269,20 @@ def test_a_killed_rank_is_started_again(tmp_path, data, launcher, count):
     straight, killed = (tiny.digests(tmp_path / name, last) for name in ('straight', 'killed'))
     assert straight == killed
     assert not [name for name in os.listdir(tmp_path / 'killed') if name.startswith('.')]
+
+
+@pytest.mark.slow
+def test_nodes_that_go_and_come(tmp_path, data):
+    """torchrun --nnodes=1:2: one node goes on alone when the other is gone, and with it again when it is back."""
+    args = [f'--outdir={tmp_path / "runs"}', f'--data={data}', *tiny.FLAGS, '--duration=10', '--dump=1', '--nosubdir', '--resume=latest']
+    with nodes.cluster(2) as (first, second):
+        job = Job([first, second], tmp_path, 'c10d', *args, env={'TORCH_DISABLE_SHARE_RDZV_TCP_STORE': '1'},
+                  flags=['--nnodes=1:2', '--max-restarts=3', '--rdzv-conf=last_call_timeout=5'])
+        job.wait_for('tick 3 ')
+        for process in second.processes():
+            process.kill()
+        job.wait_for('Restored network')
+        assert job.log(0).count('2 ranks on 2 nodes') == 1
+        job.started[1] = job.start(1)
+        seconds_until(lambda: job.log(0).count('Restored network') == 2 and job.log(0).count('2 ranks on 2 nodes') == 2, 120)
+        seconds_until(lambda: 'tick ' in job.log(0).rsplit('Restored network', 1)[1], 60)
