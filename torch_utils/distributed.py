@@ -46,10 +46,10 @@ def init(timeout=None, remedy='start the same command again'):
     threads = torch.get_num_threads()
     words = torch.cuda.get_device_name(gpu) if gpu.type == 'cuda' else f'{threads} thread{"s" * (threads > 1)}'
     _group, _waits = rendezvous.meet(rank(), size(), words, local_rank()), itertools.count()
-    _check_order(_group.cards)
+    _check_order(_group.peers)
     _words = f' (--timeout={timeout / 60:g})' if timeout else '', remedy
     timeout = timeout or TIMEOUT_SEC
-    _monitor = Monitor(_group, Judge(_group.cards, rank(), timeout, *_words), _tell)
+    _monitor = Monitor(_group, Judge(_group.peers, rank(), timeout, *_words), _tell)
     atexit.register(fail, 'it did not leave the others')  # after shutdown() this does nothing
     if 'GLOO_SOCKET_IFNAME' not in os.environ and (name := rendezvous.interface(_group, rank())):
         os.environ['GLOO_SOCKET_IFNAME'] = name
@@ -69,12 +69,12 @@ def _check_environment():
         raise UserError(f'{what} asks for more ranks than this node has GPUs ({torch.cuda.device_count()}); ask for at most that')
 
 
-def _check_order(cards):
+def _check_order(peers):
     """Ranks of a node follow each other, as torchrun numbers them: they share files, and the first of them fetches for all."""
-    for number, card in enumerate(cards):
-        first = number - card.local_rank
-        if first < 0 or (cards[first].node, cards[first].local_rank) != (card.node, 0):
-            raise UserError(f'RANK={number} has LOCAL_RANK={card.local_rank} on {card.host}, but RANK={first} is not LOCAL_RANK=0 there; '
+    for number, peer in enumerate(peers):
+        first = number - peer.local_rank
+        if first < 0 or (peers[first].node, peers[first].local_rank) != (peer.node, 0):
+            raise UserError(f'RANK={number} has LOCAL_RANK={peer.local_rank} on {peer.host}, but RANK={first} is not LOCAL_RANK=0 there; '
                             'number the ranks node by node (srun --distribution=block)')
 
 
@@ -85,7 +85,7 @@ def shutdown():
     if _monitor is not None and not has_failed():
         if _group.serves:  # the store ends with this process
             others = [f'beat/{other}' for other in range(1, size())]
-            rendezvous.poll(lambda: all(sign == DONE or sign.startswith(FAILED) for sign in _group.store.multi_get(others)))
+            rendezvous.poll(lambda: all(beat == DONE or beat.startswith(FAILED) for beat in _group.store.multi_get(others)))
         _monitor.leave()
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
@@ -133,7 +133,7 @@ def explain(error):
     if is_orphan():  # the ranks of a dead launcher lose each other one by one
         reason = f'{ORPHAN}; {reason}'
     late = option if 'timed out' in reason.lower() else ''
-    text = f'rank {rank()} ({_group.cards[rank()]}) has lost the others ({reason}){late}: stopping; {remedy}'
+    text = f'rank {rank()} ({_group.peers[rank()]}) has lost the others ({reason}){late}: stopping; {remedy}'
     _tell(text)
     return text
 
@@ -143,12 +143,12 @@ def rank_map():
     if _group is None:
         return ''
     nodes = {}
-    for number, card in enumerate(_group.cards):
-        nodes.setdefault(card.node, []).append((number, card))
+    for number, peer in enumerate(_group.peers):
+        nodes.setdefault(peer.node, []).append((number, peer))
     parts = []
     for members in nodes.values():
         numbers = f'{members[0][0]}-{members[-1][0]}' if len(members) > 1 else f'{members[0][0]}'
-        parts.append(f'{members[0][1].host}: {numbers} ({" / ".join(dict.fromkeys(card.device for _, card in members))})')
+        parts.append(f'{members[0][1].host}: {numbers} ({" / ".join(dict.fromkeys(peer.device for _, peer in members))})')
     return f'{size()} ranks on {len(nodes)} node{"s" * (len(nodes) > 1)}: {", ".join(parts)}'
 
 
@@ -175,7 +175,7 @@ def local_rank():
 def local_size():
     """How many processes work together on this node."""
     if 'LOCAL_WORLD_SIZE' not in os.environ and _group is not None:  # only torchrun sets it
-        return sum(card.node == _group.cards[rank()].node for card in _group.cards)
+        return sum(peer.node == _group.peers[rank()].node for peer in _group.peers)
     return int(os.environ.get('LOCAL_WORLD_SIZE', 1))
 
 
@@ -229,7 +229,7 @@ def _report(number, what):
     if gone:
         raise RuntimeError(f'rank {gone[0]} has ended, and rank {rank()} waits for it: {what}')
     if rank() == min(set(range(size())) - set(missing)):
-        names = ', '.join(f'rank {other} ({_group.cards[other].host})' for other in missing[:4])
+        names = ', '.join(f'rank {other} ({_group.peers[other].host})' for other in missing[:4])
         print(f'waiting for {names}{f" and {len(missing) - 4} more" if len(missing) > 4 else ""}: {what}', flush=True)
 
 

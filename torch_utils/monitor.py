@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ends a rank whose company is gone: each rank leaves a sign of life in the store every few seconds, and looks for those of the others.
+"""Ends a rank that has lost the others: each writes a heartbeat into the store every few seconds, and reads those of all.
 
-A rank counts as gone when its process is stopped, its machine cut off, its kernel hung: no thread of its runs. A rank that merely works
-for long gives signs all the same; and what its main thread may be stuck in, a collective operation, has a timeout of its own."""
+A rank counts as lost when its process is stopped, its machine cut off or its kernel hung, so that no thread of its runs. One that merely
+works for long has heartbeats all the same; and what its main thread may be stuck in, a collective operation, has a timeout of its own."""
 
 import os
 import sys
@@ -10,44 +10,44 @@ import threading
 import time
 
 EXIT_LOST = 76             # exit code of a rank that lost the others (EX_PROTOCOL of sysexits.h)
-INTERVAL_SEC = 0.5, 15     # least and most time between signs of life; in between a twentieth of the timeout
+INTERVAL_SEC = 0.5, 15     # least and most time between heartbeats; in between a twentieth of the timeout
 SHARE = 0.75               # of the timeout: so much silence is the end
 FAILED_SEC = 10            # in which the launcher may end this rank by itself, after another has ended with an error
 NOTES_SEC = 5              # for what is to be done before the end
-DONE, FAILED = b'done', b'failed '  # signs that are the last of their rank
+DONE, FAILED = b'done', b'failed '  # last heartbeats: of a rank that needs the others no more, of one that ends with an error
 
 
 class Judge:
-    """Decides, from the signs of life and the time between them, whether this rank must end, and says why.
+    """Decides, from the heartbeats and the time between them, whether this rank must end, and says why.
 
-    cards: [rendezvous.Card of rank 0, ...]. timeout: seconds. option: how it was given, such as ' (--timeout=10)'. remedy: what to do."""
+    peers: [rendezvous.Peer of rank 0, ...]. timeout: seconds. option: how it was given, such as ' (--timeout=10)'. remedy: what to do."""
 
-    def __init__(self, cards, rank, timeout, option, remedy):
-        self.cards, self.rank, self.option, self.remedy = cards, rank, option, remedy
+    def __init__(self, peers, rank, timeout, option, remedy):
+        self.peers, self.rank, self.option, self.remedy = peers, rank, option, remedy
         self.interval = min(max(timeout / 20, INTERVAL_SEC[0]), INTERVAL_SEC[1])
         self.limit = SHARE * timeout
-        self._signs, self._silence, self._failed = [None] * len(cards), [0.0] * len(cards), [0.0] * len(cards)
+        self._beats, self._silence, self._failed = [None] * len(peers), [0.0] * len(peers), [0.0] * len(peers)
         self._without = 0.0
 
-    def hear(self, signs, passed):
-        """Takes the signs of all ranks; returns why this one must end, or None. passed: seconds of this process since those before."""
+    def hear(self, beats, passed):
+        """Takes the beats of all ranks; returns why this one must end, or None. passed: seconds of this process since those before."""
         self._without, passed = 0.0, min(passed, 2 * self.interval)  # more was not their silence, but the store's
-        for other, sign in enumerate(signs):
-            fresh, self._signs[other] = sign != self._signs[other], sign
-            last = sign == DONE or sign.startswith(FAILED) or other == self.rank
+        for other, beat in enumerate(beats):
+            fresh, self._beats[other] = beat != self._beats[other], beat
+            last = beat == DONE or beat.startswith(FAILED) or other == self.rank
             self._silence[other] = 0.0 if fresh or last else self._silence[other] + passed
-            self._failed[other] = self._failed[other] + passed if sign.startswith(FAILED) and not fresh else 0.0
+            self._failed[other] = self._failed[other] + passed if beat.startswith(FAILED) and not fresh else 0.0
         worst = max(self._silence)
         if worst >= self.limit:
             lost = [other for other, silence in enumerate(self._silence) if silence >= self.limit - 2 * self.interval]
-            names = ', '.join(f'rank {other} ({self.cards[other]})' for other in lost[:3])
+            names = ', '.join(f'rank {other} ({self.peers[other]})' for other in lost[:3])
             more = f' and {len(lost) - 3} more' if len(lost) > 3 else ''
             has = 'has' if len(lost) == 1 else 'have'
             return f'{names}{more} {has} not answered for {worst:.0f} s{self.option}: stopping; {self.remedy}'
         for other, seconds in enumerate(self._failed):
             if seconds >= FAILED_SEC:
-                why = self._signs[other].removeprefix(FAILED).decode(errors='replace')
-                return f'rank {other} ({self.cards[other]}) has ended with an error ({why}): stopping'
+                why = self._beats[other].removeprefix(FAILED).decode(errors='replace')
+                return f'rank {other} ({self.peers[other]}) has ended with an error ({why}): stopping'
         return None
 
     def miss(self, place, passed):
@@ -55,13 +55,13 @@ class Judge:
         self._without += passed
         if self._without < self.limit:
             return None
-        return (f'rank {self.rank} ({self.cards[self.rank]}): the store of the ranks, at {place[0]}:{place[1]}, has not answered for '
+        return (f'rank {self.rank} ({self.peers[self.rank]}): the store of the ranks, at {place[0]}:{place[1]}, has not answered for '
                 f'{self._without:.0f} s{self.option}: this node is cut off, or that one is gone; stopping; {self.remedy}')
 
     def speaks(self):
         """Whether this is the first rank of its node that is alive."""
-        return not any(card.node == self.cards[self.rank].node and silence < 3 * self.interval
-                       for card, silence in zip(self.cards[:self.rank], self._silence))
+        return not any(peer.node == self.peers[self.rank].node and silence < 3 * self.interval
+                       for peer, silence in zip(self.peers[:self.rank], self._silence))
 
 
 class Monitor:
@@ -71,7 +71,7 @@ class Monitor:
 
     def __init__(self, group, judge, tell):
         self.group, self.judge, self.failed, self._tell = group, judge, False, tell
-        self._keys = [f'beat/{other}' for other in range(len(group.cards))]
+        self._keys = [f'beat/{other}' for other in range(len(group.peers))]
         self._news, self._last, self._leaving = None, DONE, threading.Event()
         self._threads = [threading.Thread(target=work, name=f'monitor{work.__name__}', daemon=True) for work in (self._beat, self._watch)]
         for thread in self._threads:
@@ -87,7 +87,7 @@ class Monitor:
                 thread.join(NOTES_SEC)
 
     def _beat(self):
-        """Writes this rank's sign of life, a number that grows, and reads those of all."""
+        """Writes this rank's heartbeat, a number that grows, and reads those of all."""
         store, count, pause = self.group.watch, 0, 0
         while True:
             left = self._leaving.wait(pause)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where ranks meet: the store that they share, a card of each, and a name for this start which no earlier one had."""
+"""Where ranks meet: the store that they share, what each knows of the others, and a name for this start which no earlier one had."""
 
 import json
 import os
@@ -20,7 +20,7 @@ REPORT_SEC = 60   # between lines about a wait
 PAUSES_SEC = 0.001, 0.1  # between looks into the store: at first, and after a while
 
 
-class Card(NamedTuple):
+class Peer(NamedTuple):
     """A rank, as the others know it."""
 
     host: str
@@ -42,7 +42,7 @@ class Group(NamedTuple):
     watch: PrefixStore    # the same, over a connection of its own for another thread
     place: tuple          # (host, port) of the server
     prefixes: tuple       # of the keys, for further connections
-    cards: list           # [Card of rank 0, ...]
+    peers: list           # [Peer of rank 0, ...]
     serves: bool          # whether the server lives in this process
 
     def connect(self):
@@ -58,26 +58,26 @@ def meet(rank, size, device, local_rank):
     watch = reach(*place)  # now: connecting may take long, and silence is counted as soon as the others know this rank
     host = socket.gethostname()
     node = os.environ.get('GROUP_RANK') or f'{host} {_boot()}'
-    card = Card(host, os.getpid(), node, local_rank, device, own_address(place[0]), os.urandom(8).hex())
-    name = card.nonce if rank == 0 else _ask(plain, rank, card)
+    peer = Peer(host, os.getpid(), node, local_rank, device, own_address(place[0]), os.urandom(8).hex())
+    name = peer.nonce if rank == 0 else _ask(plain, rank, peer)
     prefixes = 'ranks', name
     store = _prefixed(plain, prefixes)
     store.set(f'beat/{rank}', '0')
-    store.set(f'card/{rank}', json.dumps(card))
+    store.set(f'peer/{rank}', json.dumps(peer))
     if rank == 0:
         _invite(plain, store, size, name)
-        store.set('cards', json.dumps([json.loads(store.get(f'card/{other}')) for other in range(size)]))
-    elif not poll(lambda: store.check(['cards']), JOIN_SEC):
+        store.set('peers', json.dumps([json.loads(store.get(f'peer/{other}')) for other in range(size)]))
+    elif not poll(lambda: store.check(['peers']), JOIN_SEC):
         raise UserError(f'the {size} ranks did not all join within {JOIN_SEC:g} s; rank 0 says which are missing')
-    cards = [Card(*fields) for fields in json.loads(store.get('cards'))]
-    if cards[rank].nonce != card.nonce:
-        raise given_twice(rank, card)
-    return Group(store, _prefixed(watch, prefixes), place, prefixes, cards, serves)
+    peers = [Peer(*fields) for fields in json.loads(store.get('peers'))]
+    if peers[rank].nonce != peer.nonce:
+        raise given_twice(rank, peer)
+    return Group(store, _prefixed(watch, prefixes), place, prefixes, peers, serves)
 
 
-def given_twice(rank, card):
+def given_twice(rank, peer):
     """The error of a process whose number another one has, too."""
-    return UserError(f'RANK={rank} was given twice: to this process ({card}) and to another; each rank needs a number of its own')
+    return UserError(f'RANK={rank} was given twice: to this process ({peer}) and to another; each rank needs a number of its own')
 
 
 def serve(host, port):
@@ -109,7 +109,8 @@ def reach(host, port):
 
 def connect(host, port):
     """A client of the store. Raises OSError or RuntimeError."""
-    # TCPStore prints pages where it does not get through: it is let in only where somebody listens.
+    # TCPStore prints pages where it does not get through: it is let in only where somebody listens. This is no way to look in often:
+    # the server looks up the name of every address that connects, and answers nobody meanwhile.
     socket.create_connection((host.strip('[]'), port), PROBE_SEC).close()
     return TCPStore(host, port, None, False, timedelta(seconds=STORE_SEC), wait_for_workers=False)
 
@@ -144,7 +145,7 @@ def interface(group, rank):
     """The network interface that leads from the rank's node to the other nodes; None on one node, or where none is found.
 
     Gloo takes the one that the host's name belongs to, which is the loopback where /etc/hosts says 127.0.1.1."""
-    others = [card.address for card in group.cards if card.node != group.cards[rank].node]
+    others = [peer.address for peer in group.peers if peer.node != group.peers[rank].node]
     if not others:
         return None
     outside = [address for address in others if not address.startswith('127.') and address not in ('', '::1')]
@@ -173,23 +174,23 @@ def _boot():
         return ''
 
 
-def _ask(plain, rank, card):
+def _ask(plain, rank, peer):
     """Asks rank 0 for the name of this start. What ranks of an earlier one had asked may still be in the store: hence the nonce."""
     base = PrefixStore('ranks', plain)
-    base.set(f'asks/{rank}', card.nonce)
+    base.set(f'asks/{rank}', peer.nonce)
 
     def answered():
-        if base.get(f'asks/{rank}').decode() != card.nonce:
-            raise given_twice(rank, card)
-        return base.check([f'name/{card.nonce}'])
+        if base.get(f'asks/{rank}').decode() != peer.nonce:
+            raise given_twice(rank, peer)
+        return base.check([f'name/{peer.nonce}'])
 
     if not poll(answered, JOIN_SEC):
-        raise UserError(f'rank 0 did not join within {JOIN_SEC:g} s; rank {rank} ({card}) was waiting for it')
-    return base.get(f'name/{card.nonce}').decode()
+        raise UserError(f'rank 0 did not join within {JOIN_SEC:g} s; rank {rank} ({peer}) was waiting for it')
+    return base.get(f'name/{peer.nonce}').decode()
 
 
 def _invite(plain, store, size, name):
-    """Rank 0: tells the name to whoever asks for it, until every rank has left its card under it."""
+    """Rank 0: tells the name to whoever asks for it, until every rank has described itself under it."""
     base, answered, missing = PrefixStore('ranks', plain), {}, []
 
     def complete():
@@ -197,7 +198,7 @@ def _invite(plain, store, size, name):
             if base.check([f'asks/{rank}']) and answered.get(rank) != (asker := base.get(f'asks/{rank}').decode()):
                 base.set(f'name/{asker}', name)  # which nobody reads where the asker belonged to an earlier start
                 answered[rank] = asker
-        missing[:] = [rank for rank in range(1, size) if not store.check([f'card/{rank}'])]
+        missing[:] = [rank for rank in range(1, size) if not store.check([f'peer/{rank}'])]
         return not missing
 
     some = lambda: f'{", ".join(map(str, missing[:8]))}{" and more" if len(missing) > 8 else ""} of {size} ranks'

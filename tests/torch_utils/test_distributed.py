@@ -149,20 +149,24 @@ def test_one_rank_needs_nobody():
 
 
 def test_nodes_in_the_map(monkeypatch):
-    cards = [rendezvous.Card(host, 1, host, local, device, '', '')
+    peers = [rendezvous.Peer(host, 1, host, local, device, '', '')
              for host, devices in (('a', ['NVIDIA H200'] * 4), ('b', ['NVIDIA H100', 'NVIDIA H200']), ('c', ['2 threads']))
              for local, device in enumerate(devices)]
-    monkeypatch.setattr(distributed, '_group', rendezvous.Group(None, None, None, None, cards, False))
+    monkeypatch.setattr(distributed, '_group', rendezvous.Group(None, None, None, None, peers, False))
     monkeypatch.setenv('WORLD_SIZE', '7')
     assert distributed.rank_map() == ('7 ranks on 3 nodes: a: 0-3 (NVIDIA H200), b: 4-5 (NVIDIA H100 / NVIDIA H200), c: 6 (2 threads)')
 
 
 # --- how they meet
 
+@pytest.fixture(scope='module')
+def store():
+    return TCPStore('127.0.0.1', 0, None, True, timedelta(seconds=60), wait_for_workers=False)
+
+
 @pytest.fixture
-def agent(monkeypatch):
+def agent(monkeypatch, store):
     """A store that outlives the ranks, as torchrun's does; one connection serves all of them, for each new one may wait for a DNS."""
-    store = TCPStore('127.0.0.1', 0, None, True, timedelta(seconds=10), wait_for_workers=False)
     for name, value in dict(MASTER_ADDR='127.0.0.1', MASTER_PORT=store.port, TORCHELASTIC_USE_AGENT_STORE='True').items():
         monkeypatch.setenv(name, str(value))
     monkeypatch.setattr(rendezvous, 'connect', lambda host, port: store)
@@ -190,8 +194,8 @@ def test_each_start_has_a_name_of_its_own(agent):
     names = []
     for size in (3, 2, 2, 4):
         groups = meet(*range(size))
-        assert all(group.watch.check(['cards']) and group.cards == groups[0].cards and len(group.cards) == size for group in groups)
-        assert [card.device for card in groups[0].cards] == [f'device {rank}' for rank in range(size)]
+        assert all(group.watch.check(['peers']) and group.peers == groups[0].peers and len(group.peers) == size for group in groups)
+        assert [peer.device for peer in groups[0].peers] == [f'device {rank}' for rank in range(size)]
         names.append({group.prefixes for group in groups})
         assert not groups[0].store.check(['left by an earlier start'])
         groups[1].store.set('left by an earlier start', '')
@@ -212,7 +216,7 @@ def test_ranks_that_do_not_come_are_named(agent, monkeypatch):
 def test_a_rank_that_was_given_twice(agent, monkeypatch):
     monkeypatch.setattr(rendezvous, 'JOIN_SEC', 20)
     found = [str(each) for each in meet(0, 1, 1, size=2)]
-    assert sum('RANK=1 was given twice: to this process (host ' in each for each in found) >= 1  # both, where their cards cross
+    assert sum('RANK=1 was given twice: to this process (host ' in each for each in found) >= 1  # both, where their peers cross
 
 
 def test_nobody_at_the_address(monkeypatch):
@@ -236,32 +240,32 @@ def test_variables_that_are_missing(monkeypatch, name):
 
 
 def test_ranks_are_numbered_node_by_node():
-    card = lambda node, local: rendezvous.Card(node, 1, node, local, '', '', '')
-    distributed._check_order([card('a', 0), card('a', 1), card('b', 0)])
-    for cards in ([card('a', 0), card('b', 0), card('a', 1)], [card('a', 1), card('a', 0)], [card('a', 0), card('b', 1)]):
+    peer = lambda node, local: rendezvous.Peer(node, 1, node, local, '', '', '')
+    distributed._check_order([peer('a', 0), peer('a', 1), peer('b', 0)])
+    for peers in ([peer('a', 0), peer('b', 0), peer('a', 1)], [peer('a', 1), peer('a', 0)], [peer('a', 0), peer('b', 1)]):
         with pytest.raises(UserError, match='number the ranks node by node'):
-            distributed._check_order(cards)
+            distributed._check_order(peers)
 
 
 def test_the_way_to_other_nodes():
     """Not the loopback, which a node's own name may stand for; None where all are on one node."""
-    card = lambda node, address: rendezvous.Card(node, 1, node, 0, '', address, '')
-    group = lambda *cards: rendezvous.Group(None, None, ('127.0.0.1', 1), None, list(cards), True)
-    assert rendezvous.interface(group(card('a', '127.0.0.1'), card('a', '127.0.0.1')), 0) is None
-    assert rendezvous.interface(group(card('a', '127.0.0.1'), card('b', '127.0.0.9')), 0) == 'lo'  # nothing better is known
+    peer = lambda node, address: rendezvous.Peer(node, 1, node, 0, '', address, '')
+    group = lambda *peers: rendezvous.Group(None, None, ('127.0.0.1', 1), None, list(peers), True)
+    assert rendezvous.interface(group(peer('a', '127.0.0.1'), peer('a', '127.0.0.1')), 0) is None
+    assert rendezvous.interface(group(peer('a', '127.0.0.1'), peer('b', '127.0.0.9')), 0) == 'lo'  # nothing better is known
 
 
 @pytest.mark.parametrize('gpus, local, index', [(8, 3, 3), (1, 3, 0)])
 def test_group_of_gpus(monkeypatch, gpus, local, index):
     """nccl for GPUs and gloo for the CPU, bound to the rank's GPU; srun --gpus-per-task=1 shows each rank its own alone."""
     told = {}
-    cards = [rendezvous.Card('a', 1, 'a', other, '', '', '') for other in range(8)]
+    peers = [rendezvous.Peer('a', 1, 'a', other, '', '', '') for other in range(8)]
     for name, value in dict(RANK=local, LOCAL_RANK=local, WORLD_SIZE=8, MASTER_ADDR='a', MASTER_PORT=1).items():
         monkeypatch.setenv(name, str(value))
     for name, value in dict(is_available=True, device_count=gpus, get_device_name='GPU', set_device=None).items():
         monkeypatch.setattr(torch.cuda, name, lambda *args, value=value: value)
     monkeypatch.setattr(torch.distributed, 'init_process_group', lambda *args, **kwargs: told.update(kwargs, backend=args))
-    monkeypatch.setattr(rendezvous, 'meet', lambda *args: rendezvous.Group('store', None, ('a', 1), (), cards, False))
+    monkeypatch.setattr(rendezvous, 'meet', lambda *args: rendezvous.Group('store', None, ('a', 1), (), peers, False))
     monkeypatch.setattr(distributed, 'Monitor', lambda group, judge, tell: told.update(limit=judge.limit))
     for name in ('_group', '_monitor', '_waits', '_words', '_launcher_pid'):
         monkeypatch.setattr(distributed, name, None)
@@ -284,14 +288,14 @@ def test_only_workers_of_torchrun_can_be_orphans(monkeypatch, launcher, orphan):
 
 # --- who is gone
 
-CARDS = [rendezvous.Card(host, 100 + rank, host, rank % 2, '', '', '') for rank, host in enumerate('aabb')]
+PEERS = [rendezvous.Peer(host, 100 + rank, host, rank % 2, '', '', '') for rank, host in enumerate('aabb')]
 
 
 def judge(rank=0, timeout=100, option=' (--timeout=2)'):
-    return monitor.Judge(CARDS, rank, timeout, option, 'start again')
+    return monitor.Judge(PEERS, rank, timeout, option, 'start again')
 
 
-def signs(*values):
+def beats(*values):
     return [value if isinstance(value, bytes) else str(value).encode() for value in values]
 
 
@@ -299,19 +303,19 @@ def test_silence_is_counted_from_the_last_sign():
     watch = judge()
     assert watch.interval == 5 and watch.limit == 75
     for beat in range(100):
-        assert watch.hear(signs(0, beat, beat, min(beat, 10)), 5) is None or beat == 25
+        assert watch.hear(beats(0, beat, beat, min(beat, 10)), 5) is None or beat == 25
         if beat == 25:
             break
-    said = watch.hear(signs(0, 30, 30, 10), 5)
+    said = watch.hear(beats(0, 30, 30, 10), 5)
     assert said == 'rank 3 (host b, pid 103) has not answered for 80 s (--timeout=2): stopping; start again'
 
 
 def test_lost_ranks_are_told_of_together():
     watch = judge()
-    watch.hear(signs(0, 0, 0, 0), 5)
+    watch.hear(beats(0, 0, 0, 0), 5)
     for _ in range(14):
-        assert watch.hear(signs(0, 1, 0, 0), 5) is None
-    assert watch.hear(signs(0, 1, 0, 0), 5) == (
+        assert watch.hear(beats(0, 1, 0, 0), 5) is None
+    assert watch.hear(beats(0, 1, 0, 0), 5) == (
         'rank 1 (host a, pid 101), rank 2 (host b, pid 102), rank 3 (host b, pid 103) have not answered for 75 s (--timeout=2): '
         'stopping; start again')
 
@@ -319,12 +323,12 @@ def test_lost_ranks_are_told_of_together():
 def test_who_has_ended_is_not_awaited():
     watch = judge()
     for beat in range(100):
-        assert watch.hear(signs(0, beat, b'done', b'done'), 5) is None
+        assert watch.hear(beats(0, beat, b'done', b'done'), 5) is None
 
 
 def test_an_error_elsewhere_ends_this_rank_soon():
     watch, seconds = judge(), 0
-    broken = signs(0, 0, b'failed UserError: no such file', 0)
+    broken = beats(0, 0, b'failed UserError: no such file', 0)
     assert watch.hear(broken, 5) is None
     while (said := watch.hear(broken, 5)) is None:
         seconds += 5
@@ -332,12 +336,12 @@ def test_an_error_elsewhere_ends_this_rank_soon():
 
 
 def test_a_store_that_is_silent_and_comes_back():
-    """Nobody could give signs in that time: it is nobody's silence."""
+    """Nobody could write a heartbeat in that time: it is nobody's silence."""
     watch = judge()
-    watch.hear(signs(0, 1, 1, 1), 5)
+    watch.hear(beats(0, 1, 1, 1), 5)
     for _ in range(74):
         assert watch.miss(('a', 29500), 1) is None
-    assert watch.hear(signs(0, 1, 1, 1), 74) is None and watch.hear(signs(0, 1, 1, 1), 5) is None
+    assert watch.hear(beats(0, 1, 1, 1), 74) is None and watch.hear(beats(0, 1, 1, 1), 5) is None
     assert watch.miss(('a', 29500), 74) is None
     assert watch.miss(('a', 29500), 1) == (
         'rank 0 (host a, pid 100): the store of the ranks, at a:29500, has not answered for 75 s (--timeout=2): this node is cut off, '
@@ -347,9 +351,9 @@ def test_a_store_that_is_silent_and_comes_back():
 def test_the_first_living_rank_of_a_node_speaks():
     watch = judge(rank=3)
     assert not watch.speaks()
-    watch.hear(signs(0, 0, 0, 0), 5)
+    watch.hear(beats(0, 0, 0, 0), 5)
     for beat in range(3):
-        watch.hear(signs(beat, beat, 0, 0), 5)
+        watch.hear(beats(beat, beat, 0, 0), 5)
     assert watch.speaks()
 
 
@@ -358,13 +362,13 @@ def test_intervals_fit_the_timeout():
 
 
 def test_signs_of_life_cost_next_to_nothing(agent, monkeypatch):
-    """Processor time, at 200 signs a second: a training step of milliseconds cannot feel one a second."""
+    """Processor time, at 200 beats a second: a training step of milliseconds cannot feel one a second."""
     monkeypatch.setattr(monitor, 'INTERVAL_SEC', (0.005, 0.005))
     group, = meet(0)
     for rank in range(1, 64):
         group.store.set(f'beat/{rank}', '0')
-    cards = group.cards * 64
-    watched = monitor.Monitor(group._replace(cards=cards), monitor.Judge(cards, 0, 600, '', ''), None)
+    peers = group.peers * 64
+    watched = monitor.Monitor(group._replace(peers=peers), monitor.Judge(peers, 0, 600, '', ''), None)
     time.sleep(0.2)  # the connection
     before, used = int(group.store.get('beat/0')), time.process_time()
     time.sleep(0.5)
@@ -376,7 +380,7 @@ def test_signs_of_life_cost_next_to_nothing(agent, monkeypatch):
 
 def test_a_rank_leaves_word_of_its_error(agent):
     group, = meet(0)
-    watched = monitor.Monitor(group, monitor.Judge(group.cards, 0, 600, '', ''), None)
+    watched = monitor.Monitor(group, monitor.Judge(group.peers, 0, 600, '', ''), None)
     watched.leave('UserError: text')
     watched.leave()  # too late
     assert group.store.get('beat/0') == b'failed UserError: text' and watched.failed
@@ -438,7 +442,7 @@ def test_a_rank_that_never_comes_is_one_line(tmp_path):
 
 @pytest.fixture
 def among_others(monkeypatch):
-    monkeypatch.setattr(distributed, '_group', rendezvous.Group(None, None, None, None, CARDS, False))
+    monkeypatch.setattr(distributed, '_group', rendezvous.Group(None, None, None, None, PEERS, False))
     monkeypatch.setattr(distributed, '_words', (' (--timeout=2)', 'start again'))
 
 
