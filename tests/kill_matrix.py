@@ -13,6 +13,7 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 import tempfile
@@ -41,7 +42,7 @@ FLAGS = ['--augment=0.5', '--dropout=0.2', '--xflip=1', '--val=0.2', '--threads=
 class Trials:
     """Runs of one command line in folders of their own."""
 
-    def __init__(self, folder, ranks, seed, slow_sec=0.02):
+    def __init__(self, folder, ranks, seed, slow_sec=0.05):
         self.folder, self.ranks, self.random = Path(folder), ranks, random.Random(seed)
         self.script, self.log = self.folder / 'slow.py', self.folder / 'log'
         self.script.write_text(SLOW_DISK.format(seconds=slow_sec))
@@ -49,9 +50,10 @@ class Trials:
         eval_fid.main(['ref', f'--data={data}', f'--dest={self.folder / "ref.npz"}', '--detector=pixels'], standalone_mode=False)
         self.args = [f'--data={data}', f'--metrics-ref={self.folder / "ref.npz"}', *tiny.FLAGS, *FLAGS]
         self.where = collections.Counter()
-        start = time.time()
         self.expected = self.finish('straight')
-        self.seconds = time.time() - start  # of a whole run
+        start = time.time()
+        assert self.finish('again') == self.expected
+        self.seconds = time.time() - start  # of a whole run, whose modules are imported by now
 
     def start(self, name):
         return tiny.start([f'--outdir={self.folder / name}', *self.args], self.log, self.ranks, self.script)
@@ -113,6 +115,9 @@ def main(count, ranks, number, seed, folder, tell=print):
         name, here = f'run{runs}', 0
         while sent < count and here < 8 and trials.interrupt(name, number):
             sent, here = sent + 1, here + 1
+        if not here:  # it came to its end before the signal
+            shutil.rmtree(trials.folder / name)
+            continue
         found = trials.finish(name)
         differing = [key for key in trials.expected if found.get(key) != trials.expected[key]]
         runs, other = runs + 1, other + bool(differing)
