@@ -11,6 +11,7 @@ import shutil
 from dnnlib import UserError
 from dnnlib.files import write_json
 from dnnlib.lock import FolderLock
+from dnnlib.util import append_line
 from torch_utils import checkpoint, distributed
 from training.run.config import to_json
 
@@ -88,12 +89,9 @@ def note_end(folder, text, shown=True):
     who = f'rank {distributed.rank()}: ' if distributed.rank() else ''
     if shown:
         print(f'{who}{text}', flush=True)
-    with contextlib.suppress(OSError):  # of a rank other than the first there may be no log, or no folder any more
-        handle = os.open(os.path.join(folder, LOG), os.O_WRONLY | os.O_APPEND | (0 if distributed.rank() else os.O_CREAT), 0o644)
-        try:
-            os.write(handle, f'{who}{text.rstrip()}\n'.encode())
-        finally:
-            os.close(handle)
+    path = os.path.join(folder, LOG)
+    if distributed.rank() == 0 or os.path.exists(path):  # a run that was refused has no log, and no folder any more
+        append_line(path, f'{who}{text.rstrip()}')
 
 
 def create(outdir, name):
