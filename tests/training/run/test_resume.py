@@ -280,7 +280,7 @@ def test_options_are_looked_at_before_states(copied, monkeypatch):
     assert {path.parent for path in opened} == {folder}
 
 
-def test_latest_goes_by_progress_not_by_time(copied):
+def test_latest_goes_by_progress_not_by_time(copied, capsys):
     """A copied folder has the times of the copying: the state that has come farthest is taken, and the log kept to it."""
     outdir, folder, args = copied
     tiny.call(f'--outdir={outdir}', *args, '--resume=latest', '--duration=0.00016')
@@ -288,6 +288,7 @@ def test_latest_goes_by_progress_not_by_time(copied):
     os.rename(folder / STATE_5, folder / 'training-state-000009.000.pt')  # nor by its name
     tiny.call(f'--outdir={outdir}', *args, '--resume=latest', '--duration=0.00024')
     assert [line['nimg'] for line in tiny.read_log(folder)] == [80, 160, 240]
+    assert f'position from {folder / "training-state-000000.160.pt"} (0.16 kimg)' in capsys.readouterr().out
     assert tiny.read_state(folder / 'training-state-000000.240.pt')['progress']['step'] == 15
 
 

@@ -7,10 +7,12 @@ import signal
 import time
 from pathlib import Path
 
+import click
 import psutil
 import pytest
 
 import eval_fid
+from dnnlib import UserError
 from tests.support import tiny
 from torch_utils import checkpoint
 from training.run import stopping, training_loop
@@ -111,6 +113,23 @@ def test_handlers_are_put_back(tmp_path, data):
     assert [signal.getsignal(number) for number in stopping.SIGNALS] == before
 
 
+@pytest.mark.parametrize('error, told', [
+    (RuntimeError('all broken'), ['Traceback (most recent call last)', 'RuntimeError: all broken']),
+    (UserError('runs/x: cannot be used'), ['Error: runs/x: cannot be used']), (KeyboardInterrupt(), ['KeyboardInterrupt'])])
+def test_the_log_tells_what_a_run_died_of(tmp_path, data, monkeypatch, error, told):
+    step = training_loop.Run.step
+
+    def broken(run):
+        if run.progress.step == 7:
+            raise error
+        step(run)
+    monkeypatch.setattr(training_loop.Run, 'step', broken)
+    with pytest.raises((type(error), click.exceptions.Abort)):
+        tiny.call(*flags(data, tmp_path))
+    log = (tiny.only_folder(tmp_path) / 'log.txt').read_text()
+    assert all(text in log.split('tick 1 ')[1] for text in told), log
+
+
 # --- as processes: exit codes, second signals, ranks
 
 
@@ -124,6 +143,18 @@ def slow(run):
         print('waiting', flush=True)
         time.sleep({seconds})
 training_loop.Run.step = slow
+train.main()
+"""
+
+
+READING = """
+import train
+from torch_utils import distributed, tensor_file
+read = tensor_file.read
+def told(path, *args, **kwargs):
+    print(f'rank {distributed.rank()} reads {path}', flush=True)
+    return read(path, *args, **kwargs)
+tensor_file.read = told
 train.main()
 """
 
@@ -164,7 +195,10 @@ def test_one_rank_is_asked_and_all_end(tmp_path, data):
     assert output.count('Stopped: SIGTERM') == 1, output
     folder = tiny.only_folder(tmp_path / 'runs')
     assert tiny.read_state(checkpoint.states(folder)[0])['progress']['step'] in (8, 9)
-    tiny.finish(flags(data, tmp_path / 'runs'), log, ranks=2)
+    script = tmp_path / 'reading.py'
+    script.write_text(READING)
+    output = tiny.finish(flags(data, tmp_path / 'runs'), log, ranks=2, script=script)
+    assert 'rank 0 reads' in output and 'rank 1 reads' not in output  # the state, which is shared
     assert [line['nimg'] for line in tiny.read_log(folder) if 'Progress/tick' in line] == [80, 160, 240, 320]
 
 
