@@ -101,7 +101,7 @@ class Reader:
         if len(found) != info.file_size:
             raise Refused('is cut off, or claims more bytes than it has')
         if checksum and zlib.crc32(found) != info.CRC:
-            raise Refused(f'is damaged: the CRC-32 of the record {ascii(name[:50])} is wrong')
+            raise Refused(f'is damaged: its record {ascii(name[:50])} has a wrong checksum')
         return found
 
     def tree(self):

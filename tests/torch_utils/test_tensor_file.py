@@ -90,10 +90,10 @@ def test_memory_of_their_own_outlives_the_file(tmp_path):
 def test_a_wrong_bit_is_found(refused, tmp_path):
     data = saved({'x': X})
     place = data.index(X.numpy().tobytes()) + 17
-    assert "the CRC-32 of the record 'data/0' is wrong" in refused(data[:place] + bytes([data[place] ^ 1]) + data[place + 1:])
+    assert "its record 'data/0' has a wrong checksum" in refused(data[:place] + bytes([data[place] ^ 1]) + data[place + 1:])
     assert tensor_file.read(tmp_path / 'a.pt', mapped=True, checksums=False)['x'].shape == X.shape  # for a look at the values alone
     place = data.index(b'FloatStorage')
-    assert "the CRC-32 of the record 'data.pkl' is wrong" in refused(data[:place] + b'H' + data[place + 1:])
+    assert "its record 'data.pkl' has a wrong checksum" in refused(data[:place] + b'H' + data[place + 1:])
 
 
 def test_a_file_cut_at_any_place(refused):
