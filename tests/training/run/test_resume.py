@@ -316,14 +316,14 @@ def test_a_damaged_state_is_passed_over(copied, capsys, where):
     capsys.readouterr()
     tiny.call(f'--outdir={outdir}', *args, '--resume=latest', '--duration=0.00016')
     output = capsys.readouterr().out
-    assert f'passes over: {path}: cannot be read as a training state (it is damaged: the CRC-32 of the record ' in output
+    assert f'passes over: {path}: cannot be read as a training state (it is damaged: its record ' in output and 'wrong checksum' in output
     assert f'position from {folder / STATE_5}' in output
-    assert 'CRC-32' not in output.split('Restored')[1] and checkpoint.load(path)
+    assert 'wrong checksum' not in output.split('Restored')[1] and checkpoint.load(path)
     path.write_bytes(content)
     (folder / STATE_5).unlink()
     line = refused(f'--outdir={outdir}', *args, '--resume=latest', '--duration=0.00016')
     assert 'no state in' in line and str(path) in line
-    assert 'CRC-32' in refused(f'--outdir={outdir}', *args, f'--resume={path}', '--duration=0.00016')
+    assert 'wrong checksum' in refused(f'--outdir={outdir}', *args, f'--resume={path}', '--duration=0.00016')
 
 
 def test_latest_passes_over_a_truncated_state(copied, capsys):
