@@ -125,6 +125,7 @@ def submit(writers, part, units, files):
 
 def report(written, missing, seeds, files):
     """Says how many images were written, over all ranks, and refuses another number than was wanted."""
+    distributed.wait_for_all('sampling')  # ranks may be of different speeds
     written = int(distributed.all_sum(torch.tensor(written, device=distributed.device())))
     if written != missing:
         raise UserError(f'{written} of {missing} images were written to {files.outdir}')
