@@ -253,7 +253,6 @@ def measure(net, dataset, items, conditional, method, o):
     errors = [message for message in distributed.all_values(error) if message]
     if errors:
         raise UserError(errors[0])
-    distributed.wait_for_all('computing the likelihoods')
     gather = lambda values: distributed.all_sum(values.to(distributed.device())).cpu().numpy()
     return {name: gather(values) for name, values in found.items()}, gather(terms) / (o.repeats * len(items))
 
