@@ -48,7 +48,7 @@ def damage_zip_headers(data, draws):
     data = bytearray(data)
     kinds = [pick(list(HEADERS), draws) for _ in range(int(draws.integers(1, 3)))]
     for kind in kinds:
-        places = [place for place in range(len(data)) if data.startswith(kind, place)] if len(data) < 4096 else _find(data, kind)
+        places = _find(data, kind)
         if not places:
             continue
         place, width = pick(places, draws), pick([1, 2, 2, 4, 4], draws)
@@ -93,7 +93,7 @@ def damage_zip_members(parts, draws):
 
 
 def bomb_members(parts, draws):
-    """One member is 64 MiB or 1 GiB of zeros, deflated to little; returns the parts and the set of names to deflate."""
+    """One member is up to 32 MiB of zeros, deflated to little; returns the parts and the set of names to deflate."""
     i = int(draws.integers(len(parts)))
     parts = [*parts[:i], (parts[i][0], bytes(pick([2 ** 16, 2 ** 22, 2 ** 25], draws))), *parts[i + 1:]]
     return parts, {parts[i][0]}

@@ -124,8 +124,7 @@ def _check_kinds(config):
         defaults |= registry.parameters(network_class(model_type))
     for key, default in defaults.items():
         value = config.get(key, default)
-        fits = _fits(value, default) or key == 'img_resolution' and _fits(value, [1])
-        if not fits and not (value is None and key == 'diffusion'):
+        if not (_fits(value, default) or key == 'img_resolution' and _fits(value, [1])):
             raise UserError(f'network configuration: "{key}" must be {_words(default)}, got {json.dumps(value)[:100]}')
     units = config.get('units')
     if units is not None and not (isinstance(units, dict) and units.keys() == {'offset', 'scale'}
@@ -135,14 +134,15 @@ def _check_kinds(config):
 
 
 def _fits(value, default):
-    """Whether a value of JSON can stand in the place of a default."""
-    if isinstance(default, bool) or isinstance(value, bool):
-        return isinstance(value, bool) and isinstance(default, bool)
+    """Whether a value of JSON can stand in the place of a default; any can in that of what is no number, list of numbers, or text."""
+    if isinstance(default, bool):
+        return value in (False, True)
     if isinstance(default, (int, float)):
-        return isinstance(value, (int, float)) and value == value and abs(value) < 2 ** 63 or value in (math.inf, -math.inf)
-    if isinstance(default, (list, tuple)):
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        return number and (abs(value) < 2 ** 63 or abs(value) == math.inf)
+    if isinstance(default, (list, tuple)) and all(_fits(item, 1) for item in default):
         return isinstance(value, (list, tuple)) and all(_fits(item, 1) and abs(item) != math.inf for item in value)
-    return isinstance(value, str)
+    return not isinstance(default, str) or isinstance(value, str)
 
 
 def _words(default):

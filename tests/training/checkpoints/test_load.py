@@ -280,7 +280,8 @@ def test_configs_of_strange_sizes_cost_nothing(tmp_path, change, monkeypatch):
 
 
 @pytest.mark.parametrize('key, value', [
-    ('sigma_data', 'x'), ('sigma_data', None), ('sigma_data', math.nan), ('sigma_data', {}), ('sigma_min', [1]), ('use_fp16', 1),
+    ('sigma_data', 'x'), ('sigma_data', None), ('sigma_data', math.nan), ('sigma_data', {}), ('sigma_min', [1]), ('use_fp16', 2),
+    ('use_fp16', 'no'),
     ('img_channels', True), ('channel_mult', {'a': 1}), ('attn_resolutions', 4), ('model_type', 3), ('model_type', []), ('precond', {}),
     ('units', 5), ('units', {'scale': 1}), ('units', {'scale': 1, 'offset': 'x'}), ('img_resolution', [8]), ('img_resolution', [8, 8, 8])])
 def test_values_of_other_kinds(tmp_path, key, value):
