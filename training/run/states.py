@@ -68,10 +68,12 @@ def find(outdir, config, name, free=()):
 
     name: what a new run's folder would be called. Which runs have this Config is told by their options.json, without a look at
     states. Raises UserError where runs of that name exist, and none has this Config."""
-    matching, others = [], []
+    matching, others, blank = [], [], []
     for folder in runs(outdir):
         told = _told_in(folder)
         if told is None:
+            if name_of(folder) == name and all(each.startswith('.') for each in os.listdir(folder)):
+                blank.append(folder)
             continue
         found = changes(told, config, free)
         alike = told.run.expr_id == config.run.expr_id and (config.run.expr_id is not None or name_of(folder) in (name, None))
@@ -86,7 +88,7 @@ def find(outdir, config, name, free=()):
         several = f' (and {len(others) - 1} more)' if len(others) > 1 else ''
         raise UserError(f'--resume=latest: {folder}{several} was trained with other options ({"; ".join(found[:6])}); give the same '
                         'options to continue it, another --expr-id for another run, or no --resume to start anew beside it')
-    return None
+    return (blank[0], config) if blank else None  # of a run that was killed as soon as it had a folder
 
 
 def _told_in(folder):

@@ -266,6 +266,17 @@ def test_latest_goes_on_in_the_folder_of_a_run_without_a_state(tmp_path, data):
     assert tiny.only_folder(tmp_path / 'runs') == folder and tiny.read_log(folder) == lines
 
 
+def test_latest_takes_the_folder_of_a_run_that_was_killed_at_once(tmp_path, data):
+    """There is nothing in it yet, but for the lock and a file that was begun."""
+    blank = tmp_path / 'runs' / '00000-x'
+    blank.mkdir(parents=True)
+    for name in ('.lock', '.options.json.4711'):
+        (blank / name).touch()
+    tiny.call(f'--outdir={tmp_path / "runs"}', f'--data={data}', *tiny.FLAGS, '--snap=0', '--dump=1', '--duration=0.00008', '--expr-id=x',
+              '--resume=latest')
+    assert tiny.only_folder(tmp_path / 'runs') == blank and sorted(os.listdir(blank)) == ['log.txt', 'options.json', 'stats.jsonl', STATE_5]
+
+
 def test_options_are_looked_at_before_states(copied, monkeypatch):
     """The states of other runs are not opened at all."""
     outdir, folder, args = copied
