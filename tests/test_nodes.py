@@ -158,13 +158,14 @@ def test_an_error_on_one_node(tmp_path, data):
     with nodes.cluster(2) as both:
         found = []
         for number, node in enumerate(both):
-            line, env = command('variables', number, f'--outdir={tmp_path}', f'--data={data if number == 0 else "none.zip"}', *tiny.FLAGS)
+            own = ['--wandb=x'] if number else []  # whose package is not here
+            line, env = command('variables', number, f'--outdir={tmp_path}', f'--data={data}', *tiny.FLAGS, *own)
             found.append(node.start(line, tmp_path / f'log{number}', env))
         assert [process.wait(120) for process in found] == [76, 1]
     logs = [(tmp_path / f'log{number}').read_text() for number in (0, 1)]
-    said = r'^rank 1 \(host node1, pid \d+\) has ended with an error \(none.zip: no such zip file or folder\): stopping$'
+    said = r'^rank 1 \(host node1, pid \d+\) has ended with an error \(--wandb needs the package wandb: pip install wandb\): stopping$'
     assert re.search(said, logs[0], re.MULTILINE), logs[0]
-    assert logs[1].count('Error: none.zip: no such') == 1 and 'Traceback' not in logs[0] + logs[1]
+    assert logs[1].count('Error: --wandb needs the package wandb') == 1 and 'Traceback' not in logs[0] + logs[1]
 
 
 def page():

@@ -450,19 +450,21 @@ def train(run, total_nimg, tick_nimg):
     p = run.progress
     run.do_pending()  # of the tick in which the run was stopped
     last_line = time.time()
-    while p.nimg < total_nimg:
+    while True:
+        # First of all, because a state may have been written between the last step of a tick and its end.
+        if p.nimg > p.tick_nimg and p.nimg >= min(total_nimg, p.tick_nimg + tick_nimg):
+            run.end_tick(done=p.nimg >= total_nimg)
+            run.do_pending()
+            last_line = time.time()
+        if p.nimg >= total_nimg:
+            return
         stop_if_orphan()
         run.step()
         run.stop_if_spoiled()
-        done = p.nimg >= total_nimg
         if time.time() - last_line > HEARTBEAT_SEC:
             left = format_time((total_nimg - p.nimg) / run.rate())
             distributed.print0(f'    step {p.step}  kimg {p.nimg / 1e3:.3f}  img/s {run.rate():.1f}  eta {left}')
             last_line = time.time()
         run.look_at_states()
-        if run.requests.after_step() and not done:
+        if run.requests.after_step():
             run.save_state()
-        if done or p.nimg >= p.tick_nimg + tick_nimg:
-            run.end_tick(done)
-            run.do_pending()
-            last_line = time.time()

@@ -66,6 +66,7 @@ def after(calls, function, number=signal.SIGTERM):
 
 # (what is called, the so manieth time), and what of the tick is left to do
 PLACES = {'first step': ((training_loop.Run, 'step'), 1, []), 'step': ((training_loop.Run, 'step'), 7, []),
+          'last step of a tick': ((training_loop.Run, 'step'), 4, []),
           'last step': ((training_loop.Run, 'step'), 20, ['validate', 'snapshot', 'measure', 'state']),
           'end of a tick': ((training_loop.Run, 'report'), 2, ['validate', 'snapshot', 'measure']),
           'validation': ((Validation, '_judge'), 1, ['validate', 'snapshot', 'measure']),
