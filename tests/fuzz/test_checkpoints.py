@@ -20,14 +20,14 @@ def attack(kind, count, folder, seconds):
 
 def test_some_of_each_kind(tmp_path):
     """In a fork of a process that has imported everything."""
-    args = ('tests.fuzz.checkpoints:SomeOfAll', '200', '0', str(tmp_path / 'in'))
+    args = ('tests.fuzz.checkpoints:SomeOfAll', '120', '0', str(tmp_path / 'in'))
     process = launch.CONTEXT.Process(target=checkpoints.judge, args=(tmp_path / 'log', *args))
     process.start()
     process.join(120)
     process.kill()
     found = [json.loads(line) for line in (tmp_path / 'log').read_text().splitlines()]
     assert not [line for line in found if line[0] not in ('read', 'refused')]
-    assert len(found) == 200 and 10 < sum(line[0] == 'read' for line in found) < 100  # flipped weights and text do no harm
+    assert len(found) == 120 and 5 < sum(line[0] == 'read' for line in found) < 60  # flipped weights and text do no harm
 
 
 @pytest.mark.slow
