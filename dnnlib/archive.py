@@ -269,7 +269,9 @@ def _plain_png(data, most):
     width, height, depth, colour, *rest = struct.unpack_from('>IIBBBBB', data, 16)
     channels, length = CHANNELS.get(colour, 0), int.from_bytes(data[33:37], 'big')
     size, sums = height * (1 + width * channels), ((12, 29), (37, 41 + length))
-    if depth != 8 or not channels or any(rest) or not 0 < width * height <= most or len(data) != 57 + length or length > size + size // 64 + 64:
+    if depth != 8 or not channels or any(rest) or not 0 < width * height <= most:
+        return None
+    if len(data) != 57 + length or length > size + size // 64 + 64:
         return None
     try:
         flat = zlib.decompress(data[41:41 + length], bufsize=size)

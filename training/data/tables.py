@@ -28,7 +28,9 @@ def by_file(table, names):
 
 
 def numbers(values):
-    """A list of numbers as they stand in JSON -> float64 [N]; those beyond float64 become infinite. Raises ValueError."""
+    """A list of numbers as they stand in JSON, or an array -> float64 [N]; those beyond float64 become infinite. Raises ValueError."""
+    if isinstance(values, np.ndarray):
+        return values.astype(np.float64)
     kinds = set(map(type, values))
     if not kinds <= NUMBERS:
         raise ValueError('must be one number a file')
@@ -38,11 +40,13 @@ def numbers(values):
 
 
 def labels(values):
-    """A list of labels, all of them classes or all of them vectors -> int64 [N] or float32 [N, D]. Raises ValueError."""
+    """A list, or an array, of labels, all of them classes or all of them vectors -> int64 [N] or float32 [N, D]. Raises ValueError."""
     wrong = ValueError('must be classes 0, 1, ... or finite vectors of one length')
-    kinds = set(map(type, values))
+    if isinstance(values, np.ndarray) and values.dtype.kind == 'f':
+        return _vectors(values if values.ndim == 2 else values[:, None], wrong)
+    kinds = {int} if isinstance(values, np.ndarray) and values.ndim == 1 else set(map(type, values))
     if kinds == {int}:
-        low, high = min(values), max(values)
+        low, high = (values.min(), values.max()) if isinstance(values, np.ndarray) else (min(values), max(values))
         if low < 0:
             raise wrong
         if high >= MAX_CLASSES:
@@ -54,11 +58,15 @@ def labels(values):
     if len(lengths) != 1 or lengths == {0}:
         raise wrong
     flat = list(itertools.chain.from_iterable(values))
+    try:
+        return _vectors(numbers(flat).reshape(len(values), -1), wrong)
+    except ValueError:
+        raise wrong from None
+
+
+def _vectors(values, wrong):
     with np.errstate(over='ignore'):
-        try:
-            found = numbers(flat).astype(np.float32).reshape(len(values), -1)
-        except ValueError:
-            raise wrong from None
+        found = values.astype(np.float32)
     if not np.isfinite(found).all():
         raise wrong
     return found
@@ -76,7 +84,8 @@ def levels(values, names, scale=1.0):
 def limits(values, names, scale=1.0):
     """Upper limits of levels divided by the scale, float64 [N]; inf for null, which is none. Raises ValueError."""
     try:
-        found = _over(numbers([math.inf if value is None else value for value in values]), scale)
+        listed = values if isinstance(values, np.ndarray) else [math.inf if value is None else value for value in values]
+        found = _over(numbers(listed), scale)
     except ValueError as err:
         raise ValueError(f'{err}, or null') from None
     bad = np.flatnonzero(~(found > 0))
@@ -103,7 +112,7 @@ def units(value):
 
 def shown(value):
     """A number of JSON for an error, however long it is."""
-    return f'{value:g}' if type(value) is float or abs(value) <= LARGEST else f'{"-" * (value < 0)}1e308 or more'
+    return f'{value:g}' if isinstance(value, float) or abs(value) <= LARGEST else f'{"-" * (value < 0)}1e308 or more'
 
 
 def _over(values, scale):

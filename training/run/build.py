@@ -3,15 +3,16 @@
 
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
 from dnnlib import UserError
 from torch_utils import distributed, misc, registry
 from training.checkpoints.load import load_network
+from training.data import cache
 from training.data.batches import Feed
 from training.data.corruption import Corruption, LabelCorruption
 from training.data.dataset import ImageDataset
+from training.data.device import on_device
 from training.data.identity import check_same
 from training.data.pairs import PairStream
 from training.data.store import ImageStore
@@ -126,17 +127,19 @@ def load_data(config, net, noise, rows, device):
     """Opens, decodes and corrupts the data of a run (Config). rows: slice of the global batch that is this rank's."""
     data, run = config.data, config.run
     corruption = build_corruption(config.corruption)
+    copy = distributed.from_node(cache.decode, data.path, data.cache_dir)
     dataset = check_same(f'--data={data.path}', data.fingerprint,
-                         ImageDataset(data.path, use_labels=data.use_labels, keep=data.keep, xflip=data.xflip))
+                         ImageDataset(data.path, use_labels=data.use_labels, keep=data.keep, xflip=data.xflip, copy=copy))
     sigma_n = corruption.levels(dataset.raw_idx, dataset.native_sigma, dataset.image_shape)
-    store = ImageStore(dataset, corruption, sigma_n, cache_gib=data.cache_gib, workers=data.workers or None)
-    labels = torch.from_numpy(dataset.labels(np.arange(len(dataset)))) if net.label_dim else None
+    store = ImageStore(dataset, corruption, sigma_n, cache_gib=data.cache_gib, workers=data.workers)
+    labels = torch.from_numpy(dataset.label_table) if net.label_dim else None
     train, held_out = validation.split(dataset.raw_idx, data.validation.share if data.validation else 0, run.seed)
     checker = validation.build(config, noise, store, dataset, held_out, sigma_n, labels) if data.validation else None
     if config.corruption.labels:
         labels = corrupt_labels(config.corruption.labels, dataset, labels, train)
     stream = PairStream(sigma_n[train], noise, config.objective.pairing, batch=run.batch, seed=run.seed, upper=dataset.sigma_max[train])
     check_timesteps(config.objective.timesteps, stream)
+    store = on_device(store, data.on, device)
     feed = Feed(stream, store, train, sigma_n=sigma_n, raw_idx=dataset.raw_idx, labels=labels, rows=rows, device=device,
                 workers=data.workers)
     return Data(stream, feed, checker, describe(config.objective, dataset, store, stream, sigma_n[train]))
@@ -146,8 +149,7 @@ def describe(objective, dataset, store, stream, sigma_n):
     """One line, or two, about the images that a run trains on."""
     noisy, count = int((sigma_n > 0).sum()), len(sigma_n)
     line = (f'{count} training images of shape {"x".join(map(str, dataset.image_shape))}: {count - noisy} clean, '
-            f'{noisy} noisy ({noisy / count:.2%}); {store.nbytes / 2**30:.2f} GiB '
-            f'{"mapped from disk" if store.mapped else "in memory"}; {stream.acceptance():.1%} of the images passed '
+            f'{noisy} noisy ({noisy / count:.2%}); {store.words()}; {stream.acceptance():.1%} of the images passed '
             f'are used by --pairing={objective.pairing}')
     if noisy and registry.parse(objective.penalty)[0] != 'squared':
         line += (f'\nNote: --penalty={objective.penalty} aims between mean and median, where the ambient loss counts on the '
@@ -175,7 +177,7 @@ def corrupt_labels(config, dataset, labels, train):
     classes = dataset.classes[train]
     wrong = LabelCorruption(config.rate, config.seed, config.groups).apply(classes, dataset.raw_idx[train])
     labels = labels.clone()
-    labels[torch.from_numpy(train)] = torch.eye(labels.shape[1])[torch.from_numpy(wrong)]
+    labels[torch.from_numpy(train)] = torch.from_numpy(wrong)
     images = dataset.raw_idx[train]
     distributed.print0(f'{len(set(images[wrong != classes]))} of {len(set(images))} images carry a wrong label')
     return labels

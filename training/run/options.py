@@ -72,17 +72,20 @@ def check_batch(o):
 
 
 def open_data(o):
-    """(DataConfig, ImageDataset) of --data and --val, which are the same on all ranks."""
+    """(DataConfig, Form) of --data and --val, which are the same on all ranks."""
     held_out = validation(o)
-    openers = {f'--data={o.data}': lambda: ImageDataset(o.data, use_labels=o.cond, keep=o.dataset_keep_percentage, xflip=o.xflip)}
+    openers = {f'--data={o.data}': lambda: ImageDataset(o.data, use_labels=o.cond, keep=o.dataset_keep_percentage, xflip=o.xflip,
+                                                        cache_dir=o.cache_dir)}
     if held_out and held_out.path:
-        openers[f'--val={held_out.path}'] = lambda: ImageDataset(held_out.path, use_labels=o.cond)
-    (dataset, *_), (fingerprint, *own) = open_everywhere(openers)
+        openers[f'--val={held_out.path}'] = lambda: ImageDataset(held_out.path, use_labels=o.cond, cache_dir=o.cache_dir)
+    if o.data_on == 'device' and not torch.cuda.is_available():
+        raise UserError('--data-on=device needs a GPU, and there is none here; use auto or host')
+    (form, *_), (fingerprint, *own) = open_everywhere(openers)
     if own:
         held_out = dataclasses.replace(held_out, fingerprint=own[0])
     return config.DataConfig(path=o.data, use_labels=o.cond, keep=o.dataset_keep_percentage, xflip=o.xflip, augment=o.augment,
-                             validation=held_out, cache_gib=o.cache_gib if o.cache else 0.0, workers=o.workers,
-                             fingerprint=fingerprint), dataset
+                             validation=held_out, cache_gib=o.cache_gib if o.cache else 0.0, cache_dir=o.cache_dir, on=o.data_on,
+                             workers=o.workers, fingerprint=fingerprint), form
 
 
 # ---- the objective

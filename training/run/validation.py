@@ -8,9 +8,10 @@ import torch
 
 from dnnlib import UserError
 from torch_utils import distributed, misc, training_stats
+from training.data import cache
 from training.data.batches import Batch
 from training.data.corruption import Corruption
-from training.data.dataset import ImageDataset
+from training.data.dataset import ImageDataset, as_vectors
 from training.data.identity import check_same
 from training.data.store import ImageStore
 
@@ -35,11 +36,12 @@ def build(config, noise, store, dataset, held_out, sigma_n, labels):
     data, corrupt = config.data, config.corruption
     if data.validation.path:
         corruption = Corruption(corrupt.sigma, corrupt.probability, corrupt.seed + (corrupt.protocol == 'fixed'), corrupt.protocol)
-        own = ImageDataset(data.validation.path, use_labels=data.use_labels)
+        copy = distributed.from_node(cache.decode, data.validation.path, data.cache_dir)
+        own = ImageDataset(data.validation.path, use_labels=data.use_labels, copy=copy)
         dataset = check_alike(dataset, check_same(f'--val={data.validation.path}', data.validation.fingerprint, own))
         sigma_n = corruption.levels(dataset.raw_idx, dataset.native_sigma, dataset.image_shape)
-        store = ImageStore(dataset, corruption, sigma_n, cache_gib=data.cache_gib, workers=data.workers or None)
-        labels = torch.from_numpy(dataset.labels(np.arange(len(dataset)))) if data.use_labels else None
+        store = ImageStore(dataset, corruption, sigma_n, data.cache_gib - store.kept_bytes / 2 ** 30, data.workers)
+        labels = torch.from_numpy(dataset.label_table) if data.use_labels else None
         held_out = np.arange(len(dataset))
     else:
         held_out = held_out[~dataset.flip[held_out]]  # an image once
@@ -84,7 +86,7 @@ class Validation:
     def _judge(self, net, term, device, rows, stats):
         where = torch.from_numpy(self.items[rows])
         images, sigma_n = self.store.gather(where).to(device), self.sigma_n[where].to(device)
-        labels = None if self.labels is None else self.labels[where].to(device)
+        labels = None if self.labels is None else as_vectors(self.labels[where].to(device), net.label_dim)
         sigma_max = self.sigma_max[where].to(device)
         for k, sigma in enumerate(self.levels):
             level = torch.full_like(sigma_n, sigma)

@@ -119,7 +119,7 @@ def test_data_set_of_its_own(tmp_path):
     run = tiny.make_run(tmp_path, f'--val={other}')
     judged = run.data.validation
     assert len(judged.items) == 20 and int((judged.sigma_n > 0).sum()) == 14  # 0.7 of 20
-    pixels = torch.as_tensor(judged.store.raw(np.arange(20))).float() / 127.5 - 1
+    pixels = torch.as_tensor(judged.store.stored(np.arange(20))).float() / 127.5 - 1
     noise = judged.store.gather(np.arange(20)) - pixels
     assert noise[judged.sigma_n > 0].std() == pytest.approx(0.4, rel=0.1) and not noise[judged.sigma_n == 0].any()
     assert all(value is not None for name, value in run.data.validation(halve, term(), CPU).items() if name in ('Val/clean', 'Val/noisy'))
