@@ -21,7 +21,7 @@ def labels_seen(run, batches=24):
     seen = {}
     for _ in range(batches):
         batch = run.data.feed.next()
-        assert 0 <= batch.class_labels.min() and batch.class_labels.max() < run.net.label_dim
+        assert batch.class_labels.min() >= 0 and batch.class_labels.max() < run.net.label_dim
         for raw_idx, label in zip(batch.raw_idx.tolist(), batch.class_labels.tolist()):
             assert seen.setdefault(raw_idx, label) == label, 'an image has one label, in every epoch and in its mirror image'
     run.data.feed.close()
