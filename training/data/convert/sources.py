@@ -45,6 +45,8 @@ def open_source(spec, **defaults):
     options = {key: value for key, value in defaults.items() if value is not None and key in accepted} | options
     options = registry.check_options(name, piece, options, where)
     source = _open(piece, path, options)
+    if not source.names:
+        raise UserError(f'{where}: no images in it')
     tell(source, told, where)
     return source
 
