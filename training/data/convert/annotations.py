@@ -26,8 +26,9 @@ def annotate(source, options):
         check(tables.labels, 'the table of labels (--labels, or those of the source)', source.labels)
     if source.sigmas is not None:
         check(tables.levels, 'the table of noise levels (--sigmas, or "sigmas" in the source)', source.sigmas, source.names)
-        if options['resolution']:
-            raise UserError('--resolution would colour the noise of images that have sigmas; leave it out, or resize '
+        option = next((option for option in ('resolution', 'transform') if options[option]), None)
+        if option:
+            raise UserError(f'--{option} would colour the noise of images that have sigmas; leave it out, or use it '
                             'before the noise is there')
     if source.sigma_max is not None:
         where = 'the table of upper limits (--sigma-max, or "sigma_max" in the source)'
