@@ -11,6 +11,7 @@ from dnnlib.files import read_value
 from torch_utils import registry
 from training.data import tables
 
+PROPOSE_CHANNELS = 'channel'  # --units: to be proposed, one offset and scale a channel
 LEVELS = {'sigmas': '--sigmas', 'sigma_min': '--sigma-min', 'sigma_max': '--sigma-max'}
 
 
@@ -36,7 +37,21 @@ def annotate(source, options):
         source.sigma_max = [limit if limit < float('inf') else None for limit in limits.tolist()]  # JSON has no infinity
     if source.sigma_min is not None:
         source.sigma_min = lower_limits(source.sigma_min, source.names)
-    source.units = options['units'] or source.units
+    set_units(source, options['units'], [key for key in LEVELS if getattr(source, key) is not None and not options[key]])
+
+
+def set_units(source, told, own):
+    """The units of the command line in place of the source's; None where they are to be proposed. own: names of the source's own levels.
+
+    Levels are in stored units, or in those of the network where channels have different scales: they may not change from one to the
+    other. Raises UserError."""
+    if told == PROPOSE_CHANNELS and any(getattr(source, key) is not None for key in LEVELS):
+        raise UserError('--units=channel: the scales of the channels are not known yet, and levels of such data are in network units; give '
+                        'them, as in --units=0,1/10,2')
+    if own and source.units and told and (tables.common_scale(told) is None) != (tables.common_scale(source.units) is None):
+        raise UserError(f'--units: "{own[0]}" of the source is in the units of its values, or of the network where its channels have '
+                        f'different scales, and these units would change that; give it anew with {LEVELS[own[0]]}')
+    source.units = None if told == PROPOSE_CHANNELS else told or source.units
 
 
 def tell(source, told, where):

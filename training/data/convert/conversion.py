@@ -14,7 +14,7 @@ from dnnlib.archive import DAMAGE
 from dnnlib.progress import Progress
 from torch_utils import registry
 from training.data.convert import transforms, writers
-from training.data.convert.annotations import LEVELS, annotate
+from training.data.convert.annotations import LEVELS, PROPOSE_CHANNELS, annotate
 from training.data.convert.selection import select
 from training.data.convert.sources import open_sources
 from training.data.convert.tiles import Tiled
@@ -80,9 +80,13 @@ def plan(source, indices, options):
     as_png = is_8bit and (target or channels) in writers.PNG_COLOURS
     if as_png and options['units']:
         raise UserError('--units is for float data; these images are 8-bit, with offset and scale 127.5')
-    if is_8bit and not as_png:
+    per_channel = options['units'] == PROPOSE_CHANNELS
+    if is_8bit and not (as_png or per_channel):
         source.units = source.units or UNITS_8BIT  # 8-bit values that PNG has no channels for
-    return transforms.Job(usual, transform_of(options, as_png), size, target, as_png)
+    told = np.size(source.units['scale']) if source.units else 1
+    if not as_png and isinstance(source.units and source.units['scale'], list) and told != (target or channels):
+        raise UserError(f'--units, or those of the source, are for {told} channels, and the images have {target or channels}')
+    return transforms.Job(usual, transform_of(options, as_png), size, target, as_png, per_channel)
 
 
 def transform_of(options, as_png):
@@ -138,7 +142,7 @@ def write(pool, source, job, indices, writer, options):
             writer.write(name, member.data)
             written.append((name, index))
             sums = [sums[0] + member.total, sums[1] + member.squares]
-            values += int(np.prod(member.shape))
+            values += int(np.prod(member.shape[1:] if job.per_channel else member.shape))
     report(source, bad, len(indices), options)
     if small:
         print(f'Left out {small} of {len(indices)} images, too small for --transform={options["transform"]}', file=sys.stderr)
