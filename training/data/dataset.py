@@ -2,9 +2,10 @@
 """A data set -> its items: which images are used, their labels, native noise levels and limits, and the units of their pixels.
 
 Network units: (stored - offset) / scale. 8-bit images have offset = scale = 127.5, which gives [-1, 1]; float images carry their
-`units` {offset, scale} in dataset.json. The `sigmas` of dataset.json are in stored (physical) units for float images, and divided
-by the scale on reading; for 8-bit images they are in network units. `sigma_max`, in the same units, is the highest level that an
-image may be trained at (null: any), for images that are like those wanted in their details only."""
+`units` {offset, scale} in dataset.json, each a number or a list of one a channel. The `sigmas` of dataset.json are in stored (physical)
+units for float images, and divided by the scale on reading; for 8-bit images, and where channels have different scales, they are in
+network units. `sigma_max`, in the same units, is the highest level that an image may be trained at (null: any), for images that are
+like those wanted in their details only."""
 
 import os
 from pathlib import Path
@@ -59,7 +60,7 @@ class ImageDataset:
         kept = self._subset(keep, max_size, random_seed)
         self.raw_idx = np.concatenate([kept, kept]) if xflip else kept
         self.flip = np.arange(len(self.raw_idx)) >= len(kept)
-        scale = self.units['scale'] if self.units else 1
+        scale = tables.level_scale(self.units)
         self.native_sigma = self._table('sigmas', tables.levels, scale, absent=0.0)
         self.sigma_max = self._table('sigma_max', tables.limits, scale, absent=np.inf)
 
@@ -106,7 +107,9 @@ class ImageDataset:
         images = torch.as_tensor(images).to(torch.float32, copy=True)
         if self.units is None:
             return images.div_(127.5).sub_(1)
-        return images.sub_(self.units['offset']).div_(self.units['scale'])
+        offset, scale = (images.new_tensor(one).reshape(-1, 1, 1) if isinstance(one, list) else one
+                         for one in (self.units['offset'], self.units['scale']))  # [C,1,1] where channels have their own
+        return images.sub_(offset).div_(scale)
 
     def _subset(self, keep, max_size, random_seed):
         """Sorted raw indices: the head of one permutation, so that a smaller share is part of a larger one (and as published)."""
@@ -121,13 +124,17 @@ class ImageDataset:
 
     def _read_units(self):
         try:
-            return tables.units(self.contents.units)
+            found = tables.units(self.contents.units)
         except KeyError:
             raise UserError(
                 f'{self.path}: float images need "units": {{"offset": ..., "scale": ...}} in dataset.json, with network = '
                 '(stored - offset) / scale; convert with dataset_tool.py, or write 0 and 1 for values in network units') from None
         except ValueError as err:
             raise UserError(f'{self.path}: dataset.json has {err}') from None
+        if isinstance(found['scale'], list) and len(found['scale']) != self.image_shape[0]:
+            raise UserError(f'{self.path}: dataset.json has units of {len(found["scale"])} channels, and its images have '
+                            f'{self.image_shape[0]}')
+        return found
 
     def _read_labels(self, use_labels):
         self.has_labels, self.label_dim, self._labels = self.contents.has('labels'), 0, None

@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Packed data sets hold what the pictures held, are mapped where they lie, and are refused in one line where they are none."""
 
-import json
 import os
-import zipfile
 
 import numpy as np
 import pytest
@@ -39,7 +37,6 @@ def test_round_trip(tmp_path, name, images):
     assert np.isinf(data.sigma_max[SIGMAS < 0.5]).all() and data.sigma_max[-1] == 1 / scale
     assert isinstance(data.contents.images, np.memmap)
     assert not data.contents.images.flags.writeable
-    assert json.loads((open(os.path.join(path, 'dataset.json')) if name == 'packed' else zipfile.ZipFile(path).open('dataset.json')).read())
 
 
 def test_an_npz_is_numpys_own(tmp_path):
@@ -49,7 +46,8 @@ def test_an_npz_is_numpys_own(tmp_path):
         np.testing.assert_array_equal(found['images'], IMAGES)
         np.testing.assert_array_equal(found['labels'], LABELS)
     assert all(member.offset % ALIGN == 0 for member in Packed(path)._members.values())
-    assert (tmp_path / 'a.npz').read_bytes() == open(write(tmp_path / 'b.npz', IMAGES, labels=LABELS), 'rb').read()
+    write(tmp_path / 'b.npz', IMAGES, labels=LABELS)
+    assert (tmp_path / 'a.npz').read_bytes() == (tmp_path / 'b.npz').read_bytes()
 
 
 def test_vectors_as_labels(tmp_path):
