@@ -64,13 +64,15 @@ class Corruption:
         score = _generator(self.seed, _MEMBERSHIP).random(images[-1] + 1)[images]
         return images[np.argsort(score, kind='stable')[:round(self.probability * len(images))]]
 
-    def noise(self, raw_idx, shape):
-        """The unit normal noise [C,H,W] of image raw_idx, a pure function of (seed, raw_idx): float32; published: float64."""
+    def noise(self, raw_idx, shape, out=None):
+        """The unit normal noise [C,H,W] of image raw_idx, a pure function of (seed, raw_idx): float32; published: float64.
+
+        out: float32 [C,H,W] that it may be written to."""
         if self.protocol == 'published':
             source = np.random.RandomState(raw_idx)
             source.random_sample(math.prod(shape) + 1)  # mask and membership
             return source.standard_normal(shape)
-        return _generator(self.seed, int(raw_idx)).standard_normal(shape, np.float32)
+        return _generator(self.seed, int(raw_idx)).standard_normal(shape, np.float32, out)
 
     def apply(self, images, raw_idx, native_sigma, sigma_n, flip=None):
         """Images at level sigma_n, float32 [N,C,H,W]: images + sqrt(sigma_n^2 - native^2) noise; never clipped, never quantised.
@@ -78,13 +80,19 @@ class Corruption:
         images: [N,C,H,W], network units, at their native level and not flipped; native_sigma, sigma_n: [N].
         flip: bool [N], the items that the caller will mirror afterwards; it changes the noise of the published protocol only."""
         out = np.array(images, np.float32)
-        added = np.sqrt(np.square(np.asarray(sigma_n, np.float64)) - np.square(np.asarray(native_sigma, np.float64)))
-        mirrored = np.zeros(len(out), bool) if flip is None or self.noise_follows_flip else np.asarray(flip)
-        for k in np.flatnonzero(added > 0):
-            noise = self.noise(raw_idx[k], out.shape[1:])
-            noise = noise[..., ::-1] if mirrored[k] else noise
-            out[k] += noise * noise.dtype.type(added[k])
+        self.add(out, np.arange(len(out)), raw_idx, native_sigma, sigma_n, flip)
         return out
+
+    def add(self, images, rows, raw_idx, native_sigma, sigma_n, flip=None):
+        """As apply(), in place, for these rows [k] of images float32 [N,C,H,W]; the others stay. The rest: [k], of the rows."""
+        added = np.sqrt(np.square(np.asarray(sigma_n, np.float64)) - np.square(np.asarray(native_sigma, np.float64)))
+        mirrored = np.zeros(len(rows), bool) if flip is None or self.noise_follows_flip else np.asarray(flip)
+        held = np.empty(images.shape[1:], np.float32)
+        for k in np.flatnonzero(added > 0):
+            noise = self.noise(raw_idx[k], held.shape, held)
+            noise = noise[..., ::-1] if mirrored[k] else noise
+            noise *= noise.dtype.type(added[k])
+            images[rows[k]] += noise
 
 
 class LabelCorruption:

@@ -173,13 +173,13 @@ class PackedFolder:
                 f.truncate(arrays.HEADER + nbytes)
         return np.memmap(self._path, self.dtype, 'r+', arrays.HEADER, (count, *self.shape))
 
-    def append(self, data):
-        """Adds an image, given as its bytes in C order."""
+    def append(self, data, count=1):
+        """Adds an image, or so many, given as their bytes in C order."""
         if not self._count:
             self._file = open(self._path, 'wb')  # noqa: SIM115 (closed by finish)
             self._file.write(arrays.header(self.dtype, (0, *self.shape)))
         self._file.write(data)
-        self._count += 1
+        self._count += count
 
     def finish(self, tables, **meta):
         """Writes tables ({key of TABLES: array}) and dataset.json, and has it all on the disk when it returns."""

@@ -90,9 +90,8 @@ class ImageStore:
 
     def _add_noise(self, images, indices, rows):
         if len(rows):
-            items, data, pixels = indices.numpy()[rows], self.dataset, images.numpy()
-            pixels[rows] = self._corruption.apply(
-                pixels[rows], data.raw_idx[items], data.native_sigma[items], self._sigma_n[items], data.flip[items])
+            items, data = indices.numpy()[rows], self.dataset
+            self._corruption.add(images.numpy(), rows, data.raw_idx[items], data.native_sigma[items], self._sigma_n[items], data.flip[items])
 
     def _mirrored(self, images, indices):
         rows = self.flip[indices].nonzero().squeeze(1)
