@@ -20,7 +20,6 @@ BEGAN = time.time()
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np  # noqa: E402 (the time begins before the imports)
-import psutil  # noqa: E402
 import torch  # noqa: E402
 
 import train  # noqa: E402
@@ -52,8 +51,9 @@ def forget(folder):
 
 
 def own_memory():
-    """Bytes that this process shares with no other."""
-    return psutil.Process().memory_full_info().uss
+    """Bytes of this process's own: in no file that it maps, and in no memory that it shares."""
+    lines = Path('/proc/self/smaps_rollup').read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith('Anonymous'))
 
 
 def work(folder, flags, seconds):
@@ -96,9 +96,9 @@ def tell(title, found):
     """A line about one start."""
     most = lambda key: max(one[key] for one in found)
     per_core = sum(one['per_core'] for one in found) / len(found)
-    print(f'{title}: first batch after {most("start"):.1f} s (and {most("imports"):.1f} s of imports); {most("memory") / 1e9:.3f} GB a rank '
-          f'beyond the mapping, {most("grown") / 1e9:.3f} after feeding; {sum(one["rate"] for one in found):,.0f} img/s by {len(found)} ranks, '
-          f'{per_core:,.0f} a core; a node of {NODE} ranks with a core each for it: {NODE * per_core:,.0f}', flush=True)
+    print(f'{title}: first batch after {most("start"):.1f} s, and {most("imports"):.1f} s of imports; memory of a rank beyond the mapping '
+          f'{most("memory") / 1e9:.3f} GB, after feeding {most("grown") / 1e9:.3f} GB; {sum(one["rate"] for one in found):,.0f} img/s by '
+          f'{len(found)} ranks, {per_core:,.0f} a core: {NODE * per_core:,.0f} on a node whose {NODE} ranks have a core each for it', flush=True)
 
 
 def main():

@@ -91,7 +91,8 @@ class ImageStore:
     def _add_noise(self, images, indices, rows):
         if len(rows):
             items, data = indices.numpy()[rows], self.dataset
-            self._corruption.add(images.numpy(), rows, data.raw_idx[items], data.native_sigma[items], self._sigma_n[items], data.flip[items])
+            self._corruption.add(
+                images.numpy(), rows, data.raw_idx[items], data.native_sigma[items], self._sigma_n[items], data.flip[items])
 
     def _mirrored(self, images, indices):
         rows = self.flip[indices].nonzero().squeeze(1)
