@@ -135,3 +135,33 @@ def test_data_set_of_another_form_is_refused(tmp_path):
             validation.check_alike(training, held_out)
         assert '\n' not in error.value.message
     run.data.feed.close()
+
+
+def test_levels_below_the_buffer_are_not_judged(tmp_path):
+    """--pairing=skip:buffer=2 trains an image of level 0.4 above 0.8, so that 0.54 says nothing of what is learnt."""
+    run = tiny.make_run(tmp_path, '--val=0.5', '--pairing=skip:buffer=2')
+    found = run.data.validation(halve, term(), CPU)
+    judged = {sigma for sigma in run.data.validation.levels if found[f'Val/noisy/sigma={sigma:.4g}'] is not None}
+    assert judged == {sigma for sigma in run.data.validation.levels if sigma > 0.8}
+    assert any(0.4 < sigma < 0.8 for sigma in run.data.validation.levels)
+    run.data.feed.close()
+
+
+def test_data_set_without_the_top_class(tmp_path):
+    """Fewer classes are fine, the labels being as wide as the network takes them; more are refused."""
+    run = tiny.make_run(tmp_path, '--cond=1', f'--val={tiny.make_zip(tmp_path / "two.zip", count=2)}')
+    assert run.net.label_dim == 3
+    widths = set()
+
+    def net(x, sigma, class_labels=None, augment_labels=None):
+        widths.add(tuple(class_labels.shape[1:]))
+        assert class_labels.argmax(1).tolist() == [0, 1] and (class_labels.sum(1) == 1).all()
+        return x / 2
+
+    assert run.data.validation(net, term(), CPU)['Val/clean'] is not None and widths == {(3,)}
+    run.data.feed.close()
+    (tmp_path / 'small').mkdir()
+    tiny.make_zip(tmp_path / 'small' / 'data.zip', count=2)
+    with pytest.raises(UserError, match='--val=.*three.zip: it has 3 classes, and the training data 2') as error:
+        tiny.make_run(tmp_path / 'small', '--cond=1', f'--val={tiny.make_zip(tmp_path / "three.zip", count=6)}', '--batch=2')
+    assert '\n' not in error.value.message
