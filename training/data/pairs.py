@@ -276,8 +276,10 @@ class PairStream:
         if not self.limited:
             return (f'the smallest sigma_n * buffer is {least:g}, and --noise is above that in a share of '
                     f'{self.noise.sf(least):.1e}; lower --sigma or raise the levels of --noise')
-        return (f'{int(self.limits.empty().sum())} of {len(self.levels)} have no level at all that is above sigma_n * buffer and within their sigma_min and sigma_max, '
-                'and --noise is hardly ever within the limits of the others; lower --sigma or sigma_min, raise sigma_max, or change --noise')
+        empty = int(self.limits.empty().sum())
+        return (f'{empty} of {len(self.levels)} have no level that is above sigma_n * buffer and within their sigma_min and sigma_max, '
+                'and --noise is hardly ever within the limits of the others; lower --sigma or sigma_min, raise sigma_max, or change '
+                '--noise')
 
     def _check_limits(self, where):
         """Says which images are never used, and how much of p(sigma) no image is seen at, where images have limits."""
@@ -291,7 +293,8 @@ class PairStream:
         low, high = torch.cat([least, high]), torch.cat([low, torch.full_like(least, math.inf)])
         share = self.noise.mass(low, high)
         if share.sum() > RARE:
-            gaps = ' and '.join(f'between {a:g} and {b:g}' if b < math.inf else f'above {a:g}' for a, b, m in zip(low, high, share) if m > 0)
+            holes = [f'between {a:g} and {b:g}' if b < math.inf else f'above {a:g}' for a, b, m in zip(low, high, share) if m > 0]
+            gaps = ' and '.join(holes[:4] + ['others'] * (len(holes) > 4))
             distributed.print0(f'Warning: {where}: no image may be seen at {share.sum():.1%} of the levels of --noise ({gaps}): the '
                                'network does not learn those, which sampling may need')
 

@@ -159,13 +159,13 @@ def check_timesteps(spec, stream):
     """Refuses to draw anew the levels of clean images where these are not free to have any level, or where there are none."""
     if registry.parse(spec)[0] == 'uniform':
         return
-    here, clean = f'--timesteps={spec} draws the levels of clean images', stream.bars == 0
+    here, clean = f'--timesteps={spec} draws the levels of clean images', stream.levels == 0
     if not clean.any():
         raise UserError(f'{here}, and all of these are noisy; use uniform')
     if not clean.all() and registry.parse(stream.spec)[0] == 'sigma_first':
         raise UserError(f'{here}, and --pairing={stream.spec} chooses images by their level; use skip or truncate, or uniform')
-    if stream.tops is not None:
-        raise UserError(f'{here}, and some of these have a sigma_max; use uniform')
+    if stream.limited:
+        raise UserError(f'{here}, and some of these have a sigma_min or sigma_max; use uniform')
 
 
 def corrupt_labels(config, dataset, labels, train):
