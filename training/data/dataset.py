@@ -4,7 +4,8 @@
 Network units: (stored - offset) / scale. 8-bit images have offset = scale = 127.5, which gives [-1, 1]; float images carry their
 `units` {offset, scale} in dataset.json. The `sigmas` of dataset.json are in stored (physical) units for float images, and divided
 by the scale on reading; for 8-bit images they are in network units. `sigma_max`, in the same units, is the highest level that an
-image may be trained at (null: any), for images that are like those wanted in their details only."""
+image may be trained at (null: any), for images that are like those wanted in their details only; `sigma_min` the level that it may
+be trained above (null or 0: any), for images that are like them in their coarse features only. With both, either will do."""
 
 import math
 import os
@@ -29,7 +30,8 @@ class ImageDataset:
     xflip: every kept image a second time, mirrored. random_seed: of the subset.
 
     Attributes: path, name, image_shape (C,H,W), is_float, units ({offset, scale}, None for 8-bit), has_labels, label_dim (0
-    without use_labels), raw_idx int64 [N] (place in the archive), flip bool [N], native_sigma float64 [N] (network units).
+    without use_labels), raw_idx int64 [N] (place in the archive), flip bool [N], native_sigma float64 [N] (network units);
+    sigma_min, sigma_max float64 [N], limits of the levels to train at (network units; 0 and inf where there are none).
     Raises UserError in one line for anything that is wrong with the files or the options."""
 
     def __init__(self, path, use_labels=False, keep=1.0, max_size=None, xflip=False, random_seed=0):
@@ -50,7 +52,8 @@ class ImageDataset:
         self.raw_idx = np.concatenate([kept, kept]) if xflip else kept
         self.flip = np.arange(len(self.raw_idx)) >= len(kept)
         self.native_sigma = self._read_sigmas()[self.raw_idx]
-        self.sigma_max = self._read_sigma_max()[self.raw_idx]
+        self.sigma_max = self._read_limits('sigma_max', tables.limits, np.inf)[self.raw_idx]
+        self.sigma_min = self._read_limits('sigma_min', tables.lower_limits, 0.0)[self.raw_idx]
 
     def __len__(self):
         return len(self.raw_idx)
@@ -155,10 +158,10 @@ class ImageDataset:
         found = self._table('sigmas', tables.levels, self._names, self.units['scale'] if self.units else 1)
         return np.zeros(len(self._names)) if found is None else found
 
-    def _read_sigma_max(self):
-        """The highest level that every image of the archive may be trained at, float64, network units; inf where there is no limit."""
-        found = self._table('sigma_max', tables.limits, self._names, self.units['scale'] if self.units else 1)
-        return np.full(len(self._names), np.inf) if found is None else found
+    def _read_limits(self, key, check, none):
+        """A limit of the levels that each image of the archive may be trained at, float64, network units; `none` where it has none."""
+        found = self._table(key, check, self._names, self.units['scale'] if self.units else 1)
+        return np.full(len(self._names), none) if found is None else found
 
 
 def _describe(dtype, shape):

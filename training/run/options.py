@@ -37,9 +37,9 @@ def configure(o):
     check_batch(o)
     if o.power_ema and not o.snap:
         raise UserError('--power-ema stores averages at snapshots, and --snap=0 makes none; raise --snap')
-    corruption = config.CorruptionConfig(o.sigma, o.corruption_probability, o.corruption_seed, o.corruption_protocol, label_corruption(o))
-    build_corruption(corruption)  # refuses values out of range
-    data, dataset = open_data(o)
+    corruption = config.CorruptionConfig(o.sigma, o.corruption_probability, o.corruption_seed, o.corruption_protocol, label_corruption(o),
+                                           o.sigma_min_as)
+    data, dataset = open_data(o, build_corruption(corruption))  # refuses values out of range
     return config.Config(
         data=data,
         corruption=corruption,
@@ -71,13 +71,17 @@ def check_batch(o):
                         f'try --batch-gpu={good}')
 
 
-def open_data(o):
-    """(DataConfig, ImageDataset) of --data and --val, which are the same on all ranks."""
+def open_data(o, corruption):
+    """(DataConfig, ImageDataset) of --data and --val, which are the same on all ranks, and which the Corruption can be used with."""
     held_out = validation(o)
     openers = {f'--data={o.data}': lambda: ImageDataset(o.data, use_labels=o.cond, keep=o.dataset_keep_percentage, xflip=o.xflip)}
     if held_out and held_out.path:
         openers[f'--val={held_out.path}'] = lambda: ImageDataset(held_out.path, use_labels=o.cond)
-    (dataset, *_), (fingerprint, *own) = open_everywhere(openers)
+    (dataset, *others), (fingerprint, *own) = open_everywhere(openers)
+    for one in (dataset, *others):
+        corruption.beyond_sigma_min(one.native_sigma, one.sigma_min, one.sigma_max)
+    if corruption.sigma_min_as == 'noise' and not dataset.sigma_min.any():
+        raise UserError(f'--sigma-min-as=noise: no image of --data={o.data} has a sigma_min; leave it out')
     if own:
         held_out = dataclasses.replace(held_out, fingerprint=own[0])
     return config.DataConfig(path=o.data, use_labels=o.cond, keep=o.dataset_keep_percentage, xflip=o.xflip, augment=o.augment,
