@@ -98,6 +98,8 @@ def parse_units(ctx, param, value):
               'in the source\'s own units, for 8-bit images in those of [-1,1]')
 @click.option('--sigma-max', metavar='FILE|NUMBER', help='Highest noise level that images may be trained at, given like --sigmas; '
               'inf, or null in JSON: any')
+@click.option('--sigma-min', metavar='FILE|NUMBER', help='Noise level above which alone images may be trained, given like --sigmas; '
+              '0, or null in JSON: any; inf: never')
 @click.option('--layout', type=click.Choice(list(sources.LAYOUTS)), help='Axes of an array, where its shape does not tell')
 @click.option('--units', metavar='OFFSET,SCALE', callback=parse_units,
               help='Float data: network = (value - OFFSET) / SCALE  [default: mean, 2 std]')
@@ -146,6 +148,8 @@ def apply_tables(source, options):
         source.sigmas = read_levels(options['sigmas'], '--sigmas', source.names)
     if options['sigma_max']:
         source.sigma_max = read_levels(options['sigma_max'], '--sigma-max', source.names)
+    if options['sigma_min']:
+        source.sigma_min = read_levels(options['sigma_min'], '--sigma-min', source.names)
     if source.labels is not None:
         check(tables.labels, 'the table of labels (--labels, or those of the source)', source.labels)
     if source.sigmas is not None:
@@ -157,6 +161,10 @@ def apply_tables(source, options):
         where = 'the table of upper limits (--sigma-max, or "sigma_max" in the source)'
         limits = check(tables.limits, where, source.sigma_max, source.names)
         source.sigma_max = [limit if limit < float('inf') else None for limit in limits.tolist()]  # JSON has no infinity
+    if source.sigma_min is not None:
+        where = 'the table of lower limits (--sigma-min, or "sigma_min" in the source)'
+        limits = check(tables.lower_limits, where, source.sigma_min, source.names)
+        source.sigma_min = [min(limit, tables.LARGEST) or None for limit in limits.tolist()]
     source.units = options['units'] or source.units
 
 
@@ -324,10 +332,11 @@ def write(pool, source, job, indices, writer, options):
 
 
 def metadata(source, written, sums):
-    """What dataset.json holds: labels (or null), sigmas and sigma_max where there are any, units of float data."""
+    """What dataset.json holds: labels (or null), sigmas and their limits where there are any, units of float data."""
     pairs = lambda values: [[name, values[index]] for name, index in written]
     meta = {'labels': pairs(source.labels) if source.labels else None}
-    meta |= {key: pairs(values) for key, values in (('sigmas', source.sigmas), ('sigma_max', source.sigma_max)) if values is not None}
+    tables_of = {key: getattr(source, key) for key in ('sigmas', 'sigma_min', 'sigma_max')}
+    meta |= {key: pairs(values) for key, values in tables_of.items() if values is not None}
     if sums is not None:
         meta['units'] = source.units or transforms.propose_units(*sums)
     return meta

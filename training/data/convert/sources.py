@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What dataset_tool.py can read: folders, zips, CIFAR-10's tar file, MNIST's idx files, arrays, scikit-learn's digits.
 
-A source has `names` (one an image), `labels`, `sigmas`, `sigma_max` (one an image, or None), `units` ({offset, scale} or None),
-kind(i) -> Kind, cheaply, and read(i) -> array [C,H,W] of kind(i)'s shape and type."""
+A source has `names` (one an image), `labels`, `sigmas`, `sigma_min`, `sigma_max` (one an image, or None), `units` ({offset, scale} or
+None), kind(i) -> Kind, cheaply, and read(i) -> array [C,H,W] of kind(i)'s shape and type."""
 
 import gzip
 import lzma
@@ -63,8 +63,9 @@ class FileSource:
         self.names = self._archive.images((*IMAGES, *RARER_IMAGES))
         meta = self._archive.read_json()
         self.units = _units(meta.get('units'), path)
-        self.labels, self.sigmas, self.sigma_max = (match(meta[key], self.names, f'"{key}" in {path}') if meta.get(key) else None
-                                                    for key in ('labels', 'sigmas', 'sigma_max'))
+        self.labels, self.sigmas, self.sigma_min, self.sigma_max = (
+            match(meta[key], self.names, f'"{key}" in {path}') if meta.get(key) else None
+            for key in ('labels', 'sigmas', 'sigma_min', 'sigma_max'))
         if 'labels' not in meta:
             self.labels = _folder_classes(self.names)
 
@@ -95,7 +96,7 @@ def _units(told, path):
 class ArraySource:
     """Images that lie in one array [N,C,H,W]."""
 
-    sigmas = sigma_max = units = None
+    sigmas = sigma_min = sigma_max = units = None
 
     def __init__(self, images, labels=None):
         self._images, self.labels = images, labels
