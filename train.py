@@ -26,7 +26,7 @@ from metrics.detectors import DETECTORS
 from metrics.evaluate import METRICS
 from torch_utils import checkpoint, distributed, misc, registry
 from torch_utils.command_line import Command, Names, Number, Spec, groups, ints, version_option
-from training.data.corruption import PROTOCOLS
+from training.data.corruption import PROTOCOLS, SIGMA_MIN_AS
 from training.data.device import PLACES
 from training.data.pairs import PAIRINGS
 from training.diffusion.discrete import DIFFUSIONS
@@ -86,6 +86,9 @@ COUNT, WHOLE = click.IntRange(min=1), click.IntRange(min=0)
               help='Key of who is noisy, and with which noise')
 @click.option('--corruption-protocol', type=click.Choice(PROTOCOLS), default='fixed', show_default=True,
               help='published: membership and noise of the ambient-laws code, image for image')
+@click.option('--sigma-min-as', type=click.Choice(SIGMA_MIN_AS), default='limit', show_default=True,
+              help='What is done with images that have a sigma_min in dataset.json: they are trained on above it as they are (limit), '
+              'or noise is added up to it, fixed per image, as Ambient Omni does')
 # The objective, one slot each.
 @click.option('--objective', type=Spec(OBJECTIVES), help='Discrete-time objective of --precond=iddpm: hybrid and vlb learn the '
               'variance of a sampling step too  [default: none; --noise and --weight instead]')

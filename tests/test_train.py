@@ -292,7 +292,7 @@ def test_published_command_lines(here, monkeypatch, name):
     assert sorted(Path('.').rglob('*')) == before, 'a dry run writes nothing'
     assert 'M parameters' in output.splitlines()[-1] and 'network evaluations' in output.splitlines()[-1]
     if name == 'ambient-laws':
-        assert config['corruption'] == dict(sigma=0.2, probability=0.9, seed=0, protocol='fixed', labels=None)
+        assert config['corruption'] == dict(sigma=0.2, probability=0.9, seed=0, protocol='fixed', labels=None, sigma_min_as='limit')
         first, second = config['objective']['terms']
         assert first == 'denoise' and registry.parse(second) == ('euler', dict(
             estimator='mean', coeff=1.0, batch_size=8, steps=3, samples=3, weighted=False, stop='no', grad=True))

@@ -28,7 +28,8 @@ from training.data.packed import VERSION, Packed, PackedFolder, is_packed
 
 SMALL = 2 ** 26  # bytes: data that take less are decoded by every process, into its own memory
 CHUNK = 64  # images that a thread decodes at a time
-CHECKED = {'labels': lambda values, _: tables.labels(values), 'sigmas': tables.levels, 'sigma_max': tables.limits}
+CHECKED = {'labels': lambda values, _: tables.labels(values), 'sigmas': tables.levels, 'sigma_min': tables.lower_limits,
+           'sigma_max': tables.limits}
 
 
 def open_contents(path, cache_dir=None):

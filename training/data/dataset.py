@@ -5,7 +5,8 @@ Network units: (stored - offset) / scale. 8-bit images have offset = scale = 127
 `units` {offset, scale} in dataset.json, each a number or a list of one a channel. The `sigmas` of dataset.json are in stored (physical)
 units for float images, and divided by the scale on reading; for 8-bit images, and where channels have different scales, they are in
 network units. `sigma_max`, in the same units, is the highest level that an image may be trained at (null: any), for images that are
-like those wanted in their details only."""
+like those wanted in their details only; `sigma_min` the level that it may be trained above (null or 0: any), for images that are like
+them in their coarse features only. With both, either will do."""
 
 import os
 from pathlib import Path
@@ -45,7 +46,8 @@ class ImageDataset:
     (cache.py); copy: the path of one that is known.
 
     Attributes: path, name, contents (contents.py), image_shape (C,H,W), is_float, units ({offset, scale}, None for 8-bit), has_labels,
-    label_dim (0 without use_labels), raw_idx int64 [N] (place in the archive), flip bool [N], native_sigma float64 [N] (network units).
+    label_dim (0 without use_labels), raw_idx int64 [N] (place in the archive), flip bool [N], native_sigma float64 [N] (network units);
+    sigma_min, sigma_max float64 [N], limits of the levels to train at (network units; 0 and inf where there are none).
     Raises UserError in one line for anything that is wrong with the files or the options."""
 
     def __init__(self, path, use_labels=False, keep=1.0, max_size=None, xflip=False, random_seed=0, cache_dir=None, copy=None):
@@ -63,6 +65,7 @@ class ImageDataset:
         scale = tables.level_scale(self.units)
         self.native_sigma = self._table('sigmas', tables.levels, scale, absent=0.0)
         self.sigma_max = self._table('sigma_max', tables.limits, scale, absent=np.inf)
+        self.sigma_min = self._table('sigma_min', tables.lower_limits, scale, absent=0.0)
 
     def __len__(self):
         return len(self.raw_idx)

@@ -94,6 +94,20 @@ def limits(values, names, scale=1.0):
     return found
 
 
+def lower_limits(values, names, scale=1.0):
+    """Lower limits of levels divided by the scale, float64 [N]; 0 for null, which is none, and inf for what no level is above.
+
+    JSON has no infinity: the largest float64 stands for it. Raises ValueError."""
+    try:
+        told = numbers(values if isinstance(values, np.ndarray) else [0.0 if value is None else value for value in values])
+    except ValueError as err:
+        raise ValueError(f'{err}, or null') from None
+    bad = np.flatnonzero(~(told >= 0))
+    if len(bad):
+        raise ValueError(f'gives {names[bad[0]]} the limit {shown(values[bad[0]])}; lower limits must be 0 or more, or null for none')
+    return np.where(told < LARGEST, _over(told, scale), math.inf)
+
+
 def units(value):
     """{offset, scale} of float data: floats, or a list of floats each, one a channel; they matter as float32.
 

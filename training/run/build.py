@@ -111,7 +111,7 @@ def transfer_weights(ref, net):
 
 def build_corruption(config):
     """The Corruption of a CorruptionConfig."""
-    return Corruption(config.sigma, config.probability, config.seed, config.protocol)
+    return Corruption(config.sigma, config.probability, config.seed, config.protocol, config.sigma_min_as)
 
 
 class Data(NamedTuple):
@@ -131,13 +131,15 @@ def load_data(config, net, noise, rows, device):
     dataset = check_same(f'--data={data.path}', data.fingerprint,
                          ImageDataset(data.path, use_labels=data.use_labels, keep=data.keep, xflip=data.xflip, copy=copy))
     sigma_n = corruption.levels(dataset.raw_idx, dataset.native_sigma, dataset.image_shape)
+    sigma_n, sigma_min = corruption.beyond_sigma_min(sigma_n, dataset.sigma_min, dataset.sigma_max)
     store = ImageStore(dataset, corruption, sigma_n, cache_gib=data.cache_gib, workers=data.workers)
     labels = torch.from_numpy(dataset.label_table) if net.label_dim else None
     train, held_out = validation.split(dataset.raw_idx, data.validation.share if data.validation else 0, run.seed)
-    checker = validation.build(config, noise, store, dataset, held_out, sigma_n, labels) if data.validation else None
+    checker = validation.build(config, noise, store, dataset, held_out, sigma_n, sigma_min, labels) if data.validation else None
     if config.corruption.labels:
         labels = corrupt_labels(config.corruption.labels, dataset, labels, train)
-    stream = PairStream(sigma_n[train], noise, config.objective.pairing, batch=run.batch, seed=run.seed, upper=dataset.sigma_max[train])
+    stream = PairStream(sigma_n[train], noise, config.objective.pairing, batch=run.batch, seed=run.seed, lower=sigma_min[train],
+                        upper=dataset.sigma_max[train])
     check_timesteps(config.objective.timesteps, stream)
     store = on_device(store, data.on, device)
     feed = Feed(stream, store, train, sigma_n=sigma_n, raw_idx=dataset.raw_idx, labels=labels, rows=rows, device=device,
@@ -161,13 +163,13 @@ def check_timesteps(spec, stream):
     """Refuses to draw anew the levels of clean images where these are not free to have any level, or where there are none."""
     if registry.parse(spec)[0] == 'uniform':
         return
-    here, clean = f'--timesteps={spec} draws the levels of clean images', stream.bars == 0
+    here, clean = f'--timesteps={spec} draws the levels of clean images', stream.levels == 0
     if not clean.any():
         raise UserError(f'{here}, and all of these are noisy; use uniform')
     if not clean.all() and registry.parse(stream.spec)[0] == 'sigma_first':
         raise UserError(f'{here}, and --pairing={stream.spec} chooses images by their level; use skip or truncate, or uniform')
-    if stream.tops is not None:
-        raise UserError(f'{here}, and some of these have a sigma_max; use uniform')
+    if stream.limited:
+        raise UserError(f'{here}, and some of these have a sigma_min or sigma_max; use uniform')
 
 
 def corrupt_labels(config, dataset, labels, train):

@@ -58,6 +58,7 @@ class CorruptionConfig:
     seed: int = 0
     protocol: str = 'fixed'
     labels: LabelConfig | None = None
+    sigma_min_as: str = 'limit'
 
 
 @dataclass(frozen=True)

@@ -204,6 +204,20 @@ def test_bad_upper_limits(tmp_path, limits):
     assert '"sigma_max" in dataset.json misses 1 of 2' in refusal(picture_zip(tmp_path / 'b.zip', 2, sigma_max={'000.png': 1}))
 
 
+def test_lower_limits_follow_the_images(tmp_path):
+    """As upper ones, but 0 for none, and the largest number, or Python's Infinity, for never."""
+    names, limits = [f'{i:03}.png' for i in range(12)], [None, 0, 1.7976931348623157e308, np.inf, *np.linspace(0.05, 1, 8)]
+    dataset = ImageDataset(picture_zip(tmp_path / 'a.zip', sigma_min=dict(zip(names, limits))), keep=0.5, xflip=True)
+    assert dataset.sigma_min.tolist() == [[0, 0, np.inf, np.inf, *limits[4:]][i] for i in dataset.raw_idx]
+    assert (dataset.sigma_max == np.inf).all() and dataset.sigma_min.dtype == np.float64
+    assert not ImageDataset(picture_zip(tmp_path / 'b.zip')).sigma_min.any()
+    members = {f'{i}.npy': npy(np.zeros([1, 4, 4], np.float32)) for i in range(2)}
+    path = write(tmp_path / 'f.zip', members, units={'offset': 100, 'scale': 40}, sigma_min={'0.npy': 4, '1.npy': None})
+    np.testing.assert_allclose(ImageDataset(path).sigma_min, [0.1, 0])
+    assert '"sigma_min" in dataset.json gives 001.png the limit -1' in refusal(
+        picture_zip(tmp_path / 'c.zip', 2, sigma_min={'000.png': 1, '001.png': -1}))
+
+
 # ----------------------------------------------------------------------------------------------------
 # Noisy copies
 

@@ -10,6 +10,7 @@ import numpy as np
 from dnnlib.progress import Progress
 from training.data import tables
 from training.data.dataset import UNITS_8BIT, ImageDataset
+from training.data.limits import usable_levels
 from training.diffusion.ambient import snr_db
 
 
@@ -63,14 +64,15 @@ def moments(dataset):
 
 
 def _limit_lines(dataset):
-    limited = dataset.sigma_max[np.isfinite(dataset.sigma_max)]
-    if not len(limited):
-        return
-    yield (f'sigma_max   {len(limited)} of {len(dataset)} images have an upper limit; least {limited.min():.4g}, '
-           f'median {np.median(limited):.4g}, mean {limited.mean():.4g}, most {limited.max():.4g} in network units')
-    idle = np.count_nonzero(dataset.native_sigma >= dataset.sigma_max)
+    limits = [('sigma_min', 'a lower', dataset.sigma_min[dataset.sigma_min > 0]),
+              ('sigma_max', 'an upper', dataset.sigma_max[np.isfinite(dataset.sigma_max)])]
+    for name, kind, limited in limits:
+        if len(limited):
+            yield (f'{name}   {len(limited)} of {len(dataset)} images have {kind} limit; least {limited.min():.4g}, '
+                   f'median {np.median(limited):.4g}, mean {limited.mean():.4g}, most {limited.max():.4g} in network units')
+    idle = int(usable_levels(dataset.native_sigma, 1, dataset.sigma_min, dataset.sigma_max).empty().sum())
     if idle:
-        yield f'            {idle} of them can never be used: they are as noisy as that already'
+        yield f'            {idle} of them can never be used: no level is above their noise and within their limits'
 
 
 def _label_lines(dataset):
