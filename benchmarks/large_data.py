@@ -98,7 +98,7 @@ def tell(title, found):
     per_core = sum(one['per_core'] for one in found) / len(found)
     print(f'{title}: first batch after {most("start"):.1f} s, and {most("imports"):.1f} s of imports; memory of a rank beyond the mapping '
           f'{most("memory") / 1e9:.3f} GB, after feeding {most("grown") / 1e9:.3f} GB; {sum(one["rate"] for one in found):,.0f} img/s by '
-          f'{len(found)} ranks, {per_core:,.0f} a core: {NODE * per_core:,.0f} on a node whose {NODE} ranks have a core each for it', flush=True)
+          f'{len(found)} ranks, {per_core:,.0f} a core: {NODE * per_core:,.0f} on a node of {NODE} ranks with a core each', flush=True)
 
 
 def main():

@@ -306,7 +306,7 @@ def test_published_command_lines(here, monkeypatch, name):
         assert (run['batch_gpu'], optimizer['ema_halflife_kimg'], run['seed'], run['desc']) == (8, 50e3, 3, 'text')
         assert config['data'].pop('fingerprint')['images'] == 64
         assert config['data'] == dict(path='good.zip', use_labels=True, keep=1.0, xflip=True, augment=0.0, validation=None, cache_gib=8,
-                                      workers=4)
+                                      cache_dir=None, on='auto', workers=4)
 
 
 @pytest.mark.parametrize('name, noise, weight', [('edm', 'lognormal', 'edm'), ('vp', 'vp_uniform', 'snr'), ('ve', 'loguniform', 'snr'),

@@ -10,6 +10,7 @@ import sys
 import numpy as np
 
 MAX_CLASSES = 2 ** 17  # a class is a one-hot vector wherever a network sees it
+MAX_SHOWN = 8  # numbers of a list
 NUMBERS = {int, float, bool}
 LARGEST = sys.float_info.max
 
@@ -151,8 +152,11 @@ def common_scale(units):
 
 
 def shown_all(value):
-    """A number of JSON, or a list of them, for an error or a line of text."""
-    return f'[{", ".join(map(shown, value))}]' if isinstance(value, list) else shown(value)
+    """A number of JSON, or a list of them, for an error or a line of text; of a long list the first few."""
+    if not isinstance(value, list):
+        return shown(value)
+    more = f', ... ({len(value)} in all)' if len(value) > MAX_SHOWN else ''
+    return f'[{", ".join(map(shown, value[:MAX_SHOWN]))}{more}]'
 
 
 def shown(value):

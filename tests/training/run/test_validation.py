@@ -175,6 +175,7 @@ def test_data_set_without_the_top_class(tmp_path):
         assert class_labels.argmax(1).tolist() == [0, 1] and (class_labels.sum(1) == 1).all()
         return x / 2
 
+    net.label_dim = 3
     assert run.data.validation(net, term(), CPU)['Val/clean'] is not None and widths == {(3,)}
     run.data.feed.close()
     (tmp_path / 'small').mkdir()
@@ -220,7 +221,7 @@ def test_sigma_min_as_noise_reaches_the_images_of_a_run(tmp_path):
     batch = run.data.feed.next()
     assert torch.equal(batch.sigma_n, torch.where(batch.raw_idx >= 32, 0.8, 0.0)) and (batch.sigma > batch.sigma_n).all()
     judged, items = run.data.validation, torch.arange(64)
-    noise = judged.store.gather(items) - (torch.as_tensor(judged.store.raw(items)).float() / 127.5 - 1)
+    noise = judged.store.gather(items) - (torch.as_tensor(judged.store.stored(items)).float() / 127.5 - 1)
     assert judged.sigma_n.tolist() == [0.0] * 32 + [pytest.approx(0.8)] * 32 and not noise[:32].any()
     assert noise[32:].std() == pytest.approx(0.8, rel=0.05)
     assert run.config.corruption.sigma_min_as == 'noise' and not run.data.feed.stream.limited

@@ -2,15 +2,17 @@
 """Labels and noise levels from tables (CSV, JSON, .npy), in place of what a source says itself."""
 
 import csv
+import json
 import os
 import re
 
-from dnnlib import UserError, arrays
+from dnnlib import UserError, arrays, one_line
 from dnnlib.archive import damage
 from dnnlib.files import read_value
 from torch_utils import registry
 from training.data import tables
 
+MAX_TOLD = 100  # classes whose numbers are printed
 PROPOSE_CHANNELS = 'channel'  # --units: to be proposed, one offset and scale a channel
 LEVELS = {'sigmas': '--sigmas', 'sigma_min': '--sigma-min', 'sigma_max': '--sigma-max'}
 
@@ -70,7 +72,7 @@ def tell(source, told, where):
 
 
 def lower_limits(values, names):
-    """Limits as dataset.json has them: a level of 0 or more, or None. Raises UserError."""
+    """Limits as dataset.json has them: a level above 0, or None. Raises UserError."""
     found = check(tables.lower_limits, 'the table of lower limits (--sigma-min, or "sigma_min" in the source)', values, names)
     return [min(limit, tables.LARGEST) or None for limit in found.tolist()]  # JSON has no infinity
 
@@ -117,11 +119,16 @@ def read_table(path, option, key):
 
 
 def as_classes(values):
-    """Labels as they are, or numbers for names of classes, in the order of the alphabet."""
+    """Labels as they are, or numbers for names of classes, in the order of the alphabet. Raises UserError."""
     if not any(isinstance(value, str) for value in values):
         return values
+    odd = next((value for value in values if type(value) not in (str, int, float)), '')
+    if odd != '':
+        raise UserError(f'the table of labels (--labels, or those of the source) has names of classes, and '
+                        f'{one_line(json.dumps(odd))[:50]}; give each image one name')
     numbers = {name: number for number, name in enumerate(sorted({str(value) for value in values}))}
-    print('Classes: ' + ', '.join(f'{number} {name}' for name, number in numbers.items()))
+    told = [f'{number} {name}' for name, number in numbers.items()]
+    print('Classes: ' + ', '.join(told[:MAX_TOLD]) + (f', ... ({len(told)} in all)' if len(told) > MAX_TOLD else ''))
     return [numbers[str(value)] for value in values]
 
 

@@ -2,11 +2,13 @@
 """Several sources as one: their images one after the other, with the labels and levels of each."""
 
 import bisect
+import contextlib
 import itertools
 import os
 import re
 
 from dnnlib import UserError
+from dnnlib.archive import DAMAGE
 from training.data import tables
 from training.data.convert.source import Source
 
@@ -21,6 +23,7 @@ class Joined(Source):
     so far as levels are in them. Raises UserError."""
 
     def __init__(self, sources, keep_labels=True, keep_units=True):
+        _check_depths(sources)
         self._sources = [source for _, source in sources]
         self._starts = [0, *itertools.accumulate(len(source.names) for source in self._sources)]
         self.names = _names(sources)
@@ -42,6 +45,16 @@ class Joined(Source):
         """The image, as its own source reads it."""
         source, index = self._find(index)
         return source.read(index)
+
+
+def _check_depths(sources):
+    """Refuses 8-bit sources among others, as far as their first images tell: what is right for one is wrong for the others."""
+    found = {}
+    for path, source in sources:
+        with contextlib.suppress(*DAMAGE):
+            found.setdefault(source.kind(0).is_8bit, path)
+    if len(found) == 2:
+        raise UserError(f'--source: {found[True]} has 8-bit images, and {found[False]} has not; bring them to one kind first')
 
 
 def _names(sources):
