@@ -24,7 +24,7 @@ import torch  # noqa: E402
 
 import train  # noqa: E402
 from dnnlib import EasyDict  # noqa: E402
-from torch_utils import distributed, registry  # noqa: E402
+from torch_utils import distributed, misc, registry  # noqa: E402
 from training.data.packed import new_packed  # noqa: E402
 from training.diffusion.noise import NOISE  # noqa: E402
 from training.run.build import load_data  # noqa: E402
@@ -67,6 +67,7 @@ def work(folder, flags, seconds):
     first = BATCH * distributed.rank()
     data = load_data(config, EasyDict(label_dim=1000), registry.build(config.objective.noise, NOISE), slice(first, first + BATCH),
                      torch.device('cpu'))
+    misc.give_memory_back()
     data.feed.next()
     started, memory = time.time(), own_memory() - before
     done, cpu = 0, time.process_time()

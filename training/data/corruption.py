@@ -10,6 +10,7 @@ import math
 import numpy as np
 
 from dnnlib import UserError
+from training.data.tables import distinct
 
 PROTOCOLS = ('fixed', 'published')
 SIGMA_MIN_AS = ('limit', 'noise')
@@ -56,7 +57,7 @@ class Corruption:
         raw_idx, native_sigma = np.asarray(raw_idx), np.asarray(native_sigma, np.float64)
         if self.sigma == 0 or self.probability == 0:
             return native_sigma.copy()
-        chosen = self._choose(np.unique(raw_idx), image_shape)
+        chosen = self._choose(distinct(raw_idx), image_shape)
         return np.where(np.isin(raw_idx, chosen), np.maximum(native_sigma, self.sigma), native_sigma)
 
     def beyond_sigma_min(self, sigma_n, sigma_min, sigma_max):

@@ -153,7 +153,7 @@ class ImageDataset:
     def _table(self, key, check, scale, absent):
         """A table of one number for each item, float64 [N], network units; `absent` where there is no such table."""
         found = self._checked(key, lambda values, names: check(values, names, scale)) if self.contents.has(key) else None
-        return np.full(len(self), absent) if found is None else found[self.raw_idx]
+        return np.broadcast_to(np.float64(absent), len(self)) if found is None else found[self.raw_idx]
 
     def _checked(self, key, check):
         try:

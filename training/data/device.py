@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from dnnlib import UserError
+from training.data.tables import distinct
 
 PLACES = ('auto', 'host', 'device')
 SHARE = 0.25  # of the device's free memory, which "auto" takes at most; the network comes into the rest
@@ -19,7 +20,7 @@ class DeviceStore:
 
     def __init__(self, store, device):
         self._store, self._device = store, torch.device(device)
-        clean = np.unique(store.dataset.raw_idx[~store.noisy.numpy()])
+        clean = distinct(store.dataset.raw_idx[~store.noisy.numpy()])
         self._place = torch.where(store.noisy, store.copy, torch.from_numpy(np.searchsorted(clean, store.dataset.raw_idx)))
         shape, is_float = store.dataset.image_shape, store.dataset.is_float
         # A division on the device may differ in the last bit: 8-bit values are looked up, others are divided on the host.
@@ -66,7 +67,7 @@ class DeviceStore:
 def needed(store):
     """Bytes of device memory that the images of an ImageStore take."""
     data = store.dataset
-    clean = len(np.unique(data.raw_idx[~store.noisy.numpy()]))
+    clean = len(distinct(data.raw_idx[~store.noisy.numpy()]))
     return math.prod(data.image_shape) * (4 * store.noisy_count + (4 if data.is_float else 1) * clean)
 
 

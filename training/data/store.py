@@ -4,14 +4,20 @@
 import contextlib
 import math
 import os
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import psutil
 import torch
 
 from torch_utils import distributed
 from training.data.cache import decode_into
 from training.data.packed import Packed
+from training.data.tables import distinct
+
+AHEAD = 2 ** 23     # bytes of a file that are asked for at once
+AHEAD_SHARE = 0.75  # of the memory that is there, for a file that is read ahead
 
 
 class ImageStore:
@@ -34,8 +40,10 @@ class ImageStore:
             # Copy on write, though nothing is written: PyTorch has no tensors that cannot be written to.
             held = dataset.contents.images
             images = np.memmap(held.filename, held.dtype, 'c', held.offset, held.shape)
+            if distributed.local_rank() == 0:
+                threading.Thread(target=_read_ahead, args=(held.filename,), daemon=True, name='read ahead').start()
         else:
-            used = np.unique(dataset.raw_idx)  # an image and its flip share one
+            used = distinct(dataset.raw_idx)  # an image and its flip share one
             self._used = torch.from_numpy(used)
             images = np.empty([len(used), *dataset.image_shape], np.float32 if dataset.is_float else np.uint8)
             decode_into(images, dataset.contents, used)
@@ -104,10 +112,12 @@ class ImageStore:
         noisy, data = np.flatnonzero(self.noisy.numpy()), self.dataset
         # The published protocol gives an image's flip a noisy copy of its own; otherwise the two share one.
         copies = data.raw_idx[noisy] + (0 if self._corruption.noise_follows_flip else data.contents.count * data.flip[noisy])
-        distinct, number = np.unique(copies, return_inverse=True)
-        self.noisy_count = len(distinct)
+        copied = distinct(copies)
+        number = np.zeros(copied[-1] + 1 if len(copied) else 0, np.int64)
+        number[copied] = np.arange(len(copied))
+        self.noisy_count = len(copied)
         self.copy = torch.full([len(data)], -1, dtype=torch.int64)
-        self.copy[noisy] = torch.from_numpy(number)
+        self.copy[noisy] = torch.from_numpy(number[copies])
 
     def _keep_noisy(self, cache_gib):
         """Makes room to keep the noisy images, float32 [noisy_count,C,H,W], where all of them fit."""
@@ -118,6 +128,16 @@ class ImageStore:
         self._kept = torch.from_numpy(buffer.view(np.float32).reshape(self.noisy_count, *self.dataset.image_shape))
         # Each rank remembers what it has written itself: all write the same, so that none has to wait for another.
         self._have = torch.zeros(self.noisy_count, dtype=torch.bool)
+
+
+def _read_ahead(path):
+    """Has the system read a file from its beginning to its end, where all of it fits in memory: batches ask for places all over it, which
+    takes many times as long on slow disks."""
+    with contextlib.suppress(OSError), open(path, 'rb') as f:
+        size = os.fstat(f.fileno()).st_size
+        if hasattr(os, 'posix_fadvise') and size < AHEAD_SHARE * psutil.virtual_memory().available:
+            for first in range(0, size, AHEAD):
+                os.posix_fadvise(f.fileno(), first, AHEAD, os.POSIX_FADV_WILLNEED)
 
 
 def _shared_memory(nbytes):

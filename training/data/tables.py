@@ -15,6 +15,11 @@ NUMBERS = {int, float, bool}
 LARGEST = sys.float_info.max
 
 
+def distinct(indices):
+    """Sorted distinct whole numbers from 0, int64; numpy.unique takes 20 times as long for a million, and memory that stays taken."""
+    return np.flatnonzero(np.bincount(indices))
+
+
 def by_file(table, names):
     """The values of a table in the order of the names. table: [[name, value], ...] or {name: value}. Raises ValueError."""
     pairs = list(table.items()) if isinstance(table, dict) else table

@@ -68,6 +68,7 @@ class Run:
         self.metrics = self._metrics() if config.run.metrics else None
         rows = slice(self.first_row, self.first_row + self.rank_batch)
         self.data = load_data(config, self.net, self.noise, rows, device)
+        misc.give_memory_back()
         distributed.wait_for_all('reading the data')
         self._setup_step()
         self.stats = training_stats.Collector(device)

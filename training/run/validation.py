@@ -6,7 +6,7 @@ import torch
 
 from dnnlib import UserError
 from torch_utils import distributed, misc, registry, training_stats
-from training.data import cache
+from training.data import cache, tables
 from training.data.batches import Batch
 from training.data.corruption import Corruption
 from training.data.dataset import ImageDataset, as_vectors
@@ -20,9 +20,11 @@ LEVELS = 8  # middles of as many equally probable bins of the run's noise distri
 
 def split(raw_idx, share, seed):
     """(training items, held-out items), int64: round(share * images) images are held out, with both of an image's x-flips."""
-    images = np.unique(raw_idx)
+    if not share:
+        return np.arange(len(raw_idx)), np.arange(0)
+    images = tables.distinct(raw_idx)
     chosen = np.random.Generator(np.random.Philox(key=misc.seed_of(seed, 'held out'))).permutation(images)[:round(share * len(images))]
-    if share and not 0 < len(chosen) < len(images):
+    if not 0 < len(chosen) < len(images):
         raise UserError(f'--val={share}: holds out {len(chosen)} of {len(images)} images; '
                         'choose a share that leaves some on both sides')
     held_out = np.isin(raw_idx, chosen)
