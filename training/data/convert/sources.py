@@ -13,10 +13,9 @@ import tarfile
 from typing import NamedTuple
 
 import numpy as np
-import PIL.ImageMode
 
-from dnnlib import UserError, arrays
-from dnnlib.archive import CONVERTED, DAMAGE, IMAGES, MAX_DEFLATE, RARER_IMAGES, Archive, damage, decode_image, open_picture
+from dnnlib import UserError, arrays, pictures
+from dnnlib.archive import DAMAGE, IMAGES, MAX_DEFLATE, RARER_IMAGES, Archive, damage, decode_image, open_picture
 from training.data import tables
 from training.data.convert import cifar
 
@@ -74,9 +73,9 @@ class FileSource:
         if name.lower().endswith('.npy'):
             array = self.read(index)
             return Kind(*array.shape, array.dtype == np.uint8, str(array.dtype))
-        image = open_picture(self._archive.read(name))
-        bands = PIL.ImageMode.getmode(CONVERTED.get(image.mode, image.mode)).bands
-        return Kind(len(bands), image.height, image.width, not image.mode.startswith(('I', 'F')), image.mode)
+        data = self._archive.read(name)
+        image = open_picture(data)
+        return Kind(*pictures.header(image, data), image.mode)
 
     def read(self, index):
         """The image, [C,H,W], as decode_image gives it."""
