@@ -5,6 +5,7 @@ import functools
 import gzip
 import io
 import json
+import multiprocessing
 import os
 import pickle
 import shutil
@@ -80,7 +81,7 @@ def convert(path, draws):
     before, dest = set(os.listdir(here)), os.path.join(here, 'out', pick(['made', 'made.zip'], draws))
     flags = [[], ['--on-bad=skip'], ['--on-bad=skip', '--resolution=8x8', '--transform=center-crop', '--channels=3'],
              ['--max-images=3', '--sample=spread', '--on-bad=skip'], ['--layout=nchw'], ['--channels=1', '--on-bad=skip']]
-    dataset_tool.multiprocessing.Pool = SerialPool
+    multiprocessing.Pool = SerialPool
     try:
         dataset_tool.main(['convert', f'--source={path}', f'--dest={dest}', *pick(flags, draws)], standalone_mode=False)
     except click.ClickException as err:

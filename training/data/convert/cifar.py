@@ -2,15 +2,50 @@
 """CIFAR-10's tar file of pickles, read as data: plain containers and arrays of bytes are made, and nothing else is looked up."""
 
 import io
+import lzma
 import os
 import pickle
 import pickletools
 import tarfile
+import zlib
 
 import numpy as np
 
+from training.data.convert.arrays import ArraySource
+
 MAX_BATCH = 2 ** 28  # bytes of a batch; CIFAR-10's have 3.1e7
 MAX_MEMBERS = 10_000
+FIRST_MEMBERS = 8  # that are looked at to tell whose tar file it is
+
+
+class CifarSource(ArraySource):
+    """The training batches of cifar-10-python.tar.gz."""
+
+    what = 'cifar-10-python.tar.gz'
+
+    def __init__(self, path):
+        self.hold(*read(path))
+
+    @staticmethod
+    def matches(path):
+        """A tar file whose name, or one of whose first members, is CIFAR's; and one that cannot be read, so that this is told."""
+        name = os.path.basename(path).lower()
+        if not name.endswith(('.tar', '.tar.gz', '.tgz')) or not os.path.isfile(path):
+            return False
+        return 'cifar' in name or _looks_like(path)
+
+
+def _looks_like(path):
+    try:
+        with tarfile.open(path) as archive:
+            for _, member in zip(range(FIRST_MEMBERS), archive):
+                if os.path.basename(member.name).startswith('data_batch'):
+                    return True
+                if member.size > MAX_BATCH:
+                    return False
+    except (OSError, EOFError, ValueError, tarfile.TarError, lzma.LZMAError, zlib.error):
+        return True
+    return False
 
 
 def read(path):

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Labels and noise levels from tables (CSV, JSON, .npy), in place of what a source says itself."""
+
+import csv
+import os
+
+from dnnlib import UserError, arrays
+from dnnlib.archive import damage
+from dnnlib.files import read_value
+from torch_utils import registry
+from training.data import tables
+
+
+def annotate(source, options):
+    """Replaces the source's labels, noise levels and units by those of the command line."""
+    if options['labels']:
+        values = match(read_table(options['labels'], '--labels'), source.names, f'--labels={options["labels"]}')
+        source.labels = as_classes(values)
+    if options['sigmas']:
+        source.sigmas = read_levels(options['sigmas'], '--sigmas', source.names)
+    if options['sigma_max']:
+        source.sigma_max = read_levels(options['sigma_max'], '--sigma-max', source.names)
+    if source.labels is not None:
+        check(tables.labels, 'the table of labels (--labels, or those of the source)', source.labels)
+    if source.sigmas is not None:
+        check(tables.levels, 'the table of noise levels (--sigmas, or "sigmas" in the source)', source.sigmas, source.names)
+        if options['resolution']:
+            raise UserError('--resolution would colour the noise of images that have sigmas; leave it out, or resize '
+                            'before the noise is there')
+    if source.sigma_max is not None:
+        where = 'the table of upper limits (--sigma-max, or "sigma_max" in the source)'
+        limits = check(tables.limits, where, source.sigma_max, source.names)
+        source.sigma_max = [limit if limit < float('inf') else None for limit in limits.tolist()]  # JSON has no infinity
+    source.units = options['units'] or source.units
+
+
+def check(table, name, *args):
+    """table(*args) of tables.py, whose refusals are told of `name`."""
+    try:
+        return table(*args)
+    except ValueError as err:
+        raise UserError(f'{name} {err}') from None
+
+
+def read_levels(text, option, names):
+    """Noise levels from a number or a file, one an image; None where a JSON file has null."""
+    try:
+        return [float(text)] * len(names)
+    except ValueError:
+        if not os.path.isfile(text):
+            raise UserError(f'{option}={text}: neither a number nor a file') from None
+    values = match(read_table(text, option), names, f'{option}={text}')
+    try:
+        return [None if value is None else float(value) for value in values]
+    except (TypeError, ValueError, OverflowError):
+        raise UserError(f'{option}={text}: must hold one number an image') from None
+
+
+def read_table(path, option):
+    """A CSV, JSON or .npy file as match() takes it."""
+    try:
+        if path.endswith('.npy'):
+            return arrays.open_npy(path).tolist()
+        if path.endswith('.json'):
+            found = read_value(path, f'{option}={path}')
+            return found.get(option.strip('-').replace('-', '_'), found) if isinstance(found, dict) else found
+        with open(path, encoding='utf-8', newline='') as file:
+            rows = [[registry.parse_number(text.strip()) for text in row] for row in csv.reader(file) if row]
+    except (OSError, ValueError, csv.Error) as err:
+        raise UserError(f'{option}={path}: cannot be read ({damage(err)}); give CSV, JSON or .npy') from None
+    if rows and str(rows[0][0]).lower() in ('file', 'filename', 'name', 'image'):
+        rows = rows[1:]  # a heading
+    if all(len(row) == 1 for row in rows):
+        return [row[0] for row in rows]
+    return [[str(row[0]), row[1] if len(row) == 2 else row[1:]] for row in rows]
+
+
+def as_classes(values):
+    """Labels as they are, or numbers for names of classes, in the order of the alphabet."""
+    if not any(isinstance(value, str) for value in values):
+        return values
+    numbers = {name: number for number, name in enumerate(sorted({str(value) for value in values}))}
+    print('Classes: ' + ', '.join(f'{number} {name}' for name, number in numbers.items()))
+    return [numbers[str(value)] for value in values]
+
+
+def match(table, names, where):
+    """The values of a table in the order of the names. table: [[name, value], ...], {name: value}, or values in order.
+
+    Names may be given without their folders. Raises UserError where a file is missed or the count differs."""
+    if not isinstance(table, (list, tuple, dict)):
+        raise UserError(f'{where}: expected a list or an object, got {type(table).__name__}')
+    pairs = list(table.items()) if isinstance(table, dict) else list(table)
+    by_name = all(isinstance(pair, (list, tuple)) and len(pair) == 2 and isinstance(pair[0], str) for pair in pairs)
+    if not by_name:
+        if len(pairs) != len(names):
+            raise UserError(f'{where}: {len(pairs)} values for {len(names)} images; give one an image, in their order')
+        return pairs
+    found = {name.replace('\\', '/'): value for name, value in pairs}
+    keys = [name if name in found else os.path.basename(name) for name in names]
+    missing = [name for name, key in zip(names, keys) if key not in found]
+    if missing:
+        raise UserError(f'{where}: misses {len(missing)} of {len(names)} images, such as {missing[0]}')
+    return [found[key] for key in keys]

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Image files in a folder or zip."""
+
+import os
+
+import numpy as np
+
+from dnnlib import UserError, pictures
+from dnnlib.archive import IMAGES, RARER_IMAGES, Archive, decode_image, open_picture
+from training.data import tables
+from training.data.convert.annotations import match
+from training.data.convert.source import Kind, Source
+
+
+class FileSource(Source):
+    """Image files of a folder or zip. A dataset.json gives labels, levels and units; else the top folders are the classes."""
+
+    what = 'a folder, .zip'
+
+    def __init__(self, path):
+        self._archive = Archive(path, f'--source={path}')
+        self.names = self._archive.images((*IMAGES, *RARER_IMAGES))
+        meta = self._archive.read_json()
+        self.units = _units(meta.get('units'), path)
+        self.labels, self.sigmas, self.sigma_max = (match(meta[key], self.names, f'"{key}" in {path}') if meta.get(key) else None
+                                                    for key in ('labels', 'sigmas', 'sigma_max'))
+        if 'labels' not in meta:
+            self.labels = _folder_classes(self.names)
+
+    @staticmethod
+    def matches(path):
+        """Any folder, and files called .zip."""
+        return os.path.isdir(path) or path.lower().endswith('.zip')
+
+    def kind(self, index):
+        """The Kind of an image, from the header of its file."""
+        name = self.names[index]
+        if name.lower().endswith('.npy'):
+            array = self.read(index)
+            return Kind(*array.shape, array.dtype == np.uint8, str(array.dtype))
+        data = self._archive.read(name)
+        picture = open_picture(data)
+        return Kind(*pictures.header(picture, data), picture.mode)
+
+    def read(self, index):
+        """The image, [C,H,W], as decode_image gives it."""
+        name = self.names[index]
+        return decode_image(name, self._archive.read(name))
+
+
+def _units(told, path):
+    try:
+        return None if told is None else tables.units(told)
+    except (KeyError, ValueError):
+        raise UserError(f'--source={path}: "units" in its dataset.json must be {{"offset": ..., "scale": ...}}, two finite numbers, the '
+                        'scale above 0') from None
+
+
+def _folder_classes(names):
+    """Class numbers by sorted top folder, or None where there are fewer than two of them (as published)."""
+    tops = [name.split('/')[0] if '/' in name else '' for name in names]
+    numbers = {top: number for number, top in enumerate(sorted(set(tops)))}
+    return [numbers[top] for top in tops] if len(numbers) > 1 else None
