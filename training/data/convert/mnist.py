@@ -19,7 +19,8 @@ class MnistSource(ArraySource):
 
     def __init__(self, path):
         images = read_idx(path)
-        partner = path.replace('images', 'labels').replace('idx3', 'idx1')
+        folder, name = os.path.split(path)
+        partner = os.path.join(folder, name.replace('images', 'labels').replace('idx3', 'idx1'))
         labels = read_idx(partner).tolist() if os.path.exists(partner) and partner != path else None
         if labels is not None and len(labels) != len(images):
             raise ValueError(f'{len(images)} images, but {len(labels)} labels in {partner}')
