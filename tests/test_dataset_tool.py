@@ -149,6 +149,10 @@ def test_cifar(tmp_path):
     dataset = ImageDataset(str(tmp_path / 'x.zip'), use_labels=True)
     assert len(dataset) == 10 and dataset.classes.tolist() == list(range(10))
     assert all((dataset.decode(i) == images[i]).all() for i in range(10))
+    for args in (['cifar-10-python.tar.gz', '--split=test'], ['cifar-10-python.tar.gz:split=test']):
+        convert(tmp_path / args[0], tmp_path / 'cifar-test.zip', *args[1:])
+        dataset = ImageDataset(str(tmp_path / 'cifar-test.zip'), use_labels=True)
+        assert dataset.classes.tolist() == [0, 1] and (dataset.decode(1) == images[1]).all()
 
 
 class Evil:
@@ -358,10 +362,10 @@ def test_max_images_and_what_they_lose(tmp_path):
 
 
 def mixed_folder(path):
-    """Seven good RGB images, one of another size, one grey, one cut short, one that is no image."""
+    """Seven good RGB images, one of another size, one of 16 bits, one cut short, one that is no image."""
     picture_folder(path, pictures(7))
     Image.fromarray(pictures(1, (8, 12, 3))[0]).save(path / 'wide.png')
-    Image.fromarray(pictures(1, (8, 8))[0]).save(path / 'grey.png')
+    Image.fromarray(pictures(1, (8, 8))[0].astype(np.uint16)).save(path / 'deep.png')
     (path / 'short.png').write_bytes((path / '00.png').read_bytes()[:90])
     (path / 'junk.jpg').write_bytes(b'junk')
     return path
@@ -371,7 +375,7 @@ def test_all_offenders_are_listed_and_nothing_is_written(tmp_path):
     folder = mixed_folder(tmp_path / 'in')
     result = run(f'--source={folder}', f'--dest={tmp_path}/x.zip', '--workers=1')
     assert result.exit_code == 1
-    for text in ('wide.png: 12x8 RGB', 'grey.png: 8x8 L', 'short.png: cannot be read', 'junk.jpg: cannot be read',
+    for text in ('wide.png: 12x8 RGB', 'deep.png: 8x8 I;16', 'short.png: cannot be read', 'junk.jpg: cannot be read',
                  '4 of 11 images cannot be used'):
         assert text in result.output
     assert os.listdir(tmp_path) == ['in']
@@ -381,9 +385,9 @@ def test_bad_images_are_left_out_when_asked(tmp_path):
     folder = mixed_folder(tmp_path / 'in')
     assert 'Left out 4 of 11' in convert(folder, tmp_path / 'x.zip', '--on-bad=skip')
     assert len(ImageDataset(str(tmp_path / 'x.zip'))) == 7
-    assert 'Left out 2 of 11' in convert(folder, tmp_path / 'y.zip', '--on-bad=skip', '--channels=1', '--resolution=8x8')
+    assert 'Left out 3 of 11' in convert(folder, tmp_path / 'y.zip', '--on-bad=skip', '--channels=1', '--resolution=8x8')
     dataset = ImageDataset(str(tmp_path / 'y.zip'))
-    assert len(dataset) == 9 and dataset.image_shape == (1, 8, 8)
+    assert len(dataset) == 8 and dataset.image_shape == (1, 8, 8)
 
 
 def test_channels(tmp_path):

@@ -2,7 +2,6 @@
 """A source and options -> an archive: what most images are like, what is wrong with the others, their members and dataset.json."""
 
 import collections
-import contextlib
 import multiprocessing
 import os
 import sys
@@ -10,23 +9,23 @@ import sys
 import numpy as np
 
 from dnnlib import UserError
-from dnnlib.archive import DAMAGE
+from dnnlib.archive import DAMAGE, damage
 from dnnlib.progress import Progress
 from training.data.convert import transforms, writers
-from training.data.convert.annotations import annotate
+from training.data.convert.annotations import LEVELS, annotate
 from training.data.convert.selection import select
-from training.data.convert.sources import open_source
+from training.data.convert.sources import open_sources
 from training.data.dataset import UNITS_8BIT
 
 CHUNK = 32  # images that a worker process takes at a time
-SAMPLE = 256  # images, at most, that tell what the others should be like
+SAMPLE = 2048  # images, at most, whose headers tell what the others should be like, and are checked beforehand
 
 
 def convert(options):
     """Writes the archive that the options of the command line ask for, a dict; returns how many images are in it. Raises UserError."""
     check_options(options)
     writer = writers.ArchiveWriter(options['dest'])
-    source = open_source(options['source'], layout=options['layout'])
+    source = open_sources(options['source'], not options['labels'], not options['units'], layout=options['layout'], split=options['split'])
     annotate(source, options)
     indices = select(source, options)
     job = plan(source, indices, options)
@@ -60,45 +59,79 @@ def _convert(index):
 
 def plan(source, indices, options):
     """The Job that fits most of a sample of the images; those that differ from it count as bad."""
-    step = -(-len(indices) // SAMPLE)
-    kinds = _kinds(source, indices[::step]) or _kinds(source, indices)
+    sample = indices[::-(-len(indices) // SAMPLE)]
+    kinds, bad = _kinds(source, sample)
     if not kinds:
-        raise UserError(f'--source={options["source"]}: none of its {len(indices)} images can be read')
+        sample = indices
+        kinds, bad = _kinds(source, sample)
+    if not kinds:
+        raise UserError(f'{shown(options["source"])}: none of its {len(indices)} images can be read')
     target, size = int(options['channels'] or 0) or None, options['resolution']
     # With a new size or a given number of channels, images may differ in them.
-    traits = [(kind.is_8bit, None if target else kind.channels, None if size else (kind.height, kind.width)) for kind in kinds]
+    traits = [(kind.is_8bit, None if target else kind.channels, None if size else (kind.height, kind.width)) for kind in kinds.values()]
     is_8bit, channels, shape = usual = collections.Counter(traits).most_common(1)[0][0]
+    if is_8bit and channels == 3:  # a few grey photographs among others, as in ImageNet, are no reason to stop
+        usual, target = (is_8bit, None, shape), 3
     as_png = is_8bit and (target or channels) in writers.PNG_COLOURS
     if as_png and options['units']:
         raise UserError('--units is for float data; these images are 8-bit, with offset and scale 127.5')
     if is_8bit and not as_png:
-        source.units = source.units or UNITS_8BIT  # 8-bit values that PNG has no channels for
-    return transforms.Job(usual, options['transform'], size, target, as_png)
+        store_as_float(source, options['units'] or UNITS_8BIT)
+    job = transforms.Job(usual, options['transform'], size, target, as_png)
+    objections = {index: job.objection(kind, source.sigmas[index] if source.sigmas else 0) for index, kind in kinds.items()}
+    bad = dict(sorted((bad | {index: text for index, text in objections.items() if text}).items()))
+    if bad and len(sample) < len(indices) and options['on_bad'] == 'fail':
+        report(source, bad, len(sample), options, f'the {len(sample)} images (of {len(indices)}) that were looked at first')
+    return job
+
+
+def store_as_float(source, units):
+    """8-bit values that PNG has no channels for become float data: the levels, given in network units, are stored in those of the data."""
+    source.units = units
+    for key in LEVELS:
+        values = getattr(source, key)
+        if values is not None:
+            setattr(source, key, [None if value is None else value * units['scale'] for value in values])
+
+
+def shown(specs):
+    """The option --source as it was given, for errors."""
+    return ' '.join(f'--source={spec}' for spec in ([specs] if isinstance(specs, str) else specs))
 
 
 def _kinds(source, indices):
-    """The kinds of those images whose headers can be read."""
-    found = []
+    """({index: Kind} of the images whose headers can be read, {index: problem} of the others)."""
+    found, bad = {}, {}
     for index in indices:
-        with contextlib.suppress(*DAMAGE):
-            found.append(source.kind(index))
-    return found
+        try:
+            found[index] = source.kind(index)
+        except DAMAGE as err:
+            bad[index] = f'cannot be read ({damage(err)})'
+    return found, bad
 
 
-def report(source, bad, count, options):
-    """Lists what is wrong with which image; with --on-bad=fail that is the end."""
+def report(source, bad, count, options, where=None):
+    """Lists what is wrong with which image; with --on-bad=fail that is the end. where: which images were looked at, by default all."""
     for index, problem in bad.items():
         print(f'{source.names[index]}: {problem}', file=sys.stderr)
     if bad and options['on_bad'] == 'fail':
-        raise UserError(f'{len(bad)} of {count} images cannot be used (listed above); repair them, leave them out '
+        raise UserError(f'{len(bad)} of {where or f"{count} images"} cannot be used (listed above); repair them, leave them out '
                         'with --on-bad=skip, or make them alike with --channels and --resolution')
     if bad:
         print(f'Left out {len(bad)} of {count} images (listed above)', file=sys.stderr)
 
 
+def tell_channels(changed, count, options):
+    """Says which images became RGB without having been told to. changed: Counter of the channels that they had."""
+    if changed and not options['channels']:
+        names = {1: 'grey', 2: 'grey with alpha', 4: 'RGB with alpha'}
+        told = ', '.join(f'{number} {names.get(channels, channels)}' for channels, number in sorted(changed.items()))
+        print(f'Made RGB, as most images are: {told}, of {count} images', file=sys.stderr)
+
+
 def write(pool, source, job, indices, writer, options):
     """Converts and writes the images and dataset.json; returns how many there are."""
-    bad, written, small, sums, values = {}, [], 0, [0.0, 0.0], 0
+    bad, written, small, sums, values, changed = {}, [], 0, [0.0, 0.0], 0, collections.Counter()
     extension = 'png' if job.as_png else 'npy'
     members = Progress(len(indices), 'Converting').over(pool.imap(_convert, indices, CHUNK))
     for number, (index, member) in enumerate(zip(indices, members)):
@@ -113,20 +146,26 @@ def write(pool, source, job, indices, writer, options):
             written.append((name, index))
             sums = [sums[0] + member.total, sums[1] + member.squares]
             values += int(np.prod(member.shape))
+            if source.sigmas and source.sigmas[index]:
+                source.sigmas[index] *= member.gain
+            if member.channels != member.shape[0]:
+                changed[member.channels] += 1
     report(source, bad, len(indices), options)
+    tell_channels(changed, len(indices), options)
     if small:
         print(f'Left out {small} of {len(indices)} images, too small for --transform={job.transform}', file=sys.stderr)
     if not written:
-        raise UserError(f'--source={options["source"]}: none of its {len(indices)} images can be used')
+        raise UserError(f'{shown(options["source"])}: none of its {len(indices)} images can be used')
     writer.write_json('dataset.json', metadata(source, written, None if job.as_png else (*sums, values)))
     return len(written)
 
 
 def metadata(source, written, sums):
-    """What dataset.json holds: labels (or null), sigmas and sigma_max where there are any, units of float data."""
+    """What dataset.json holds: labels (or null), sigmas, sigma_min and sigma_max where there are any, units of float data."""
     pairs = lambda values: [[name, values[index]] for name, index in written]
     meta = {'labels': pairs(source.labels) if source.labels else None}
-    meta |= {key: pairs(values) for key, values in (('sigmas', source.sigmas), ('sigma_max', source.sigma_max)) if values is not None}
+    levels = [(key, getattr(source, key)) for key in LEVELS]
+    meta |= {key: pairs(values) for key, values in levels if values is not None}
     if sums is not None:
         meta['units'] = source.units or transforms.propose_units(*sums)
     return meta
