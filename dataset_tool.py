@@ -9,7 +9,7 @@ import re
 import click
 import numpy as np
 
-from torch_utils.command_line import Command, hyphens, version_option
+from torch_utils.command_line import Command, Spec, hyphens, version_option
 from training.data.convert import transforms
 from training.data.convert.arrays import LAYOUTS
 from training.data.convert.conversion import convert as convert_images
@@ -77,8 +77,13 @@ def parse_units(ctx, param, value):
 @click.option('--sample', type=click.Choice(['first', 'spread']), default='first', show_default=True,
               help='Which ones --max-images takes: the first, or evenly over all classes')
 @click.option('--part', metavar='K/N', callback=parse_part,
-              help='Use every N-th image from the K-th on, counted from 0; before --max-images')
-@click.option('--transform', type=click.Choice(transforms.TRANSFORMS), help='Crop before resizing; needs --resolution')
+              help='Use every N-th image from the K-th on, counted from 0; before --max-images; of tiles, whole images')
+@click.option('--tile', metavar='WxH', callback=parse_size, help='Cut images into tiles of this size, each an image of the set, called '
+              'by its image and place; the last ones are moved inwards, smaller images left out')
+@click.option('--overlap', metavar='INT', type=click.IntRange(min=0), default=0, help='Pixels that neighbouring tiles share')
+@click.option('--transform', type=Spec(transforms.TRANSFORMS),
+              help='Crop before resizing; center-crop-dhariwal is ADM\'s; these need --resolution. pad, to --resolution or a square: '
+              'fill=edge (default), reflect, or constant with value=0')
 @click.option('--resolution', metavar='WxH', callback=parse_size,
               help='Size to resize to (Lanczos); sides that the network can halve at each of its levels')
 @click.option('--channels', type=click.Choice(['1', '3']), help='Make every image grey, or RGB')
@@ -95,13 +100,14 @@ def parse_units(ctx, param, value):
               help='Float data: network = (value - OFFSET) / SCALE  [default: mean, 2 std]')
 @click.option('--on-bad', type=click.Choice(['fail', 'skip']), default='fail', show_default=True,
               help='Images that cannot be read, or differ from the others')
+@click.option('--sheet', metavar='FILE', help='A picture of some of the images, .png, or "none"  [default: beside --dest, NAME-sheet.png]')
 @click.option('--workers', metavar='INT', type=click.IntRange(min=1), help='Processes  [default: one a core]')
 def convert(**options):
     """Convert images: 8-bit ones to PNG, any others (16-bit, float) to float32 .npy with the units that map them back.
 
     Labels come from class folders, or from a dataset.json in the source, which wins. MNIST keeps its 28x28 pixels."""
-    count = convert_images(options)
-    click.echo(f'{options["dest"]}: {count} images')
+    for line in convert_images(options):
+        click.echo(line)
 
 
 # ----------------------------------------------------------------------------------------------------

@@ -463,10 +463,10 @@ def test_as_a_program(tmp_path):
     program = [sys.executable, str(ROOT / 'dataset_tool.py')]
     good = subprocess.run([*program, f'--source={DATA / "A_subfolders.zip"}', '--dest=x.zip', '--max_images=5'], cwd=tmp_path,
                           capture_output=True, text=True)
-    assert good.returncode == 0 and good.stdout == 'x.zip: 5 images\n', good.stderr
+    assert good.returncode == 0 and good.stdout.endswith('x-sheet.png: 5 of them to look at\nx.zip: 5 images\n'), good.stderr
     bad = subprocess.run([*program, '--source=none', '--dest=x.zip'], cwd=tmp_path, capture_output=True, text=True)
     assert bad.returncode == 1 and bad.stderr.startswith('Error: ') and bad.stderr.count('\n') == 1
-    assert os.listdir(tmp_path) == ['x.zip']
+    assert sorted(os.listdir(tmp_path)) == ['x-sheet.png', 'x.zip']
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -481,7 +481,8 @@ def test_stats_of_eight_bit_images(tmp_path):
     network = images / 127.5 - 1
     db = 10 * np.log10(network.std() ** 2 / 0.04)
     for text in ('images      12', '3 x 16 x 16', 'uint8', f'sigma_data  {network.std():.4f}',
-                 f'mean        {network.mean():.4f}', '2 classes, 6 to 6 images each', '0: 6, 1: 6', '14.15 dB', f'{db:.2f} dB'):
+                 f'mean        {network.mean():.4f}', '2 classes, 6 to 6 images each', '            0  6  ' + 40 * '#', 'duplicates  none',
+                 '14.15 dB', f'{db:.2f} dB'):
         assert text in result.output, result.output
 
 

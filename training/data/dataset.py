@@ -80,6 +80,10 @@ class ImageDataset:
         """What the data set is known by, whatever its path; see dnnlib.fingerprint. All of it counts, also what is not kept."""
         return self._archive.fingerprint()
 
+    def image_name(self, raw_idx):
+        """The name of an image within the archive."""
+        return self._names[raw_idx]
+
     def decode(self, raw_idx):
         """An image of the archive as it lies there, never flipped: [C,H,W], uint8 or float32. Safe in threads."""
         name = self._names[raw_idx]

@@ -22,13 +22,15 @@ def annotate(source, options):
         if options[key]:
             setattr(source, key, read_levels(options[key], option, key, source.names))
     if source.labels is not None:
-        source.labels = as_classes(source.labels)
+        told, source.labels = source.labels, as_classes(source.labels)
+        source.class_names = {label: name for label, name in zip(source.labels, told) if isinstance(name, str)}
         found = check(tables.labels, 'the table of labels (--labels, or those of the source)', source.labels)
         source.labels = found.tolist() if found.ndim == 1 else source.labels  # 3.0 is class 3
     if source.sigmas is not None:
         check(tables.levels, 'the table of noise levels (--sigmas, or "sigmas" in the source)', source.sigmas, source.names)
-        if options['resolution']:
-            raise UserError('--resolution would colour the noise of images that have sigmas; leave it out, or resize '
+        option = next((option for option in ('resolution', 'transform') if options[option]), None)
+        if option:
+            raise UserError(f'--{option} would colour the noise of images that have sigmas; leave it out, or use it '
                             'before the noise is there')
     if source.sigma_max is not None:
         where = 'the table of upper limits (--sigma-max, or "sigma_max" in the source)'

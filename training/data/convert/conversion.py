@@ -5,46 +5,93 @@ import collections
 import multiprocessing
 import os
 import sys
+from typing import NamedTuple
 
 import numpy as np
 
 from dnnlib import UserError
 from dnnlib.archive import DAMAGE, damage
 from dnnlib.progress import Progress
-from training.data.convert import transforms, writers
+from torch_utils import registry
+from training.data.convert import sheet, transforms, writers
 from training.data.convert.annotations import LEVELS, annotate
 from training.data.convert.selection import select
 from training.data.convert.sources import open_sources
+from training.data.convert.statistics import Facts, Summary, facts_of, lines
+from training.data.convert.tiles import Tiled
 from training.data.dataset import UNITS_8BIT
 
 CHUNK = 32  # images that a worker process takes at a time
 SAMPLE = 2048  # images, at most, whose headers tell what the others should be like, and are checked beforehand
 
 
+class Written(NamedTuple):
+    """What an archive holds that has been written."""
+
+    summary: Summary
+    facts: Facts
+    cells: dict  # {index of the source: (name, bytes of the member)} of the images on the contact sheet
+    places: dict  # {index of the source: place in the archive}
+
+
 def convert(options):
-    """Writes the archive that the options of the command line ask for, a dict; returns how many images are in it. Raises UserError."""
+    """Writes the archive that the options of the command line ask for, a dict, and the contact sheet; returns what to say of them, lines
+    of text. Raises UserError."""
     check_options(options)
     writer = writers.ArchiveWriter(options['dest'])
+    picture = sheet.place(options['sheet'], options['dest'])
     source = open_sources(options['source'], not options['labels'], not options['units'], layout=options['layout'], split=options['split'])
     annotate(source, options)
+    if options['tile']:
+        source = Tiled(source, *options['tile'], options['overlap'])
     indices = select(source, options)
     job = plan(source, indices, options)
     # The processes start before the bar, whose thread a fork would not survive.
     with multiprocessing.Pool(options['workers'] or os.cpu_count(), _prepare, (source, job)) as pool, writer:
-        return write(pool, source, job, indices, writer, options)
+        rows = sheet.choose(source.labels, source.sigmas, indices) if picture else []
+        found = write(pool, source, job, indices, writer, options, {index for row in rows for index in row})
+    told = [*lines(found.summary, found.facts)]
+    if picture and draw_sheet(picture, rows, found, options):
+        told.append(f'{picture}: {len(found.cells)} of them to look at')
+    return [*told, f'{options["dest"]}: {found.summary.count} images']
+
+
+def draw_sheet(path, rows, found, options):
+    """Draws the contact sheet of an archive; returns whether it could be written, which is no reason to lose the archive."""
+    facts, labels, names = found.facts, found.facts.labels, found.facts.class_names or {}
+    title = f'{os.path.basename(os.path.abspath(options["dest"]))}: {found.summary.count} images, {" x ".join(map(str, facts.shape))}'
+    table = []
+    for row in rows:
+        row = [index for index in row if index in found.cells]
+        places = [found.places[index] for index in row]
+        label = int(labels[places[0]]) if places and labels is not None and labels.ndim == 1 else None
+        notes = [f'sigma {facts.sigmas[place]:.2g}' if facts.sigmas[place] else '' for place in places]
+        table.append(('' if label is None else f'{label} {names.get(label, "")}'.strip(),
+                      [(*found.cells[index], note) for index, note in zip(row, notes)]))
+    try:
+        sheet.draw(path, title, [row for row in table if row[1]], facts.units if facts.is_float else None)
+    except OSError as err:
+        print(f'{path}: could not be written ({damage(err)})', file=sys.stderr)
+        return False
+    return True
 
 
 def check_options(options):
     """Refuses combinations that cannot work."""
-    size, transform = options['resolution'], options['transform']
-    if transform and not size:
+    size, transform = options['resolution'], registry.parse(options['transform'] or '')[0]
+    if transform not in ('', 'pad') and not size:
         raise UserError(f'--transform={transform} needs --resolution=WIDTHxHEIGHT')
-    if transform == 'center-crop' and size[0] != size[1]:
-        raise UserError(f'--transform=center-crop crops a square; --resolution={size[0]}x{size[1]} is none')
+    if transform in ('center-crop', 'center-crop-dhariwal') and size[0] != size[1]:
+        raise UserError(f'--transform={transform} crops a square; --resolution={size[0]}x{size[1]} is none')
     if transform == 'center-crop-wide' and size[0] < size[1]:
         raise UserError(f'--transform=center-crop-wide needs a width above the height, not {size[0]}x{size[1]}')
     if options['sample'] == 'spread' and not options['max_images']:
         raise UserError('--sample=spread needs --max-images')
+    tile, overlap = options['tile'], options['overlap']
+    if overlap and not tile:
+        raise UserError(f'--overlap={overlap} needs --tile')
+    if tile and overlap >= min(tile):
+        raise UserError(f'--overlap={overlap} must be less than the sides of --tile={tile[0]}x{tile[1]}')
 
 
 def _prepare(source, job):
@@ -77,7 +124,7 @@ def plan(source, indices, options):
         raise UserError('--units is for float data; these images are 8-bit, with offset and scale 127.5')
     if is_8bit and not as_png:
         store_as_float(source, options['units'] or UNITS_8BIT)
-    job = transforms.Job(usual, options['transform'], size, target, as_png)
+    job = transforms.Job(usual, transform_of(options, as_png), size, target, as_png)
     objections = {index: job.objection(kind, source.sigmas[index] if source.sigmas else 0) for index, kind in kinds.items()}
     bad = dict(sorted((bad | {index: text for index, text in objections.items() if text}).items()))
     if bad and len(sample) < len(indices) and options['on_bad'] == 'fail':
@@ -92,6 +139,18 @@ def store_as_float(source, units):
         values = getattr(source, key)
         if values is not None:
             setattr(source, key, [None if value is None else value * units['scale'] for value in values])
+
+
+def transform_of(options, as_png):
+    """What --transform names, None without; tried on a blank image, so that what it refuses is told once. Raises UserError."""
+    if not options['transform']:
+        return None
+    found = registry.build(options['transform'], transforms.TRANSFORMS, '--transform')
+    try:
+        found(np.zeros([1, 2, 2], np.uint8 if as_png else np.float32), *(options['resolution'] or (None, None)))
+    except ValueError as err:
+        raise UserError(f'--transform={options["transform"]}: {err}') from None
+    return found
 
 
 def shown(specs):
@@ -129,9 +188,10 @@ def tell_channels(changed, count, options):
         print(f'Made RGB, as most images are: {told}, of {count} images', file=sys.stderr)
 
 
-def write(pool, source, job, indices, writer, options):
-    """Converts and writes the images and dataset.json; returns how many there are."""
+def write(pool, source, job, indices, writer, options, wanted=frozenset()):
+    """Converts and writes the images and dataset.json; returns the Written. wanted: indices of images for the contact sheet."""
     bad, written, small, sums, values, changed = {}, [], 0, [0.0, 0.0], 0, collections.Counter()
+    summary, cells, shape = Summary(), {}, None
     extension = 'png' if job.as_png else 'npy'
     members = Progress(len(indices), 'Converting').over(pool.imap(_convert, indices, CHUNK))
     for number, (index, member) in enumerate(zip(indices, members)):
@@ -140,24 +200,30 @@ def write(pool, source, job, indices, writer, options):
         elif member.data is None:
             small += 1
         else:
-            name = f'{number:08}'
-            name = f'{name[:5]}/img{name}.{extension}'  # an image that is left out leaves its number out (as published)
+            stem = source.names[index] if options['tile'] else f'{number // 1000:05}/img{number:08}'
+            name = f'{stem}.{extension}'  # an image that is left out leaves its number out (as published)
             writer.write(name, member.data)
             written.append((name, index))
+            summary.add(member.measured)
+            shape = member.shape
             sums = [sums[0] + member.total, sums[1] + member.squares]
             values += int(np.prod(member.shape))
             if source.sigmas and source.sigmas[index]:
                 source.sigmas[index] *= member.gain
             if member.channels != member.shape[0]:
                 changed[member.channels] += 1
+            if index in wanted:
+                cells[index] = name, member.data
     report(source, bad, len(indices), options)
     tell_channels(changed, len(indices), options)
     if small:
-        print(f'Left out {small} of {len(indices)} images, too small for --transform={job.transform}', file=sys.stderr)
+        print(f'Left out {small} of {len(indices)} images, too small for --transform={options["transform"]}', file=sys.stderr)
     if not written:
         raise UserError(f'{shown(options["source"])}: none of its {len(indices)} images can be used')
-    writer.write_json('dataset.json', metadata(source, written, None if job.as_png else (*sums, values)))
-    return len(written)
+    meta = metadata(source, written, None if job.as_png else (*sums, values))
+    writer.write_json('dataset.json', meta)
+    facts = facts_of(meta, [name for name, _ in written], shape, not job.as_png, source.class_names)
+    return Written(summary, facts, cells, {index: place for place, (_, index) in enumerate(written) if index in cells})
 
 
 def metadata(source, written, sums):
