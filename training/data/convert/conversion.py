@@ -60,6 +60,7 @@ def draw_sheet(path, rows, found, options):
     """Draws the contact sheet of an archive; returns whether it could be written, which is no reason to lose the archive."""
     facts, labels, names = found.facts, found.facts.labels, found.facts.class_names or {}
     title = f'{os.path.basename(os.path.abspath(options["dest"]))}: {found.summary.count} images, {" x ".join(map(str, facts.shape))}'
+    title += ', of which the first 3 channels are shown' * (facts.shape[0] > 3)
     table = []
     for row in rows:
         row = [index for index in row if index in found.cells]

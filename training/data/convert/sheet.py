@@ -13,8 +13,8 @@ from dnnlib.files import replacing
 from training.data.dataset import UNITS_8BIT
 
 ROWS, COLUMNS = 10, 10
-SIDE, LARGEST = 80, 160  # pixels of the longer side on the sheet: small images are enlarged by a whole number, large ones reduced
-GAP, MARGIN, FONT = 4, 12, 12
+SIDE, LARGEST = 96, 128  # pixels of the longer side on the sheet: small images are enlarged by a whole number, large ones reduced
+GAP, MARGIN, FONT, NAME = 4, 12, 12, 24  # NAME: characters of what stands before a row
 PAPER, INK = 255, 40
 
 
@@ -35,13 +35,14 @@ def choose(labels, sigmas, indices):
     """Rows of indices for the sheet: of up to ROWS classes, evenly over all of them, images evenly over each; without classes, of all.
 
     labels, sigmas: lists that the indices point into, or None."""
+    level = lambda index: sigmas[index] if sigmas else 0
     if not labels or isinstance(labels[indices[0]], list):
         chosen = _spread(indices, ROWS * COLUMNS)
+        chosen.sort(key=level)
         return [chosen[i:i + COLUMNS] for i in range(0, len(chosen), COLUMNS)]
     classes = {}
     for index in indices:
         classes.setdefault(labels[index], []).append(index)
-    level = lambda index: sigmas[index] if sigmas else 0
     return [sorted(_spread(classes[label], COLUMNS), key=level) for label in _spread(sorted(classes), ROWS)]
 
 
@@ -55,10 +56,10 @@ def draw(path, title, rows, units=None):
     """Writes the sheet as a PNG. rows: [(what stands before it, [(name, bytes of the member, what stands below it), ...]), ...].
 
     units: {offset, scale} of float data."""
-    rows = [(head, [(_visible(decode_image(name, data), units), note) for name, data, note in cells]) for head, cells in rows]
+    rows = [(head[:NAME], [(_visible(decode_image(name, data), units), note) for name, data, note in cells]) for head, cells in rows]
     height, width = (max(image.shape[axis] for _, cells in rows for image, _ in cells) for axis in (0, 1))
     font = ImageFont.load_default(FONT)
-    line = FONT + 4 if any(note for _, cells in rows for _, note in cells) else 0
+    line = FONT + 8 if any(note for _, cells in rows for _, note in cells) else 0
     left = max(int(font.getlength(head)) for head, _ in rows)
     left, top = MARGIN + (left + 2 * GAP if left else 0), 2 * MARGIN + FONT
     columns = max(len(cells) for _, cells in rows)
@@ -72,7 +73,7 @@ def draw(path, title, rows, units=None):
         for column, (image, note) in enumerate(cells):
             x = left + column * (width + GAP)
             sheet.paste(Image.fromarray(image), (x, y))
-            pen.text((x, y + height + 1), note, (INK,) * 3, font)
+            pen.text((x, y + height + 2), note, (INK,) * 3, font)
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     with replacing(path) as part:
         sheet.save(part, 'PNG')

@@ -165,7 +165,7 @@ def lines(summary, facts, sigma=None):
     if native.any():
         std = math.sqrt(max(std ** 2 - np.square(native).mean(), 0))
         yield f'            {std:.4f} without the noise that the images carry'
-    if std >= 0.005:
+    if std >= 0.005 and f'{std:.2f}' != '0.50':
         yield f'            train.py --precond=edm --sigma-data={std:.2f}, where 0.50 is the default'
     if native.any():
         yield (f'sigmas      {np.count_nonzero(native)} of {len(native)} images are noisy; least {native.min():.4g}, '
