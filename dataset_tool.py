@@ -2,7 +2,8 @@
 """Converts images of any kind into the zip or folder that train.py reads, and tells what is in one.
 
 python dataset_tool.py --source=images/ --dest=images.zip --transform=center-crop --resolution=64x64
-python dataset_tool.py stats images.zip"""
+python dataset_tool.py stats images.zip
+python dataset_tool.py check images.zip"""
 
 import re
 
@@ -12,6 +13,7 @@ import numpy as np
 from torch_utils.command_line import Command, Spec, hyphens, version_option
 from training.data.convert import transforms
 from training.data.convert.arrays import LAYOUTS
+from training.data.convert.checking import check as check_archive
 from training.data.convert.conversion import convert as convert_images
 from training.data.convert.sources import options_of_sources, what_is_read
 from training.data.convert.statistics import describe
@@ -111,7 +113,7 @@ def convert(**options):
 
 
 # ----------------------------------------------------------------------------------------------------
-# Statistics
+# What is in an archive, and whether it is whole
 
 
 @main.command(cls=Command)
@@ -121,6 +123,16 @@ def stats(data, sigma):
     """Print count, shape, range, sigma_data, classes, noise levels, and the SNR at a noise level."""
     for line in describe(data, sigma):
         click.echo(line)
+
+
+@main.command(cls=Command)
+@click.argument('data', metavar='DATA')
+def check(data):
+    """Look for whatever training would stumble over: every image is decoded, and dataset.json compared with them.
+
+    Prints a line for each problem, with the name of the file; ends with exit code 1 where there are any."""
+    if not check_archive(data, click.echo):
+        raise SystemExit(1)
 
 
 if __name__ == '__main__':

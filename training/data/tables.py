@@ -16,15 +16,20 @@ LARGEST = sys.float_info.max
 
 def by_file(table, names):
     """The values of a table in the order of the names. table: [[name, value], ...] or {name: value}. Raises ValueError."""
-    pairs = list(table.items()) if isinstance(table, dict) else table
-    if not isinstance(pairs, list) or not all(
-            isinstance(pair, (list, tuple)) and len(pair) == 2 and isinstance(pair[0], str) for pair in pairs):
-        raise ValueError('must be [file, value] pairs or an object')
-    found = by_name(pairs)
+    found = by_name(pairs_of(table))
     missing = [name for name in names if name not in found]
     if missing:
         raise ValueError(f'misses {len(missing)} of {len(names)} files, such as {missing[0]}; list every file')
     return [found[name] for name in names]
+
+
+def pairs_of(table):
+    """The (name, value) pairs of a table as by_file() takes it, a list. Raises ValueError."""
+    pairs = list(table.items()) if isinstance(table, dict) else table
+    if not isinstance(pairs, list) or not all(
+            isinstance(pair, (list, tuple)) and len(pair) == 2 and isinstance(pair[0], str) for pair in pairs):
+        raise ValueError('must be [file, value] pairs or an object')
+    return pairs
 
 
 def by_name(pairs):
