@@ -101,10 +101,12 @@ def _look(archive, name):
         return f'{image.dtype}, expected 8-bit or float32 [C,H,W]: convert it with dataset_tool.py'
     if image.dtype == np.uint8:
         return image
+    with np.errstate(over='ignore'):
+        image = image.astype(np.float32)
     finite = np.isfinite(image)
     if not finite.all():
         return f'{np.count_nonzero(~finite)} of {image.size} values are not finite ({np.count_nonzero(np.isnan(image))} NaN)'
-    return image.astype(np.float32)
+    return image
 
 
 def _phrase(like):
