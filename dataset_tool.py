@@ -12,6 +12,7 @@ import numpy as np
 
 from torch_utils.command_line import Command, Spec, hyphens, version_option
 from training.data.convert import transforms
+from training.data.convert.annotations import PROPOSE_CHANNELS
 from training.data.convert.arrays import LAYOUTS
 from training.data.convert.checking import check as check_archive
 from training.data.convert.conversion import convert as convert_images
@@ -57,16 +58,18 @@ def parse_part(ctx, param, value):
 
 
 def parse_units(ctx, param, value):
-    """'10,2.5' -> {'offset': 10.0, 'scale': 2.5}."""
-    if value is None:
-        return None
+    """'10,2.5' -> {'offset': 10.0, 'scale': 2.5}; '0,1/10,2' -> {'offset': [0.0, 10.0], 'scale': [1.0, 2.0]}; 'channel' as it is."""
+    if value in (None, PROPOSE_CHANNELS):
+        return value
     try:
-        offset, scale = (float(text) for text in value.split(','))
+        pairs = [[float(text) for text in part.split(',')] for part in value.split('/')]
+        offset, scale = (list(numbers) for numbers in zip(*pairs, strict=True))
     except ValueError:
-        raise click.BadParameter(f'"{value}" is not OFFSET,SCALE, such as 0,1') from None
-    if not np.isfinite([offset, scale]).all() or scale <= 0:
+        raise click.BadParameter(f'"{value}" is not OFFSET,SCALE, such as 0,1, nor one of these a channel, such as 0,1/10,2, '
+                                 f'nor "{PROPOSE_CHANNELS}"') from None
+    if not np.isfinite(pairs).all() or min(scale) <= 0:
         raise click.BadParameter(f'"{value}": both must be finite, and the scale more than 0')
-    return {'offset': offset, 'scale': scale}
+    return {'offset': offset, 'scale': scale} if len(pairs) > 1 else {'offset': offset[0], 'scale': scale[0]}
 
 
 @main.command(cls=Command)
@@ -98,8 +101,9 @@ def parse_units(ctx, param, value):
 @click.option('--sigma-max', metavar='FILE|NUMBER', help='Highest noise level that images may be trained at, given like --sigmas; '
               'inf, or null in JSON: any')
 @click.option('--layout', type=click.Choice(list(LAYOUTS)), help='Axes of an array, where its shape does not tell')
-@click.option('--units', metavar='OFFSET,SCALE', callback=parse_units,
-              help='Float data: network = (value - OFFSET) / SCALE  [default: mean, 2 std]')
+@click.option('--units', metavar='OFFSET,SCALE|channel', callback=parse_units,
+              help='Float data: network = (value - OFFSET) / SCALE  [default: mean, 2 std]; OFFSET,SCALE/OFFSET,SCALE/... of each channel, '
+              'whose --sigmas are in network units where scales differ; "channel": mean, 2 std of each')
 @click.option('--on-bad', type=click.Choice(['fail', 'skip']), default='fail', show_default=True,
               help='Images that cannot be read, or differ from the others')
 @click.option('--sheet', metavar='FILE', help='A picture of some of the images, .png, or "none"  [default: beside --dest, NAME-sheet.png]')

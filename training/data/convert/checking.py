@@ -35,7 +35,7 @@ def check(path, say):
         elif one != usual:
             problems.add('unlike', f'{name}: {_phrase(one)}, where most are {_phrase(usual)}')
     is_float = bool(usual) and usual[0] != 'uint8'
-    _check_meta(meta, names, is_float, problems)
+    _check_meta(meta, names, usual[1][0] if is_float else 0, problems)
     problems.close()
     if problems.count:
         say(f'{path}: {problems.count} problems')
@@ -122,11 +122,15 @@ def _meta(archive, problems):
         return {}
 
 
-def _check_meta(meta, names, is_float, problems):
+def _check_meta(meta, names, channels, problems):
+    """channels: of float images; 0 for 8-bit ones, which have no units."""
     scale = 1.0
-    if is_float:
+    if channels:
         try:
-            scale = tables.units(meta.get('units'))['scale']
+            units = tables.units(meta.get('units'))
+            scale = tables.level_scale(units)
+            if isinstance(units['scale'], list) and len(units['scale']) != channels:
+                problems.add('units', f'{META}: has units of {len(units["scale"])} channels, and the images have {channels}')
         except KeyError:
             problems.add('units', f'{META}: float images need "units": {{"offset": ..., "scale": ...}}')
         except ValueError as err:

@@ -13,8 +13,9 @@ from dnnlib import UserError
 from dnnlib.archive import DAMAGE, damage
 from dnnlib.progress import Progress
 from torch_utils import registry
+from training.data import tables
 from training.data.convert import sheet, transforms, writers
-from training.data.convert.annotations import LEVELS, annotate
+from training.data.convert.annotations import LEVELS, PROPOSE_CHANNELS, annotate
 from training.data.convert.selection import select
 from training.data.convert.sources import open_sources
 from training.data.convert.statistics import Facts, Summary, facts_of, lines
@@ -123,9 +124,13 @@ def plan(source, indices, options):
     as_png = is_8bit and (target or channels) in writers.PNG_COLOURS
     if as_png and options['units']:
         raise UserError('--units is for float data; these images are 8-bit, with offset and scale 127.5')
-    if is_8bit and not as_png:
+    per_channel = options['units'] == PROPOSE_CHANNELS
+    if is_8bit and not (as_png or per_channel):
         store_as_float(source, options['units'] or UNITS_8BIT)
-    job = transforms.Job(usual, transform_of(options, as_png), size, target, as_png)
+    told = np.size(source.units['scale']) if source.units else 1
+    if not as_png and isinstance(source.units and source.units['scale'], list) and told != (target or channels):
+        raise UserError(f'--units, or those of the source, are for {told} channels, and the images have {target or channels}')
+    job = transforms.Job(usual, transform_of(options, as_png), size, target, as_png, per_channel)
     objections = {index: job.objection(kind, source.sigmas[index] if source.sigmas else 0) for index, kind in kinds.items()}
     bad = dict(sorted((bad | {index: text for index, text in objections.items() if text}).items()))
     if bad and len(sample) < len(indices) and options['on_bad'] == 'fail':
@@ -135,11 +140,11 @@ def plan(source, indices, options):
 
 def store_as_float(source, units):
     """8-bit values that PNG has no channels for become float data: the levels, given in network units, are stored in those of the data."""
-    source.units = units
+    source.units, scale = units, tables.level_scale(units)
     for key in LEVELS:
         values = getattr(source, key)
         if values is not None:
-            setattr(source, key, [None if value is None else value * units['scale'] for value in values])
+            setattr(source, key, [None if value is None else value * scale for value in values])
 
 
 def transform_of(options, as_png):
@@ -208,7 +213,7 @@ def write(pool, source, job, indices, writer, options, wanted=frozenset()):
             summary.add(member.measured)
             shape = member.shape
             sums = [sums[0] + member.total, sums[1] + member.squares]
-            values += int(np.prod(member.shape))
+            values += int(np.prod(member.shape[1:] if job.per_channel else member.shape))
             if source.sigmas and source.sigmas[index]:
                 source.sigmas[index] *= member.gain
             if member.channels != member.shape[0]:

@@ -98,7 +98,7 @@ class Facts(NamedTuple):
 
 def facts_of(meta, names, shape, is_float, class_names=None):
     """The Facts of the images `names` that a dataset.json holds. Raises ValueError where it is not valid."""
-    scale = meta['units']['scale'] if is_float else 1
+    scale = tables.level_scale(meta['units'] if is_float else None)
     values = lambda key: tables.by_file(meta[key], names) if meta.get(key) else None
     told = {'labels': values('labels'), **{key: values(key) for key in ('sigmas', 'sigma_min', 'sigma_max')}}
     zero = np.zeros(len(names))
@@ -158,7 +158,8 @@ def lines(summary, facts, sigma=None):
     yield f'images      {summary.count}'
     yield from _duplicate_lines(summary, facts)
     yield f'shape       {" x ".join(map(str, facts.shape))} (channels x height x width)'
-    yield f'dtype       {"float32" if facts.is_float else "uint8"}, network = (stored - {_listed(offset)}) / {_listed(scale)}'
+    told = [tables.shown_all(units[key]) for key in ('offset', 'scale')]
+    yield f'dtype       {"float32" if facts.is_float else "uint8"}, network = (stored - {told[0]}) / {told[1]}'
     yield (f'range       {low:g} to {high:g} stored, {((summary.low - offset) / scale).min():.4g} to '
            f'{((summary.high - offset) / scale).max():.4g} in network units')
     yield f'mean        {means.mean():.4f} in network units'
@@ -179,10 +180,6 @@ def lines(summary, facts, sigma=None):
     if sigma is not None:
         yield (f'SNR at sigma {sigma:g}:  {snr_db(sigma):.2f} dB as 10 log10(1 + 1/sigma^2),  '
                f'{snr_db(sigma, max(std, 1e-12)):.2f} dB as 10 log10(sigma_data^2 / sigma^2)')
-
-
-def _listed(values):
-    return f'{values[0]:g}' if len(values) == 1 else f'[{", ".join(f"{value:g}" for value in values)}]'
 
 
 def _duplicate_lines(summary, facts):

@@ -24,7 +24,7 @@ class Member(NamedTuple):
     data: bytes | None = None
     problem: str | None = None
     shape: tuple = ()
-    total: float = 0.0  # sum of the values, and of their squares: mean and std of float data
+    total: float = 0.0  # sum of the values, and of their squares, or [C] of each channel: mean and std of float data
     squares: float = 0.0
     gain: float = 1.0  # what converting multiplied the std of white noise by
     channels: int = 0  # of the image as it was
@@ -36,13 +36,14 @@ class Job(NamedTuple):
 
     traits: (is_8bit, channels, (height, width)) that every image must have, None where it may differ.
     transform: (image, width, height) -> [C,H,W], or None for an image that is too small; of TRANSFORMS. size: (width, height) or None.
-    as_png: 8-bit members; otherwise float32 .npy."""
+    as_png: 8-bit members; otherwise float32 .npy. per_channel: whether a Member's sums are those of each channel."""
 
     traits: tuple
     transform: Callable | None = None
     size: tuple | None = None
     channels: int | None = None
     as_png: bool = True
+    per_channel: bool = False
 
     def convert(self, source, index):
         """Image number `index` of a source as a Member. Never raises for a bad image."""
@@ -64,7 +65,8 @@ class Job(NamedTuple):
         if self.as_png:
             return Member(encode_png(image), **told)
         values = image.astype(np.float64)
-        return Member(encode_npy(image), total=values.sum(), squares=np.square(values).sum(), **told)
+        axes = (1, 2) if self.per_channel else None
+        return Member(encode_npy(image), total=values.sum(axes), squares=np.square(values).sum(axes), **told)
 
     def objection(self, kind, sigma):
         """What keeps an image of a Kind, with noise of level sigma, from being converted; None where nothing does."""
@@ -190,10 +192,11 @@ def resize(image, width, height, filter=Image.LANCZOS):
 
 
 def propose_units(total, squares, count):
-    """{offset, scale} that give data with these sums mean 0 and std SIGMA_DATA in network units."""
-    mean = total / count
-    std = math.sqrt(max(squares / count - mean * mean, 0.0))
-    return {'offset': mean, 'scale': std / SIGMA_DATA if std > 0 else 1.0}
+    """{offset, scale} that give data with these sums mean 0 and std SIGMA_DATA in network units; lists where the sums are those of
+    channels. count: of values in each sum."""
+    mean = np.asarray(total) / count
+    std = np.sqrt(np.maximum(squares / count - mean * mean, 0.0))
+    return {'offset': mean.tolist(), 'scale': np.where(std > 0, std / SIGMA_DATA, 1.0).tolist()}
 
 
 TRANSFORMS = {'center-crop': center_crop, 'center-crop-wide': center_crop_wide, 'center-crop-dhariwal': center_crop_dhariwal, 'pad': pad}
