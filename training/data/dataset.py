@@ -125,7 +125,7 @@ class ImageDataset:
         size = min(int(keep * total), total if max_size is None else int(max_size))
         if size < 1:
             raise UserError(f'--dataset-keep-percentage={keep}: keeps none of the {total} images; '
-                            f'use at least {1 / total:.3g}, or --max-size of 1 or more')
+                            f'use at least {1 / total:.3g}')
         if size == total:
             return np.arange(total)
         return np.sort(np.random.RandomState(random_seed % 2 ** 31).permutation(total)[:size])

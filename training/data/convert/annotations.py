@@ -112,7 +112,7 @@ def read_table(path, option, key):
         if path.endswith('.json'):
             found = read_value(path, f'{option}={path}')
             return found.get(key, found) if isinstance(found, dict) else found
-        with open(path, encoding='utf-8', newline='') as file:
+        with open(path, encoding='utf-8-sig', newline='') as file:
             rows = [[registry.parse_number(text.strip()) for text in row] for row in csv.reader(file) if row]
     except (OSError, ValueError, csv.Error) as err:
         raise UserError(f'{option}={path}: cannot be read ({damage(err)}); give CSV, JSON or .npy') from None

@@ -114,7 +114,8 @@ def plan(source, indices, options):
         sample = indices
         kinds, bad = _kinds(source, sample)
     if not kinds:
-        raise UserError(f'{shown(options["source"])}: none of its {len(indices)} images can be read')
+        raise UserError(f'{shown(options["source"])}: none of its {len(indices)} images can be read; the first, '
+                        f'{source.names[sample[0]]}: {bad[sample[0]]}')
     target, size = int(options['channels'] or 0) or None, options['resolution']
     # With a new size or a given number of channels, images may differ in them.
     traits = [(kind.is_8bit, None if target else kind.channels, None if size else (kind.height, kind.width)) for kind in kinds.values()]

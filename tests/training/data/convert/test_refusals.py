@@ -221,3 +221,20 @@ def test_numbers_that_float32_does_not_hold(tmp_path):
     assert 'a.npy: 4x4 int64, with numbers that float32 does not hold' in result.output and result.exit_code == 1
     np.save(tmp_path / 'in' / 'a.npy', np.full([1, 4, 4], 2 ** 30))
     convert(tmp_path / 'in', tmp_path / 'x.zip')
+
+
+def test_why_no_image_can_be_read_is_told(tmp_path):
+    (tmp_path / 'in').mkdir()
+    for name in 'ab':
+        (tmp_path / 'in' / f'{name}.png').write_bytes(b'junk')
+    line = refusal(f'--source={tmp_path}/in', f'--dest={tmp_path}/x.zip')
+    assert 'none of its 2 images can be read; the first, a.png: cannot be read (not an image)' in line
+
+
+def test_tables_that_begin_with_a_byte_order_mark(tmp_path):
+    """As Excel writes CSV; the mark was taken for part of the heading, or of the first name."""
+    folder = picture_folder(tmp_path / 'in', pictures(2))
+    for text in ('file,label\n00.png,1\n01.png,0\n', '00.png,1\n01.png,0\n'):
+        (tmp_path / 't.csv').write_text(text, encoding='utf-8-sig')
+        convert(folder, tmp_path / 'x.zip', f'--labels={tmp_path}/t.csv')
+        assert labels_of(tmp_path / 'x.zip') == [1, 0]
