@@ -15,6 +15,7 @@ from dnnlib.archive import DAMAGE, damage
 from torch_utils import registry
 from training.data.convert.arrays import DigitsSource, NumpySource
 from training.data.convert.cifar import CifarSource
+from training.data.convert.containers import HuggingFaceSource, LmdbSource, ParquetSource, WebDatasetSource
 from training.data.convert.files import FileSource
 from training.data.convert.mnist import MnistSource
 
@@ -67,4 +68,5 @@ def what_is_read(word='and'):
     return f'{", ".join(first)} {word} {last}'
 
 
-SOURCES = {'digits': DigitsSource, 'cifar': CifarSource, 'mnist': MnistSource, 'numpy': NumpySource, 'files': FileSource}
+SOURCES = {'digits': DigitsSource, 'hf': HuggingFaceSource, 'webdataset': WebDatasetSource, 'cifar': CifarSource, 'mnist': MnistSource,
+           'numpy': NumpySource, 'parquet': ParquetSource, 'lmdb': LmdbSource, 'files': FileSource}
