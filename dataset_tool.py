@@ -13,7 +13,7 @@ from torch_utils.command_line import Command, hyphens, version_option
 from training.data.convert import transforms
 from training.data.convert.arrays import LAYOUTS
 from training.data.convert.conversion import convert as convert_images
-from training.data.convert.sources import what_is_read
+from training.data.convert.sources import options_of_sources, what_is_read
 from training.data.convert.statistics import describe
 
 
@@ -68,9 +68,11 @@ def parse_units(ctx, param, value):
 
 
 @main.command(cls=Command)
-@click.option('--source', metavar='PATH', required=True,
-              help=f'Images: {what_is_read("or")}')
+@click.option('--source', metavar='PATH[:KEY=VALUE,...]', required=True, multiple=True,
+              help=f'Images: {what_is_read("or")}; may be given several times. Keys: label, sigma, sigma_min, sigma_max of all its '
+              f'images, kind, and those of the kind ({options_of_sources()})')
 @click.option('--dest', metavar='PATH', required=True, help='A .zip, or the name of a folder without an extension')
+@click.option('--split', metavar='NAME', help='Of sources that have several: train, test, ...')
 @click.option('--max-images', metavar='INT', type=click.IntRange(min=1), help='Use only so many images')
 @click.option('--sample', type=click.Choice(['first', 'spread']), default='first', show_default=True,
               help='Which ones --max-images takes: the first, or evenly over all classes')
@@ -84,6 +86,8 @@ def parse_units(ctx, param, value):
               help='CSV (file,label), JSON or .npy with a class or vector an image, instead of what the source says')
 @click.option('--sigmas', metavar='FILE|NUMBER', help='Noise std that the images already have: CSV, JSON, .npy, or one number; '
               'in the source\'s own units, for 8-bit images in those of [-1,1]')
+@click.option('--sigma-min', metavar='FILE|NUMBER', help='Noise level above which images that say what they should not at lower ones may '
+              'be trained, given like --sigmas; null in JSON: no such limit')
 @click.option('--sigma-max', metavar='FILE|NUMBER', help='Highest noise level that images may be trained at, given like --sigmas; '
               'inf, or null in JSON: any')
 @click.option('--layout', type=click.Choice(list(LAYOUTS)), help='Axes of an array, where its shape does not tell')

@@ -149,6 +149,10 @@ def test_cifar(tmp_path):
     dataset = ImageDataset(str(tmp_path / 'x.zip'), use_labels=True)
     assert len(dataset) == 10 and dataset.classes.tolist() == list(range(10))
     assert all((dataset.decode(i) == images[i]).all() for i in range(10))
+    for args in (['cifar-10-python.tar.gz', '--split=test'], ['cifar-10-python.tar.gz:split=test']):
+        convert(tmp_path / args[0], tmp_path / 'cifar-test.zip', *args[1:])
+        dataset = ImageDataset(str(tmp_path / 'cifar-test.zip'), use_labels=True)
+        assert dataset.classes.tolist() == [0, 1] and (dataset.decode(1) == images[1]).all()
 
 
 class Evil:

@@ -3,6 +3,7 @@
 
 import csv
 import os
+import re
 
 from dnnlib import UserError, arrays
 from dnnlib.archive import damage
@@ -10,17 +11,18 @@ from dnnlib.files import read_value
 from torch_utils import registry
 from training.data import tables
 
+LEVELS = {'sigmas': '--sigmas', 'sigma_min': '--sigma-min', 'sigma_max': '--sigma-max'}
+
 
 def annotate(source, options):
     """Replaces the source's labels, noise levels and units by those of the command line."""
     if options['labels']:
-        values = match(read_table(options['labels'], '--labels'), source.names, f'--labels={options["labels"]}')
-        source.labels = as_classes(values)
-    if options['sigmas']:
-        source.sigmas = read_levels(options['sigmas'], '--sigmas', source.names)
-    if options['sigma_max']:
-        source.sigma_max = read_levels(options['sigma_max'], '--sigma-max', source.names)
+        source.labels = match(read_table(options['labels'], '--labels', 'labels'), source.names, f'--labels={options["labels"]}')
+    for key, option in LEVELS.items():
+        if options[key]:
+            setattr(source, key, read_levels(options[key], option, key, source.names))
     if source.labels is not None:
+        source.labels = as_classes(source.labels)
         check(tables.labels, 'the table of labels (--labels, or those of the source)', source.labels)
     if source.sigmas is not None:
         check(tables.levels, 'the table of noise levels (--sigmas, or "sigmas" in the source)', source.sigmas, source.names)
@@ -31,7 +33,33 @@ def annotate(source, options):
         where = 'the table of upper limits (--sigma-max, or "sigma_max" in the source)'
         limits = check(tables.limits, where, source.sigma_max, source.names)
         source.sigma_max = [limit if limit < float('inf') else None for limit in limits.tolist()]  # JSON has no infinity
+    if source.sigma_min is not None:
+        source.sigma_min = lower_limits(source.sigma_min, source.names)
     source.units = options['units'] or source.units
+
+
+def tell(source, told, where):
+    """Sets what the keys of --source=PATH:key=value say of all its images: label, sigma, sigma_min, sigma_max, as text.
+
+    where: what errors call the option. Raises UserError."""
+    if 'label' in told:
+        label = told['label']
+        label = int(label) if re.fullmatch(r'\d{1,9}', label) else label
+        if label == '':
+            raise UserError(f'{where}: label= needs the name or number of a class, or none')
+        source.labels = None if label == 'none' else [label] * len(source.names)
+    for key, name in (('sigmas', 'sigma'), ('sigma_min', 'sigma_min'), ('sigma_max', 'sigma_max')):
+        if name in told:
+            setattr(source, key, read_levels(told[name], f'{where}: {name}', key, source.names))
+
+
+def lower_limits(values, names):
+    """Limits as dataset.json has them: a level of 0 or more, or None. Raises UserError."""
+    told = [index for index, value in enumerate(values) if value is not None]
+    levels = check(tables.levels, 'the table of lower limits (--sigma-min, or "sigma_min" in the source)',
+                   [values[index] for index in told], [names[index] for index in told]).tolist() if told else []
+    found = dict(zip(told, levels))
+    return [found.get(index) for index in range(len(values))]
 
 
 def check(table, name, *args):
@@ -42,28 +70,28 @@ def check(table, name, *args):
         raise UserError(f'{name} {err}') from None
 
 
-def read_levels(text, option, names):
-    """Noise levels from a number or a file, one an image; None where a JSON file has null."""
+def read_levels(text, option, key, names):
+    """Noise levels from a number or a file, one an image; None where a JSON file has null. key: under which a JSON file may have them."""
     try:
         return [float(text)] * len(names)
     except ValueError:
         if not os.path.isfile(text):
             raise UserError(f'{option}={text}: neither a number nor a file') from None
-    values = match(read_table(text, option), names, f'{option}={text}')
+    values = match(read_table(text, option, key), names, f'{option}={text}')
     try:
         return [None if value is None else float(value) for value in values]
     except (TypeError, ValueError, OverflowError):
         raise UserError(f'{option}={text}: must hold one number an image') from None
 
 
-def read_table(path, option):
-    """A CSV, JSON or .npy file as match() takes it."""
+def read_table(path, option, key):
+    """A CSV, JSON or .npy file as match() takes it; of an object in JSON what it has under `key`, if it does."""
     try:
         if path.endswith('.npy'):
             return arrays.open_npy(path).tolist()
         if path.endswith('.json'):
             found = read_value(path, f'{option}={path}')
-            return found.get(option.strip('-').replace('-', '_'), found) if isinstance(found, dict) else found
+            return found.get(key, found) if isinstance(found, dict) else found
         with open(path, encoding='utf-8', newline='') as file:
             rows = [[registry.parse_number(text.strip()) for text in row] for row in csv.reader(file) if row]
     except (OSError, ValueError, csv.Error) as err:

@@ -14,7 +14,9 @@ class ArraySource(Source):
     """Images that lie in one array: hold() is told of it."""
 
     def hold(self, images, labels=None):
-        """images: [N,C,H,W]. labels: a list of N, or None."""
+        """images: [N,C,H,W]. labels: a list of N, or None. Raises ValueError where there are none."""
+        if not len(images):
+            raise ValueError('no images in it')
         self._images, self.labels = images, labels
         self.names = [str(i) for i in range(len(images))]
 
@@ -48,22 +50,24 @@ class DigitsSource(ArraySource):
 
 
 class NumpySource(ArraySource):
-    """An .npy file, or an .npz with "images" and maybe "labels". layout: nhw, nhwc or nchw, where the shape does not tell."""
+    """An .npy file, or an .npz with "images" and maybe "labels".
+
+    layout: nhw, nhwc or nchw, where the shape does not tell. split: of an .npz with train_images or x_train, train_labels or y_train."""
 
     what = '.npy, .npz'
 
-    def __init__(self, path, layout=None):
+    def __init__(self, path, layout=None, split=None):
         if layout not in (None, *LAYOUTS):
             raise UserError(f'--source={path}: layout={layout} is none of {", ".join(LAYOUTS)}')
-        if path.lower().endswith('.npy'):
-            self.hold(_as_nchw(arrays.open_npy(path), layout, path))
+        self._path, self._layout, self._mapped = path, layout, path.lower().endswith('.npy')
+        if self._mapped:
+            if split:
+                raise UserError(f'--source={path}: split={split}: an .npy file is one array; name the file of the split')
+            self.hold(self._map())
             return
         found = {name.removesuffix('.npy'): array for name, array in _npz(path)}
-        keys = [key for key, array in found.items() if array.ndim in (3, 4)]
-        images = 'images' if 'images' in keys else keys[0] if len(keys) == 1 else None
-        if images is None:
-            raise ValueError(f'needs an array "images", or one of three or four dimensions; it has {", ".join(found)}')
-        self.hold(_as_nchw(found[images], layout, path), found['labels'].tolist() if 'labels' in found else None)
+        images, labels = _of_split(found, split) if split else _only(found)
+        self.hold(_as_nchw(images, layout, path), None if labels is None else labels.tolist())
         if self.labels is not None and not (isinstance(self.labels, list) and len(self.labels) == len(self.names)):
             raise ValueError(f'{len(self.names)} images, but {np.size(self.labels)} labels')
 
@@ -71,6 +75,37 @@ class NumpySource(ArraySource):
     def matches(path):
         """By the ending of the name."""
         return path.lower().endswith(('.npy', '.npz'))
+
+    def _map(self):
+        return _as_nchw(arrays.open_npy(self._path), self._layout, self._path)
+
+    def __getstate__(self):
+        return {**self.__dict__, '_images': None} if self._mapped else self.__dict__
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        if self._mapped:
+            self._images = self._map()
+
+
+def _only(found):
+    """(images, labels or None) of an .npz that has one array of images."""
+    keys = [key for key, array in found.items() if array.ndim in (3, 4)]
+    images = 'images' if 'images' in keys else keys[0] if len(keys) == 1 else None
+    if images is None:
+        raise ValueError(f'needs an array "images", or one of three or four dimensions, or split= to choose by; it has {", ".join(found)}')
+    return found[images], found.get('labels')
+
+
+def _of_split(found, split):
+    """(images, labels or None) of an .npz that has them for several splits, as those of Keras and MedMNIST do."""
+    names = [(f'{split}_images', f'{split}_labels'), (f'x_{split}', f'y_{split}')]
+    pair = next((pair for pair in names if pair[0] in found), None)
+    if pair is None:
+        raise ValueError(f'needs an array {names[0][0]} or {names[1][0]} for split={split}; it has {", ".join(found)}')
+    labels = found.get(pair[1])
+    # MedMNIST's classes are a column of whole numbers.
+    return found[pair[0]], labels[:, 0] if labels is not None and labels.ndim == 2 and labels.shape[1] == 1 else labels
 
 
 def _npz(path):

@@ -13,9 +13,9 @@ from dnnlib import UserError
 from dnnlib.archive import DAMAGE
 from dnnlib.progress import Progress
 from training.data.convert import transforms, writers
-from training.data.convert.annotations import annotate
+from training.data.convert.annotations import LEVELS, annotate
 from training.data.convert.selection import select
-from training.data.convert.sources import open_source
+from training.data.convert.sources import open_sources
 from training.data.dataset import UNITS_8BIT
 
 CHUNK = 32  # images that a worker process takes at a time
@@ -26,7 +26,7 @@ def convert(options):
     """Writes the archive that the options of the command line ask for, a dict; returns how many images are in it. Raises UserError."""
     check_options(options)
     writer = writers.ArchiveWriter(options['dest'])
-    source = open_source(options['source'], layout=options['layout'])
+    source = open_sources(options['source'], not options['labels'], not options['units'], layout=options['layout'], split=options['split'])
     annotate(source, options)
     indices = select(source, options)
     job = plan(source, indices, options)
@@ -63,7 +63,7 @@ def plan(source, indices, options):
     step = -(-len(indices) // SAMPLE)
     kinds = _kinds(source, indices[::step]) or _kinds(source, indices)
     if not kinds:
-        raise UserError(f'--source={options["source"]}: none of its {len(indices)} images can be read')
+        raise UserError(f'{shown(options["source"])}: none of its {len(indices)} images can be read')
     target, size = int(options['channels'] or 0) or None, options['resolution']
     # With a new size or a given number of channels, images may differ in them.
     traits = [(kind.is_8bit, None if target else kind.channels, None if size else (kind.height, kind.width)) for kind in kinds]
@@ -74,6 +74,11 @@ def plan(source, indices, options):
     if is_8bit and not as_png:
         source.units = source.units or UNITS_8BIT  # 8-bit values that PNG has no channels for
     return transforms.Job(usual, options['transform'], size, target, as_png)
+
+
+def shown(specs):
+    """The option --source as it was given, for errors."""
+    return ' '.join(f'--source={spec}' for spec in ([specs] if isinstance(specs, str) else specs))
 
 
 def _kinds(source, indices):
@@ -117,16 +122,17 @@ def write(pool, source, job, indices, writer, options):
     if small:
         print(f'Left out {small} of {len(indices)} images, too small for --transform={job.transform}', file=sys.stderr)
     if not written:
-        raise UserError(f'--source={options["source"]}: none of its {len(indices)} images can be used')
+        raise UserError(f'{shown(options["source"])}: none of its {len(indices)} images can be used')
     writer.write_json('dataset.json', metadata(source, written, None if job.as_png else (*sums, values)))
     return len(written)
 
 
 def metadata(source, written, sums):
-    """What dataset.json holds: labels (or null), sigmas and sigma_max where there are any, units of float data."""
+    """What dataset.json holds: labels (or null), sigmas, sigma_min and sigma_max where there are any, units of float data."""
     pairs = lambda values: [[name, values[index]] for name, index in written]
     meta = {'labels': pairs(source.labels) if source.labels else None}
-    meta |= {key: pairs(values) for key, values in (('sigmas', source.sigmas), ('sigma_max', source.sigma_max)) if values is not None}
+    levels = [(key, getattr(source, key)) for key in LEVELS]
+    meta |= {key: pairs(values) for key, values in levels if values is not None}
     if sums is not None:
         meta['units'] = source.units or transforms.propose_units(*sums)
     return meta

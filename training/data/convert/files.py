@@ -23,8 +23,8 @@ class FileSource(Source):
         self.names = self._archive.images((*IMAGES, *RARER_IMAGES))
         meta = self._archive.read_json()
         self.units = _units(meta.get('units'), path)
-        self.labels, self.sigmas, self.sigma_max = (match(meta[key], self.names, f'"{key}" in {path}') if meta.get(key) else None
-                                                    for key in ('labels', 'sigmas', 'sigma_max'))
+        told = lambda key: match(meta[key], self.names, f'"{key}" in {path}') if meta.get(key) else None
+        self.labels, self.sigmas, self.sigma_min, self.sigma_max = map(told, ('labels', 'sigmas', 'sigma_min', 'sigma_max'))
         if 'labels' not in meta:
             self.labels = _folder_classes(self.names)
 
@@ -58,7 +58,6 @@ def _units(told, path):
 
 
 def _folder_classes(names):
-    """Class numbers by sorted top folder, or None where there are fewer than two of them (as published)."""
+    """The top folders as classes, or None where there are fewer than two of them (as published)."""
     tops = [name.split('/')[0] if '/' in name else '' for name in names]
-    numbers = {top: number for number, top in enumerate(sorted(set(tops)))}
-    return [numbers[top] for top in tops] if len(numbers) > 1 else None
+    return tops if len(set(tops)) > 1 else None

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What dataset_tool.py can read, by name: an entry of SOURCES is a class with the interface of source.Source.
 
---source=PATH[:key=value,...] names a path, or a word such as "digits". The first entry whose matches(path) is true opens it, so that those
-which look closer stand before those which take any folder; `kind=NAME` picks the entry by its name instead. The other keys are the
-keywords of its constructor, Source(path, **options), in the types of their defaults; any others are refused with the choices."""
+--source=PATH[:key=value,...] names a path, or a word such as "digits". The first entry whose matches(path) is true opens it, so that
+those which look closer stand before those which take any folder; `kind=NAME` picks the entry by its name instead. The keys of TOLD are
+for the images of any source. The other keys are the keywords of its constructor, Source(path, **options), in the types of their
+defaults; any others are refused with the choices. Of several sources, one is made."""
 
 import lzma
 import os
@@ -13,12 +14,15 @@ import tarfile
 from dnnlib import UserError
 from dnnlib.archive import DAMAGE, damage
 from torch_utils import registry
+from training.data.convert.annotations import tell
 from training.data.convert.arrays import DigitsSource, NumpySource
 from training.data.convert.cifar import CifarSource
 from training.data.convert.containers import HuggingFaceSource, LmdbSource, ParquetSource, WebDatasetSource
 from training.data.convert.files import FileSource
+from training.data.convert.joined import Joined
 from training.data.convert.mnist import MnistSource
 
+TOLD = ('label', 'sigma', 'sigma_min', 'sigma_max')  # what annotations.tell() is told
 MISSING = 'no such file or folder (nor is it the word "digits")'
 
 
@@ -37,9 +41,31 @@ def open_source(spec, **defaults):
     path, options = parse_source(spec)
     name = find(path, options.pop('kind', None))
     piece, where = SOURCES[name], f'--source={spec}'
+    told = {key: options.pop(key) for key in TOLD if key in options}
     accepted = registry.parameters(piece)
     options = {key: value for key, value in defaults.items() if value is not None and key in accepted} | options
     options = registry.check_options(name, piece, options, where)
+    source = _open(piece, path, options)
+    if not source.names:
+        raise UserError(f'{where}: no images in it')
+    tell(source, told, where)
+    return source
+
+
+def open_sources(specs, keep_labels=True, keep_units=True, **defaults):
+    """One Source of all that the specs name, in their order; the rest as Joined and open_source() take it.
+
+    A default that none of them takes is refused. Raises UserError."""
+    specs = [specs] if isinstance(specs, str) else specs
+    found = [(parse_source(spec)[0], open_source(spec, **defaults)) for spec in specs]
+    for key, value in defaults.items():
+        if value is not None and not any(key in registry.parameters(type(source)) for _, source in found):
+            takes = [name for name, piece in SOURCES.items() if key in registry.parameters(piece)]
+            raise UserError(f'--{key}={value}: is for sources of the kinds {", ".join(takes)}, and --source={specs[0]} is none')
+    return found[0][1] if len(found) == 1 else Joined(found, keep_labels, keep_units)
+
+
+def _open(piece, path, options):
     try:
         return piece(path, **options)
     except FileNotFoundError:
@@ -66,6 +92,12 @@ def what_is_read(word='and'):
     """Every kind of source in a few words, in one line."""
     *first, last = (piece.what for piece in reversed(SOURCES.values()) if piece.what)
     return f'{", ".join(first)} {word} {last}'
+
+
+def options_of_sources():
+    """The keys that each kind of source takes, in one line."""
+    taken = {name: registry.parameters(piece) for name, piece in SOURCES.items()}
+    return '; '.join(f'{name}: {", ".join(keys)}' for name, keys in taken.items() if keys)
 
 
 SOURCES = {'digits': DigitsSource, 'hf': HuggingFaceSource, 'webdataset': WebDatasetSource, 'cifar': CifarSource, 'mnist': MnistSource,
