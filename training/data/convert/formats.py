@@ -3,6 +3,7 @@
 
 import contextlib
 import importlib
+import io
 import logging
 import os
 import warnings
@@ -99,6 +100,18 @@ class Bytes:
         if not 0 <= offset <= offset + size <= self.size:
             raise ValueError(f'cut off: {size} bytes at {offset} of {self.size}')
         return os.pread(self._file.fileno(), size, offset)
+
+
+class Capped(io.BufferedReader):
+    """A file for packages that ask for as many bytes as a header tells of: read() makes room for no more than there are."""
+
+    def __init__(self, path):
+        super().__init__(open(path, 'rb', buffering=0))  # noqa: SIM115 (closed with this)
+        self._size = os.fstat(self.fileno()).st_size
+
+    def read(self, size=-1):
+        """So many bytes, or what is left."""
+        return super().read(size if size is None or size < 0 else min(size, max(self._size - self.tell(), 0)))
 
 
 # ----------------------------------------------------------------------------------------------------

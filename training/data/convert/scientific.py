@@ -7,7 +7,7 @@ import numpy as np
 
 from dnnlib import UserError
 from dnnlib.archive import MAX_DEFLATE
-from training.data.convert.formats import StackSource, head, needs, sized
+from training.data.convert.formats import Capped, StackSource, head, needs, sized
 
 # ----------------------------------------------------------------------------------------------------
 # FITS
@@ -125,7 +125,9 @@ class DicomFile:
 
     def __init__(self, path):
         import pydicom
-        self._path, self._head = path, pydicom.dcmread(path, stop_before_pixels=True)
+        self._file = Capped(path)
+        self.close = self._file.close
+        self._head = pydicom.dcmread(self._file, stop_before_pixels=True)
         self._frames = int(self._head.get('NumberOfFrames') or 1)
         sides = self._head.Rows, self._head.Columns, self._head.SamplesPerPixel, self._head.BitsAllocated
         bits = self._frames * int(np.prod([int(side) for side in sides], dtype=object))
@@ -133,9 +135,6 @@ class DicomFile:
         most = size * 8 * (MAX_DEFLATE if syntax.is_deflated else 1)
         if not 0 < self._frames <= size or not syntax.is_encapsulated and bits > most:
             raise ValueError(f'it tells of {self._frames} frames and {bits // 8} bytes of values, and has {size}')
-
-    def close(self):
-        """Nothing is held open."""
 
     def __len__(self):
         return self._frames
@@ -168,8 +167,9 @@ class DicomFile:
     def read(self, k):
         """A frame."""
         from pydicom.pixels import pixel_array
+        self._file.seek(0)
         try:
-            found = pixel_array(self._path, index=k)
+            found = pixel_array(self._file, index=k)
         except (RuntimeError, NotImplementedError, AttributeError) as err:
             if 'decompress' in str(err) or 'plugin' in str(err) or 'dependenc' in str(err):
                 name = self._head.file_meta.TransferSyntaxUID.name
