@@ -9,8 +9,9 @@ import re
 import click
 import numpy as np
 
-from torch_utils.command_line import Command, hyphens, version_option
+from torch_utils.command_line import Command, Spec, hyphens, version_option
 from training.data.convert import transforms
+from training.data.convert.annotations import PROPOSE_CHANNELS
 from training.data.convert.arrays import LAYOUTS
 from training.data.convert.conversion import convert as convert_images
 from training.data.convert.sources import options_of_sources, what_is_read
@@ -55,16 +56,18 @@ def parse_part(ctx, param, value):
 
 
 def parse_units(ctx, param, value):
-    """'10,2.5' -> {'offset': 10.0, 'scale': 2.5}."""
-    if value is None:
-        return None
+    """'10,2.5' -> {'offset': 10.0, 'scale': 2.5}; '0,1/10,2' -> {'offset': [0.0, 10.0], 'scale': [1.0, 2.0]}; 'channel' as it is."""
+    if value in (None, PROPOSE_CHANNELS):
+        return value
     try:
-        offset, scale = (float(text) for text in value.split(','))
+        pairs = [[float(text) for text in part.split(',')] for part in value.split('/')]
+        offset, scale = (list(numbers) for numbers in zip(*pairs, strict=True))
     except ValueError:
-        raise click.BadParameter(f'"{value}" is not OFFSET,SCALE, such as 0,1') from None
-    if not np.isfinite([offset, scale]).all() or scale <= 0:
+        raise click.BadParameter(f'"{value}" is not OFFSET,SCALE, such as 0,1, nor one of these a channel, such as 0,1/10,2, '
+                                 f'nor "{PROPOSE_CHANNELS}"') from None
+    if not np.isfinite(pairs).all() or min(scale) <= 0:
         raise click.BadParameter(f'"{value}": both must be finite, and the scale more than 0')
-    return {'offset': offset, 'scale': scale}
+    return {'offset': offset, 'scale': scale} if len(pairs) > 1 else {'offset': offset[0], 'scale': scale[0]}
 
 
 @main.command(cls=Command)
@@ -77,8 +80,13 @@ def parse_units(ctx, param, value):
 @click.option('--sample', type=click.Choice(['first', 'spread']), default='first', show_default=True,
               help='Which ones --max-images takes: the first, or evenly over all classes')
 @click.option('--part', metavar='K/N', callback=parse_part,
-              help='Use every N-th image from the K-th on, counted from 0; before --max-images')
-@click.option('--transform', type=click.Choice(transforms.TRANSFORMS), help='Crop before resizing; needs --resolution')
+              help='Use every N-th image from the K-th on, counted from 0; before --max-images; of tiles, whole images')
+@click.option('--tile', metavar='WxH', callback=parse_size, help='Cut images into tiles of this size, each an image of the set, called '
+              'by its image and place; the last ones are moved inwards, smaller images left out')
+@click.option('--overlap', metavar='INT', type=click.IntRange(min=0), default=0, help='Pixels that neighbouring tiles share')
+@click.option('--transform', type=Spec(transforms.TRANSFORMS),
+              help='Crop before resizing; center-crop-dhariwal is ADM\'s; these need --resolution. pad, to --resolution or a square: '
+              'fill=edge (default), reflect, or constant with value=0')
 @click.option('--resolution', metavar='WxH', callback=parse_size,
               help='Size to resize to (Lanczos); sides that the network can halve at each of its levels')
 @click.option('--channels', type=click.Choice(['1', '3']), help='Make every image grey, or RGB')
@@ -91,8 +99,9 @@ def parse_units(ctx, param, value):
 @click.option('--sigma-max', metavar='FILE|NUMBER', help='Highest noise level that images may be trained at, given like --sigmas; '
               'inf, or null in JSON: any')
 @click.option('--layout', type=click.Choice(list(LAYOUTS)), help='Axes of an array, where its shape does not tell')
-@click.option('--units', metavar='OFFSET,SCALE', callback=parse_units,
-              help='Float data: network = (value - OFFSET) / SCALE  [default: mean, 2 std]')
+@click.option('--units', metavar='OFFSET,SCALE|channel', callback=parse_units,
+              help='Float data: network = (value - OFFSET) / SCALE  [default: mean, 2 std]; OFFSET,SCALE/OFFSET,SCALE/... of each channel, '
+              'whose --sigmas are in network units where scales differ; "channel": mean, 2 std of each')
 @click.option('--on-bad', type=click.Choice(['fail', 'skip']), default='fail', show_default=True,
               help='Images that cannot be read, or differ from the others')
 @click.option('--workers', metavar='INT', type=click.IntRange(min=1), help='Processes  [default: one a core]')

@@ -2,9 +2,10 @@
 """zip | folder -> images, labels and native noise levels; decoded once, made noisy once, then gathered in batches.
 
 Network units: (stored - offset) / scale. 8-bit images have offset = scale = 127.5, which gives [-1, 1]; float images carry their
-`units` {offset, scale} in dataset.json. The `sigmas` of dataset.json are in stored (physical) units for float images, and divided
-by the scale on reading; for 8-bit images they are in network units. `sigma_max`, in the same units, is the highest level that an
-image may be trained at (null: any), for images that are like those wanted in their details only."""
+`units` {offset, scale} in dataset.json, each a number or a list of one a channel. The `sigmas` of dataset.json are in stored (physical)
+units for float images, and divided by the scale on reading; for 8-bit images, and where channels have different scales, they are in
+network units. `sigma_max`, in the same units, is the highest level that an image may be trained at (null: any), for images that are
+like those wanted in their details only."""
 
 import math
 import os
@@ -106,7 +107,9 @@ class ImageDataset:
         images = torch.as_tensor(images).to(torch.float32, copy=True)
         if self.units is None:
             return images.div_(127.5).sub_(1)
-        return images.sub_(self.units['offset']).div_(self.units['scale'])
+        offset, scale = (images.new_tensor(one).reshape(-1, 1, 1) if isinstance(one, list) else one
+                         for one in (self.units['offset'], self.units['scale']))  # [C,1,1] where channels have their own
+        return images.sub_(offset).div_(scale)
 
     def _subset(self, keep, max_size, random_seed):
         """Sorted raw indices: the head of one permutation, so that a smaller share is part of a larger one (and as published)."""
@@ -121,13 +124,17 @@ class ImageDataset:
 
     def _read_units(self):
         try:
-            return tables.units(self._meta.get('units'))
+            found = tables.units(self._meta.get('units'))
         except KeyError:
             raise UserError(
                 f'{self.path}: float images need "units": {{"offset": ..., "scale": ...}} in dataset.json, with network = '
                 '(stored - offset) / scale; convert with dataset_tool.py, or write 0 and 1 for values in network units') from None
         except ValueError as err:
             raise UserError(f'{self.path}: dataset.json has {err}') from None
+        if isinstance(found['scale'], list) and len(found['scale']) != self.image_shape[0]:
+            raise UserError(f'{self.path}: dataset.json has units of {len(found["scale"])} channels, and its images have '
+                            f'{self.image_shape[0]}')
+        return found
 
     def _table(self, key, check, *args):
         """check(values of dataset.json's `key` in the order of the images, *args); None where the key is absent or null."""
@@ -152,12 +159,12 @@ class ImageDataset:
 
     def _read_sigmas(self):
         """Native noise levels of every image of the archive, float64, network units."""
-        found = self._table('sigmas', tables.levels, self._names, self.units['scale'] if self.units else 1)
+        found = self._table('sigmas', tables.levels, self._names, tables.level_scale(self.units))
         return np.zeros(len(self._names)) if found is None else found
 
     def _read_sigma_max(self):
         """The highest level that every image of the archive may be trained at, float64, network units; inf where there is no limit."""
-        found = self._table('sigma_max', tables.limits, self._names, self.units['scale'] if self.units else 1)
+        found = self._table('sigma_max', tables.limits, self._names, tables.level_scale(self.units))
         return np.full(len(self._names), np.inf) if found is None else found
 
 

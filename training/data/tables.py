@@ -10,6 +10,7 @@ import sys
 import numpy as np
 
 MAX_CLASSES = 2 ** 17  # a class is a one-hot vector wherever a network sees it
+MAX_SHOWN = 8  # numbers of a list
 NUMBERS = {int, float, bool}
 LARGEST = sys.float_info.max
 
@@ -86,19 +87,53 @@ def limits(values, names, scale=1.0):
 
 
 def units(value):
-    """{offset, scale} of float data, as floats; both matter as float32. Raises ValueError, or KeyError where one is missing."""
+    """{offset, scale} of float data: floats, or a list of floats each, one a channel; they matter as float32.
+
+    Raises ValueError, or KeyError where one is missing or no number."""
     if not isinstance(value, dict):
         raise KeyError('units')
     found = {key: value[key] for key in ('offset', 'scale')}
-    if not {type(one) for one in found.values()} <= {int, float}:
+    lists = {key: one if isinstance(one, list) and one else [one] for key, one in found.items()}
+    if not {type(one) for ones in lists.values() for one in ones} <= {int, float}:
         raise KeyError('numbers')
+    told = ', '.join(f'{key}: {shown_all(one)}' for key, one in found.items())
+    count = max(map(len, lists.values()))
+    if not all(len(ones) in (1, count) for ones in lists.values()):
+        raise ValueError(f'units {{{told}}}; give one number each, or one a channel')
     with np.errstate(over='ignore', under='ignore'):
-        told = numbers(list(found.values()))
-        usable = np.isfinite(told.astype(np.float32)).all() and np.float32(told[1]) > 0
+        offset, scale = (numbers(ones * (count // len(ones))) for ones in lists.values())
+        usable = np.isfinite(np.float32([offset, scale])).all() and (np.float32(scale) > 0).all()
     if not usable:
-        told = ', '.join(f'{key}: {shown(one)}' for key, one in found.items())
         raise ValueError(f'units {{{told}}}; both must be finite, the scale above 0')
-    return dict(zip(found, told.tolist()))
+    single = not any(isinstance(one, list) for one in found.values())
+    return {'offset': offset.item() if single else offset.tolist(), 'scale': scale.item() if single else scale.tolist()}
+
+
+def per_channel(values):
+    """An offset or scale of units as float64 [1 or C,1,1]."""
+    return np.reshape(np.float64(values), (-1, 1, 1))
+
+
+def level_scale(units):
+    """What levels in dataset.json are divided by to be in network units: the scale of float data (units; None for 8-bit images: 1).
+
+    Where channels have different scales, noise that is white for the network is not in the units that are stored: levels then stand in
+    network units, and this is 1."""
+    return 1.0 if units is None else common_scale(units) or 1.0
+
+
+def common_scale(units):
+    """The scale that all channels share; None where they differ."""
+    scales = np.unique(units['scale'])
+    return float(scales[0]) if len(scales) == 1 else None
+
+
+def shown_all(value):
+    """A number of JSON, or a list of them, for an error or a line of text; of a long list the first few."""
+    if not isinstance(value, list):
+        return shown(value)
+    more = f', ... ({len(value)} in all)' if len(value) > MAX_SHOWN else ''
+    return f'[{", ".join(map(shown, value[:MAX_SHOWN]))}{more}]'
 
 
 def shown(value):

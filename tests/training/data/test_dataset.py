@@ -144,6 +144,24 @@ def test_float_images_and_their_sigmas_are_scaled(tmp_path):
     np.testing.assert_array_equal(store.raw([1]).numpy(), images[[1]])
 
 
+def test_channels_with_units_of_their_own(tmp_path):
+    """Where their scales differ, levels are in network units; with one scale, in those of the data."""
+    offset, scale = np.array([100, -3]), np.array([40, 0.5])
+    network = np.random.default_rng(0).normal(0, 0.5, (2, 2, 4, 6))
+    images = (network * scale[:, None, None] + offset[:, None, None]).astype(np.float32)
+    members = {f'{i}.npy': npy(image) for i, image in enumerate(images)}
+    levels = {'sigmas': {'0.npy': 0.2, '1.npy': 0}, 'sigma_max': {'0.npy': 0.6, '1.npy': None}}
+    dataset = ImageDataset(write(tmp_path / 'f.zip', members, units={'offset': offset.tolist(), 'scale': scale.tolist()}, **levels))
+    np.testing.assert_allclose(store_of(dataset).gather([0, 1]).numpy(), network, atol=1e-5)
+    np.testing.assert_allclose(dataset.to_network(images[1]), network[1], atol=1e-5)
+    assert dataset.native_sigma.tolist() == [0.2, 0] and dataset.sigma_max.tolist() == [0.6, np.inf]
+    dataset = ImageDataset(write(tmp_path / 'g.zip', members, units={'offset': offset.tolist(), 'scale': 2}, **levels))
+    np.testing.assert_allclose(dataset.native_sigma, [0.1, 0])
+    np.testing.assert_allclose(dataset.sigma_max, [0.3, np.inf])
+    assert 'units of 3 channels, and its images have 2' in refusal(
+        write(tmp_path / 'h.zip', members, units={'offset': [0, 0, 0], 'scale': 1}))
+
+
 # ----------------------------------------------------------------------------------------------------
 # Upper limits
 

@@ -64,7 +64,7 @@ def test_levels_and_limits():
 
 def test_units():
     assert tables.units({'offset': 1, 'scale': 2.5, 'more': 'text'}) == {'offset': 1.0, 'scale': 2.5}
-    for value in (None, 3, [], 'x', {}, {'offset': 0}, {'offset': '0', 'scale': 1}, {'offset': [0], 'scale': 1},
+    for value in (None, 3, [], 'x', {}, {'offset': 0}, {'offset': '0', 'scale': 1}, {'offset': [[0]], 'scale': 1},
                   {'offset': None, 'scale': 1}):
         with pytest.raises(KeyError):
             tables.units(value)
@@ -84,3 +84,23 @@ def test_nothing_else_comes_of_any_value():
                     assert len(str(err)) < 200
                 else:
                     assert len(found) == 2 and not np.isnan(found).any()
+
+
+def test_units_of_channels():
+    assert tables.units({'offset': [1, 2], 'scale': [3, 4.5]}) == {'offset': [1.0, 2.0], 'scale': [3.0, 4.5]}
+    assert tables.units({'offset': 1, 'scale': [3, 4]}) == {'offset': [1.0, 1.0], 'scale': [3.0, 4.0]}
+    assert tables.units({'offset': [1, 2], 'scale': 3}) == {'offset': [1.0, 2.0], 'scale': [3.0, 3.0]}
+    assert tables.units({'offset': [1], 'scale': [3]}) == {'offset': [1.0], 'scale': [3.0]}
+    for offset, scale in (([], 1), (0, []), ([[1]], 1), (['1'], 1), ([True], 1), ([None], 1), ({}, 1)):
+        with pytest.raises(KeyError):
+            tables.units({'offset': offset, 'scale': scale})
+    for offset, scale, text in (([1, 2], [1, 2, 3], 'one a channel'), ([0, 0], [1, 0], 'scale above 0'), ([0, math.nan], 1, 'finite'),
+                                ([FAR, 0], 1, '1e308 or more'), (0, [1, 1e-60], 'scale above 0')):
+        with pytest.raises(ValueError, match=text):
+            tables.units({'offset': offset, 'scale': scale})
+
+
+def test_what_levels_are_divided_by():
+    for units, want in ((None, 1), ({'offset': 0.0, 'scale': 4.0}, 4), ({'offset': [0.0, 1.0], 'scale': [4.0, 4.0]}, 4),
+                        ({'offset': [0.0, 0.0], 'scale': [4.0, 5.0]}, 1)):
+        assert tables.level_scale(units) == want

@@ -2,15 +2,18 @@
 """Labels and noise levels from tables (CSV, JSON, .npy), in place of what a source says itself."""
 
 import csv
+import json
 import os
 import re
 
-from dnnlib import UserError, arrays
+from dnnlib import UserError, arrays, one_line
 from dnnlib.archive import damage
 from dnnlib.files import read_value
 from torch_utils import registry
 from training.data import tables
 
+MAX_TOLD = 100  # classes whose numbers are printed
+PROPOSE_CHANNELS = 'channel'  # --units: to be proposed, one offset and scale a channel
 LEVELS = {'sigmas': '--sigmas', 'sigma_min': '--sigma-min', 'sigma_max': '--sigma-max'}
 
 
@@ -26,8 +29,9 @@ def annotate(source, options):
         check(tables.labels, 'the table of labels (--labels, or those of the source)', source.labels)
     if source.sigmas is not None:
         check(tables.levels, 'the table of noise levels (--sigmas, or "sigmas" in the source)', source.sigmas, source.names)
-        if options['resolution']:
-            raise UserError('--resolution would colour the noise of images that have sigmas; leave it out, or resize '
+        option = next((option for option in ('resolution', 'transform') if options[option]), None)
+        if option:
+            raise UserError(f'--{option} would colour the noise of images that have sigmas; leave it out, or use it '
                             'before the noise is there')
     if source.sigma_max is not None:
         where = 'the table of upper limits (--sigma-max, or "sigma_max" in the source)'
@@ -35,7 +39,21 @@ def annotate(source, options):
         source.sigma_max = [limit if limit < float('inf') else None for limit in limits.tolist()]  # JSON has no infinity
     if source.sigma_min is not None:
         source.sigma_min = lower_limits(source.sigma_min, source.names)
-    source.units = options['units'] or source.units
+    set_units(source, options['units'], [key for key in LEVELS if getattr(source, key) is not None and not options[key]])
+
+
+def set_units(source, told, own):
+    """The units of the command line in place of the source's; None where they are to be proposed. own: names of the source's own levels.
+
+    Levels are in stored units, or in those of the network where channels have different scales: they may not change from one to the
+    other. Raises UserError."""
+    if told == PROPOSE_CHANNELS and any(getattr(source, key) is not None for key in LEVELS):
+        raise UserError('--units=channel: the scales of the channels are not known yet, and levels of such data are in network units; give '
+                        'them, as in --units=0,1/10,2')
+    if own and source.units and told and (tables.common_scale(told) is None) != (tables.common_scale(source.units) is None):
+        raise UserError(f'--units: "{own[0]}" of the source is in the units of its values, or of the network where its channels have '
+                        f'different scales, and these units would change that; give it anew with {LEVELS[own[0]]}')
+    source.units = None if told == PROPOSE_CHANNELS else told or source.units
 
 
 def tell(source, told, where):
@@ -104,11 +122,16 @@ def read_table(path, option, key):
 
 
 def as_classes(values):
-    """Labels as they are, or numbers for names of classes, in the order of the alphabet."""
+    """Labels as they are, or numbers for names of classes, in the order of the alphabet. Raises UserError."""
     if not any(isinstance(value, str) for value in values):
         return values
+    odd = next((value for value in values if type(value) not in (str, int, float)), '')
+    if odd != '':
+        raise UserError(f'the table of labels (--labels, or those of the source) has names of classes, and '
+                        f'{one_line(json.dumps(odd))[:50]}; give each image one name')
     numbers = {name: number for number, name in enumerate(sorted({str(value) for value in values}))}
-    print('Classes: ' + ', '.join(f'{number} {name}' for name, number in numbers.items()))
+    told = [f'{number} {name}' for name, number in numbers.items()]
+    print('Classes: ' + ', '.join(told[:MAX_TOLD]) + (f', ... ({len(told)} in all)' if len(told) > MAX_TOLD else ''))
     return [numbers[str(value)] for value in values]
 
 

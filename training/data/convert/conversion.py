@@ -12,10 +12,12 @@ import numpy as np
 from dnnlib import UserError
 from dnnlib.archive import DAMAGE
 from dnnlib.progress import Progress
+from torch_utils import registry
 from training.data.convert import transforms, writers
-from training.data.convert.annotations import LEVELS, annotate
+from training.data.convert.annotations import LEVELS, PROPOSE_CHANNELS, annotate
 from training.data.convert.selection import select
 from training.data.convert.sources import open_sources
+from training.data.convert.tiles import Tiled
 from training.data.dataset import UNITS_8BIT
 
 CHUNK = 32  # images that a worker process takes at a time
@@ -28,6 +30,8 @@ def convert(options):
     writer = writers.ArchiveWriter(options['dest'])
     source = open_sources(options['source'], not options['labels'], not options['units'], layout=options['layout'], split=options['split'])
     annotate(source, options)
+    if options['tile']:
+        source = Tiled(source, *options['tile'], options['overlap'])
     indices = select(source, options)
     job = plan(source, indices, options)
     # The processes start before the bar, whose thread a fork would not survive.
@@ -37,15 +41,20 @@ def convert(options):
 
 def check_options(options):
     """Refuses combinations that cannot work."""
-    size, transform = options['resolution'], options['transform']
-    if transform and not size:
+    size, transform = options['resolution'], registry.parse(options['transform'] or '')[0]
+    if transform not in ('', 'pad') and not size:
         raise UserError(f'--transform={transform} needs --resolution=WIDTHxHEIGHT')
-    if transform == 'center-crop' and size[0] != size[1]:
-        raise UserError(f'--transform=center-crop crops a square; --resolution={size[0]}x{size[1]} is none')
+    if transform in ('center-crop', 'center-crop-dhariwal') and size[0] != size[1]:
+        raise UserError(f'--transform={transform} crops a square; --resolution={size[0]}x{size[1]} is none')
     if transform == 'center-crop-wide' and size[0] < size[1]:
         raise UserError(f'--transform=center-crop-wide needs a width above the height, not {size[0]}x{size[1]}')
     if options['sample'] == 'spread' and not options['max_images']:
         raise UserError('--sample=spread needs --max-images')
+    tile, overlap = options['tile'], options['overlap']
+    if overlap and not tile:
+        raise UserError(f'--overlap={overlap} needs --tile')
+    if tile and overlap >= min(tile):
+        raise UserError(f'--overlap={overlap} must be less than the sides of --tile={tile[0]}x{tile[1]}')
 
 
 def _prepare(source, job):
@@ -71,9 +80,25 @@ def plan(source, indices, options):
     as_png = is_8bit and (target or channels) in writers.PNG_COLOURS
     if as_png and options['units']:
         raise UserError('--units is for float data; these images are 8-bit, with offset and scale 127.5')
-    if is_8bit and not as_png:
+    per_channel = options['units'] == PROPOSE_CHANNELS
+    if is_8bit and not (as_png or per_channel):
         source.units = source.units or UNITS_8BIT  # 8-bit values that PNG has no channels for
-    return transforms.Job(usual, options['transform'], size, target, as_png)
+    told = np.size(source.units['scale']) if source.units else 1
+    if not as_png and isinstance(source.units and source.units['scale'], list) and told != (target or channels):
+        raise UserError(f'--units, or those of the source, are for {told} channels, and the images have {target or channels}')
+    return transforms.Job(usual, transform_of(options, as_png), size, target, as_png, per_channel)
+
+
+def transform_of(options, as_png):
+    """What --transform names, None without; tried on a blank image, so that what it refuses is told once. Raises UserError."""
+    if not options['transform']:
+        return None
+    found = registry.build(options['transform'], transforms.TRANSFORMS, '--transform')
+    try:
+        found(np.zeros([1, 2, 2], np.uint8 if as_png else np.float32), *(options['resolution'] or (None, None)))
+    except ValueError as err:
+        raise UserError(f'--transform={options["transform"]}: {err}') from None
+    return found
 
 
 def shown(specs):
@@ -112,15 +137,15 @@ def write(pool, source, job, indices, writer, options):
         elif member.data is None:
             small += 1
         else:
-            name = f'{number:08}'
-            name = f'{name[:5]}/img{name}.{extension}'  # an image that is left out leaves its number out (as published)
+            stem = source.names[index] if options['tile'] else f'{number // 1000:05}/img{number:08}'
+            name = f'{stem}.{extension}'  # an image that is left out leaves its number out (as published)
             writer.write(name, member.data)
             written.append((name, index))
             sums = [sums[0] + member.total, sums[1] + member.squares]
-            values += int(np.prod(member.shape))
+            values += int(np.prod(member.shape[1:] if job.per_channel else member.shape))
     report(source, bad, len(indices), options)
     if small:
-        print(f'Left out {small} of {len(indices)} images, too small for --transform={job.transform}', file=sys.stderr)
+        print(f'Left out {small} of {len(indices)} images, too small for --transform={options["transform"]}', file=sys.stderr)
     if not written:
         raise UserError(f'{shown(options["source"])}: none of its {len(indices)} images can be used')
     writer.write_json('dataset.json', metadata(source, written, None if job.as_png else (*sums, values)))

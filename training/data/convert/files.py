@@ -53,8 +53,8 @@ def _units(told, path):
     try:
         return None if told is None else tables.units(told)
     except (KeyError, ValueError):
-        raise UserError(f'--source={path}: "units" in its dataset.json must be {{"offset": ..., "scale": ...}}, two finite numbers, the '
-                        'scale above 0') from None
+        raise UserError(f'--source={path}: "units" in its dataset.json must be {{"offset": ..., "scale": ...}}, finite numbers or one '
+                        'a channel, the scale above 0') from None
 
 
 def _folder_classes(names):

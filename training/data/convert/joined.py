@@ -2,11 +2,14 @@
 """Several sources as one: their images one after the other, with the labels and levels of each."""
 
 import bisect
+import contextlib
 import itertools
 import os
 import re
 
 from dnnlib import UserError
+from dnnlib.archive import DAMAGE
+from training.data import tables
 from training.data.convert.source import Source
 
 ABSENT = {'sigmas': 0.0, 'sigma_min': None, 'sigma_max': None}  # the level of images whose source tells none, where others do
@@ -16,16 +19,18 @@ class Joined(Source):
     """Sources one after the other. Where they have names in common, the name of each one's file or folder stands before
     its own: noisy/00.png, and for another of that name noisy-2/00.png.
 
-    sources: [(path, Source)]. keep_labels, keep_units: whether theirs count; otherwise they may disagree. Raises UserError."""
+    sources: [(path, Source)]. keep_labels, keep_units: whether theirs count; otherwise they may disagree, and units are told only
+    so far as levels are in them. Raises UserError."""
 
     def __init__(self, sources, keep_labels=True, keep_units=True):
+        _check_depths(sources)
         self._sources = [source for _, source in sources]
         self._starts = [0, *itertools.accumulate(len(source.names) for source in self._sources)]
         self.names = _names(sources)
         self.labels = _labels(sources) if keep_labels else None
         for key, absent in ABSENT.items():
             setattr(self, key, _levels(self._sources, key, absent))
-        self.units = _units(sources) if keep_units else None
+        self.units = _units(sources) if keep_units else _units_of_levels(sources)
 
     def _find(self, index):
         number = bisect.bisect_right(self._starts, index) - 1
@@ -40,6 +45,16 @@ class Joined(Source):
         """The image, as its own source reads it."""
         source, index = self._find(index)
         return source.read(index)
+
+
+def _check_depths(sources):
+    """Refuses 8-bit sources among others, as far as their first images tell: what is right for one is wrong for the others."""
+    found = {}
+    for path, source in sources:
+        with contextlib.suppress(*DAMAGE):
+            found.setdefault(source.kind(0).is_8bit, path)
+    if len(found) == 2:
+        raise UserError(f'--source: {found[True]} has 8-bit images, and {found[False]} has not; bring them to one kind first')
 
 
 def _names(sources):
@@ -86,3 +101,15 @@ def _units(sources):
             told = ', '.join(f'{where} has {units or "none"}' for where, units in ((first, source.units), (path, other.units)))
             raise UserError(f'--source: their units differ ({told}); give --units=OFFSET,SCALE for all')
     return source.units
+
+
+def _units_of_levels(sources):
+    """Units that tell whether levels are those of values or of the network (tables.level_scale), which must be one of the two."""
+    found = {}
+    for path, source in sources:
+        if source.units and any(getattr(source, key) is not None for key in ABSENT):
+            found.setdefault(tables.common_scale(source.units) is None, (path, source.units))
+    if len(found) == 2:
+        raise UserError(f'--source: {found[True][0]} has channels of different scales, and so its levels in network units, but '
+                        f'{found[False][0]} in those of its values; convert one of them with units like the other\'s first')
+    return next((units for _, units in found.values()), None)

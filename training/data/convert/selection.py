@@ -8,7 +8,9 @@ import sys
 def select(source, options):
     """Indices of the images to use, in the source's order."""
     first, step = options['part'] or (0, 1)
-    indices = list(range(first, len(source.names), step))
+    # Tiles of an image stay together: two parts have nothing in common.
+    images = getattr(source, 'origin', range(len(source.names)))
+    indices = [index for index, image in enumerate(images) if image % step == first]
     limit = options['max_images']
     if not limit or limit >= len(indices):
         return indices

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from dnnlib.progress import Progress
+from training.data import tables
 from training.data.dataset import UNITS_8BIT, ImageDataset
 from training.diffusion.ambient import snr_db
 
@@ -23,8 +24,8 @@ def describe(path, sigma=None):
     yield f'images      {len(dataset)}'
     yield f'shape       {shape} (channels x height x width)'
     dtype = 'float32' if dataset.is_float else 'uint8'
-    yield f'dtype       {dtype}, network = (stored - {units["offset"]:g}) / {units["scale"]:g}'
-    yield f'range       {low:g} to {high:g} stored, {_network(low, units):.4g} to {_network(high, units):.4g} in network units'
+    yield f'dtype       {dtype}, network = (stored - {tables.shown_all(units["offset"])}) / {tables.shown_all(units["scale"])}'
+    yield f'range       {low[0]:g} to {high[0]:g} stored, {low[1]:.4g} to {high[1]:.4g} in network units'
     yield f'mean        {mean:.4f} in network units'
     yield f'sigma_data  {std:.4f} (std of all values around their common mean, in network units)'
     native = dataset.native_sigma
@@ -44,24 +45,21 @@ def describe(path, sigma=None):
 
 
 def moments(dataset):
-    """(least, largest) stored value, and (mean, std) of all values in network units."""
+    """The least and the largest value, each (stored, in network units), and (mean, std) of all values in network units."""
+    offset, scale = (tables.per_channel((dataset.units or UNITS_8BIT)[key]) for key in ('offset', 'scale'))
+
     def of_image(raw_idx):
         image = dataset.decode(raw_idx)
-        values = image.astype(np.float64)
-        return image.min(), image.max(), values.mean(), values.var()
+        values = (image - offset) / scale
+        return image.min(), values.min(), image.max(), values.max(), values.mean(), values.var()
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         found = pool.map(of_image, dataset.raw_idx)
         rows = np.array(list(Progress(len(dataset), 'Reading').over(found)), np.float64)
-    means, variances = rows[:, 2], rows[:, 3]
-    units = dataset.units or UNITS_8BIT
+    means, variances = rows[:, 4], rows[:, 5]
     # All images have one size, so the total variance is the mean one within images plus that of their means.
-    std = math.sqrt(variances.mean() + means.var()) / units['scale']
-    return float(rows[:, 0].min()), float(rows[:, 1].max()), float(_network(means.mean(), units)), std
-
-
-def _network(value, units):
-    return (value - units['offset']) / units['scale']
+    std = math.sqrt(variances.mean() + means.var())
+    return rows[:, :2].min(0).tolist(), rows[:, 2:4].max(0).tolist(), float(means.mean()), std
 
 
 def _limit_lines(dataset):

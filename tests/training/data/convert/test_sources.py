@@ -82,6 +82,15 @@ def test_tables_go_by_the_names_of_all(folders):
     assert twice.names == ['clean/00.png', 'clean/01.png', 'clean/02.png', 'clean-2/00.png', 'clean-2/01.png', 'clean-2/02.png']
 
 
+def test_names_of_classes_that_are_none(folders):
+    for odd in ('null', '["b"]', '{}'):
+        (folders / 'l.json').write_text(f'{{"00.png": "a", "01.png": {odd}, "02.png": "c"}}')
+        line = refusal(f'--source={folders}/clean', f'--dest={folders}/x.zip', f'--labels={folders}/l.json')
+        assert 'names of classes' in line and odd in line
+    (folders / 'l.csv').write_text('\n'.join(f'{i:02}.png,class {i}' for i in range(3)))
+    assert 'Classes: 0 class 0, 1 class 1, 2 class 2' in convert(folders / 'clean', folders / 'x.zip', f'--labels={folders}/l.csv')
+
+
 def test_units_of_several_sources(tmp_path):
     for i, offset in enumerate((0, 10)):
         np.save(tmp_path / f'{i}.npy', np.random.default_rng(i).normal(offset, 1, (4, 8, 8)).astype(np.float32))
@@ -118,12 +127,14 @@ def test_refused_sources(folders):
     picture_folder(folders / 'tree', pictures(2), ['a/0.png', 'b/0.png'])
     np.savez(folders / 'numbers.npz', images=pictures(2), labels=[1, 2])
     np.savez(folders / 'vectors.npz', images=pictures(2), labels=[[0.5, 1], [1, 2]])
+    np.save(folders / 'float.npy', np.zeros([2, 3, 8, 8], np.float32))
     dest, clean = f'--dest={folders}/x.zip', f'--source={folders}/clean'
     for args, texts in [
             ([f'{clean}:label=a', f'--source={folders}/noisy'], ['names of classes', 'no labels', 'label=NAME', '--labels']),
             ([f'{clean}:label=a', f'--source={folders}/noisy:label=1'], ['names of classes', 'class numbers']),
             ([f'--source={folders}/tree', f'--source={folders}/numbers.npz:layout=nhwc'], ['names of classes', 'class numbers']),
             ([f'--source={folders}/numbers.npz', f'--source={folders}/vectors.npz', '--layout=nhwc'], ['vectors', 'class numbers']),
+            ([f'--source={folders}/float.npy:layout=nchw', clean], ['clean has 8-bit images', 'float.npy has not']),
             ([f'{clean}:colour=red'], ['"files" has no key "colour"', 'it takes no keys']),
             ([f'{clean}:label=a,b'], ['expected key=value', 'got "b"']), ([f'{clean}:label='], ['label=']),
             ([f'{clean}:kind=tar9'], ['unknown kind "tar9"', 'choose from', 'files']), ([f'{clean}:sigma=x'], ['sigma=x: neither']),
