@@ -213,8 +213,7 @@ class StackSource(Source):
             self.names += [f'{file}[{k}]' for k in range(count)] if count > 1 else [file]
             self._places += [(file, k) for k in range(count)]
         tops = [file.split('/')[0] if '/' in file else '' for file, _ in self._places]
-        numbers = {top: number for number, top in enumerate(sorted(set(tops)))}
-        self.labels = [numbers[top] for top in tops] if len(numbers) > 1 else None
+        self.labels = tops if len(set(tops)) > 1 else None
 
     def __getstate__(self):
         return {**self.__dict__, '_last': None}

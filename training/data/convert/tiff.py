@@ -10,8 +10,10 @@ import numpy as np
 import PIL.Image
 
 from dnnlib import UserError
+from dnnlib.archive import DAMAGE
 from training.data.convert.formats import StackSource, guarded, needs, physical, sized
 
+MAGIC = (b'II*\0', b'MM\0*', b'II+\0', b'MM\0+')  # also of BigTIFF
 MIN_IS_WHITE, MIN_IS_BLACK, RGB, PALETTE, YCBCR = 0, 1, 2, 3, 6  # how values are meant (PhotometricInterpretation)
 JPEG = (6, 7)  # compressions whose decoder turns YCbCr to RGB
 ORIENTATION, GDAL_NODATA = 274, 42113  # tags
@@ -258,6 +260,20 @@ def tiff_kind(data):
     """The Kind of what decode_tiff() gives, without decoding it."""
     with _whole(data) as file:
         return file.kind(0)
+
+
+def beyond_pillow(data):
+    """Whether bytes are a TIFF file of which Pillow would read a part, and tifffile is there to read it whole."""
+    if data[:4] not in MAGIC:
+        return False
+    try:
+        tifffile = needs('tifffile', '')
+        with guarded(), tifffile.TiffFile(io.BytesIO(data), _multifile=False) as file:
+            page = file.pages[0]
+            deep = page.bitspersample > 8 and (page.samplesperpixel > 1 or page.photometric == MIN_IS_WHITE)
+            return deep or len(file.pages) > 1
+    except (UserError, *DAMAGE):  # Pillow tells what is wrong with it
+        return False
 
 
 @contextlib.contextmanager

@@ -198,7 +198,7 @@ def test_folders_of_fits_files(tmp_path):
     (tmp_path / 'in' / 'readme.txt').write_text('x')
     source = open_source(str(tmp_path / 'in'))
     assert find(str(tmp_path / 'in')) == 'fits' and source.names == ['elliptic/a.fits', 'spiral/a.fits', 'spiral/b.fits']
-    same(source, DEEP[[2, 0, 1]], [0, 1, 1])
+    same(source, DEEP[[2, 0, 1]], ['elliptic', 'spiral', 'spiral'])
     whole = (tmp_path / 'in' / 'spiral' / 'a.fits').read_bytes()
     for data in (whole[:2900], b'junk', b''):
         (tmp_path / 'in' / 'spiral' / 'a.fits').write_bytes(data)
@@ -272,7 +272,7 @@ def test_dicom_folders_and_refusals(tmp_path):
         dicom(tmp_path / 'in' / name, DEEP[k])
     source = open_source(str(tmp_path / 'in'))
     assert find(str(tmp_path / 'in')) == 'dicom' and source.names == ['a/x.dcm', 'b/10', 'b/2']
-    same(source, DEEP[[2, 0, 1]], [0, 1, 1])
+    same(source, DEEP[[2, 0, 1]], ['a', 'b', 'b'])
     path = tmp_path / 'x.dcm'
     for tags, text in (({'PhotometricInterpretation': 'PALETTE COLOR'}, 'PALETTE COLOR; save it in grey or RGB'),
                        ({'PhotometricInterpretation': 'MONOCHROME1', 'RescaleSlope': '2', 'RescaleIntercept': '0'}, 'which way they go'),

@@ -4,6 +4,7 @@
 import io
 import multiprocessing
 import pickle
+import shutil
 
 import numpy as np
 import pytest
@@ -186,6 +187,30 @@ def test_tiff_that_is_refused(tmp_path):
     path.write_bytes(data)
     with pytest.raises(ValueError, match='60000 x 60000 pixels in 1 channels, more than are read'):
         open_source(str(path)).read(0)
+
+
+@pytest.mark.parametrize('packed', [False, True])
+def test_folders_and_zips_of_what_pillow_reads_in_part(tmp_path, packed):
+    """Sixteen bits in colours, and pages as channels; what Pillow reads whole it goes on reading."""
+    planar = COLOURS.transpose(0, 3, 1, 2)
+    for name, arrays, want in (('deep', COLOURS[:3], planar), ('pages', [DEEP[:3], DEEP[3:]], [DEEP[:3], DEEP[3:]]),
+                               ('white', BYTES[:2], BYTES[:, None]), ('grey', DEEP[:2], DEEP[:, None])):
+        (tmp_path / name).mkdir()
+        for k, array in enumerate(arrays):
+            tiff(tmp_path / name / f'{k}.tif', array, metadata=None)
+        place = tmp_path / name
+        if packed:
+            place = shutil.make_archive(str(tmp_path / name), 'zip', tmp_path / name)
+        source = open_source(str(place))
+        assert find(str(place)) == 'files'
+        for k in range(len(arrays)):
+            np.testing.assert_array_equal(source.read(k), want[k])
+            assert source.kind(k)[:3] == source.read(k).shape
+    tiff(tmp_path / 'deep' / '9.tif', COLOURS)
+    args = f'--source={tmp_path}/deep', f'--dest={tmp_path}/x.zip', '--workers=1', '--on-bad=skip'
+    result = CliRunner().invoke(dataset_tool.main, args)
+    assert result.exit_code == 0 and '9.tif: cannot be read (6 pages in colour' in result.output
+    assert (ImageDataset(str(tmp_path / 'x.zip')).decode(2) == planar[2]).all()
 
 
 def test_a_folder_is_one_of_pictures_but_when_told(tmp_path):
