@@ -18,6 +18,7 @@ LEVELS = {'sigmas': ('sigmas', 'sigma'), 'sigma_min': ('sigma_min',), 'sigma_max
 BLOCK = 2 ** 26  # bytes that are read and kept at a time, at most
 ROWS = 16  # that are read at a time where the file has no chunks
 MAX_NOTES = 2 ** 28  # bytes of labels
+MOST_OBJECTS = 100_000  # that are looked at to find the images
 
 
 class Hdf5Source(Source):
@@ -91,24 +92,40 @@ def _open(path):
 
 def _images(file, key):
     """The path of the images in a file."""
-    found = {}
-
-    def visit(name, item):
-        if getattr(item, 'ndim', 0) in (3, 4) and item.dtype.kind in 'uif' and item.size:
-            found[name] = f'{name} {item.dtype} {list(item.shape)}'
-
-    file.visititems(visit)
-    if key is not None:
-        key = str(key).strip('/')
-        if key not in file or not hasattr(file[key], 'shape'):
-            raise ValueError(f'no data set "{key}"; it has {", ".join(found.values()) or "none of three or four dimensions"}')
+    key = None if key is None else str(key).strip('/')
+    if key and key in file and hasattr(file[key], 'shape'):
         return key
+    found = {name: f'{name} {item.dtype} {list(item.shape)}' for name, item in sorted(_data_sets(file), key=lambda pair: pair[0])
+             if item.ndim in (3, 4) and item.dtype.kind in 'uif' and item.size}
+    if key is not None:
+        raise ValueError(f'no data set "{key}"; it has {", ".join(list(found.values())[:20]) or "none of three or four dimensions"}')
     named = [name for name in found if name.split('/')[-1] == 'images']
     if len(found) != 1 and len(named) != 1:
         told = '; '.join(list(found.values())[:20])
         raise ValueError(f'several data sets may be the images: {told}; say key= one of them' if found else
                          'no data set of numbers with three or four dimensions in it')
     return named[0] if len(named) == 1 else next(iter(found))
+
+
+def _data_sets(file):
+    """(path, data set) of what lies in this file. HDF5's own walk over it does not end in some that are damaged."""
+    import h5py
+    groups, seen = [('', file)], set()
+    while groups:
+        above, group = groups.pop()
+        for name in group:
+            if len(seen) > MOST_OBJECTS:
+                raise ValueError(f'it has more than {MOST_OBJECTS} groups and data sets; say key= where the images are')
+            if not isinstance(group.get(name, getlink=True), h5py.HardLink):
+                continue
+            item = group[name]
+            place = h5py.h5o.get_info(item.id).addr
+            if place not in seen:
+                seen.add(place)
+                if isinstance(item, h5py.Group):
+                    groups.append((f'{above}{name}/', item))
+                elif isinstance(item, h5py.Dataset):
+                    yield above + name, item
 
 
 def _whole(file, key):

@@ -35,6 +35,9 @@ class Columns:
     def finish(self, count):
         """Looks at what was taken of `count` rows."""
         self.count = count
+        short = [len(values) for values in (self.labels, *self.levels.values()) if values is not None and len(values) != count]
+        if short:
+            raise ValueError(f'it tells of {count} rows, and has {short[0]}')
         if self.labels is None:
             return self
         if all(label in (None, -1) for label in self.labels):
