@@ -80,7 +80,9 @@ def convert(path, draws):
     here = os.path.dirname(path)
     before, dest = set(os.listdir(here)), os.path.join(here, 'out', pick(['made', 'made.zip'], draws))
     flags = [[], ['--on-bad=skip'], ['--on-bad=skip', '--resolution=8x8', '--transform=center-crop', '--channels=3'],
-             ['--max-images=3', '--sample=spread', '--on-bad=skip'], ['--layout=nchw'], ['--channels=1', '--on-bad=skip']]
+             ['--max-images=3', '--sample=spread', '--on-bad=skip'], ['--layout=nchw'], ['--channels=1', '--on-bad=skip'],
+             ['--tile=8', '--overlap=3', '--on-bad=skip'], ['--units=channel', '--on-bad=skip'], ['--transform=pad', '--on-bad=skip'],
+             ['--transform=center-crop-dhariwal', '--resolution=8x8', '--on-bad=skip'], [f'--source={path}:label=a', '--on-bad=skip']]
     multiprocessing.Pool = SerialPool
     try:
         dataset_tool.main(['convert', f'--source={path}', f'--dest={dest}', *pick(flags, draws)], standalone_mode=False)
