@@ -17,7 +17,7 @@ from dnnlib import UserError
 from dnnlib.archive import IMAGES, MAX_MEMBER, RARER_IMAGES
 from training.data.convert import parquet
 from training.data.convert.btree import Tree
-from training.data.convert.formats import Bytes, Opened, decode, encoded_kind, guarded, head, holds, needs
+from training.data.convert.formats import Bytes, Opened, decode, encoded_kind, first_files, guarded, head, holds, needs
 from training.data.convert.parquet import LEVELS
 from training.data.convert.source import Source
 
@@ -288,9 +288,9 @@ class ParquetSource(TableSource):
 
     @staticmethod
     def matches(path):
-        """A file called .parquet, or a folder in which such lie, at its top or one or two levels below."""
+        """A file called .parquet, or a folder in which such are found."""
         if os.path.isdir(path):
-            return any(next(glob.iglob(os.path.join(glob.escape(path), depth, '*.parquet')), None) for depth in ('', '*', '*/*'))
+            return any(file.endswith('.parquet') for file in first_files(path))
         return os.path.isfile(path) and (path.lower().endswith('.parquet') or head(path, 4) == b'PAR1')
 
 

@@ -4,6 +4,7 @@
 import contextlib
 import importlib
 import io
+import itertools
 import logging
 import os
 import warnings
@@ -172,17 +173,19 @@ def files_below(path, fits):
     return sorted(found)
 
 
+def first_files(path):
+    """The paths of those files below a folder that are found first, so many as tell what is in it."""
+    found = (os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names)
+    return itertools.islice(found, LOOKED_AT)
+
+
 def holds(path, fits):
-    """Whether a folder holds files that fit and no pictures, by those that are found first."""
-    seen, found = 0, False
-    for folder, _, names in os.walk(path):
-        for name in names:
-            if name.lower().endswith((*IMAGES, *RARER_IMAGES)):
-                return False
-            found = found or not name.startswith('.') and fits(os.path.join(folder, name))
-            seen += 1
-        if seen >= LOOKED_AT:
-            break
+    """Whether a folder holds files that fit, and no pictures."""
+    found = False
+    for file in first_files(path):
+        if file.lower().endswith((*IMAGES, *RARER_IMAGES)):
+            return False
+        found = found or not os.path.basename(file).startswith('.') and fits(file)
     return found
 
 

@@ -76,9 +76,8 @@ def test_packages_that_are_missing_are_named(tmp_path, monkeypatch, name, module
 # HDF5
 
 
-@pytest.mark.parametrize('images, layout', [(BYTES, 'nhw'), (DEEP, 'nhw'), (np.stack([BYTES] * 3, -1), 'nhwc'),
-                                            (np.stack([FLOATS] * 5, 1), 'nchw')])
-@pytest.mark.parametrize('chunks', [None, 1, 4])
+@pytest.mark.parametrize('images, layout, chunks', [(BYTES, 'nhw', None), (DEEP, 'nhw', 4), (np.stack([BYTES] * 3, -1), 'nhwc', 1),
+                                                    (np.stack([FLOATS] * 5, 1), 'nchw', 4)])
 def test_hdf5(tmp_path, images, layout, chunks):
     h5py = pytest.importorskip('h5py')
     packed = {} if chunks is None else dict(chunks=(chunks, *images.shape[1:]), compression='gzip')
@@ -90,9 +89,10 @@ def test_hdf5(tmp_path, images, layout, chunks):
     source = open_source(str(tmp_path / 'x.h5'))
     same(source, want, list(range(6)))
     assert source.sigmas == [k / 4 for k in range(6)] and source.sigma_min == [1.0] * 6 and source.sigma_max is None
-    same_in_a_fork(source, want)
-    dataset = converted(tmp_path / 'x.h5', tmp_path / 'x.zip')
-    assert all((dataset.decode(k) == want[k]).all() for k in range(6))
+    if chunks == 4:
+        same_in_a_fork(source, want)
+        dataset = converted(tmp_path / 'x.h5', tmp_path / 'x.zip')
+        assert all((dataset.decode(k) == want[k]).all() for k in range(6))
     assert (open_source(f'{tmp_path}/x.h5:layout={layout}').read(5) == want[5]).all()
 
 
@@ -152,9 +152,10 @@ def test_fits(tmp_path, images, name):
     source = open_source(str(tmp_path / name))
     assert source.names[5] == f'{name}[5]'
     same(source, images)
-    same_in_a_fork(source, images[:, None])
     same(open_source(f'{tmp_path}/{name}:axis=channels'), images[None])
-    assert converted(tmp_path / name, tmp_path / 'x.zip').image_shape == (1, 8, 12)
+    if name == 'x.fits.gz':
+        same_in_a_fork(source, images[:, None])
+        assert converted(tmp_path / name, tmp_path / 'x.zip').image_shape == (1, 8, 12)
 
 
 def test_fits_scale_and_blanks(tmp_path):

@@ -62,6 +62,8 @@ def test_stacks_of_pages(tmp_path, options):
         same(source, images)
         same(open_source(f'{tmp_path}/x.tif:axis=channels'), images[None])
         np.testing.assert_array_equal(decode_tiff((tmp_path / 'x.tif').read_bytes()), images)
+    if 'tile' not in options:
+        return
     with multiprocessing.get_context('fork').Pool(2) as pool:
         found = pool.starmap(read_there, [(source, k % 6) for k in range(20)])
     assert all((image == images[k % 6]).all() for k, image in enumerate(found))
