@@ -27,6 +27,7 @@ warnings.filterwarnings('ignore', category=UserWarning, module='PIL.TiffImagePlu
 
 def check(picture, data):
     """Raises ValueError for a picture that would not be read whole."""
+    remedy = 'save it as .npy' + ', or install tifffile, with which dataset_tool.py reads it' * (picture.format == 'TIFF')
     if picture.format in SEVERAL and getattr(picture, 'is_animated', False):
         raise ValueError(f'several pages (pictures) in one {picture.format}, of which one would be read; save each as a file of its own')
     mode = CONVERTED.get(picture.mode, picture.mode)
@@ -34,13 +35,13 @@ def check(picture, data):
         raise ValueError(f'mode {picture.mode}, which is not read; save it as 8-bit RGB, or as .npy')
     bits = _bits(picture, data)
     if bits > 8 and not mode.startswith(('I', 'F')):
-        raise ValueError(f'{bits} bits in several channels, of which 8 would be read; save it as .npy')
+        raise ValueError(f'{bits} bits in several channels, of which 8 would be read; {remedy}')
     if picture.format == 'TIFF':
         samples, bands = _tag(picture, SAMPLES), len(PIL.ImageMode.getmode(picture.mode).bands)
         if samples > bands:
-            raise ValueError(f'{samples} values a pixel, of which {bands} would be read; save it as .npy')
+            raise ValueError(f'{samples} values a pixel, of which {bands} would be read; {remedy}')
         if bits > 8 and _tag(picture, PHOTOMETRIC) == WHITE_IS_ZERO:
-            raise ValueError(f'{bits} bits with white at 0, which would be read as black; save it as .npy')
+            raise ValueError(f'{bits} bits with white at 0, which would be read as black; {remedy}')
 
 
 def header(picture, data):

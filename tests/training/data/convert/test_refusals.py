@@ -238,3 +238,15 @@ def test_tables_that_begin_with_a_byte_order_mark(tmp_path):
         (tmp_path / 't.csv').write_text(text, encoding='utf-8-sig')
         convert(folder, tmp_path / 'x.zip', f'--labels={tmp_path}/t.csv')
         assert labels_of(tmp_path / 'x.zip') == [1, 0]
+
+
+def test_bands_of_satellite_images_are_read_whole(tmp_path):
+    """Red, green, blue and near infrared in a TIFF: Pillow leaves the fourth band out."""
+    pytest.importorskip('tifffile')
+    from tests.dnnlib.test_pictures import tiff
+    (tmp_path / 'in').mkdir()
+    image = pictures(1, (5, 8, 5))[0]
+    for count, extra in ((4, (0,)), (5, (0, 0))):
+        (tmp_path / 'in' / 'a.tif').write_bytes(tiff(np.ascontiguousarray(image[..., :count]), 2, extra=extra))
+        convert(tmp_path / 'in', tmp_path / 'x.zip')
+        assert (ImageDataset(str(tmp_path / 'x.zip')).decode(0) == image[..., :count].transpose(2, 0, 1)).all()
