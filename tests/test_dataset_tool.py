@@ -289,6 +289,20 @@ def test_upper_limits_are_written_and_travel_on(tmp_path):
     assert b'sigma_max' not in members(tmp_path / 'z.zip')[2] and 'sigma_max' not in run('stats', tmp_path / 'z.zip').output
 
 
+def test_lower_limits_are_written_and_travel_on(tmp_path):
+    picture_folder(tmp_path / 'in', pictures(4))
+    (tmp_path / 'm.csv').write_text('file,limit\n00.png,0\n01.png,0.1\n02.png,0.3\n03.png,inf\n')
+    convert(tmp_path / 'in', tmp_path / 'x.zip', f'--sigma-min={tmp_path / "m.csv"}')
+    assert ImageDataset(str(tmp_path / 'x.zip')).sigma_min.tolist() == [0, 0.1, 0.3, np.inf]
+    meta = members(tmp_path / 'x.zip')[2]
+    assert b'Infinity' not in meta and json.loads(meta)['sigma_min'][0][1] is None
+    convert(tmp_path / 'x.zip', tmp_path / 'again.zip', '--part=1/2')
+    assert ImageDataset(str(tmp_path / 'again.zip')).sigma_min.tolist() == [0.1, np.inf]
+    said = run('stats', tmp_path / 'x.zip').output
+    assert 'sigma_min   3 of 4 images have a lower limit; least 0.1, median 0.3' in said and '1 of them can never be used' in said
+    assert 'gives 00 the limit -1' in refusal(f'--source={tmp_path}/in', f'--dest={tmp_path}/y.zip', '--sigma-min=-1').replace('.png', '')
+
+
 def test_eight_bit_images_with_sigmas(tmp_path):
     picture_folder(tmp_path / 'in', pictures(3))
     (tmp_path / 's.csv').write_text('file,sigma\n00.png,0\n01.png,0.1\n02.png,0.3\n')

@@ -44,7 +44,9 @@ def by_name(pairs):
 
 
 def numbers(values):
-    """A list of numbers as they stand in JSON -> float64 [N]; those beyond float64 become infinite. Raises ValueError."""
+    """A list of numbers as they stand in JSON, or an array -> float64 [N]; those beyond float64 become infinite. Raises ValueError."""
+    if isinstance(values, np.ndarray):
+        return values.astype(np.float64)
     kinds = set(map(type, values))
     if not kinds <= NUMBERS:
         raise ValueError('must be one number a file')
@@ -54,10 +56,14 @@ def numbers(values):
 
 
 def labels(values):
-    """A list of labels, all of them classes or all of them vectors -> int64 [N] or float32 [N, D]. Raises ValueError.
+    """A list, or an array, of labels, all of them classes or all of them vectors -> int64 [N] or float32 [N, D]. Raises ValueError.
 
     Classes are whole numbers, also with a point, as in 3.0; a vector is a list, also of one number."""
     wrong = ValueError('must be classes 0, 1, ... or finite vectors of one length')
+    if isinstance(values, np.ndarray):
+        if values.ndim == 2:
+            return _vectors(values)
+        return _classes(_whole(values) if values.dtype.kind == 'f' else values, wrong)
     kinds = set(map(type, values))
     if values and kinds <= NUMBERS:
         return _classes(values if kinds == {int} else _whole(values), wrong)
@@ -65,18 +71,23 @@ def labels(values):
     if len(lengths) != 1 or lengths == {0}:
         raise wrong
     flat = list(itertools.chain.from_iterable(values))
+    try:
+        found = numbers(flat).reshape(len(values), -1)
+    except ValueError:
+        raise wrong from None
+    return _vectors(found)
+
+
+def _vectors(values):
     with np.errstate(over='ignore'):
-        try:
-            found = numbers(flat).astype(np.float32).reshape(len(values), -1)
-        except ValueError:
-            raise wrong from None
+        found = values.astype(np.float32)
     _check_finite(np.isfinite(found).all(axis=1))
     return found
 
 
 def _classes(values, wrong):
     """Whole numbers as int64 [N]."""
-    low, high = min(values), max(values)
+    low, high = (values.min(), values.max()) if isinstance(values, np.ndarray) else (min(values), max(values))
     if low < 0:
         raise wrong
     if high >= MAX_CLASSES:
@@ -113,7 +124,8 @@ def levels(values, names, scale=1.0):
 def limits(values, names, scale=1.0):
     """Upper limits of levels divided by the scale, float64 [N]; inf for null, which is none. Raises ValueError."""
     try:
-        found = _over(numbers([math.inf if value is None else value for value in values]), scale)
+        listed = values if isinstance(values, np.ndarray) else [math.inf if value is None else value for value in values]
+        found = _over(numbers(listed), scale)
     except ValueError as err:
         raise ValueError(f'{err}, or null') from None
     bad = np.flatnonzero(~(found > 0))
@@ -121,6 +133,20 @@ def limits(values, names, scale=1.0):
         raise ValueError(f'gives {names[bad[0]]} the limit {shown(values[bad[0]])}; limits must be above 0, or null for none'
                          + _more(bad, found))
     return found
+
+
+def lower_limits(values, names, scale=1.0):
+    """Lower limits of levels divided by the scale, float64 [N]; 0 for null, which is none, and inf for what no level is above.
+
+    JSON has no infinity: the largest float64 stands for it. Raises ValueError."""
+    try:
+        told = numbers(values if isinstance(values, np.ndarray) else [0.0 if value is None else value for value in values])
+    except ValueError as err:
+        raise ValueError(f'{err}, or null') from None
+    bad = np.flatnonzero(~(told >= 0))
+    if len(bad):
+        raise ValueError(f'gives {names[bad[0]]} the limit {shown(values[bad[0]])}; lower limits must be 0 or more, or null for none')
+    return np.where(told < LARGEST, _over(told, scale), math.inf)
 
 
 def units(value):
@@ -175,7 +201,7 @@ def shown_all(value):
 
 def shown(value):
     """A number of JSON for an error, however long it is."""
-    return f'{value:g}' if type(value) is float or abs(value) <= LARGEST else f'{"-" * (value < 0)}1e308 or more'
+    return f'{value:g}' if isinstance(value, float) or abs(value) <= LARGEST else f'{"-" * (value < 0)}1e308 or more'
 
 
 def _more(bad, values):

@@ -66,6 +66,17 @@ def test_levels_and_limits():
         tables.limits([1, 1e-320], NAMES, scale=1e20)
 
 
+def test_lower_limits():
+    most = 1.7976931348623157e308  # stands for infinity, which JSON has not
+    assert tables.lower_limits([None, 0, 1, math.inf, FAR, most], 'abcdef', scale=2).tolist() == [0, 0, 0.5] + 3 * [math.inf]
+    assert tables.lower_limits([most, 1.0], 'ab', scale=1e10).tolist() == [math.inf, 1e-10]
+    for bad in (-1, math.nan, -FAR):
+        with pytest.raises(ValueError, match='gives b.png the limit .*; lower limits must be 0 or more, or null'):
+            tables.lower_limits([None, bad], NAMES)
+    with pytest.raises(ValueError, match='one number a file, or null'):
+        tables.lower_limits([1, 'x'], NAMES)
+
+
 def test_units():
     assert tables.units({'offset': 1, 'scale': 2.5, 'more': 'text'}) == {'offset': 1.0, 'scale': 2.5}
     for value in (None, 3, [], 'x', {}, {'offset': 0}, {'offset': '0', 'scale': 1}, {'offset': [[0]], 'scale': 1},
@@ -81,7 +92,8 @@ def test_units():
 def test_nothing_else_comes_of_any_value():
     for first in VALUES:
         for second in (0, 1.5, None, [1], first):
-            for check in (tables.labels, lambda values: tables.levels(values, NAMES), lambda values: tables.limits(values, NAMES)):
+            for check in (tables.labels, lambda values: tables.levels(values, NAMES), lambda values: tables.limits(values, NAMES),
+                          lambda values: tables.lower_limits(values, NAMES)):
                 try:
                     found = check([first, second])
                 except ValueError as err:

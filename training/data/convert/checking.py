@@ -166,6 +166,6 @@ def _check_table(key, table, names, known, scale, problems):
         elif key == 'sigma_max':
             tables.limits(values, present, scale)
         else:
-            tables.levels([value or 0 for value in values], present, scale)
+            tables.lower_limits(values, present, scale)
     except ValueError as err:
         problems.add(key, f'{META}: "{key}" {err}')

@@ -14,6 +14,7 @@ import numpy as np
 from dnnlib.progress import Progress
 from training.data import tables
 from training.data.dataset import UNITS_8BIT, ImageDataset
+from training.data.limits import usable_levels
 from training.diffusion.ambient import snr_db
 
 CHUNK = 256  # images that a thread takes at a time
@@ -103,21 +104,16 @@ def facts_of(meta, names, shape, is_float, class_names=None):
     told = {'labels': values('labels'), **{key: values(key) for key in ('sigmas', 'sigma_min', 'sigma_max')}}
     zero = np.zeros(len(names))
     labels = None if told['labels'] is None else tables.labels(told['labels'])
-    lower = None if told['sigma_min'] is None else [value or 0 for value in told['sigma_min']]
     return Facts(names, shape, is_float, meta.get('units'), labels, _label_dim(labels),
                  zero if told['sigmas'] is None else tables.levels(told['sigmas'], names, scale),
-                 zero if lower is None else tables.levels(lower, names, scale),
+                 zero if told['sigma_min'] is None else tables.lower_limits(told['sigma_min'], names, scale),
                  zero + math.inf if told['sigma_max'] is None else tables.limits(told['sigma_max'], names, scale), class_names)
 
 
 def facts_of_dataset(dataset):
     """The Facts of an ImageDataset."""
-    everything = np.arange(len(dataset))
-    labels = dataset.labels(everything) if dataset.label_dim and dataset.classes is None else dataset.classes
-    sigma_min = getattr(dataset, 'sigma_min', None)
-    sigma_min = np.zeros(len(dataset)) if sigma_min is None else np.where(np.isfinite(sigma_min), sigma_min, 0)
-    return Facts([dataset.image_name(i) for i in dataset.raw_idx], dataset.image_shape, dataset.is_float, dataset.units, labels,
-                 dataset.label_dim, dataset.native_sigma, sigma_min, dataset.sigma_max)
+    return Facts([dataset.image_name(i) for i in dataset.raw_idx], dataset.image_shape, dataset.is_float, dataset.units,
+                 dataset.label_table, dataset.label_dim, dataset.native_sigma, dataset.sigma_min, dataset.sigma_max)
 
 
 def _label_dim(labels):
@@ -197,9 +193,9 @@ def _limit_lines(facts):
         if len(values):
             yield (f'{key}   {len(values)} of {len(told)} images have {which} limit; least {values.min():.4g}, '
                    f'median {np.median(values):.4g}, mean {values.mean():.4g}, most {values.max():.4g} in network units')
-    idle = np.count_nonzero((facts.sigmas >= facts.sigma_max) & (facts.sigma_min <= 0))
+    idle = int(usable_levels(facts.sigmas, 1, facts.sigma_min, facts.sigma_max).empty().sum())
     if idle:
-        yield f'            {idle} of them can never be used: they are as noisy as that already'
+        yield f'            {idle} of them can never be used: no level is above their noise and within their limits'
 
 
 def _label_lines(facts):

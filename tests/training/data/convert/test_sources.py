@@ -55,7 +55,7 @@ def test_lower_limits(folders):
     convert(folders / 'clean', folders / 'y.zip', '--sigma-min=0.4')
     assert column(folders / 'y.zip', 'sigma_min') == [0.4] * 3
     line = refusal(f'--source={folders}/clean', f'--dest={folders}/z.zip', '--sigma-min=-1')
-    assert '--sigma-min' in line and 'levels must be 0 or more' in line
+    assert '--sigma-min' in line and 'lower limits must be 0 or more' in line
 
 
 def test_class_names_of_folders_and_of_sources_are_numbered_together(folders):
