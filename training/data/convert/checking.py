@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether an archive is whole: every image decodes and is like the others, and dataset.json is valid and names each of them."""
+"""Whether a data set is whole: every image decodes and is like the others, and what is told of them is valid and of each of them."""
 
 import collections
 import os
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -11,8 +12,9 @@ from dnnlib import UserError
 from dnnlib.archive import DAMAGE, Archive, damage, decode_image
 from dnnlib.progress import Progress
 from training.data import tables
-from training.data.convert.annotations import LEVELS
-from training.data.convert.statistics import Summary, facts_of, lines, measure
+from training.data.convert.statistics import Summary, facts_of, facts_of_dataset, lines, measure
+from training.data.dataset import ImageDataset
+from training.data.packed import Packed, is_packed
 
 CHUNK = 64  # images that a thread takes at a time
 SHOWN = 100  # problems of one kind, at most, that are told one by one
@@ -20,14 +22,29 @@ META = 'dataset.json'
 
 
 def check(path, say):
-    """Whether nothing is wrong with the zip or folder; say(line) is told of what is found. Raises UserError where it cannot be opened."""
+    """Whether nothing is wrong with the zip, folder or packed array; say(line) is told of what is found. Raises UserError where it cannot
+    be opened."""
+    problems = Problems(say)
+    summary, count, facts = (_check_packed if is_packed(path) else _check_pictures)(path, problems, say)
+    problems.close()
+    if problems.count:
+        say(f'{path}: {problems.count} problems')
+    else:
+        for line in lines(summary, facts()):
+            say(line)
+        say(f'{path}: nothing wrong with its {count} images')
+    return not problems.count
+
+
+def _check_pictures(path, problems, say):
+    """(Summary of most images, how many there are, a function to get the Facts, where there are no problems) of a zip or folder."""
     archive = Archive(path)
-    names, problems = archive.images(), Problems(say)
+    names = archive.images()
     others = sorted({*archive.names} - {*names, META})
     if others:
         say(f'{len(others)} other files, such as {others[0]}, which training does not read')
     meta = _meta(archive, problems)
-    seen, summaries = _decode(archive, names)
+    seen, summaries = _look_at(names, lambda name: decode_image(name, archive.read(name)))
     usual = max(summaries, key=lambda like: summaries[like].count, default=None)
     for name, one in zip(names, seen):
         if isinstance(one, str):
@@ -35,15 +52,47 @@ def check(path, say):
         elif one != usual:
             problems.add('unlike', f'{name}: {_phrase(one)}, where most are {_phrase(usual)}')
     is_float = bool(usual) and usual[0] != 'uint8'
-    _check_meta(meta, names, usual[1][0] if is_float else 0, problems)
-    problems.close()
-    if problems.count:
-        say(f'{path}: {problems.count} problems')
-    else:
-        for line in lines(summaries[usual], facts_of(meta, names, usual[1], is_float)):
-            say(line)
-        say(f'{path}: nothing wrong with its {len(names)} images')
-    return not problems.count
+    scale = _check_units(meta.get('units'), usual[1][0], problems) if is_float else 1.0
+    known = set(names)
+    for key in CHECKS:
+        if meta.get(key):
+            _check_table(key, meta[key], names, known, scale, problems)
+    return summaries.get(usual), len(names), lambda: facts_of(meta, names, usual[1], is_float)
+
+
+def _check_packed(path, problems, say):
+    """The same of a packed data set."""
+    contents = Packed(path)
+    if path.lower().endswith('.npz'):
+        _check_members(path, problems)
+    names = [contents.name(index) for index in range(contents.count)]
+    seen, summaries = _look_at(range(contents.count), contents.decode)
+    for name, one in zip(names, seen):
+        if isinstance(one, str):
+            problems.add('image', f'{name}: {one}')
+    scale = _check_units(contents.units, contents.image_shape[0], problems) if contents.is_float else 1.0
+    for key, function in CHECKS.items():
+        try:
+            if contents.has(key):
+                function(contents.values(key), names, scale)
+        except ValueError as err:
+            problems.add(key, f'{key}.npy {err}')
+        except UserError as err:
+            problems.add(key, str(err))
+    return (next(iter(summaries.values()), None), len(names),
+            lambda: facts_of_dataset(ImageDataset(path, use_labels=contents.has('labels'))))
+
+
+def _check_members(path, problems):
+    """The CRC-32 of the members of an .npz, which mapping them does not look at."""
+    with zipfile.ZipFile(path) as archive:
+        for info in archive.infolist():
+            try:
+                with archive.open(info) as member:
+                    while member.read(1 << 24):
+                        pass
+            except DAMAGE as err:
+                problems.add('member', f'{info.filename}: cannot be read ({damage(err)})')
 
 
 class Problems:
@@ -70,20 +119,20 @@ class Problems:
                 self._say(f'... and {count - SHOWN} more of this kind: {kind}')
 
 
-def _decode(archive, names):
-    """(of every image its type and shape, or what is wrong with it as a str; {type and shape: Summary}), decoded in threads."""
+def _look_at(places, read):
+    """(of every image its type and shape, or what is wrong with it as a str; {type and shape: Summary}), decoded by read in threads."""
     def of_chunk(start):
         likes, summaries = [], {}
-        for name in names[start:start + CHUNK]:
-            image = _look(archive, name)
+        for place in places[start:start + CHUNK]:
+            image = _look(place, read)
             likes.append(image if isinstance(image, str) else (str(image.dtype), image.shape))
             if not isinstance(image, str):
                 summaries.setdefault(likes[-1], Summary()).add(measure(image))
         return likes, summaries
 
     found, total, known = [], {}, {}
-    with ThreadPoolExecutor(os.cpu_count()) as pool, Progress(len(names), 'Checking') as bar:
-        for likes, summaries in pool.map(of_chunk, range(0, len(names), CHUNK)):
+    with ThreadPoolExecutor(os.cpu_count()) as pool, Progress(len(places), 'Checking') as bar:
+        for likes, summaries in pool.map(of_chunk, range(0, len(places), CHUNK)):
             found += [known.setdefault(like, like) for like in likes]  # one object for those that are equal
             for like, summary in summaries.items():
                 total.setdefault(like, Summary()).merge(summary)
@@ -91,10 +140,10 @@ def _decode(archive, names):
     return found, total
 
 
-def _look(archive, name):
+def _look(place, read):
     """The image [C,H,W], uint8 or float32; or what is wrong with it."""
     try:
-        image = decode_image(name, archive.read(name))
+        image = read(place)
     except DAMAGE as err:
         return f'cannot be read ({damage(err)})'
     if image.dtype not in (np.uint8, np.float32, np.float64):
@@ -122,23 +171,18 @@ def _meta(archive, problems):
         return {}
 
 
-def _check_meta(meta, names, channels, problems):
-    """channels: of float images; 0 for 8-bit ones, which have no units."""
-    scale = 1.0
-    if channels:
-        try:
-            units = tables.units(meta.get('units'))
-            scale = tables.level_scale(units)
-            if isinstance(units['scale'], list) and len(units['scale']) != channels:
-                problems.add('units', f'{META}: has units of {len(units["scale"])} channels, and the images have {channels}')
-        except KeyError:
-            problems.add('units', f'{META}: float images need "units": {{"offset": ..., "scale": ...}}')
-        except ValueError as err:
-            problems.add('units', f'{META}: {err}')
-    known = set(names)
-    for key in ('labels', *LEVELS):
-        if meta.get(key):
-            _check_table(key, meta[key], names, known, scale, problems)
+def _check_units(told, channels, problems):
+    """What the levels of float images are divided by."""
+    try:
+        units = tables.units(told)
+        if isinstance(units['scale'], list) and len(units['scale']) != channels:
+            problems.add('units', f'{META}: has units of {len(units["scale"])} channels, and the images have {channels}')
+        return tables.level_scale(units)
+    except KeyError:
+        problems.add('units', f'{META}: float images need "units": {{"offset": ..., "scale": ...}}')
+    except ValueError as err:
+        problems.add('units', f'{META}: {err}')
+    return 1.0
 
 
 def _check_table(key, table, names, known, scale, problems):
@@ -159,13 +203,10 @@ def _check_table(key, table, names, known, scale, problems):
     if not values:
         return
     try:
-        if key == 'labels':
-            tables.labels(values)
-        elif key == 'sigmas':
-            tables.levels(values, present, scale)
-        elif key == 'sigma_max':
-            tables.limits(values, present, scale)
-        else:
-            tables.lower_limits(values, present, scale)
+        CHECKS[key](values, present, scale)
     except ValueError as err:
         problems.add(key, f'{META}: "{key}" {err}')
+
+
+CHECKS = {'labels': lambda values, names, scale: tables.labels(values), 'sigmas': tables.levels, 'sigma_min': tables.lower_limits,
+          'sigma_max': tables.limits}

@@ -23,7 +23,7 @@ from training.data.convert.tiles import Tiled
 from training.data.dataset import UNITS_8BIT
 
 CHUNK = 32  # images that a worker process takes at a time
-SAMPLE = 2048  # images, at most, whose headers tell what the others should be like, and are checked beforehand
+SAMPLE = 1024  # images, at most, whose headers tell what the others should be like, and are checked beforehand
 
 
 class Written(NamedTuple):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from tests.test_dataset_tool import convert, picture_folder, pictures, refusal, run
+from training.data.packed import new_packed
 
 
 def rewritten(path, change=None, meta=None, drop=(), add=()):
@@ -138,3 +139,36 @@ def test_what_training_reads_nothing_of(archive, tmp_path):
     assert 'not a whole zip file' in refusal('check', tmp_path / 'bad.zip')
     rewritten(archive, {'dataset.json': lambda data: data[:-1]})
     assert 'not a JSON file' in refusal('check', archive) or 'JSON' in check(archive)[1]
+
+
+def packed(dest, images, units=None, **tables):
+    with new_packed(dest, images.shape[1:], images.dtype) as folder:
+        for image in images:
+            folder.append(image.tobytes())
+        folder.finish(tables, units=units)
+    return dest
+
+
+@pytest.mark.parametrize('name', ['packed', 'x.npz'])
+def test_packed_data(tmp_path, name):
+    images = np.random.default_rng(0).normal(size=(6, 2, 4, 4)).astype(np.float32)
+    dest = packed(tmp_path / name, images, {'offset': 0, 'scale': 2}, labels=np.arange(6), sigmas=np.full(6, 0.5))
+    code, said = check(dest)
+    assert code == 0 and 'nothing wrong with its 6 images' in said and '6 classes' in said and 'most 0.25' in said
+    images[3, 0, 0] = np.nan
+    for other in ('packed-2', 'y.npz'):
+        code, said = check(packed(tmp_path / other, images, None, labels=-np.arange(6), sigmas=np.full(6, np.nan)))
+        assert code == 1 and '4 problems' in said
+        for text in ('image 3: 4 of 32 values are not finite (4 NaN)', 'float images need "units"', 'labels.npy must be classes',
+                     'sigmas.npy gives image 0 the level nan; levels must be 0 or more (6 of 6 are not)'):
+            assert text in said, said
+    assert check(packed(tmp_path / 'two.npz', images[:2], {'offset': [0] * 3, 'scale': [1] * 3}))[0] == 1
+
+
+def test_a_packed_array_with_a_changed_byte(tmp_path):
+    dest = packed(tmp_path / 'x.npz', pictures(5, (3, 8, 8)))
+    data = bytearray(dest.read_bytes())
+    data[len(data) // 3] ^= 1
+    dest.write_bytes(data)
+    code, said = check(dest)
+    assert code == 1 and 'images.npy: cannot be read (Bad CRC-32' in said
