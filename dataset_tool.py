@@ -2,7 +2,8 @@
 """Converts images of any kind into the zip or folder that train.py reads, and tells what is in one.
 
 python dataset_tool.py --source=images/ --dest=images.zip --transform=center-crop --resolution=64x64
-python dataset_tool.py stats images.zip"""
+python dataset_tool.py stats images.zip
+python dataset_tool.py check images.zip"""
 
 import re
 
@@ -13,6 +14,7 @@ from torch_utils.command_line import Command, Spec, hyphens, version_option
 from training.data.convert import transforms
 from training.data.convert.annotations import PROPOSE_CHANNELS
 from training.data.convert.arrays import LAYOUTS
+from training.data.convert.checking import check as check_archive
 from training.data.convert.conversion import convert as convert_images
 from training.data.convert.sources import options_of_sources, what_is_read
 from training.data.convert.statistics import describe
@@ -104,17 +106,18 @@ def parse_units(ctx, param, value):
               'whose --sigmas are in network units where scales differ; "channel": mean, 2 std of each')
 @click.option('--on-bad', type=click.Choice(['fail', 'skip']), default='fail', show_default=True,
               help='Images that cannot be read, or differ from the others')
+@click.option('--sheet', metavar='FILE', help='A picture of some of the images, .png, or "none"  [default: beside --dest, NAME-sheet.png]')
 @click.option('--workers', metavar='INT', type=click.IntRange(min=1), help='Processes  [default: one a core]')
 def convert(**options):
     """Convert images: 8-bit ones to PNG, any others (16-bit, float) to float32 .npy with the units that map them back.
 
     Labels come from class folders, or from a dataset.json in the source, which wins. MNIST keeps its 28x28 pixels."""
-    count = convert_images(options)
-    click.echo(f'{options["dest"]}: {count} images')
+    for line in convert_images(options):
+        click.echo(line)
 
 
 # ----------------------------------------------------------------------------------------------------
-# Statistics
+# What is in an archive, and whether it is whole
 
 
 @main.command(cls=Command)
@@ -124,6 +127,16 @@ def stats(data, sigma):
     """Print count, shape, range, sigma_data, classes, noise levels, and the SNR at a noise level."""
     for line in describe(data, sigma):
         click.echo(line)
+
+
+@main.command(cls=Command)
+@click.argument('data', metavar='DATA')
+def check(data):
+    """Look for whatever training would stumble over: every image is decoded, and dataset.json compared with them.
+
+    Prints a line for each problem, with the name of the file; ends with exit code 1 where there are any."""
+    if not check_archive(data, click.echo):
+        raise SystemExit(1)
 
 
 if __name__ == '__main__':

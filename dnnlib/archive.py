@@ -7,6 +7,7 @@ import contextlib
 import functools
 import io
 import os
+import re
 import struct
 import warnings
 import zipfile
@@ -15,15 +16,15 @@ import zlib
 import numpy as np
 import PIL.Image
 
-from dnnlib import arrays
+from dnnlib import arrays, pictures
 from dnnlib.files import MAX_JSON, json_object
 from dnnlib.fingerprint import digest, fingerprint
 from dnnlib.util import UserError, one_line
 
 LOSSY = ('.jpg', '.jpeg', '.webp')
 IMAGES = ('.png', '.bmp', *LOSSY, '.npy')  # members that are images, wherever images are read
+LEFT_BEHIND = re.compile(r'(^|/)(\.|__MACOSX/)')  # in the name of a member that is no image, whatever its end
 RARER_IMAGES = ('.tif', '.tiff', '.pgm', '.ppm')  # and where they are converted
-CONVERTED = {'P': 'RGB', 'CMYK': 'RGB', '1': 'L'}  # Pillow's modes whose values are no intensities
 # Whatever its name, a picture is one of these: Pillow knows formats that run other programs, such as EPS.
 FORMATS = ('PNG', 'JPEG', 'BMP', 'DIB', 'GIF', 'WEBP', 'TIFF', 'PPM')
 
@@ -87,8 +88,10 @@ class Archive:
         return self._opened[1]
 
     def images(self, suffixes=IMAGES):
-        """The names of images. Those that begin with a dot are other programs' notes. Raises UserError where there are none."""
-        found = [name for name in self.names if name.lower().endswith(suffixes) and not os.path.basename(name).startswith('.')]
+        """The names of images, without what other programs left behind: files and folders that begin with a dot, and __MACOSX.
+
+        Raises UserError where there are none."""
+        found = [name for name in self.names if name.lower().endswith(suffixes) and not LEFT_BEHIND.search(name)]
         if not found:
             raise UserError(f'{self.where}: no images in it (looked for {", ".join(suffixes)})')
         twice = next((name for name, after in zip(found, found[1:]) if name == after), None)
@@ -232,18 +235,18 @@ def open_picture(data, most=MAX_PIXELS):
     most = min(most, MAX_PIXELS // 2) if picture.format == 'WEBP' else most  # its decoder holds several pictures at once
     if pixels > most:
         raise ValueError(f'{picture.width} x {picture.height} pixels, more than the {most} that are decoded')
-    if data[:4] == b'\x89PNG' and data[24] == 16 and not picture.mode.startswith('I'):
-        raise ValueError('16 bits in several channels, of which Pillow reads 8; save it as .npy')
     if data[:2] == b'\xff\xd8' and pixels * data.count(b'\xff\xda') > MAX_SCANS:
         raise ValueError(f'{data.count(bytes([0xff, 0xda]))} scans of {pixels} pixels, more than are decoded')
+    with _decoding():
+        pictures.check(picture, data)
     return picture
 
 
 def decode_image(name, data, modes=None, most=MAX_PIXELS):
     """The bytes of a member -> array [C,H,W]: 8-bit pictures as uint8, deeper ones and .npy as they lie there; [H,W] is one channel.
 
-    Palettes and CMYK become RGB, bits grey. modes: Pillow's modes that are allowed after that, by default all. most: pixels of a picture.
-    Raises errors of DAMAGE."""
+    Palettes and CMYK become RGB, bits grey; EXIF's orientation is applied. modes: Pillow's modes that are allowed after that, by default
+    all. most: pixels of a picture. Raises errors of DAMAGE."""
     if name.lower().endswith('.npy'):
         array = arrays.from_bytes(data)
         if array.ndim not in (2, 3) or not array.size:
@@ -252,12 +255,10 @@ def decode_image(name, data, modes=None, most=MAX_PIXELS):
     if (plain := _plain_png(data, most)) is not None and not modes:
         return plain
     with open_picture(data, most) as picture, _decoding():
-        if picture.mode in CONVERTED:
-            picture = picture.convert(CONVERTED[picture.mode])
-        if modes and picture.mode not in modes:
-            raise ValueError(f'mode {picture.mode}, expected 8-bit grey or RGB; convert it with dataset_tool.py')
-        array = np.array(picture)
-    return array[None] if array.ndim == 2 else np.ascontiguousarray(array.transpose(2, 0, 1))
+        mode = pictures.CONVERTED.get(picture.mode, picture.mode)
+        if modes and mode not in modes:
+            raise ValueError(f'mode {mode}, expected 8-bit grey or RGB; convert it with dataset_tool.py')
+        return pictures.pixels(picture, data)
 
 
 def _plain_png(data, most):

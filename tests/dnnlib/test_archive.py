@@ -61,6 +61,20 @@ def test_zips_and_folders_are_alike(places):
         assert archive.read_json() == {'labels': None} and archive.read_json('none.json') == {}
 
 
+def test_what_other_programs_left_behind_is_no_image(tmp_path):
+    """Folders of macOS, editors and version control; what begins with a dot, wherever it lies. The fingerprint does not know it."""
+    data, prints = coded(np.zeros([4, 4, 3], np.uint8), 'RGB'), []
+    left = ('__MACOSX/a/b.png', 'a/__MACOSX/c.png', '.cache/d.png', 'a/.e/f/g.png', 'a/.h.png')
+    for names in (('a/x.png', '_a/y.png'), ('a/x.png', '_a/y.png', *left)):
+        with zipfile.ZipFile(tmp_path / 'z.zip', 'w') as archive:
+            for name in names:
+                archive.writestr(name, data)
+        archive = Archive(tmp_path / 'z.zip')
+        assert archive.images() == ['_a/y.png', 'a/x.png']
+        prints.append(archive.fingerprint())
+    assert prints[0] == prints[1]
+
+
 def test_suffixes_are_named_once():
     assert len({*IMAGES, *RARER_IMAGES}) == len(IMAGES) + len(RARER_IMAGES)
 

@@ -73,6 +73,10 @@ class Pictures:
             raise UserError(
                 f'{self.where}: {name} is {_describe(image.dtype, image.shape)}, but {self._names[0]} is '
                 f'{_describe(self._dtype, self.image_shape)}; make them equal with dataset_tool.py --resolution')
+        if image.dtype == np.float32 and not np.isfinite(image).all():
+            wrong = np.count_nonzero(~np.isfinite(image))
+            raise UserError(f'{self.where}: {name} has values that are not finite ({wrong} of {image.size}); leave it out with '
+                            'dataset_tool.py --on-bad=skip')
         return image
 
 

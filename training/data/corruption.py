@@ -128,7 +128,7 @@ class LabelCorruption:
         if not 0 <= rate <= 1:
             raise UserError(f'--label-corruption={rate}: must lie between 0 and 1')
         if not 0 <= seed < 2 ** 64:
-            raise UserError(f'--label-corruption-seed={seed}: must lie between 0 and 2^64 - 1')
+            raise UserError(f'--corruption-seed={seed}: must lie between 0 and 2^64 - 1')
         listed = [c for group in groups or [] for c in group]
         if len(listed) != len(set(listed)) or min(listed, default=0) < 0:
             raise UserError(f'--label-corruption-groups={groups}: classes are whole numbers from 0, each in one group at most')

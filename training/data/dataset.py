@@ -101,6 +101,10 @@ class ImageDataset:
         """What the data set is known by, whatever its path; see dnnlib.fingerprint. All of it counts, also what is not kept."""
         return self.contents.fingerprint()
 
+    def image_name(self, raw_idx):
+        """The name of an image within the archive."""
+        return self.contents.name(raw_idx)
+
     def decode(self, raw_idx):
         """An image of the archive as it lies there, never flipped: [C,H,W], uint8 or float32. Safe in threads."""
         return self.contents.decode(raw_idx)
@@ -120,7 +124,7 @@ class ImageDataset:
         size = min(int(keep * total), total if max_size is None else int(max_size))
         if size < 1:
             raise UserError(f'--dataset-keep-percentage={keep}: keeps none of the {total} images; '
-                            f'use at least {1 / total:.3g}, or --max-size of 1 or more')
+                            f'use at least {1 / total:.3g}')
         if size == total:
             return np.arange(total)
         return np.sort(np.random.RandomState(random_seed % 2 ** 31).permutation(total)[:size])

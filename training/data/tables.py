@@ -22,15 +22,30 @@ def distinct(indices):
 
 def by_file(table, names):
     """The values of a table in the order of the names. table: [[name, value], ...] or {name: value}. Raises ValueError."""
-    pairs = list(table.items()) if isinstance(table, dict) else table
-    if not isinstance(pairs, list) or not all(
-            isinstance(pair, (list, tuple)) and len(pair) == 2 and isinstance(pair[0], str) for pair in pairs):
-        raise ValueError('must be [file, value] pairs or an object')
-    found = {name.replace('\\', '/'): value for name, value in pairs}
+    found = by_name(pairs_of(table))
     missing = [name for name in names if name not in found]
     if missing:
         raise ValueError(f'misses {len(missing)} of {len(names)} files, such as {missing[0]}; list every file')
     return [found[name] for name in names]
+
+
+def pairs_of(table):
+    """The (name, value) pairs of a table as by_file() takes it, a list. Raises ValueError."""
+    pairs = list(table.items()) if isinstance(table, dict) else table
+    if not isinstance(pairs, list) or not all(
+            isinstance(pair, (list, tuple)) and len(pair) == 2 and isinstance(pair[0], str) for pair in pairs):
+        raise ValueError('must be [file, value] pairs or an object')
+    return pairs
+
+
+def by_name(pairs):
+    """{name with slashes: value} of (name, value) pairs. Raises ValueError where a name has several values."""
+    found = {name.replace('\\', '/'): value for name, value in pairs}
+    if len(found) < len(pairs):
+        told = next((name for name, value in pairs if found[name.replace('\\', '/')] != value), None)
+        if told is not None:
+            raise ValueError(f'gives {told} several values')
+    return found
 
 
 def numbers(values):
@@ -46,36 +61,60 @@ def numbers(values):
 
 
 def labels(values):
-    """A list, or an array, of labels, all of them classes or all of them vectors -> int64 [N] or float32 [N, D]. Raises ValueError."""
+    """A list, or an array, of labels, all of them classes or all of them vectors -> int64 [N] or float32 [N, D]. Raises ValueError.
+
+    Classes are whole numbers, also with a point, as in 3.0; a vector is a list, also of one number."""
     wrong = ValueError('must be classes 0, 1, ... or finite vectors of one length')
-    if isinstance(values, np.ndarray) and values.dtype.kind == 'f':
-        return _vectors(values if values.ndim == 2 else values[:, None], wrong)
-    kinds = {int} if isinstance(values, np.ndarray) and values.ndim == 1 else set(map(type, values))
-    if kinds == {int}:
-        low, high = (values.min(), values.max()) if isinstance(values, np.ndarray) else (min(values), max(values))
-        if low < 0:
-            raise wrong
-        if high >= MAX_CLASSES:
-            raise ValueError(f'give class {str(high)[:20]}, and the last that can be is {MAX_CLASSES - 1}')
-        return np.array(values, np.int64)
-    if kinds <= NUMBERS:
-        values, kinds = [[value] for value in values], {list}
+    if isinstance(values, np.ndarray):
+        if values.ndim == 2:
+            return _vectors(values)
+        return _classes(_whole(values) if values.dtype.kind == 'f' else values, wrong)
+    kinds = set(map(type, values))
+    if values and kinds <= NUMBERS:
+        return _classes(values if kinds == {int} else _whole(values), wrong)
     lengths = set(map(len, values)) if kinds == {list} else set()
     if len(lengths) != 1 or lengths == {0}:
         raise wrong
     flat = list(itertools.chain.from_iterable(values))
     try:
-        return _vectors(numbers(flat).reshape(len(values), -1), wrong)
+        found = numbers(flat).reshape(len(values), -1)
     except ValueError:
         raise wrong from None
+    return _vectors(found)
 
 
-def _vectors(values, wrong):
+def _vectors(values):
     with np.errstate(over='ignore'):
         found = values.astype(np.float32)
-    if not np.isfinite(found).all():
-        raise wrong
+    _check_finite(np.isfinite(found).all(axis=1))
     return found
+
+
+def _classes(values, wrong):
+    """Whole numbers as int64 [N]."""
+    low, high = (values.min(), values.max()) if isinstance(values, np.ndarray) else (min(values), max(values))
+    if low < 0:
+        raise wrong
+    if high >= MAX_CLASSES:
+        raise ValueError(f'give class {str(high)[:20]}, and the last that can be is {MAX_CLASSES - 1}')
+    return np.array(values, np.int64)
+
+
+def _whole(values):
+    """Numbers that are whole, though they may be written with a point, as a list of int."""
+    found = numbers(values)
+    _check_finite(np.isfinite(found))
+    broken = np.flatnonzero(found % 1)
+    if len(broken):
+        told = f'{found[broken[0]]:g}'
+        raise ValueError(f'gives {len(broken)} of {len(found)} images a label that is no whole number, such as {told}; a vector is '
+                         f'[{told}]')
+    return list(map(int, found.tolist()))
+
+
+def _check_finite(finite):
+    if not finite.all():
+        raise ValueError(f'has {np.count_nonzero(~finite)} of {len(finite)} labels that are not finite (NaN or infinite)')
 
 
 def levels(values, names, scale=1.0):
@@ -83,7 +122,7 @@ def levels(values, names, scale=1.0):
     found = _over(numbers(values), scale)
     bad = np.flatnonzero(~(np.isfinite(found) & (found >= 0)))
     if len(bad):
-        raise ValueError(f'gives {names[bad[0]]} the level {shown(values[bad[0]])}; levels must be 0 or more')
+        raise ValueError(f'gives {names[bad[0]]} the level {shown(values[bad[0]])}; levels must be 0 or more' + _more(bad, found))
     return found
 
 
@@ -96,7 +135,8 @@ def limits(values, names, scale=1.0):
         raise ValueError(f'{err}, or null') from None
     bad = np.flatnonzero(~(found > 0))
     if len(bad):
-        raise ValueError(f'gives {names[bad[0]]} the limit {shown(values[bad[0]])}; limits must be above 0, or null for none')
+        raise ValueError(f'gives {names[bad[0]]} the limit {shown(values[bad[0]])}; limits must be above 0, or null for none'
+                         + _more(bad, found))
     return found
 
 
@@ -167,6 +207,11 @@ def shown_all(value):
 def shown(value):
     """A number of JSON for an error, however long it is."""
     return f'{value:g}' if isinstance(value, float) or abs(value) <= LARGEST else f'{"-" * (value < 0)}1e308 or more'
+
+
+def _more(bad, values):
+    """How many are bad, where it is more than the one that is told of."""
+    return f' ({len(bad)} of {len(values)} are not)' if len(bad) > 1 else ''
 
 
 def _over(values, scale):

@@ -14,9 +14,11 @@ FAR = 10 ** 400  # no float64 is as large
 
 
 def test_values_follow_the_names():
-    for table in ({'b.png': 2, 'a.png': 1, 'c.png': 3}, [['b.png', 2], ['a.png', 1]], [['a.png', 0], ['b.png', 2], ['a.png', 1]]):
+    for table in ({'b.png': 2, 'a.png': 1, 'c.png': 3}, [['b.png', 2], ['a.png', 1]], [['a.png', 1], ['b.png', 2], ['a.png', 1]]):
         assert tables.by_file(table, NAMES) == [1, 2]
     assert tables.by_file({'x\\a.png': 1}, ['x/a.png']) == [1]
+    with pytest.raises(ValueError, match='gives a.png several values'):
+        tables.by_file([['a.png', 0], ['b.png', 2], ['a.png', 1]], NAMES)
     with pytest.raises(ValueError, match='misses 1 of 2 files, such as b.png'):
         tables.by_file({'a.png': 1}, NAMES)
 
@@ -30,15 +32,17 @@ def test_tables_that_are_none(table):
 
 def test_labels():
     assert tables.labels([2, 0, 5]).dtype == np.int64 and tables.labels([2, 0, 5]).tolist() == [2, 0, 5]
-    for values, want in (([[1, 0.5], [0, 2]], [[1, 0.5], [0, 2]]), ([1.5, 2], [[1.5], [2]]), ([[1], [2]], [[1], [2]]),
-                         ([True, False], [[1], [0]])):
+    for values, want in (([[1, 0.5], [0, 2]], [[1, 0.5], [0, 2]]), ([[1], [2]], [[1], [2]])):
         assert tables.labels(values).dtype == np.float32 and tables.labels(values).tolist() == want
+    for values in ([3.0, 0, 1], [3.0, 0.0, 1.0], [3, False, True]):
+        assert tables.labels(values).dtype == np.int64 and tables.labels(values).tolist() == [3, 0, 1]
     assert tables.labels([0, tables.MAX_CLASSES - 1]).max() == tables.MAX_CLASSES - 1
     with pytest.raises(ValueError, match='give class 131072, and the last that can be is 131071'):
         tables.labels([0, tables.MAX_CLASSES])
 
 
-@pytest.mark.parametrize('values', [[-1, 0], [1, None], [[1], [1, 2]], [[1], 2], [[[1]], [[2]]], ['1', '2'], [{}, {}], [[], []],
+@pytest.mark.parametrize('values', [[-1, 0], [1.5, 2], [0.0, math.nan], [-1.0, 0], [],
+                                    [1, None], [[1], [1, 2]], [[1], 2], [[[1]], [[2]]], ['1', '2'], [{}, {}], [[], []],
                                     [[math.nan]], [[1e39]], [math.inf, 1.0], [FAR], [[FAR], [0]], [-FAR, 0], [2 ** 63, 0],
                                     [[2 ** 64], [1e308]]])
 def test_labels_that_are_none(values):

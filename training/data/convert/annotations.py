@@ -25,8 +25,10 @@ def annotate(source, options):
         if options[key]:
             setattr(source, key, read_levels(options[key], option, key, source.names))
     if source.labels is not None:
-        source.labels = as_classes(source.labels)
-        check(tables.labels, 'the table of labels (--labels, or those of the source)', source.labels)
+        told, source.labels = source.labels, as_classes(source.labels)
+        source.class_names = {label: name for label, name in zip(source.labels, told) if isinstance(name, str)}
+        found = check(tables.labels, 'the table of labels (--labels, or those of the source)', source.labels)
+        source.labels = found.tolist() if found.ndim == 1 else source.labels  # 3.0 is class 3
     if source.sigmas is not None:
         check(tables.levels, 'the table of noise levels (--sigmas, or "sigmas" in the source)', source.sigmas, source.names)
         option = next((option for option in ('resolution', 'transform') if options[option]), None)
@@ -107,7 +109,7 @@ def read_table(path, option, key):
         if path.endswith('.json'):
             found = read_value(path, f'{option}={path}')
             return found.get(key, found) if isinstance(found, dict) else found
-        with open(path, encoding='utf-8', newline='') as file:
+        with open(path, encoding='utf-8-sig', newline='') as file:
             rows = [[registry.parse_number(text.strip()) for text in row] for row in csv.reader(file) if row]
     except (OSError, ValueError, csv.Error) as err:
         raise UserError(f'{option}={path}: cannot be read ({damage(err)}); give CSV, JSON or .npy') from None
@@ -144,9 +146,27 @@ def match(table, names, where):
         if len(pairs) != len(names):
             raise UserError(f'{where}: {len(pairs)} values for {len(names)} images; give one an image, in their order')
         return pairs
-    found = {name.replace('\\', '/'): value for name, value in pairs}
-    keys = [name if name in found else os.path.basename(name) for name in names]
-    missing = [name for name, key in zip(names, keys) if key not in found]
+    try:
+        found = tables.by_name(pairs)
+    except ValueError as err:
+        raise UserError(f'{where}: {err}') from None
+    keys = _keys(names, found, where)
+    missing = [name for name, key in zip(names, keys) if key is None]
     if missing:
         raise UserError(f'{where}: misses {len(missing)} of {len(names)} images, such as {missing[0]}')
     return [found[key] for key in keys]
+
+
+def _keys(names, found, where):
+    """The names under which a table `found` has the images: their own, or without folders where that means one image only; else None."""
+    if all(name in found for name in names):
+        return names
+    whole, keys, meant = set(names), [], {}
+    for name in names:
+        base = os.path.basename(name)
+        meant.setdefault(base, []).append(name)
+        keys.append(name if name in found else base if base in found and base not in whole else None)
+    for base in {key for key in keys if key is not None and key not in whole}:
+        if len(meant[base]) > 1:
+            raise UserError(f'{where}: "{base}" may be {meant[base][0]} or {meant[base][1]}; give names with their folders')
+    return keys

@@ -117,7 +117,15 @@ def _npz(path):
 
 
 def _as_nchw(images, layout, path):
-    """Any layout as [N,C,H,W]. Without a word on it, the channels are the one axis that is smaller than the other two."""
+    """Any layout as [N,C,H,W]."""
+    layout = find_layout(images, layout, path)
+    images = images.transpose(LAYOUTS[layout])
+    return images[:, None] if layout == 'nhw' else images
+
+
+def find_layout(images, layout, path):
+    """The key of LAYOUTS of anything with a shape and a dtype. Without a word on it, the channels are the one axis that is smaller
+    than the other two. Raises UserError."""
     if images.ndim not in (3, 4) or images.dtype.kind not in 'uif' or images.size == 0:
         raise UserError(f'--source={path}: {images.dtype} of shape {list(images.shape)}; expected numbers '
                         '[N,H,W], [N,H,W,C] or [N,C,H,W]')
@@ -131,5 +139,4 @@ def _as_nchw(images, layout, path):
     layout = layout or 'nhw'
     if len(layout) != images.ndim:
         raise UserError(f'--layout={layout}: the array in {path} has shape {list(images.shape)}')
-    images = images.transpose(LAYOUTS[layout])
-    return images[:, None] if layout == 'nhw' else images
+    return layout

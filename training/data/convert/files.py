@@ -4,11 +4,11 @@
 import os
 
 import numpy as np
-import PIL.ImageMode
 
-from dnnlib import UserError
-from dnnlib.archive import CONVERTED, IMAGES, RARER_IMAGES, Archive, decode_image, open_picture
+from dnnlib import UserError, pictures
+from dnnlib.archive import IMAGES, RARER_IMAGES, Archive, decode_image, open_picture
 from training.data import tables
+from training.data.convert import tiff
 from training.data.convert.annotations import match
 from training.data.convert.source import Kind, Source
 
@@ -39,14 +39,17 @@ class FileSource(Source):
         if name.lower().endswith('.npy'):
             array = self.read(index)
             return Kind(*array.shape, array.dtype == np.uint8, str(array.dtype))
-        image = open_picture(self._archive.read(name))
-        bands = PIL.ImageMode.getmode(CONVERTED.get(image.mode, image.mode)).bands
-        return Kind(len(bands), image.height, image.width, not image.mode.startswith(('I', 'F')), image.mode)
+        data = self._archive.read(name)
+        if tiff.beyond_pillow(data):
+            return tiff.tiff_kind(data)
+        picture = open_picture(data)
+        return Kind(*pictures.header(picture, data), picture.mode)
 
     def read(self, index):
-        """The image, [C,H,W], as decode_image gives it."""
+        """The image, [C,H,W], as decode_image gives it, or decode_tiff what Pillow would read a part of."""
         name = self.names[index]
-        return decode_image(name, self._archive.read(name))
+        data = self._archive.read(name)
+        return tiff.decode_tiff(data) if tiff.beyond_pillow(data) else decode_image(name, data)
 
 
 def _units(told, path):

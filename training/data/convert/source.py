@@ -32,6 +32,7 @@ class Source:
 
     what = ''  # what it is called where sources are listed
     labels = sigmas = sigma_min = sigma_max = units = None
+    class_names = None  # {class: name}, once the names have been numbered
 
     @staticmethod
     def matches(path):

@@ -17,9 +17,13 @@ from torch_utils import registry
 from training.data.convert.annotations import tell
 from training.data.convert.arrays import DigitsSource, NumpySource
 from training.data.convert.cifar import CifarSource
+from training.data.convert.containers import HuggingFaceSource, LmdbSource, ParquetSource, WebDatasetSource
 from training.data.convert.files import FileSource
+from training.data.convert.hdf5 import Hdf5Source
 from training.data.convert.joined import Joined
 from training.data.convert.mnist import MnistSource
+from training.data.convert.scientific import DicomSource, FitsSource, NiftiSource
+from training.data.convert.tiff import TiffSource
 
 TOLD = ('label', 'sigma', 'sigma_min', 'sigma_max')  # what annotations.tell() is told
 MISSING = 'no such file or folder (nor is it the word "digits")'
@@ -99,4 +103,6 @@ def options_of_sources():
     return '; '.join(f'{name}: {", ".join(keys)}' for name, keys in taken.items() if keys)
 
 
-SOURCES = {'digits': DigitsSource, 'cifar': CifarSource, 'mnist': MnistSource, 'numpy': NumpySource, 'files': FileSource}
+SOURCES = {'digits': DigitsSource, 'hf': HuggingFaceSource, 'webdataset': WebDatasetSource, 'cifar': CifarSource, 'mnist': MnistSource,
+           'numpy': NumpySource, 'parquet': ParquetSource, 'lmdb': LmdbSource, 'hdf5': Hdf5Source, 'tiff': TiffSource,
+           'fits': FitsSource, 'dicom': DicomSource, 'nifti': NiftiSource, 'files': FileSource}

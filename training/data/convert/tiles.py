@@ -34,6 +34,7 @@ class Tiled(Source):
             raise UserError(f'--tile={width}x{height}: all {len(source.names)} images are smaller')
         self.origin = [index for index, _, _ in self._places]
         self.names = [f'{source.names[index]}/y{top:05}x{left:05}' for index, top, left in self._places]
+        self.class_names = source.class_names
         for key in PER_IMAGE:
             values = getattr(source, key)
             setattr(self, key, None if values is None else [values[index] for index in self.origin])

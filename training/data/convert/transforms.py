@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """An image of a source -> the member of an archive: channels, crops, sizes."""
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -8,6 +9,8 @@ import numpy as np
 from PIL import Image
 
 from dnnlib.archive import DAMAGE, damage
+from training.data.convert.source import Kind
+from training.data.convert.statistics import Measured, measure
 from training.data.convert.writers import encode_npy, encode_png
 
 LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R 601, as Pillow's conversion to grey
@@ -23,6 +26,9 @@ class Member(NamedTuple):
     shape: tuple = ()
     total: float = 0.0  # sum of the values, and of their squares, or [C] of each channel: mean and std of float data
     squares: float = 0.0
+    gain: float = 1.0  # what converting multiplied the std of white noise by
+    channels: int = 0  # of the image as it was
+    measured: Measured | None = None
 
 
 class Job(NamedTuple):
@@ -43,28 +49,62 @@ class Job(NamedTuple):
         """Image number `index` of a source as a Member. Never raises for a bad image."""
         try:
             image = source.read(index)
-            traits = image.dtype == np.uint8, len(image), image.shape[1:]
-            if any(want not in (None, got) for want, got in zip(self.traits, traits)):
-                return Member(problem=f'{source.kind(index)}, unlike most others')
+            kind, sigma = Kind(*image.shape, image.dtype == np.uint8, ''), source.sigmas[index] if source.sigmas else 0
+            if self.objection(kind, sigma):
+                return Member(problem=self.objection(source.kind(index), sigma))
             if not self.as_png:
-                image = image.astype(np.float32)
-                if not np.isfinite(image).all():
-                    return Member(problem=f'{source.kind(index)}, with values that are not finite')
+                image, problem = as_float(image)
+                if problem:
+                    return Member(problem=f'{source.kind(index)}, with {problem}')
             image = self._resized(to_channels(image, self.channels))
         except DAMAGE as err:
             return Member(problem=f'cannot be read ({damage(err)})')
         if image is None:
             return Member()
+        told = {'shape': image.shape, 'gain': noise_gain(kind.channels, len(image)), 'channels': kind.channels, 'measured': measure(image)}
         if self.as_png:
-            return Member(encode_png(image), shape=image.shape)
+            return Member(encode_png(image), **told)
         values = image.astype(np.float64)
         axes = (1, 2) if self.per_channel else None
-        return Member(encode_npy(image), None, image.shape, values.sum(axes), np.square(values).sum(axes))
+        return Member(encode_npy(image), total=values.sum(axes), squares=np.square(values).sum(axes), **told)
+
+    def objection(self, kind, sigma):
+        """What keeps an image of a Kind, with noise of level sigma, from being converted; None where nothing does."""
+        traits = kind.is_8bit, kind.channels, (kind.height, kind.width)
+        if any(want not in (None, got) for want, got in zip(self.traits, traits)):
+            return f'{kind}, unlike most others'
+        if sigma and noise_gain(kind.channels, self.channels) is None:
+            return (f'grey with noise of level {sigma:g}, which would be repeated in three channels, where training takes it for white '
+                    'noise; make all images grey with --channels=1')
+        return None
 
     def _resized(self, image):
         if self.transform:
             return self.transform(image, *(self.size or (None, None)))
         return resize(image, *self.size) if self.size else image
+
+
+def noise_gain(count, channels):
+    """What the std of white noise is multiplied by when `count` channels become `channels` (None: as they are); None where it is
+    repeated in several channels, and no longer white."""
+    colours = count - (count in (2, 4))  # without alpha
+    if channels is None or channels in (count, colours):
+        return 1.0
+    return math.sqrt(np.square(LUMA).sum()) if channels == 1 else None
+
+
+def as_float(image):
+    """(float32 array, None), or (None, what float32 would not hold). Raises ValueError for numbers that are not real."""
+    if image.dtype.kind not in 'biuf':
+        raise ValueError(f'{image.dtype}, expected real numbers')
+    with np.errstate(over='ignore'):
+        found = image.astype(np.float32)
+    wrong = np.count_nonzero(~np.isfinite(found))
+    if wrong:
+        return None, f'values that are not finite ({wrong} of {found.size})'
+    if image.dtype.kind in 'iu' and image.itemsize > 2 and (found != image).any():
+        return None, 'numbers that float32 does not hold; divide them, or make them float'
+    return found, None
 
 
 def to_channels(image, channels):
