@@ -72,12 +72,12 @@ def tell(source, told, where):
 
 
 def lower_limits(values, names):
-    """Limits as dataset.json has them: a level of 0 or more, or None. Raises UserError."""
+    """Limits as dataset.json has them: a level above 0, or None. Raises UserError."""
     told = [index for index, value in enumerate(values) if value is not None]
     levels = check(tables.levels, 'the table of lower limits (--sigma-min, or "sigma_min" in the source)',
                    [values[index] for index in told], [names[index] for index in told]).tolist() if told else []
     found = dict(zip(told, levels))
-    return [found.get(index) for index in range(len(values))]
+    return [found.get(index) or None for index in range(len(values))]
 
 
 def check(table, name, *args):

@@ -51,7 +51,7 @@ def test_every_level_of_a_source(folders):
 def test_lower_limits(folders):
     (folders / 'm.json').write_text(json.dumps({'sigma_min': {'00.png': None, '01.png': 0.0, '02.png': 0.3}}))
     convert(folders / 'clean', folders / 'x.zip', f'--sigma_min={folders}/m.json')
-    assert column(folders / 'x.zip', 'sigma_min') == [None, 0.0, 0.3]
+    assert column(folders / 'x.zip', 'sigma_min') == [None, None, 0.3]  # a limit of 0 is none
     convert(folders / 'clean', folders / 'y.zip', '--sigma-min=0.4')
     assert column(folders / 'y.zip', 'sigma_min') == [0.4] * 3
     line = refusal(f'--source={folders}/clean', f'--dest={folders}/z.zip', '--sigma-min=-1')
