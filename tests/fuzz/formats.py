@@ -20,7 +20,7 @@ from tests.support.hostile import pick
 def lmdb(folder):
     import lmdb
     with lmdb.open(folder, map_size=2 ** 22) as env, env.begin(write=True) as made:
-        for k in range(60):
+        for k in range(24):
             made.put(b'%04d' % k, [png(pixels(k)), npy(pixels(k, (3, 8, 8))), png(pixels(k, (64, 64, 3)))][k % 3])
     with open(os.path.join(folder, 'data.mdb'), 'rb') as f:
         return 'x.lmdb', f.read()

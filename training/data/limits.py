@@ -106,4 +106,4 @@ def usable_levels(levels, buffer=1.0, lower=None, upper=None):
 
 
 def _column(values):
-    return torch.as_tensor(np.asarray(values, np.float64)).reshape(-1)
+    return torch.as_tensor(np.array(values, np.float64)).reshape(-1)

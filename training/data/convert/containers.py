@@ -22,6 +22,7 @@ from training.data.convert.parquet import LEVELS
 from training.data.convert.source import Source
 
 NOTES = re.compile(rb'_*(num[-_ ]?(samples|images)|length|len|keys|classes|meta|metadata|dataset\.json|map_size)_*')  # no images
+NO_LEVELS = {}  # of many samples; not to be changed
 MAX_TEXT = 2 ** 20  # bytes of a sample's .cls or .json
 
 
@@ -152,7 +153,7 @@ class WebDatasetSource(EncodedSource):
             label = _whole(self._text(number, members['cls']))
         else:
             label = next((note[key] for key in ([label_key] if label_key else ['label', 'cls']) if key in note), None)
-        return label, {key: note.get(key) for key in LEVELS}
+        return label, {key: note[key] for key in LEVELS if key in note} or NO_LEVELS
 
     def _text(self, number, place):
         offset, size = place
@@ -167,7 +168,7 @@ class WebDatasetSource(EncodedSource):
             if lacking is not None:
                 raise ValueError(f'{lacking} has no label, as others have')
             self.labels = labels
-        self.tell({key: [levels[key] for _, levels in facts] for key in LEVELS})
+        self.tell({key: [levels.get(key) for _, levels in facts] for key in LEVELS})
 
 
 def _is_pattern(path):

@@ -13,8 +13,13 @@ from pathlib import Path
 
 import numpy as np
 
+<<<<<<< HEAD
 from dnnlib import UserError, arrays, pictures
 from dnnlib.archive import DAMAGE, IMAGES, MAX_MEMBER, MAX_PIXELS, RARER_IMAGES, decode_image, open_picture
+=======
+from dnnlib import UserError, arrays
+from dnnlib.archive import CONVERTED, DAMAGE, IMAGES, MAX_MEMBER, MAX_PIXELS, RARER_IMAGES, damage, decode_image, open_picture
+>>>>>>> formats
 from dnnlib.util import one_line
 from training.data.convert.source import Kind, Source
 
@@ -203,16 +208,19 @@ class StackSource(Source):
         if not files:
             raise ValueError(f'no files in it that hold {self.what}')
         self._root = path if is_folder else os.path.dirname(path)
-        self.names, self._places = [], []
+        self.names, self._places, problems = [], [], []
         for file in files:
             try:
                 count = len(self._file(file))
-            except DAMAGE:
+            except DAMAGE as err:
                 if not is_folder:
                     raise
+                problems.append(f'{file}: {damage(err)}')
                 count = 1  # which will not be read, and told of
             self.names += [f'{file}[{k}]' for k in range(count)] if count > 1 else [file]
             self._places += [(file, k) for k in range(count)]
+        if len(problems) == len(files):
+            raise ValueError(f'none of its {len(files)} files; {problems[0]}')
         tops = [file.split('/')[0] if '/' in file else '' for file, _ in self._places]
         self.labels = tops if len(set(tops)) > 1 else None
 

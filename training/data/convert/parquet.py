@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Columns of tables that hold pictures and what is said of them: parquet files, and the tables of Hugging Face's datasets."""
 
+import bisect
 import json
 import os
 import re
@@ -71,29 +72,33 @@ class Rows:
 
     def __init__(self, files, column):
         import pyarrow.parquet
-        self._column, self._starts = column, []  # (first row, file, row group)
-        self._files = [pyarrow.parquet.ParquetFile(file, memory_map=False, pre_buffer=False) for file in files]
-        first = 0
-        for file in self._files:
-            for group in range(file.num_row_groups):
-                self._starts.append((first, file, group))
-                first += file.metadata.row_group(group).num_rows
-        self._count, self._group, self._first, self._rows, self._batches = first, None, 0, [], iter(())
+        self._open = lambda path: pyarrow.parquet.ParquetFile(path, memory_map=False, pre_buffer=False)
+        self._column, self._groups, self._starts = column, [], [0]  # (path, row group), and the first row of each
+        for path in files:
+            with self._open(path) as file:
+                for group in range(file.num_row_groups):
+                    self._groups.append((path, group))
+                    self._starts.append(self._starts[-1] + file.metadata.row_group(group).num_rows)
+        self._path = self._file = self._group = None
+        self._first, self._rows, self._batches = 0, [], iter(())
 
     def close(self):
-        """Closes the files."""
-        for file in self._files:
-            file.close()
+        """Closes the file that is open."""
+        if self._file is not None:
+            self._file.close()
 
     def image(self, index):
         """The bytes of an image."""
-        group = max(k for k, (first, _, _) in enumerate(self._starts) if first <= index) if 0 <= index < self._count else None
-        if group is None:
+        if not 0 <= index < self._starts[-1]:
             raise ValueError(f'no row {index}')
+        group = bisect.bisect_right(self._starts, index) - 1
         if group != self._group or index < self._first:
-            first, file, number = self._starts[group]
-            self._group, self._first, self._rows = group, first, []
-            self._batches = file.iter_batches(BATCH, [number], [self._column], use_threads=False)
+            path, number = self._groups[group]
+            if path != self._path:
+                self.close()
+                self._path, self._file = path, self._open(path)
+            self._group, self._first, self._rows = group, self._starts[group], []
+            self._batches = self._file.iter_batches(BATCH, [number], [self._column], use_threads=False)
         while index >= self._first + len(self._rows):
             self._first += len(self._rows)
             self._rows = []

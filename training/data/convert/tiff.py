@@ -264,7 +264,7 @@ def tiff_kind(data):
 
 
 def beyond_pillow(data):
-    """Whether bytes are a TIFF file of which Pillow would read a part, and tifffile is there to read it whole."""
+    """Whether bytes are a TIFF file of which Pillow would read a part, or blanks as values, and tifffile is there to do better."""
     if data[:4] not in MAGIC:
         return False
     try:
@@ -272,7 +272,11 @@ def beyond_pillow(data):
         with guarded(), tifffile.TiffFile(io.BytesIO(data), _multifile=False) as file:
             page = file.pages[0]
             deep = page.bitspersample > 8 and (page.samplesperpixel > 1 or page.photometric == MIN_IS_WHITE)
+<<<<<<< HEAD
             return deep or len(file.pages) > 1 or UNSPECIFIED in page.extrasamples  # bands that Pillow leaves out
+=======
+            return deep or len(file.pages) > 1 or GDAL_NODATA in page.tags
+>>>>>>> formats
     except (UserError, *DAMAGE):  # Pillow tells what is wrong with it
         return False
 

@@ -207,6 +207,7 @@ def test_folders_of_fits_files(tmp_path):
         result = CliRunner().invoke(dataset_tool.main, args)
         assert result.exit_code == 0 and 'spiral/a.fits: cannot be read (' in result.output and 'Left out 1 of 3' in result.output
         assert 'cannot be read' in refusal(tmp_path / 'in' / 'spiral' / 'a.fits')
+    assert 'none of its 3 files; elliptic/a.fits: hdu=SCI: it has 0 PRIMARY' in refusal(f'{tmp_path}/in:hdu=SCI')
 
 
 # ----------------------------------------------------------------------------------------------------

@@ -48,6 +48,12 @@ def refusal(source):
     return caught.value.message
 
 
+def failure(source, index):
+    with pytest.raises(ValueError) as caught:
+        source.read(index)
+    return caught.value
+
+
 def read_there(source, index):
     return source.read(index)
 
@@ -209,9 +215,11 @@ def test_folders_and_zips_of_what_pillow_reads_in_part(tmp_path, packed):
             np.testing.assert_array_equal(source.read(k), want[k])
             assert source.kind(k)[:3] == source.read(k).shape
     tiff(tmp_path / 'deep' / '9.tif', COLOURS)
+    tiff(tmp_path / 'deep' / '8.tif', DEEP[0], extratags=[(42113, 2, 0, str(DEEP[0, 0, 0]), True)])
     args = f'--source={tmp_path}/deep', f'--dest={tmp_path}/x.zip', '--workers=1', '--on-bad=skip'
     result = CliRunner().invoke(dataset_tool.main, args)
     assert result.exit_code == 0 and '9.tif: cannot be read (6 pages in colour' in result.output
+    assert '1 of its 96 values are blank' in str(failure(open_source(f'{tmp_path}/deep'), 3))
     assert (ImageDataset(str(tmp_path / 'x.zip')).decode(2) == planar[2]).all()
 
 
