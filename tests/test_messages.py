@@ -2,6 +2,7 @@
 """Errors name options that there are: those of a script that can raise them, or of the script that they name."""
 
 import ast
+import functools
 import importlib
 import re
 
@@ -13,6 +14,8 @@ from tests.test_layers import MODULES, imports, tree
 
 SCRIPTS = ('train', 'generate', 'eval_fid', 'eval_nll', 'dataset_tool', 'checkpoint_tool', 'plot_run')
 OTHERS = {'--distribution'}  # of other programs: srun
+parsed = functools.cache(tree)
+imported = functools.cache(lambda name: set(imports(parsed(name))))
 OPTION = r'(--[a-z][a-z0-9-]*[a-z0-9])'
 
 
@@ -31,7 +34,7 @@ def reached(script):
     """The modules that a script imports, and those that they do."""
     found, todo = {script}, [script]
     while todo:
-        for name in imports(tree(todo.pop())):
+        for name in imported(todo.pop()):
             name = name if name in MODULES else name.rpartition('.')[0]
             if name in MODULES and name not in found:
                 found.add(name)
@@ -39,9 +42,14 @@ def reached(script):
     return found
 
 
+@functools.cache
 def raised(name):
-    """(line, text) of the errors that a module raises."""
-    for node in ast.walk(tree(name)):
+    """[(line, text)] of the errors that a module raises."""
+    return list(_raised(name))
+
+
+def _raised(name):
+    for node in ast.walk(parsed(name)):
         if isinstance(node, ast.Raise) and node.exc is not None:
             yield node.lineno, ' '.join(part.value for part in ast.walk(node.exc)
                                        if isinstance(part, ast.Constant) and isinstance(part.value, str))
