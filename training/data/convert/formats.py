@@ -13,13 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-<<<<<<< HEAD
 from dnnlib import UserError, arrays, pictures
-from dnnlib.archive import DAMAGE, IMAGES, MAX_MEMBER, MAX_PIXELS, RARER_IMAGES, decode_image, open_picture
-=======
-from dnnlib import UserError, arrays
-from dnnlib.archive import CONVERTED, DAMAGE, IMAGES, MAX_MEMBER, MAX_PIXELS, RARER_IMAGES, damage, decode_image, open_picture
->>>>>>> formats
+from dnnlib.archive import DAMAGE, IMAGES, MAX_MEMBER, MAX_PIXELS, RARER_IMAGES, damage, decode_image, open_picture
 from dnnlib.util import one_line
 from training.data.convert.source import Kind, Source
 

@@ -272,11 +272,8 @@ def beyond_pillow(data):
         with guarded(), tifffile.TiffFile(io.BytesIO(data), _multifile=False) as file:
             page = file.pages[0]
             deep = page.bitspersample > 8 and (page.samplesperpixel > 1 or page.photometric == MIN_IS_WHITE)
-<<<<<<< HEAD
-            return deep or len(file.pages) > 1 or UNSPECIFIED in page.extrasamples  # bands that Pillow leaves out
-=======
-            return deep or len(file.pages) > 1 or GDAL_NODATA in page.tags
->>>>>>> formats
+            # Bands that Pillow leaves out, and blank values that it takes for numbers.
+            return deep or len(file.pages) > 1 or UNSPECIFIED in page.extrasamples or GDAL_NODATA in page.tags
     except (UserError, *DAMAGE):  # Pillow tells what is wrong with it
         return False
 
