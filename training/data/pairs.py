@@ -116,14 +116,13 @@ class SigmaFirst(Pairing):
         numbers = range(first, -(-(stream.used + count) // BLOCK))
         levels = np.concatenate([stream.cached(self._levels, number) for number in numbers])
         sigma = levels[stream.used - first * BLOCK:][:count]
-        groups = stream.cached(self._walks, 0).groups(sigma)
+        sought = stream.cached(self._walks, 0).groups(sigma).tolist(), sigma.tolist()
         index = np.empty(count, np.int64)
         done = 0
         while done < count:
             number, offset = divmod(stream.cursor, BLOCK)
             block = stream.cached(self._block, number)
-            rest = slice(done, done + BLOCK - offset)
-            place = block.walk(offset, sigma[rest], groups[rest])
+            place = block.walk(offset, *(column[done:done + BLOCK - offset] for column in sought))
             index[done:done + len(place)] = block.images[place]
             done += len(place)
             stream.cursor = number * BLOCK + (int(place[-1]) + 1 if done == count else BLOCK)

@@ -57,9 +57,9 @@ class Block:
         self._next = [(row.tobytes() + b'\1').find for row in fine]
         self._limits = None if limits is None else [_column(*both, len(images)) for both in zip(limits, (-1.0, math.inf, math.inf))]
 
-    def walk(self, place, sigma, groups):
-        """Places for the levels `sigma` [k] of the groups [k], from `place` on, until either end: int64 [j], ascending, j <= k."""
-        end, found, finds = len(self.images), [], map(self._next.__getitem__, groups.tolist())
+    def walk(self, place, groups, levels):
+        """Places for levels and the groups that they are of, lists, from `place` on, until either ends: int64 [j], ascending."""
+        end, found, finds = len(self.images), [], map(self._next.__getitem__, groups)
         if self._limits is None:
             for find in finds:
                 place = find(1, place) + 1
@@ -68,7 +68,7 @@ class Block:
                 found.append(place)
         else:
             bar, top, floor = self._limits
-            for find, level in zip(finds, sigma.tolist()):
+            for find, level in zip(finds, levels):
                 place = find(1, place)
                 while not (bar[place] < level <= top[place] or level > floor[place]):
                     place = find(1, place + 1)
@@ -81,10 +81,7 @@ class Block:
 
 def _column(limit, beyond, count):
     """A limit [count], and behind the end one that allows every level; `beyond` is that, and stands for None."""
-    column = np.full(count + 1, beyond)
-    if limit is not None:
-        column[:-1] = limit
-    return memoryview(column)
+    return memoryview(np.broadcast_to(beyond, count + 1) if limit is None else np.append(limit, beyond))
 
 
 def _edges(low, high):
