@@ -244,7 +244,7 @@ def errors(gains, level):
 
 def test_blurred_images_with_sigma_min_teach_the_clean_denoiser():
     """Within 1 % above sigma_min, where they are seen; below it clean images alone are, and without the limit they spoil it."""
-    limited, free = learned_gains(lower=BLURRED_FROM), learned_gains()
+    limited, free = learned_gains(lower=BLURRED_FROM), learned_gains(pairs=100_000)
     for level in BELOW + ABOVE:
         gains, share = limited[level]
         assert max(errors(gains, level)) < 0.01, (level, errors(gains, level))
