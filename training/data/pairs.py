@@ -116,14 +116,13 @@ class SigmaFirst(Pairing):
         numbers = range(first, -(-(stream.used + count) // BLOCK))
         levels = np.concatenate([stream.cached(self._levels, number) for number in numbers])
         sigma = levels[stream.used - first * BLOCK:][:count]
-        groups = stream.cached(self._walks, 0).groups(sigma)
+        sought = stream.cached(self._walks, 0).groups(sigma).tolist(), sigma.tolist()
         index = np.empty(count, np.int64)
         done = 0
         while done < count:
             number, offset = divmod(stream.cursor, BLOCK)
             block = stream.cached(self._block, number)
-            rest = slice(done, done + BLOCK - offset)
-            place = block.walk(offset, sigma[rest], groups[rest])
+            place = block.walk(offset, *(column[done:done + BLOCK - offset] for column in sought))
             index[done:done + len(place)] = block.images[place]
             done += len(place)
             stream.cursor = number * BLOCK + (int(place[-1]) + 1 if done == count else BLOCK)
@@ -174,7 +173,7 @@ class PairStream:
     levels: sigma_n of each image, [n] in network units. noise: NoiseDistribution p(sigma). policy: of PAIRINGS, such as
     "truncate:buffer=1.1". batch: pairs of one global batch; the sequence of pairs does not depend on it. lower, upper: sigma_min and
     sigma_max of each image, [n], above and up to which it may be seen (see limits.py); 0 and inf, or None for all: no such limit.
-    Attributes: levels [n]; limits, the images' Limits; limited, whether some have a sigma_min or sigma_max; cursor (places of the
+    Attributes: levels [n]; limits, the images' Limits; limited, how many have a sigma_min or sigma_max; cursor (places of the
     list passed), used (pairs given). Refuses limits that leave no image to be used; says where few can be, and which levels are
     never seen."""
 
@@ -185,15 +184,11 @@ class PairStream:
         self.noise, self.batch, self.seed, self.spec = noise, batch, seed, policy
         self.policy = registry.build(policy, PAIRINGS, '--pairing')
         self.limits = usable_levels(self.levels, self.policy.buffer, lower, upper)
-        self._limited = _count_limited(len(self.levels), lower, upper)
+        self.limited = _count_limited(len(self.levels), lower, upper)
         self.cursor = self.used = 0
         self._rounds = -(-BLOCK // len(self.levels))  # epochs drawn together: short ones would each cost a generator
         self._cache = {}
         self._check()
-
-    @property
-    def limited(self):
-        return self._limited > 0
 
     @property
     def passed(self):
@@ -256,7 +251,7 @@ class PairStream:
         """Refuses what would never give a batch, and says what would give few or waste many."""
         where = f'--pairing={self.spec}'
         if isinstance(self.policy, Clamp) and self.limited:
-            raise UserError(f'{where}: clamp repeats the published code, which knows no limits, but {self._limited} of '
+            raise UserError(f'{where}: clamp repeats the published code, which knows no limits, but {self.limited} of '
                             f'{len(self.levels)} images have a sigma_min or sigma_max; use skip, truncate or sigma_first')
         share = self.acceptance()
         if share < IDLE:

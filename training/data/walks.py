@@ -27,6 +27,10 @@ class Walks:
         last = first if limits.top is None else torch.searchsorted(self.edges, limits.top)
         again = first if limits.floor is None else torch.where(limits.floor.isinf(), never, self._group_above(limits.floor))
         self._first, self._last, self._again = (column.to(torch.int8).numpy() for column in (first, last, again))
+        # What decides within a group: nothing, the bars alone, or all limits.
+        unlimited = torch.full_like(limits.bar[:1], math.inf).expand(limits.bar.shape)
+        own = [] if self.exact else limits[:1] if limits.top is None else [unlimited if limit is None else limit for limit in limits]
+        self._own = [limit.numpy() for limit in own]
 
     def _group_above(self, bar):
         """The group of the levels right above."""
@@ -44,31 +48,42 @@ class Walks:
             fine &= self._last[images] >= group
         if self.limits.floor is not None:
             fine |= self._again[images] <= group
-        own = None if self.exact else [None if limit is None else limit.numpy()[images] for limit in self.limits]
-        return Block(images, fine, own)
+        return Block(images, fine, [limit[images] for limit in self._own])
 
 
 class Block:
-    """Places of the list that are worked on together. fine: bool [groups, n]. limits: bar, top, floor [n], or None where fine is all."""
+    """Places of the list that are worked on together. fine: bool [groups, n]. limits: float64 [n] each, those that decide beyond that,
+
+    none, bar, or bar, top and floor."""
 
     def __init__(self, images, fine, limits):
         self.images = images
         # What stands behind the end is fine for every level. Bytes are searched at the speed of memory.
         self._next = [(row.tobytes() + b'\1').find for row in fine]
-        self._limits = None if limits is None else [_column(*both, len(images)) for both in zip(limits, (-1.0, math.inf, math.inf))]
+        self._limits = [memoryview(np.append(limit, end)) for limit, end in zip(limits, (-1.0, math.inf, math.inf))]
 
-    def walk(self, place, sigma, groups):
-        """Places for the levels `sigma` [k] of the groups [k], from `place` on, until either end: int64 [j], ascending, j <= k."""
-        end, found, finds = len(self.images), [], map(self._next.__getitem__, groups.tolist())
-        if self._limits is None:
+    def walk(self, place, groups, levels):
+        """Places for levels and the groups that they are of, lists, from `place` on, until either ends: int64 [j], ascending."""
+        end, found, finds = len(self.images), [], map(self._next.__getitem__, groups)
+        if not self._limits:
             for find in finds:
                 place = find(1, place) + 1
                 if place > end:
                     break
                 found.append(place)
+        elif len(self._limits) == 1:
+            bar, = self._limits
+            for find, level in zip(finds, levels):
+                place = find(1, place)
+                while bar[place] >= level:
+                    place = find(1, place + 1)
+                place += 1
+                if place > end:
+                    break
+                found.append(place)
         else:
             bar, top, floor = self._limits
-            for find, level in zip(finds, sigma.tolist()):
+            for find, level in zip(finds, levels):
                 place = find(1, place)
                 while not (bar[place] < level <= top[place] or level > floor[place]):
                     place = find(1, place + 1)
@@ -77,14 +92,6 @@ class Block:
                     break
                 found.append(place)
         return np.array(found, np.int64) - 1
-
-
-def _column(limit, beyond, count):
-    """A limit [count], and behind the end one that allows every level; `beyond` is that, and stands for None."""
-    column = np.full(count + 1, beyond)
-    if limit is not None:
-        column[:-1] = limit
-    return memoryview(column)
 
 
 def _edges(low, high):

@@ -150,8 +150,9 @@ def load_data(config, net, noise, rows, device):
 def describe(objective, dataset, store, stream, sigma_n):
     """One line, or two, about the images that a run trains on."""
     noisy, count = int((sigma_n > 0).sum()), len(sigma_n)
+    limited = f', {stream.limited} with a sigma_min or sigma_max' if stream.limited else ''
     line = (f'{count} training images of shape {"x".join(map(str, dataset.image_shape))}: {count - noisy} clean, '
-            f'{noisy} noisy ({noisy / count:.2%}); {store.words()}; {stream.acceptance():.1%} of the images passed '
+            f'{noisy} noisy ({noisy / count:.2%}){limited}; {store.words()}; {stream.acceptance():.1%} of the images passed '
             f'are used by --pairing={objective.pairing}')
     if noisy and registry.parse(objective.penalty)[0] != 'squared':
         line += (f'\nNote: --penalty={objective.penalty} aims between mean and median, where the ambient loss counts on the '

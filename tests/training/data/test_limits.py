@@ -9,9 +9,13 @@ import scipy.stats
 import torch
 
 from dnnlib import UserError
+from training.data.batches import Batch
+from training.data.corruption import Corruption
 from training.data.limits import usable_levels
 from training.data.pairs import PairStream
 from training.diffusion.noise import NOISE, Levels, LogNormal, LogUniform
+from training.objective import weighting
+from training.objective.loss import AmbientLoss
 
 P = LogNormal()
 INF = math.inf
@@ -185,3 +189,79 @@ def test_an_exact_level_at_a_limit_is_within_sigma_max_and_outside_sigma_min():
     for policy in ('skip', 'truncate', 'sigma_first'):
         index, sigma = PairStream([0.1], Levels('0.1|0.2|0.3|0.4'), policy, batch=300, lower=[0.3], upper=[0.2]).next()
         assert set(sigma) == {0.2, 0.4}
+
+
+# ---- blurred Gaussian data, whose best denoiser is known: a gain P / (P + sigma^2) for each of four frequencies
+
+POWER, KEPT = np.array([0.5, 0.05, 0.006, 0.002]), np.array([1.0, 0.97, 0.6, 0.2])  # of the clean images; share that the blur leaves
+CLEAN, BLURRED, BLURRED_FROM = 4000, 36_000, 0.6  # the last one: sigma_min of the blurred images
+BELOW, ABOVE = [0.05, 0.2], [0.8, 1.5, 3.0]
+
+
+def whitened(source, rows, columns):
+    """Normal draws whose second moments are exactly those of the unit normal law."""
+    draws = source.standard_normal([rows, columns])
+    return draws @ np.linalg.inv(np.linalg.cholesky(draws.T @ draws / rows)).T
+
+
+def learned_gains(sigma_n=0.0, lower=0.0, pairs=500_000):
+    """{level: (gains [4] that minimise the ambient loss over the pairs of the stream, share of blurred images)}.
+
+    sigma_n, lower: of the blurred images, which come after the clean ones; that much noise is on them."""
+    source = np.random.default_rng(0)
+    clean, both = whitened(source, CLEAN, 4), whitened(source, BLURRED, 8)
+    images = np.concatenate([clean * POWER ** 0.5, both[:, :4] * (KEPT * POWER) ** 0.5 + sigma_n * both[:, 4:]])
+    of_blurred = lambda value: np.repeat([0.0, value], [CLEAN, BLURRED])
+    levels = '|'.join(map(str, BELOW + ABOVE))
+    stream = PairStream(of_blurred(sigma_n), Levels(levels), 'sigma_first', batch=pairs, seed=2, lower=of_blurred(lower))
+    index, sigma = stream.next()
+    found = {}
+    for level in BELOW + ABOVE:
+        rows = np.tile(index[sigma == level], 2)
+        noise = whitened(source, len(rows) // 2, 4)
+        column = lambda values: torch.from_numpy(values).reshape(-1, 1, 1, 1)
+        pixels = lambda values: torch.from_numpy(values).reshape(-1, 1, 1, 4)
+        batch = Batch(pixels(images[rows]), column(of_blurred(sigma_n)[rows]), column(np.full(len(rows), level)),
+                      pixels(np.concatenate([noise, -noise])))
+        at_0, at_1 = slope(0.0, batch), slope(1.0, batch)  # the loss is quadratic in the gains: its slope is a straight line
+        found[level] = (at_0 / (at_0 - at_1)).numpy(), (rows >= CLEAN).mean()
+    return found
+
+
+def slope(value, batch):
+    """Gradient [4] of the summed ambient loss in the gains, where all of these are `value`."""
+    gain = torch.full([4], value, dtype=torch.float64, requires_grad=True)
+    loss = AmbientLoss(weighting.WEIGHTS['uniform'])(lambda x, sigma, **labels: gain * x, batch)['denoise']
+    return torch.autograd.grad(loss.sum(), gain)[0]
+
+
+def errors(gains, level):
+    """(largest error of a gain, error of the denoised image in shares of that image)."""
+    best = POWER / (POWER + level ** 2)
+    power = POWER + level ** 2  # of the noisy image
+    return np.abs(gains - best).max(), (((gains - best) ** 2 * power).sum() / (best ** 2 * power).sum()) ** 0.5
+
+
+def test_blurred_images_with_sigma_min_teach_the_clean_denoiser():
+    """Within 1 % above sigma_min, where they are seen; below it clean images alone are, and without the limit they spoil it."""
+    limited, free = learned_gains(lower=BLURRED_FROM), learned_gains(pairs=100_000)
+    for level in BELOW + ABOVE:
+        gains, share = limited[level]
+        assert max(errors(gains, level)) < 0.01, (level, errors(gains, level))
+        assert share == (0 if level in BELOW else pytest.approx(0.9, abs=0.01))
+    for level in BELOW:
+        assert errors(free[level][0], level)[0] > 0.03 and free[level][1] == pytest.approx(0.9, abs=0.01)
+    mixed = (0.1 + 0.9 * KEPT) * POWER  # what the gains of all images together are, in closed form
+    np.testing.assert_allclose(free[0.05][0], mixed / (mixed + 0.05 ** 2), atol=0.01)
+
+
+def test_noise_up_to_sigma_min_teaches_the_clean_denoiser_above_it():
+    """Ambient Omni's way: the blurred images carry fixed noise, and the ambient loss takes it off again.
+
+    The bound is wider, since the second moments of signal and noise, 0.86, are sampled where the signal's alone, 0.5, are sought."""
+    sigma_n, lower = Corruption(sigma_min_as='noise').beyond_sigma_min([0.0], [BLURRED_FROM], [INF])
+    found = learned_gains(sigma_n=float(sigma_n[0]), lower=float(lower[0]))
+    for level in BELOW + ABOVE:
+        gains, share = found[level]
+        assert max(errors(gains, level)) < 0.016, (level, errors(gains, level))
+        assert share == (0 if level in BELOW else pytest.approx(0.9, abs=0.01))

@@ -206,6 +206,7 @@ def test_limits_reach_the_pairs_and_the_validation_of_a_run(tmp_path, limits, us
     batches = [run.data.feed.next() for _ in range(40)]
     raw_idx, sigma = (torch.cat([getattr(batch, name) for batch in batches]) for name in ('raw_idx', 'sigma'))
     blurred = raw_idx >= 32
+    assert '64 clean, 0 noisy (0.00%), 32 with a sigma_min or sigma_max; ' in run.data.line
     assert 20 < blurred.sum() < len(blurred) - 20 and usable(sigma[blurred]).all() and not usable(sigma[~blurred]).all()
     judged = run.data.validation
     assert all(judged.limits.usable(level)[32:].all() == usable(level) for level in map(torch.tensor, judged.levels))
