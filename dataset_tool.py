@@ -76,7 +76,8 @@ def parse_units(ctx, param, value):
 @click.option('--source', metavar='PATH[:KEY=VALUE,...]', required=True, multiple=True,
               help=f'Images: {what_is_read("or")}; may be given several times. Keys: label, sigma, sigma_min, sigma_max of all its '
               f'images, kind, and those of the kind ({options_of_sources()})')
-@click.option('--dest', metavar='PATH', required=True, help='A .zip, or the name of a folder without an extension')
+@click.option('--dest', metavar='PATH', required=True, help='A .zip, the name of a folder without an extension, or an .npz (--packed)')
+@click.option('--packed', is_flag=True, help='Write one array, which training need not decode: into an .npz, which implies it, or a folder')
 @click.option('--split', metavar='NAME', help='Of sources that have several: train, test, ...')
 @click.option('--max-images', metavar='INT', type=click.IntRange(min=1), help='Use only so many images')
 @click.option('--sample', type=click.Choice(['first', 'spread']), default='first', show_default=True,

@@ -28,8 +28,6 @@ from training.data.packed import VERSION, Packed, PackedFolder, is_packed
 
 SMALL = 2 ** 26  # bytes: data that take less are decoded by every process, into its own memory
 CHUNK = 64  # images that a thread decodes at a time
-CHECKED = {'labels': lambda values, _: tables.labels(values), 'sigmas': tables.levels, 'sigma_min': tables.lower_limits,
-           'sigma_max': tables.limits}
 
 
 def open_contents(path, cache_dir=None):
@@ -102,11 +100,11 @@ def _remove_leftovers(place):
 
 
 def _write(pictures, place):
-    values = {key: pictures.values(key) for key in CHECKED if pictures.has(key)}
+    values = {key: pictures.values(key) for key in tables.CHECKS if pictures.has(key)}
     found = {}
     for key, listed in values.items():
         try:
-            found[key] = CHECKED[key](listed, Names(pictures))
+            found[key] = tables.CHECKS[key](listed, Names(pictures))
         except ValueError as err:
             raise UserError(f'{pictures.where}: {pictures.called(key)} {err}') from None
     with new_folder(place) as part:

@@ -18,9 +18,10 @@ from dnnlib import UserError, arrays
 from dnnlib.archive import DAMAGE, damage
 from dnnlib.files import json_object, new_folder, replacing, write_json
 from dnnlib.fingerprint import digest
+from training.data import tables
 
 VERSION = 1
-TABLES = ('labels', 'sigmas', 'sigma_min', 'sigma_max')
+TABLES = tuple(tables.CHECKS)
 ALIGN = 64  # bytes: where an array begins in an .npz
 MAX_JSON = 2 ** 20  # bytes of dataset.json, which holds nothing of single images
 MAX_MEMBERS = 64  # of an .npz
@@ -181,13 +182,13 @@ class PackedFolder:
         self._file.write(data)
         self._count += count
 
-    def finish(self, tables, **meta):
-        """Writes tables ({key of TABLES: array}) and dataset.json, and has it all on the disk when it returns."""
+    def finish(self, columns, **meta):
+        """Writes columns ({key of TABLES: array}) and dataset.json, and has it all on the disk when it returns."""
         if hasattr(self, '_file'):
             self._file.seek(0)
             self._file.write(arrays.header(self.dtype, (self._count, *self.shape)))
             self._file.close()
-        for key, values in tables.items():
+        for key, values in columns.items():
             np.save(os.path.join(self.folder, f'{key}.npy'), values, allow_pickle=False)
         write_json(os.path.join(self.folder, 'dataset.json'), {'packed': VERSION, **meta})
         for name in os.listdir(self.folder):

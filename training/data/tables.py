@@ -217,3 +217,7 @@ def _more(bad, values):
 def _over(values, scale):
     with np.errstate(over='ignore', under='ignore'):
         return values / scale
+
+
+# By the key of dataset.json: (values, names) -> the table as an array.
+CHECKS = {'labels': lambda values, _: labels(values), 'sigmas': levels, 'sigma_min': lower_limits, 'sigma_max': limits}

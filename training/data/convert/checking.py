@@ -2,7 +2,6 @@
 """Whether a data set is whole: every image decodes and is like the others, and what is told of them is valid and of each of them."""
 
 import collections
-import os
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 
@@ -10,6 +9,7 @@ import numpy as np
 
 from dnnlib import UserError
 from dnnlib.archive import DAMAGE, Archive, damage, decode_image
+from dnnlib.cpus import cpu_count
 from dnnlib.progress import Progress
 from training.data import tables
 from training.data.convert.statistics import Summary, facts_of, facts_of_dataset, lines, measure
@@ -131,7 +131,7 @@ def _look_at(places, read):
         return likes, summaries
 
     found, total, known = [], {}, {}
-    with ThreadPoolExecutor(os.cpu_count()) as pool, Progress(len(places), 'Checking') as bar:
+    with ThreadPoolExecutor(cpu_count()) as pool, Progress(len(places), 'Checking') as bar:
         for likes, summaries in pool.map(of_chunk, range(0, len(places), CHUNK)):
             found += [known.setdefault(like, like) for like in likes]  # one object for those that are equal
             for like, summary in summaries.items():

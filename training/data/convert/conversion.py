@@ -11,6 +11,7 @@ import numpy as np
 
 from dnnlib import UserError
 from dnnlib.archive import DAMAGE, damage
+from dnnlib.cpus import cpu_count
 from dnnlib.progress import Progress
 from torch_utils import registry
 from training.data import tables
@@ -39,7 +40,7 @@ def convert(options):
     """Writes the archive that the options of the command line ask for, a dict, and the contact sheet; returns what to say of them, lines
     of text. Raises UserError."""
     check_options(options)
-    writer = writers.ArchiveWriter(options['dest'])
+    writer = writers.open_writer(options['dest'], options['packed'])
     picture = sheet.place(options['sheet'], options['dest'])
     source = open_sources(options['source'], not options['labels'], not options['units'], layout=options['layout'], split=options['split'])
     annotate(source, options)
@@ -48,7 +49,7 @@ def convert(options):
     indices = select(source, options)
     job = plan(source, indices, options)
     # The processes start before the bar, whose thread a fork would not survive.
-    with multiprocessing.Pool(options['workers'] or os.cpu_count(), _prepare, (source, job)) as pool, writer:
+    with multiprocessing.Pool(options['workers'] or cpu_count(), _prepare, (source, job)) as pool, writer:
         rows = sheet.choose(source.labels, source.sigmas, indices) if picture else []
         found = write(pool, source, job, indices, writer, options, {index for row in rows for index in row})
     told = [*lines(found.summary, found.facts)]

@@ -5,12 +5,12 @@ Whoever has the pixels of an image measures it; the numbers of all of them toget
 
 import hashlib
 import math
-import os
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
 
+from dnnlib.cpus import cpu_count
 from dnnlib.progress import Progress
 from training.data import tables
 from training.data.dataset import UNITS_8BIT, ImageDataset
@@ -137,7 +137,7 @@ def summarise(dataset):
         return found
 
     total = Summary()
-    with ThreadPoolExecutor(os.cpu_count()) as pool, Progress(len(dataset), 'Reading') as bar:
+    with ThreadPoolExecutor(cpu_count()) as pool, Progress(len(dataset), 'Reading') as bar:
         for part in pool.map(of_chunk, range(0, len(dataset), CHUNK)):
             total.merge(part)
             bar.update(part.count)
