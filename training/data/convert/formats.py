@@ -207,6 +207,8 @@ class StackSource(Source):
         for file in files:
             try:
                 count = len(self._file(file))
+                if not count:
+                    raise ValueError('no images in it')
             except DAMAGE as err:
                 if not is_folder:
                     raise

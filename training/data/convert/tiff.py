@@ -151,6 +151,7 @@ def _by_pillow(file, page):
 
 def _stacks(file, axis, number):
     """The [_Stack] of a file."""
+    len(file.pages)  # which sees a chain of pages that runs in a circle; file.series does not
     series = [one for one in file.series if not getattr(one.keyframe, 'is_reduced', False)] or list(file.series)
     if not series:
         raise ValueError('no pages in it')

@@ -330,7 +330,8 @@ def test_nifti_volumes_and_refusals(tmp_path):
     source = open_source(f'{tmp_path}/y.nii:axis=0')
     assert '1 of its 96 values are not finite' in bad(source, 1) and (source.read(0)[0] == volume[0]).all()
     data = (tmp_path / 'y.nii').read_bytes()
-    for damaged in (data[:1000], data[:200], b'', data[:40] + b'\x03\0\xff\x7f\xff\x7f\xff\x7f' + data[48:]):
+    for damaged in (data[:1000], data[:200], b'', data[:46] + b'\0\0' + data[48:],
+                    data[:40] + b'\x03\0\xff\x7f\xff\x7f\xff\x7f' + data[48:]):
         (tmp_path / 'z.nii').write_bytes(damaged)
         assert 'cannot be read' in refusal(tmp_path / 'z.nii')
     (tmp_path / 'in').mkdir()
