@@ -2,31 +2,22 @@
 """Converts images of any kind into the zip or folder that train.py reads, and tells what is in one.
 
 python dataset_tool.py --source=images/ --dest=images.zip --transform=center-crop --resolution=64x64
-python dataset_tool.py stats images.zip"""
+python dataset_tool.py stats images.zip
+python dataset_tool.py check images.zip"""
 
-import collections
-import contextlib
-import csv
-import multiprocessing
-import os
 import re
 
 import click
 import numpy as np
 
-from dnnlib import UserError, arrays
-from dnnlib.archive import DAMAGE, damage
-from dnnlib.files import read_value
-from dnnlib.progress import Progress
-from torch_utils import registry
-from torch_utils.command_line import Command, hyphens, version_option
-from training.data import tables
-from training.data.convert import sources, transforms, writers
+from torch_utils.command_line import Command, Spec, hyphens, version_option
+from training.data.convert import transforms
+from training.data.convert.annotations import PROPOSE_CHANNELS
+from training.data.convert.arrays import LAYOUTS
+from training.data.convert.checking import check as check_archive
+from training.data.convert.conversion import convert as convert_images
+from training.data.convert.sources import options_of_sources, what_is_read
 from training.data.convert.statistics import describe
-from training.data.dataset import UNITS_8BIT
-
-CHUNK = 32  # images that a worker process takes at a time
-SAMPLE = 256  # images, at most, that tell what the others should be like
 
 
 class Tool(click.Group):
@@ -67,28 +58,38 @@ def parse_part(ctx, param, value):
 
 
 def parse_units(ctx, param, value):
-    """'10,2.5' -> {'offset': 10.0, 'scale': 2.5}."""
-    if value is None:
-        return None
+    """'10,2.5' -> {'offset': 10.0, 'scale': 2.5}; '0,1/10,2' -> {'offset': [0.0, 10.0], 'scale': [1.0, 2.0]}; 'channel' as it is."""
+    if value in (None, PROPOSE_CHANNELS):
+        return value
     try:
-        offset, scale = (float(text) for text in value.split(','))
+        pairs = [[float(text) for text in part.split(',')] for part in value.split('/')]
+        offset, scale = (list(numbers) for numbers in zip(*pairs, strict=True))
     except ValueError:
-        raise click.BadParameter(f'"{value}" is not OFFSET,SCALE, such as 0,1') from None
-    if not np.isfinite([offset, scale]).all() or scale <= 0:
+        raise click.BadParameter(f'"{value}" is not OFFSET,SCALE, such as 0,1, nor one of these a channel, such as 0,1/10,2, '
+                                 f'nor "{PROPOSE_CHANNELS}"') from None
+    if not np.isfinite(pairs).all() or min(scale) <= 0:
         raise click.BadParameter(f'"{value}": both must be finite, and the scale more than 0')
-    return {'offset': offset, 'scale': scale}
+    return {'offset': offset, 'scale': scale} if len(pairs) > 1 else {'offset': offset[0], 'scale': scale[0]}
 
 
 @main.command(cls=Command)
-@click.option('--source', metavar='PATH', required=True,
-              help='Folder, zip, cifar-10-python.tar.gz, MNIST ...idx3-ubyte(.gz), .npy, .npz, or the word "digits"')
-@click.option('--dest', metavar='PATH', required=True, help='A .zip, or the name of a folder without an extension')
+@click.option('--source', metavar='PATH[:KEY=VALUE,...]', required=True, multiple=True,
+              help=f'Images: {what_is_read("or")}; may be given several times. Keys: label, sigma, sigma_min, sigma_max of all its '
+              f'images, kind, and those of the kind ({options_of_sources()})')
+@click.option('--dest', metavar='PATH', required=True, help='A .zip, the name of a folder without an extension, or an .npz (--packed)')
+@click.option('--packed', is_flag=True, help='Write one array, which training need not decode: into an .npz, which implies it, or a folder')
+@click.option('--split', metavar='NAME', help='Of sources that have several: train, test, ...')
 @click.option('--max-images', metavar='INT', type=click.IntRange(min=1), help='Use only so many images')
 @click.option('--sample', type=click.Choice(['first', 'spread']), default='first', show_default=True,
               help='Which ones --max-images takes: the first, or evenly over all classes')
 @click.option('--part', metavar='K/N', callback=parse_part,
-              help='Use every N-th image from the K-th on, counted from 0; before --max-images')
-@click.option('--transform', type=click.Choice(transforms.TRANSFORMS), help='Crop before resizing; needs --resolution')
+              help='Use every N-th image from the K-th on, counted from 0; before --max-images; of tiles, whole images')
+@click.option('--tile', metavar='WxH', callback=parse_size, help='Cut images into tiles of this size, each an image of the set, called '
+              'by its image and place; the last ones are moved inwards, smaller images left out')
+@click.option('--overlap', metavar='INT', type=click.IntRange(min=0), default=0, help='Pixels that neighbouring tiles share')
+@click.option('--transform', type=Spec(transforms.TRANSFORMS),
+              help='Crop before resizing; center-crop-dhariwal is ADM\'s; these need --resolution. pad, to --resolution or a square: '
+              'fill=edge (default), reflect, or constant with value=0')
 @click.option('--resolution', metavar='WxH', callback=parse_size,
               help='Size to resize to (Lanczos); sides that the network can halve at each of its levels')
 @click.option('--channels', type=click.Choice(['1', '3']), help='Make every image grey, or RGB')
@@ -96,245 +97,28 @@ def parse_units(ctx, param, value):
               help='CSV (file,label), JSON or .npy with a class or vector an image, instead of what the source says')
 @click.option('--sigmas', metavar='FILE|NUMBER', help='Noise std that the images already have: CSV, JSON, .npy, or one number; '
               'in the source\'s own units, for 8-bit images in those of [-1,1]')
+@click.option('--sigma-min', metavar='FILE|NUMBER', help='Noise level above which images that say what they should not at lower ones may '
+              'be trained, given like --sigmas; null in JSON: no such limit')
 @click.option('--sigma-max', metavar='FILE|NUMBER', help='Highest noise level that images may be trained at, given like --sigmas; '
               'inf, or null in JSON: any')
-@click.option('--layout', type=click.Choice(list(sources.LAYOUTS)), help='Axes of an array, where its shape does not tell')
-@click.option('--units', metavar='OFFSET,SCALE', callback=parse_units,
-              help='Float data: network = (value - OFFSET) / SCALE  [default: mean, 2 std]')
+@click.option('--layout', type=click.Choice(list(LAYOUTS)), help='Axes of an array, where its shape does not tell')
+@click.option('--units', metavar='OFFSET,SCALE|channel', callback=parse_units,
+              help='Float data: network = (value - OFFSET) / SCALE  [default: mean, 2 std]; OFFSET,SCALE/OFFSET,SCALE/... of each channel, '
+              'whose --sigmas are in network units where scales differ; "channel": mean, 2 std of each')
 @click.option('--on-bad', type=click.Choice(['fail', 'skip']), default='fail', show_default=True,
               help='Images that cannot be read, or differ from the others')
+@click.option('--sheet', metavar='FILE', help='A picture of some of the images, .png, or "none"  [default: beside --dest, NAME-sheet.png]')
 @click.option('--workers', metavar='INT', type=click.IntRange(min=1), help='Processes  [default: one a core]')
 def convert(**options):
     """Convert images: 8-bit ones to PNG, any others (16-bit, float) to float32 .npy with the units that map them back.
 
     Labels come from class folders, or from a dataset.json in the source, which wins. MNIST keeps its 28x28 pixels."""
-    check_options(options)
-    writer = writers.ArchiveWriter(options['dest'])
-    source = sources.open_source(options['source'], options['layout'])
-    apply_tables(source, options)
-    indices = select(source, options)
-    job = plan(source, indices, options)
-    # The processes start before the bar, whose thread a fork would not survive.
-    with multiprocessing.Pool(options['workers'] or os.cpu_count(), _prepare, (source, job)) as pool, writer:
-        written = write(pool, source, job, indices, writer, options)
-    click.echo(f'{options["dest"]}: {written} images')
-
-
-def check_options(options):
-    """Refuses combinations that cannot work."""
-    size, transform = options['resolution'], options['transform']
-    if transform and not size:
-        raise UserError(f'--transform={transform} needs --resolution=WIDTHxHEIGHT')
-    if transform == 'center-crop' and size[0] != size[1]:
-        raise UserError(f'--transform=center-crop crops a square; --resolution={size[0]}x{size[1]} is none')
-    if transform == 'center-crop-wide' and size[0] < size[1]:
-        raise UserError(f'--transform=center-crop-wide needs a width above the height, not {size[0]}x{size[1]}')
-    if options['sample'] == 'spread' and not options['max_images']:
-        raise UserError('--sample=spread needs --max-images')
+    for line in convert_images(options):
+        click.echo(line)
 
 
 # ----------------------------------------------------------------------------------------------------
-# Labels and choice of images
-
-
-def apply_tables(source, options):
-    """Replaces the source's labels, noise levels and units by those of the command line."""
-    if options['labels']:
-        values = sources.match(read_table(options['labels'], '--labels'), source.names, f'--labels={options["labels"]}')
-        source.labels = as_classes(values)
-    if options['sigmas']:
-        source.sigmas = read_levels(options['sigmas'], '--sigmas', source.names)
-    if options['sigma_max']:
-        source.sigma_max = read_levels(options['sigma_max'], '--sigma-max', source.names)
-    if source.labels is not None:
-        check(tables.labels, 'the table of labels (--labels, or those of the source)', source.labels)
-    if source.sigmas is not None:
-        check(tables.levels, 'the table of noise levels (--sigmas, or "sigmas" in the source)', source.sigmas, source.names)
-        if options['resolution']:
-            raise UserError('--resolution would colour the noise of images that have sigmas; leave it out, or resize '
-                            'before the noise is there')
-    if source.sigma_max is not None:
-        where = 'the table of upper limits (--sigma-max, or "sigma_max" in the source)'
-        limits = check(tables.limits, where, source.sigma_max, source.names)
-        source.sigma_max = [limit if limit < float('inf') else None for limit in limits.tolist()]  # JSON has no infinity
-    source.units = options['units'] or source.units
-
-
-def check(table, name, *args):
-    """table(*args) of tables.py, whose refusals are told of `name`."""
-    try:
-        return table(*args)
-    except ValueError as err:
-        raise UserError(f'{name} {err}') from None
-
-
-def read_levels(text, option, names):
-    """Noise levels from a number or a file, one an image; None where a JSON file has null."""
-    try:
-        return [float(text)] * len(names)
-    except ValueError:
-        if not os.path.isfile(text):
-            raise UserError(f'{option}={text}: neither a number nor a file') from None
-    values = sources.match(read_table(text, option), names, f'{option}={text}')
-    try:
-        return [None if value is None else float(value) for value in values]
-    except (TypeError, ValueError, OverflowError):
-        raise UserError(f'{option}={text}: must hold one number an image') from None
-
-
-def read_table(path, option):
-    """A CSV, JSON or .npy file as pairs, dict or list of values (sources.match)."""
-    try:
-        if path.endswith('.npy'):
-            return arrays.open_npy(path).tolist()
-        if path.endswith('.json'):
-            found = read_value(path, f'{option}={path}')
-            return found.get(option.strip('-').replace('-', '_'), found) if isinstance(found, dict) else found
-        with open(path, encoding='utf-8', newline='') as file:
-            rows = [[registry.parse_number(text.strip()) for text in row] for row in csv.reader(file) if row]
-    except (OSError, ValueError, csv.Error) as err:
-        raise UserError(f'{option}={path}: cannot be read ({damage(err)}); give CSV, JSON or .npy') from None
-    if rows and str(rows[0][0]).lower() in ('file', 'filename', 'name', 'image'):
-        rows = rows[1:]  # a heading
-    if all(len(row) == 1 for row in rows):
-        return [row[0] for row in rows]
-    return [[str(row[0]), row[1] if len(row) == 2 else row[1:]] for row in rows]
-
-
-def as_classes(values):
-    """Labels as they are, or numbers for names of classes, in the order of the alphabet."""
-    if not any(isinstance(value, str) for value in values):
-        return values
-    numbers = {name: number for number, name in enumerate(sorted({str(value) for value in values}))}
-    click.echo('Classes: ' + ', '.join(f'{number} {name}' for name, number in numbers.items()))
-    return [numbers[str(value)] for value in values]
-
-
-def select(source, options):
-    """Indices of the images to use, in the source's order."""
-    first, step = options['part'] or (0, 1)
-    indices = list(range(first, len(source.names), step))
-    limit = options['max_images']
-    if not limit or limit >= len(indices):
-        return indices
-    classes = [_hashable(source.labels[i]) for i in indices] if source.labels else None
-    if options['sample'] == 'spread':
-        chosen = _spread(indices, classes, limit)
-    else:
-        chosen = indices[:limit]
-    if classes:
-        kept = len({_hashable(source.labels[i]) for i in chosen})
-        if kept < len(set(classes)):
-            click.echo(f'Warning: --max-images={limit} keeps {kept} of {len(set(classes))} classes'
-                       + ('; --sample=spread takes them over all classes' if options['sample'] == 'first' else ''), err=True)
-    return chosen
-
-
-def _hashable(label):
-    return tuple(label) if isinstance(label, list) else label
-
-
-def _spread(indices, classes, limit):
-    """The first of each class, then the second of each, and so on; without classes, at even distances."""
-    if classes is None:
-        return [indices[k * len(indices) // limit] for k in range(limit)]
-    seen, turns = collections.Counter(), []
-    for index, label in zip(indices, classes):
-        turns.append((seen[label], index))
-        seen[label] += 1
-    return sorted(index for _, index in sorted(turns)[:limit])
-
-
-# ----------------------------------------------------------------------------------------------------
-# Conversion
-
-
-def _prepare(source, job):
-    """Runs once in each worker process."""
-    global _source, _job
-    _source, _job = source, job
-
-
-def _convert(index):
-    return _job.convert(_source, index)
-
-
-def plan(source, indices, options):
-    """The Job that fits most of a sample of the images; those that differ from it count as bad."""
-    step = -(-len(indices) // SAMPLE)
-    kinds = _kinds(source, indices[::step]) or _kinds(source, indices)
-    if not kinds:
-        raise UserError(f'--source={options["source"]}: none of its {len(indices)} images can be read')
-    target, size = int(options['channels'] or 0) or None, options['resolution']
-    # With a new size or a given number of channels, images may differ in them.
-    traits = [(kind.is_8bit, None if target else kind.channels, None if size else (kind.height, kind.width)) for kind in kinds]
-    is_8bit, channels, shape = usual = collections.Counter(traits).most_common(1)[0][0]
-    as_png = is_8bit and (target or channels) in writers.PNG_COLOURS
-    if as_png and options['units']:
-        raise UserError('--units is for float data; these images are 8-bit, with offset and scale 127.5')
-    if is_8bit and not as_png:
-        source.units = source.units or UNITS_8BIT  # 8-bit values that PNG has no channels for
-    return transforms.Job(usual, options['transform'], size, target, as_png)
-
-
-def _kinds(source, indices):
-    """The kinds of those images whose headers can be read."""
-    found = []
-    for index in indices:
-        with contextlib.suppress(*DAMAGE):
-            found.append(source.kind(index))
-    return found
-
-
-def report(source, bad, count, options):
-    """Lists what is wrong with which image; with --on-bad=fail that is the end."""
-    for index, problem in bad.items():
-        click.echo(f'{source.names[index]}: {problem}', err=True)
-    if bad and options['on_bad'] == 'fail':
-        raise UserError(f'{len(bad)} of {count} images cannot be used (listed above); repair them, leave them out '
-                        'with --on-bad=skip, or make them alike with --channels and --resolution')
-    if bad:
-        click.echo(f'Left out {len(bad)} of {count} images (listed above)', err=True)
-
-
-def write(pool, source, job, indices, writer, options):
-    """Converts and writes the images and dataset.json; returns how many there are."""
-    bad, written, small, sums, values = {}, [], 0, [0.0, 0.0], 0
-    extension = 'png' if job.as_png else 'npy'
-    members = Progress(len(indices), 'Converting').over(pool.imap(_convert, indices, CHUNK))
-    for number, (index, member) in enumerate(zip(indices, members)):
-        if member.problem:
-            bad[index] = member.problem
-        elif member.data is None:
-            small += 1
-        else:
-            name = f'{number:08}'
-            name = f'{name[:5]}/img{name}.{extension}'  # an image that is left out leaves its number out (as published)
-            writer.write(name, member.data)
-            written.append((name, index))
-            sums = [sums[0] + member.total, sums[1] + member.squares]
-            values += int(np.prod(member.shape))
-    report(source, bad, len(indices), options)
-    if small:
-        click.echo(f'Left out {small} of {len(indices)} images, too small for --transform={job.transform}', err=True)
-    if not written:
-        raise UserError(f'--source={options["source"]}: none of its {len(indices)} images can be used')
-    writer.write_json('dataset.json', metadata(source, written, None if job.as_png else (*sums, values)))
-    return len(written)
-
-
-def metadata(source, written, sums):
-    """What dataset.json holds: labels (or null), sigmas and sigma_max where there are any, units of float data."""
-    pairs = lambda values: [[name, values[index]] for name, index in written]
-    meta = {'labels': pairs(source.labels) if source.labels else None}
-    meta |= {key: pairs(values) for key, values in (('sigmas', source.sigmas), ('sigma_max', source.sigma_max)) if values is not None}
-    if sums is not None:
-        meta['units'] = source.units or transforms.propose_units(*sums)
-    return meta
-
-
-# ----------------------------------------------------------------------------------------------------
-# Statistics
+# What is in an archive, and whether it is whole
 
 
 @main.command(cls=Command)
@@ -344,6 +128,16 @@ def stats(data, sigma):
     """Print count, shape, range, sigma_data, classes, noise levels, and the SNR at a noise level."""
     for line in describe(data, sigma):
         click.echo(line)
+
+
+@main.command(cls=Command)
+@click.argument('data', metavar='DATA')
+def check(data):
+    """Look for whatever training would stumble over: every image is decoded, and dataset.json compared with them.
+
+    Prints a line for each problem, with the name of the file; ends with exit code 1 where there are any."""
+    if not check_archive(data, click.echo):
+        raise SystemExit(1)
 
 
 if __name__ == '__main__':

@@ -113,7 +113,8 @@ class FlowMethod:
 
     def __init__(self, net, dataset, o):
         self.net, self.o, self.is_float = net, o, dataset.is_float
-        self.offset = math.log2(dataset.units['scale'] if dataset.is_float else 127.5)
+        scales = np.atleast_1d(dataset.units['scale'] if dataset.is_float else 127.5)  # of all channels, or of each
+        self.offset = sum(map(math.log2, scales)) / len(scales)
         self.flow = flow_options(net, o)
 
     def __call__(self, images, raw_idx, repeat, class_labels, progress):

@@ -26,7 +26,8 @@ from metrics.detectors import DETECTORS
 from metrics.evaluate import METRICS
 from torch_utils import checkpoint, distributed, misc, registry
 from torch_utils.command_line import Command, Names, Number, Spec, groups, ints, version_option
-from training.data.corruption import PROTOCOLS
+from training.data.corruption import PROTOCOLS, SIGMA_MIN_AS
+from training.data.device import PLACES
 from training.data.pairs import PAIRINGS
 from training.diffusion.discrete import DIFFUSIONS
 from training.diffusion.noise import NOISE
@@ -85,6 +86,9 @@ COUNT, WHOLE = click.IntRange(min=1), click.IntRange(min=0)
               help='Key of who is noisy, and with which noise')
 @click.option('--corruption-protocol', type=click.Choice(PROTOCOLS), default='fixed', show_default=True,
               help='published: membership and noise of the ambient-laws code, image for image')
+@click.option('--sigma-min-as', type=click.Choice(SIGMA_MIN_AS), default='limit', show_default=True,
+              help='What is done with images that have a sigma_min in dataset.json: they are trained on above it as they are (limit), '
+              'or noise is added up to it, fixed per image, as Ambient Omni does')
 # The objective, one slot each.
 @click.option('--objective', type=Spec(OBJECTIVES), help='Discrete-time objective of --precond=iddpm: hybrid and vlb learn the '
               'variance of a sampling step too  [default: none; --noise and --weight instead]')
@@ -157,11 +161,15 @@ COUNT, WHOLE = click.IntRange(min=1), click.IntRange(min=0)
 @click.option('--bench', metavar='BOOL', type=bool, default=True, show_default=True, help='Let cuDNN choose its algorithms by timing them')
 @click.option('--compile', 'compile_net', metavar='BOOL', type=bool, default=False, show_default=True, help='torch.compile the network')
 @click.option('--cache', metavar='BOOL', type=bool, default=True, show_default=True,
-              help='False: decoded images lie in a file that all ranks map, whatever their size')
+              help='False: no noisy image is kept in memory, as --cache-gib=0')
 @click.option('--cache-gib', metavar='FLOAT', type=NOT_NEGATIVE, default=8, show_default=True,
-              help='Memory of a node for decoded images; more than this is mapped from disk')
+              help='Memory of a node to keep noisy images in; where they need more, they are made anew at each use')
+@click.option('--cache-dir', metavar='DIR', type=click.Path(file_okay=False),
+              help='Where the decoded copy of the data lies, which later runs use  [default: beside the data, else the user\'s cache]')
+@click.option('--data-on', type=click.Choice(PLACES), default='auto', show_default=True,
+              help='Where batches are put together: on the GPU where the images fit there, else on the host')
 @click.option('--workers', metavar='INT', type=WHOLE, default=1, show_default=True,
-              help='Threads that decode the data; 0: all cores decode, and batches are not prepared ahead')
+              help='Threads that make noisy images; 0: one, and batches are not prepared ahead')
 @click.option('--timeout', metavar='MINUTES', type=MINUTES, default=10, show_default=True,
               help='With several ranks: end them all when one has not answered for about this long (docs/multi-node.md)')
 @click.option('--threads', metavar='INT', type=COUNT, help='CPU threads of each rank  [default: PyTorch\'s]')

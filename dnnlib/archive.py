@@ -7,31 +7,34 @@ import contextlib
 import functools
 import io
 import os
+import re
 import struct
 import warnings
 import zipfile
 import zlib
-from pathlib import Path
 
 import numpy as np
 import PIL.Image
 
-from dnnlib import arrays
+from dnnlib import arrays, pictures
 from dnnlib.files import MAX_JSON, json_object
 from dnnlib.fingerprint import digest, fingerprint
 from dnnlib.util import UserError, one_line
 
 LOSSY = ('.jpg', '.jpeg', '.webp')
 IMAGES = ('.png', '.bmp', *LOSSY, '.npy')  # members that are images, wherever images are read
+LEFT_BEHIND = re.compile(r'(^|/)(\.|__MACOSX/)')  # in the name of a member that is no image, whatever its end
 RARER_IMAGES = ('.tif', '.tiff', '.pgm', '.ppm')  # and where they are converted
-CONVERTED = {'P': 'RGB', 'CMYK': 'RGB', '1': 'L'}  # Pillow's modes whose values are no intensities
 # Whatever its name, a picture is one of these: Pillow knows formats that run other programs, such as EPS.
 FORMATS = ('PNG', 'JPEG', 'BMP', 'DIB', 'GIF', 'WEBP', 'TIFF', 'PPM')
 
+CHANNELS = {0: 1, 2: 3, 4: 2, 6: 4}  # of PNG's colour types: grey, RGB, grey and alpha, RGB and alpha
 MAX_PIXELS = 2 ** 27  # of a picture: 11585 x 11585
 MAX_MEMBER = 2 ** 29  # bytes of an image as a file: a picture of so many pixels with 4 channels, not compressed
 MAX_SCANS = 2 ** 31  # pixels times scans of a JPEG: each scan, of a few bytes, takes a pass over all pixels
 JSON_BASE, JSON_PER_MEMBER = 2 ** 25, 2 ** 16  # bytes of dataset.json, up to MAX_JSON: what no set of images needs is not read
+MAX_TAIL = 2 ** 16 + 100  # bytes at the end of a zip file, a comment among them, that tell where its directory is
+LOCAL_EXTRA = 64  # bytes between a member's name and its data that are read along with them
 MAX_DEFLATE = 1032  # to one: deflate does not compress any better
 
 # What Pillow, numpy and zipfile raise for files that are damaged or are something else.
@@ -62,8 +65,16 @@ class Archive:
         return {**self.__dict__, '_opened': (None, None)}
 
     def _files(self):
-        root = Path(self.path)
-        return sorted(p.relative_to(root).as_posix() for p in root.rglob('*') if p.is_file())
+        found, folders = [], ['']
+        while folders:
+            inside = folders.pop()
+            with os.scandir(os.path.join(self.path, inside)) as entries:
+                for entry in entries:
+                    if entry.is_dir(follow_symlinks=False):
+                        folders.append(f'{inside}{entry.name}/')
+                    elif entry.is_file():
+                        found.append(f'{inside}{entry.name}')
+        return sorted(found)
 
     def _members(self):
         infos = [info for info in self._zip().infolist() if not info.filename.endswith('/')]
@@ -77,8 +88,10 @@ class Archive:
         return self._opened[1]
 
     def images(self, suffixes=IMAGES):
-        """The names of images. Those that begin with a dot are other programs' notes. Raises UserError where there are none."""
-        found = [name for name in self.names if name.lower().endswith(suffixes) and not os.path.basename(name).startswith('.')]
+        """The names of images, without what other programs left behind: files and folders that begin with a dot, and __MACOSX.
+
+        Raises UserError where there are none."""
+        found = [name for name in self.names if name.lower().endswith(suffixes) and not LEFT_BEHIND.search(name)]
         if not found:
             raise UserError(f'{self.where}: no images in it (looked for {", ".join(suffixes)})')
         twice = next((name for name, after in zip(found, found[1:]) if name == after), None)
@@ -93,10 +106,13 @@ class Archive:
                 size = os.fstat(f.fileno()).st_size
                 _check_size(size, most)
                 return f.read(size)
-        info = self._zip().getinfo(name)
+        archive = self._zip()
+        info = archive.getinfo(name)
         _check_size(info.file_size, most)
         _check_member(info)
-        with self._zip().open(info) as f:
+        if info.compress_type == zipfile.ZIP_STORED:
+            return _read_stored(archive.fp.fileno(), info)
+        with archive.open(info) as f:
             return f.read(info.file_size)
 
     def read_json(self, name='dataset.json'):
@@ -129,6 +145,43 @@ class Archive:
             return fingerprint('folder' if self._is_folder else 'zip', names, sizes, contents, self._digests.get(labels))
         except DAMAGE as err:
             raise UserError(f'{self.where}: cannot be read ({damage(err)})') from None
+
+
+def directory_digest(path):
+    """The digest of a zip file's directory as it lies there, which any change of its members changes; None where there is none.
+
+    It takes a small part of the time that reading the directory takes: 0.2 s of 12 s for 1.28 million members."""
+    with open(path, 'rb') as f:
+        size = f.seek(0, os.SEEK_END)
+        first = max(0, size - MAX_TAIL)
+        f.seek(first)
+        tail = f.read()
+        end = tail.rfind(b'PK\5\6')
+        if end < 0 or len(tail) < end + 22:
+            return None
+        length, = struct.unpack_from('<12xI', tail, end)
+        if tail[max(0, end - 20):end].startswith(b'PK\6\7') and tail[max(0, end - 76):].startswith(b'PK\6\6'):  # zip64
+            end -= 76
+            length, = struct.unpack_from('<40xQ', tail, end)
+        if not 0 < length <= first + end:
+            return None
+        f.seek(first + end - length)
+        return digest(f.read(length))
+
+
+def _read_stored(handle, info):
+    """The bytes of a member that is not compressed, in one read: zipfile's own takes several, under a lock, and 5 times as long."""
+    slack = 30 + len(info.filename.encode('utf-8', 'surrogateescape')) + LOCAL_EXTRA  # a header before the bytes
+    data = os.pread(handle, slack + info.file_size, info.header_offset)
+    if data[:4] != b'PK\3\4' or len(data) < 30:
+        raise ValueError('its header in the zip file is damaged')
+    start = 30 + sum(struct.unpack_from('<HH', data, 26))
+    found = data[start:start + info.file_size]
+    if len(found) < info.file_size:  # a longer header than other programs write
+        found = os.pread(handle, info.file_size, info.header_offset + start)
+    if len(found) < info.file_size or zlib.crc32(found) != info.CRC:
+        raise ValueError('its bytes in the zip file are damaged: they do not have the checksum (CRC-32) that the directory tells of')
+    return found
 
 
 def _check_size(size, most):
@@ -182,30 +235,55 @@ def open_picture(data, most=MAX_PIXELS):
     most = min(most, MAX_PIXELS // 2) if picture.format == 'WEBP' else most  # its decoder holds several pictures at once
     if pixels > most:
         raise ValueError(f'{picture.width} x {picture.height} pixels, more than the {most} that are decoded')
-    if data[:4] == b'\x89PNG' and data[24] == 16 and not picture.mode.startswith('I'):
-        raise ValueError('16 bits in several channels, of which Pillow reads 8; save it as .npy')
     if data[:2] == b'\xff\xd8' and pixels * data.count(b'\xff\xda') > MAX_SCANS:
         raise ValueError(f'{data.count(bytes([0xff, 0xda]))} scans of {pixels} pixels, more than are decoded')
+    with _decoding():
+        pictures.check(picture, data)
     return picture
 
 
 def decode_image(name, data, modes=None, most=MAX_PIXELS):
     """The bytes of a member -> array [C,H,W]: 8-bit pictures as uint8, deeper ones and .npy as they lie there; [H,W] is one channel.
 
-    Palettes and CMYK become RGB, bits grey. modes: Pillow's modes that are allowed after that, by default all. most: pixels of a picture.
-    Raises errors of DAMAGE."""
+    Palettes and CMYK become RGB, bits grey; EXIF's orientation is applied. modes: Pillow's modes that are allowed after that, by default
+    all. most: pixels of a picture. Raises errors of DAMAGE."""
     if name.lower().endswith('.npy'):
         array = arrays.from_bytes(data)
         if array.ndim not in (2, 3) or not array.size:
             raise ValueError(f'an array of shape {list(array.shape)} is no image [C,H,W] or [H,W]')
         return array[None] if array.ndim == 2 else array
+    if (plain := _plain_png(data, most)) is not None and not modes:
+        return plain
     with open_picture(data, most) as picture, _decoding():
-        if picture.mode in CONVERTED:
-            picture = picture.convert(CONVERTED[picture.mode])
-        if modes and picture.mode not in modes:
-            raise ValueError(f'mode {picture.mode}, expected 8-bit grey or RGB; convert it with dataset_tool.py')
-        array = np.array(picture)
-    return array[None] if array.ndim == 2 else np.ascontiguousarray(array.transpose(2, 0, 1))
+        mode = pictures.CONVERTED.get(picture.mode, picture.mode)
+        if modes and mode not in modes:
+            raise ValueError(f'mode {mode}, expected 8-bit grey or RGB; convert it with dataset_tool.py')
+        return pictures.pixels(picture, data)
+
+
+def _plain_png(data, most):
+    """The image in a PNG as dataset_tool.py writes it (8 bits, no filter, one IDAT, not compressed); None for any other.
+
+    Reading its bytes as they lie there is several times as fast as a decoder of any PNG."""
+    if data[:16] != b'\x89PNG\r\n\x1a\n\0\0\0\rIHDR' or data[37:41] != b'IDAT' or data[41:43] != b'\x78\x01':
+        return None
+    width, height, depth, colour, *rest = struct.unpack_from('>IIBBBBB', data, 16)
+    channels, length = CHANNELS.get(colour, 0), int.from_bytes(data[33:37], 'big')
+    size, sums = height * (1 + width * channels), ((12, 29), (37, 41 + length))
+    if depth != 8 or not channels or any(rest) or not 0 < width * height <= most:
+        return None
+    if len(data) != 57 + length or length > size + size // 64 + 64:
+        return None
+    try:
+        flat = zlib.decompress(data[41:41 + length], bufsize=size)
+    except zlib.error:
+        return None  # the decoder says what is wrong
+    if len(flat) != size or any(zlib.crc32(data[start:end]) != int.from_bytes(data[end:end + 4], 'big') for start, end in sums):
+        return None
+    rows = np.frombuffer(flat, np.uint8).reshape(height, -1)
+    if rows[:, 0].any():
+        return None
+    return np.ascontiguousarray(rows[:, 1:].reshape(height, width, channels).transpose(2, 0, 1))
 
 
 def damage(err):

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 MAX_HEADER = 2 ** 16  # bytes; NumPy's own are below 200
+HEADER = 128  # bytes of those written here
 KEYS = {'descr': r'["\']([^"\']*)["\']', 'fortran_order': r'(True|False)', 'shape': r'\(([\d\sL,]*)\)'}
 
 
@@ -56,10 +57,20 @@ def from_bytes(data):
     return flat.reshape(found.shape, order=found.order).copy(order='K')
 
 
-def open_npy(path):
-    """The array in an .npy file, mapped from the disk, read-only. Raises ValueError and OSError."""
+def open_npy(path, start=0, size=None):
+    """The array in an .npy file, mapped from the disk, read-only. Raises ValueError and OSError.
+
+    start, size: bytes, where the .npy file is a part of the file at `path`, such as a member of an .npz that is not compressed."""
     with open(path, 'rb') as f:
-        found = read_header(f.read(MAX_HEADER + 12), os.fstat(f.fileno()).st_size)
+        size = os.fstat(f.fileno()).st_size - start if size is None else size
+        f.seek(start)
+        found = read_header(f.read(min(MAX_HEADER + 12, size)), size)
     if not math.prod(found.shape):
         return np.zeros(found.shape, found.dtype)  # nothing to map
-    return np.memmap(path, found.dtype, 'r', found.offset, found.shape, found.order)
+    return np.memmap(path, found.dtype, 'r', start + found.offset, found.shape, found.order)
+
+
+def header(dtype, shape):
+    """The head of an .npy file of an array in C order: HEADER bytes, whatever the shape, so that it can be written when that is known."""
+    text = repr({'descr': np.dtype(dtype).str, 'fortran_order': False, 'shape': tuple(int(side) for side in shape)})
+    return b'\x93NUMPY\1\0' + (HEADER - 10).to_bytes(2, 'little') + text.ljust(HEADER - 11).encode() + b'\n'

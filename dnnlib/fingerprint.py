@@ -5,9 +5,10 @@ import hashlib
 
 import numpy as np
 
-KINDS = {'zip': 'a zip file', 'folder': 'a folder'}
+KINDS = {'zip': 'a zip file', 'folder': 'a folder', 'npz': 'an .npz file', 'packed folder': 'a folder of arrays'}
 # Of a kind, what other contents under the same names and sizes are called.
-OTHER_CONTENT = {'folder': 'its files have other times of change: copy them with their times (cp -a, rsync -t), or make a zip of them'}
+OTHER_TIMES = 'its files have other times of change: copy them with their times (cp -a, rsync -t)'
+OTHER_CONTENT = {'folder': f'{OTHER_TIMES}, or make a zip of them', 'packed folder': OTHER_TIMES}
 
 
 def fingerprint(kind, names, sizes, contents, labels):

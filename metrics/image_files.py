@@ -12,6 +12,7 @@ import torch
 
 from dnnlib import UserError
 from dnnlib.archive import DAMAGE, LOSSY, Archive, damage, decode_image
+from dnnlib.cpus import cpu_count
 from torch_utils import distributed
 
 NAMED = 20  # how many bad files an error names; it counts the others
@@ -65,7 +66,7 @@ class ImageFiles:
         Images that cannot be used are left out, and raised as BadImages when all others have been read."""
         mine = range(distributed.rank(), len(self) if count is None else count, distributed.size())
         ahead, bad = collections.deque(), []
-        with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        with concurrent.futures.ThreadPoolExecutor(min(8, cpu_count())) as pool:
             try:
                 for start in range(0, len(mine), batch_size):
                     ahead.append([(i, pool.submit(self._read, i)) for i in mine[start:start + batch_size]])

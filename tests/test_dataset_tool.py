@@ -149,6 +149,10 @@ def test_cifar(tmp_path):
     dataset = ImageDataset(str(tmp_path / 'x.zip'), use_labels=True)
     assert len(dataset) == 10 and dataset.classes.tolist() == list(range(10))
     assert all((dataset.decode(i) == images[i]).all() for i in range(10))
+    for args in (['cifar-10-python.tar.gz', '--split=test'], ['cifar-10-python.tar.gz:split=test']):
+        convert(tmp_path / args[0], tmp_path / 'cifar-test.zip', *args[1:])
+        dataset = ImageDataset(str(tmp_path / 'cifar-test.zip'), use_labels=True)
+        assert dataset.classes.tolist() == [0, 1] and (dataset.decode(1) == images[1]).all()
 
 
 class Evil:
@@ -285,6 +289,20 @@ def test_upper_limits_are_written_and_travel_on(tmp_path):
     assert b'sigma_max' not in members(tmp_path / 'z.zip')[2] and 'sigma_max' not in run('stats', tmp_path / 'z.zip').output
 
 
+def test_lower_limits_are_written_and_travel_on(tmp_path):
+    picture_folder(tmp_path / 'in', pictures(4))
+    (tmp_path / 'm.csv').write_text('file,limit\n00.png,0\n01.png,0.1\n02.png,0.3\n03.png,inf\n')
+    convert(tmp_path / 'in', tmp_path / 'x.zip', f'--sigma-min={tmp_path / "m.csv"}')
+    assert ImageDataset(str(tmp_path / 'x.zip')).sigma_min.tolist() == [0, 0.1, 0.3, np.inf]
+    meta = members(tmp_path / 'x.zip')[2]
+    assert b'Infinity' not in meta and json.loads(meta)['sigma_min'][0][1] is None
+    convert(tmp_path / 'x.zip', tmp_path / 'again.zip', '--part=1/2')
+    assert ImageDataset(str(tmp_path / 'again.zip')).sigma_min.tolist() == [0.1, np.inf]
+    said = run('stats', tmp_path / 'x.zip').output
+    assert 'sigma_min   3 of 4 images have a lower limit; least 0.1, median 0.3' in said and '1 of them can never be used' in said
+    assert 'gives 00 the limit -1' in refusal(f'--source={tmp_path}/in', f'--dest={tmp_path}/y.zip', '--sigma-min=-1').replace('.png', '')
+
+
 def test_eight_bit_images_with_sigmas(tmp_path):
     picture_folder(tmp_path / 'in', pictures(3))
     (tmp_path / 's.csv').write_text('file,sigma\n00.png,0\n01.png,0.1\n02.png,0.3\n')
@@ -358,10 +376,10 @@ def test_max_images_and_what_they_lose(tmp_path):
 
 
 def mixed_folder(path):
-    """Seven good RGB images, one of another size, one grey, one cut short, one that is no image."""
+    """Seven good RGB images, one of another size, one of 16 bits, one cut short, one that is no image."""
     picture_folder(path, pictures(7))
     Image.fromarray(pictures(1, (8, 12, 3))[0]).save(path / 'wide.png')
-    Image.fromarray(pictures(1, (8, 8))[0]).save(path / 'grey.png')
+    Image.fromarray(pictures(1, (8, 8))[0].astype(np.uint16)).save(path / 'deep.png')
     (path / 'short.png').write_bytes((path / '00.png').read_bytes()[:90])
     (path / 'junk.jpg').write_bytes(b'junk')
     return path
@@ -371,7 +389,7 @@ def test_all_offenders_are_listed_and_nothing_is_written(tmp_path):
     folder = mixed_folder(tmp_path / 'in')
     result = run(f'--source={folder}', f'--dest={tmp_path}/x.zip', '--workers=1')
     assert result.exit_code == 1
-    for text in ('wide.png: 12x8 RGB', 'grey.png: 8x8 L', 'short.png: cannot be read', 'junk.jpg: cannot be read',
+    for text in ('wide.png: 12x8 RGB', 'deep.png: 8x8 I;16', 'short.png: cannot be read', 'junk.jpg: cannot be read',
                  '4 of 11 images cannot be used'):
         assert text in result.output
     assert os.listdir(tmp_path) == ['in']
@@ -381,9 +399,9 @@ def test_bad_images_are_left_out_when_asked(tmp_path):
     folder = mixed_folder(tmp_path / 'in')
     assert 'Left out 4 of 11' in convert(folder, tmp_path / 'x.zip', '--on-bad=skip')
     assert len(ImageDataset(str(tmp_path / 'x.zip'))) == 7
-    assert 'Left out 2 of 11' in convert(folder, tmp_path / 'y.zip', '--on-bad=skip', '--channels=1', '--resolution=8x8')
+    assert 'Left out 3 of 11' in convert(folder, tmp_path / 'y.zip', '--on-bad=skip', '--channels=1', '--resolution=8x8')
     dataset = ImageDataset(str(tmp_path / 'y.zip'))
-    assert len(dataset) == 9 and dataset.image_shape == (1, 8, 8)
+    assert len(dataset) == 8 and dataset.image_shape == (1, 8, 8)
 
 
 def test_channels(tmp_path):
@@ -459,10 +477,10 @@ def test_as_a_program(tmp_path):
     program = [sys.executable, str(ROOT / 'dataset_tool.py')]
     good = subprocess.run([*program, f'--source={DATA / "A_subfolders.zip"}', '--dest=x.zip', '--max_images=5'], cwd=tmp_path,
                           capture_output=True, text=True)
-    assert good.returncode == 0 and good.stdout == 'x.zip: 5 images\n', good.stderr
+    assert good.returncode == 0 and good.stdout.endswith('x-sheet.png: 5 of them to look at\nx.zip: 5 images\n'), good.stderr
     bad = subprocess.run([*program, '--source=none', '--dest=x.zip'], cwd=tmp_path, capture_output=True, text=True)
     assert bad.returncode == 1 and bad.stderr.startswith('Error: ') and bad.stderr.count('\n') == 1
-    assert os.listdir(tmp_path) == ['x.zip']
+    assert sorted(os.listdir(tmp_path)) == ['x-sheet.png', 'x.zip']
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -477,7 +495,8 @@ def test_stats_of_eight_bit_images(tmp_path):
     network = images / 127.5 - 1
     db = 10 * np.log10(network.std() ** 2 / 0.04)
     for text in ('images      12', '3 x 16 x 16', 'uint8', f'sigma_data  {network.std():.4f}',
-                 f'mean        {network.mean():.4f}', '2 classes, 6 to 6 images each', '0: 6, 1: 6', '14.15 dB', f'{db:.2f} dB'):
+                 f'mean        {network.mean():.4f}', '2 classes, 6 to 6 images each', '            0  6  ' + 40 * '#', 'duplicates  none',
+                 '14.15 dB', f'{db:.2f} dB'):
         assert text in result.output, result.output
 
 

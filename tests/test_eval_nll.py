@@ -45,7 +45,7 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
-def gaussian_network(std, mean=0.0, size=4):
+def gaussian_network(std, mean=0.0, size=4, channels=1):
     """A network in EDM's preconditioning that is the exact denoiser of N(mean, std^2) for every pixel."""
 
     class Exact(torch.nn.Module):
@@ -54,7 +54,7 @@ def gaussian_network(std, mean=0.0, size=4):
             total = sigma ** 2 + std ** 2  # = 1 / c_in^2, with sigma_data = std
             return ((mean * sigma ** 2 / total) / (sigma * std / total.sqrt())).expand(x.shape) + 0 * x
 
-    net = small(img_channels=1, img_resolution=size, sigma_data=std)
+    net = small(img_channels=channels, img_resolution=size, sigma_data=std)
     net.model = Exact()
     return net
 
@@ -147,6 +147,23 @@ def test_float_data_have_differential_bits_in_their_own_units(tmp_path, monkeypa
     expected = np.mean(x ** 2 / (2 * 0.25)) / math.log(2) + 0.5 * math.log2(2 * math.pi * 0.25 * 400)
     assert result['differential_bits_per_dim'] == pytest.approx(expected, abs=1e-3) and 'bits_per_dim' not in result
     assert result['dequantisation'] == 'none' and 'differential_bits_per_dim' in output
+
+
+def test_channels_with_units_of_their_own(tmp_path, monkeypatch):
+    """Stored = offset + scale x, by channel: the bits of a value are those of the mean log scale."""
+    monkeypatch.chdir(tmp_path)
+    units = {'offset': [7.0, -1.0], 'scale': [20.0, 0.5]}
+    net = gaussian_network(0.5, channels=2)
+    net.units = units
+    monkeypatch.setattr(eval_nll, 'load_network', lambda *args, **kwargs: net)
+    x = 0.5 * np.random.default_rng(0).standard_normal((6, 2, 4, 4))
+    offset, scale = (np.reshape(units[key], [2, 1, 1]) for key in ('offset', 'scale'))
+    write_data('data.zip', (x * scale + offset).astype(np.float32), units=units)
+    run('--network=exact', '--data=data.zip')
+    result = json.loads(Path('exact.ode.json').read_text())
+    entropy = lambda scale: 0.5 * math.log2(2 * math.pi * 0.25 * scale ** 2)
+    expected = np.mean(x ** 2 / (2 * 0.25)) / math.log(2) + (entropy(20) + entropy(0.5)) / 2
+    assert result['differential_bits_per_dim'] == pytest.approx(expected, abs=1e-3)
 
 
 def test_noisy_images_are_left_out(here):

@@ -292,7 +292,7 @@ def test_published_command_lines(here, monkeypatch, name):
     assert sorted(Path('.').rglob('*')) == before, 'a dry run writes nothing'
     assert 'M parameters' in output.splitlines()[-1] and 'network evaluations' in output.splitlines()[-1]
     if name == 'ambient-laws':
-        assert config['corruption'] == dict(sigma=0.2, probability=0.9, seed=0, protocol='fixed', labels=None)
+        assert config['corruption'] == dict(sigma=0.2, probability=0.9, seed=0, protocol='fixed', labels=None, sigma_min_as='limit')
         first, second = config['objective']['terms']
         assert first == 'denoise' and registry.parse(second) == ('euler', dict(
             estimator='mean', coeff=1.0, batch_size=8, steps=3, samples=3, weighted=False, stop='no', grad=True))
@@ -306,7 +306,7 @@ def test_published_command_lines(here, monkeypatch, name):
         assert (run['batch_gpu'], optimizer['ema_halflife_kimg'], run['seed'], run['desc']) == (8, 50e3, 3, 'text')
         assert config['data'].pop('fingerprint')['images'] == 64
         assert config['data'] == dict(path='good.zip', use_labels=True, keep=1.0, xflip=True, augment=0.0, validation=None, cache_gib=8,
-                                      workers=4)
+                                      cache_dir=None, on='auto', workers=4)
 
 
 @pytest.mark.parametrize('name, noise, weight', [('edm', 'lognormal', 'edm'), ('vp', 'vp_uniform', 'snr'), ('ve', 'loguniform', 'snr'),

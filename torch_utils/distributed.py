@@ -308,6 +308,23 @@ def from_rank0(function, *args):
     return found
 
 
+def from_node(function, *args):
+    """function(*args) of one rank of each node, on all ranks of that node; what is the user's mistake or the file system's on one node is
+    raised on all ranks. Every rank calls this."""
+    if not torch.distributed.is_initialized():
+        return function(*args)
+    found, error = None, None
+    if local_rank() == 0:
+        try:
+            found = function(*args)
+        except (UserError, OSError) as err:
+            error = err
+    told = all_values((found, error), what=_words_of(function))
+    if errors := [error for _, error in told if error is not None]:
+        raise errors[0]
+    return told[rank() - local_rank()][0]
+
+
 def _words_of(function):
     """What a function does, in words, for the ranks that wait for it."""
     return getattr(function, '__name__', 'its work').strip('_<>').replace('_', ' ')

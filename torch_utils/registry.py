@@ -15,13 +15,18 @@ from dnnlib import UserError
 def parse(spec):
     """"name:key=value,key=value" -> (name, {key: value}); values are int, float, bool, None or str, in that order of preference."""
     name, _, rest = str(spec).partition(':')
+    return name.strip(), {key: _literal(value) for key, value in split(rest, f'"{spec}": expected key=value after "{name}:"').items()}
+
+
+def split(text, where):
+    """"key=value,key=value" -> {key: value} as text. Raises UserError that begins with `where`."""
     options = {}
-    for item in filter(None, rest.split(',')):
+    for item in filter(None, text.split(',')):
         key, equals, value = item.partition('=')
         if not equals or not key.strip():
-            raise UserError(f'"{spec}": expected key=value after "{name}:", got "{item}"')
-        options[key.strip()] = _literal(value.strip())
-    return name.strip(), options
+            raise UserError(f'{where}, got "{item}"')
+        options[key.strip()] = value.strip()
+    return options
 
 
 def unparse(name, options):
@@ -75,14 +80,18 @@ def _resolve(spec, registry, slot):
     name, options = parse(spec)
     if name not in registry:
         raise UserError(f'{slot}={spec}: unknown name "{name}"; choose from {", ".join(registry)}')
-    piece = registry[name]
+    return registry[name], check_options(name, registry[name], options, f'{slot}={spec}')
+
+
+def check_options(name, piece, options, where):
+    """{key: value} in the types of the piece's defaults; the values may still be text. Raises UserError that begins with `where`."""
     accepted = parameters(piece)
-    for key, value in options.items():
+    for key in options:
         if key not in accepted:
             allowed = ', '.join(f'{k}={_shown(v)}' for k, v in accepted.items()) or 'no keys'
-            raise UserError(f'{slot}={spec}: "{name}" has no key "{key}"; it takes {allowed}')
-        options[key] = _checked(accepted[key], key, value, f'{slot}={spec}')
-    return piece, options
+            raise UserError(f'{where}: "{name}" has no key "{key}"; it takes {allowed}')
+    literal = lambda value: _literal(value) if isinstance(value, str) else value
+    return {key: _checked(accepted[key], key, literal(value), where) for key, value in options.items()}
 
 
 def parameters(piece):

@@ -16,9 +16,21 @@ import PIL.Image
 import PIL.ImageFile
 import pytest
 
-from dnnlib import UserError
-from dnnlib.archive import DAMAGE, IMAGES, JSON_BASE, JSON_PER_MEMBER, MAX_PIXELS, RARER_IMAGES, Archive, damage, decode_image
+from dnnlib import UserError, archive
+from dnnlib.archive import (
+    DAMAGE,
+    IMAGES,
+    JSON_BASE,
+    JSON_PER_MEMBER,
+    MAX_PIXELS,
+    RARER_IMAGES,
+    Archive,
+    damage,
+    decode_image,
+    directory_digest,
+)
 from dnnlib.files import MAX_JSON
+from training.data.convert.writers import encode_png
 
 
 def coded(array, mode, kind='PNG'):
@@ -47,6 +59,20 @@ def test_zips_and_folders_are_alike(places):
         assert archive.images() == ['a/2.jpg', 'b/1.PNG'] and archive.images((*IMAGES, *RARER_IMAGES))[-1] == 'scan.tif'
         assert all(archive.read(name) == data for name, data in places[2].items())
         assert archive.read_json() == {'labels': None} and archive.read_json('none.json') == {}
+
+
+def test_what_other_programs_left_behind_is_no_image(tmp_path):
+    """Folders of macOS, editors and version control; what begins with a dot, wherever it lies. The fingerprint does not know it."""
+    data, prints = coded(np.zeros([4, 4, 3], np.uint8), 'RGB'), []
+    left = ('__MACOSX/a/b.png', 'a/__MACOSX/c.png', '.cache/d.png', 'a/.e/f/g.png', 'a/.h.png')
+    for names in (('a/x.png', '_a/y.png'), ('a/x.png', '_a/y.png', *left)):
+        with zipfile.ZipFile(tmp_path / 'z.zip', 'w') as archive:
+            for name in names:
+                archive.writestr(name, data)
+        archive = Archive(tmp_path / 'z.zip')
+        assert archive.images() == ['_a/y.png', 'a/x.png']
+        prints.append(archive.fingerprint())
+    assert prints[0] == prints[1]
 
 
 def test_suffixes_are_named_once():
@@ -255,3 +281,90 @@ def test_names_of_any_kind_stay_in_one_line(tmp_path):
     folder.mkdir()
     (folder / os.fsdecode(b'\xff.png')).write_bytes(b'x')
     assert len(Archive(folder).fingerprint()['names']) == 32  # no text encodes such a name
+
+
+# ----------------------------------------------------------------------------------------------------
+# What is read faster than by zipfile and Pillow
+
+
+def zip_of(path, members, comment=b'', force_zip64=False, prefix=b'', kind=zipfile.ZIP_STORED):
+    with open(path, 'wb') as file:
+        file.write(prefix)
+        with zipfile.ZipFile(file, 'w', kind) as archive:
+            archive.comment = comment
+            for name, data in members.items():
+                with archive.open(zipfile.ZipInfo(name), 'w', force_zip64=force_zip64) as member:
+                    member.write(data)
+    return str(path)
+
+
+@pytest.mark.parametrize('options', [{}, {'comment': b'hello PK' * 99}, {'force_zip64': True}, {'prefix': b'#!/bin/sh\n'}])
+def test_directory_of_a_zip_has_a_digest(tmp_path, options):
+    """It changes with names, order and contents, as the CRC-32 are in it, and not with where the file lies."""
+    members = {f'{i}.npy': str(i).encode() for i in range(300)}
+    first = directory_digest(zip_of(tmp_path / 'a.zip', members, **options))
+    assert first and first == directory_digest(zip_of(tmp_path / 'b.zip', members, **options))
+    others = [{**members, '7.npy': b'other'}, {**members, 'x.npy': b''}, dict(list(members.items())[::-1])]
+    assert len({first, *(directory_digest(zip_of(tmp_path / 'c.zip', other, **options)) for other in others)}) == 4
+    assert Archive(str(tmp_path / 'a.zip')).read('7.npy') == b'7'
+
+
+def test_no_directory_no_digest(tmp_path):
+    for content in (b'', b'PK', bytes(1000), b'PK\5\6' + bytes(18), b'PK\5\6' + b'\xff' * 18):
+        (tmp_path / 'a.zip').write_bytes(content)
+        assert directory_digest(tmp_path / 'a.zip') is None
+
+
+def test_more_than_65535_members(tmp_path):
+    """A directory whose end is told of in zip64's own records."""
+    members = {f'{i}.npy': b'' for i in range(2 ** 16 + 1)}
+    first = directory_digest(zip_of(tmp_path / 'a.zip', members))
+    assert first != directory_digest(zip_of(tmp_path / 'a.zip', {**members, '0.npy': b'x'}))
+    assert (tmp_path / 'a.zip').read_bytes().count(b'PK\6\6') == 1
+
+
+@pytest.mark.parametrize('force_zip64', [False, True])
+@pytest.mark.parametrize('name', ['a.npy', 'ä/ö.npy', 'x' * 300 + '.npy'])
+def test_stored_members_are_read_in_one_piece(tmp_path, name, force_zip64):
+    data = np.random.default_rng(0).bytes(1000)
+    assert Archive(zip_of(tmp_path / 'a.zip', {name: data, 'b.npy': b''}, force_zip64=force_zip64)).read(name) == data
+    assert Archive(str(tmp_path / 'a.zip')).read('b.npy') == b''
+
+
+def test_damaged_stored_members_are_refused(tmp_path):
+    path = zip_of(tmp_path / 'a.zip', {'a.npy': b'0123456789', 'b.npy': b'0123456789'})
+    whole = bytearray((tmp_path / 'a.zip').read_bytes())
+    for place, words in ((whole.index(b'0123456789') + 3, 'checksum'), (0, 'header')):
+        changed = bytearray(whole)
+        changed[place] ^= 1
+        (tmp_path / 'a.zip').write_bytes(changed)
+        with pytest.raises(ValueError, match=words):
+            Archive(path).read('a.npy')
+        assert Archive(path).read('b.npy') == b'0123456789'
+
+
+@pytest.mark.parametrize('shape', [(1, 1, 1), (3, 32, 32), (4, 7, 5), (2, 3, 9), (3, 300, 200)])
+def test_own_pictures_need_no_decoder(shape, monkeypatch):
+    image = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    data = encode_png(image)
+    slow = np.array(PIL.Image.open(io.BytesIO(data))).reshape(*shape[1:], shape[0]).transpose(2, 0, 1)
+    np.testing.assert_array_equal(slow, image)
+    monkeypatch.setattr(archive, 'open_picture', None)
+    found = decode_image('a.png', data)
+    np.testing.assert_array_equal(found, image)
+    assert found.flags.c_contiguous
+
+
+def test_other_pictures_go_to_the_decoder():
+    """Compressed or filtered ones, and such as are damaged or cut off: what is wrong with them is said there."""
+    image = np.random.default_rng(0).integers(0, 256, (3, 8, 8), dtype=np.uint8)
+    whole = encode_png(image)
+    saved = io.BytesIO()
+    PIL.Image.fromarray(image.transpose(1, 2, 0)).save(saved, 'png')
+    np.testing.assert_array_equal(decode_image('a.png', saved.getvalue()), image)
+    assert archive._plain_png(saved.getvalue(), 2 ** 20) is None
+    for place in (20, 30, 60, 41, 43, len(whole) - 14):  # height, interlace, pixels, the stream's head, a block's length, its checksum
+        changed = bytearray(whole)
+        changed[place] ^= 1
+        assert archive._plain_png(bytes(changed), 2 ** 20) is None
+    assert archive._plain_png(whole[:-20], 2 ** 20) is None and archive._plain_png(whole, 63) is None

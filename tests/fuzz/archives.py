@@ -5,6 +5,7 @@ import functools
 import gzip
 import io
 import json
+import multiprocessing
 import os
 import pickle
 import shutil
@@ -49,7 +50,7 @@ def use(path, draws):
     store = ImageStore(dataset, corruption, sigma_n, workers=2)
     items = np.arange(len(dataset))
     dataset.labels(items), store.gather(items[:4])
-    PairStream(sigma_n, NOISE['lognormal'](), batch=4, upper=dataset.sigma_max).next()
+    PairStream(sigma_n, NOISE['lognormal'](), batch=4, lower=dataset.sigma_min, upper=dataset.sigma_max).next()
 
 
 def judge(path, draws):
@@ -79,8 +80,10 @@ def convert(path, draws):
     here = os.path.dirname(path)
     before, dest = set(os.listdir(here)), os.path.join(here, 'out', pick(['made', 'made.zip'], draws))
     flags = [[], ['--on-bad=skip'], ['--on-bad=skip', '--resolution=8x8', '--transform=center-crop', '--channels=3'],
-             ['--max-images=3', '--sample=spread', '--on-bad=skip'], ['--layout=nchw'], ['--channels=1', '--on-bad=skip']]
-    dataset_tool.multiprocessing.Pool = SerialPool
+             ['--max-images=3', '--sample=spread', '--on-bad=skip'], ['--layout=nchw'], ['--channels=1', '--on-bad=skip'],
+             ['--tile=8', '--overlap=3', '--on-bad=skip'], ['--units=channel', '--on-bad=skip'], ['--transform=pad', '--on-bad=skip'],
+             ['--transform=center-crop-dhariwal', '--resolution=8x8', '--on-bad=skip'], [f'--source={path}:label=a', '--on-bad=skip']]
+    multiprocessing.Pool = SerialPool
     try:
         dataset_tool.main(['convert', f'--source={path}', f'--dest={dest}', *pick(flags, draws)], standalone_mode=False)
     except click.ClickException as err:
@@ -136,7 +139,8 @@ def good(kind=0):
         names = [f'{i // 2}/{i}.png' for i in range(6)]
         return ({name: png(pixels(i)) for i, name in enumerate(names)},
                 {'labels': [[name, i % 3] for i, name in enumerate(names)], 'sigmas': {name: 0.1 * i for i, name in enumerate(names)},
-                 'sigma_max': [[name, None if i % 2 else 5.0] for i, name in enumerate(names)]})
+                 'sigma_max': [[name, None if i % 2 else 5.0] for i, name in enumerate(names)],
+                 'sigma_min': {name: 0.1 * i if i > 2 else None for i, name in enumerate(names)}})
     names = [f'{i}.npy' for i in range(4)]
     return ({name: npy(np.random.default_rng(i).normal(size=(3, 8, 8)).astype(np.float32)) for i, name in enumerate(names)},
             {'labels': {name: [0.5, i] for i, name in enumerate(names)}, 'units': {'offset': 0.5, 'scale': 2},

@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import torch
 
+from training.data.dataset import as_vectors
+
 
 class Batch(NamedTuple):
     """What one step looks at; levels are noise stds in network units, sigma >= sigma_n."""
@@ -30,7 +32,7 @@ class HostBatch(NamedTuple):
     images: torch.Tensor        # float32 [n,C,H,W] at level sigma_n
     sigma_n: torch.Tensor       # float32 [n]
     sigma: torch.Tensor         # float32 [n]
-    class_labels: torch.Tensor | None
+    class_labels: torch.Tensor | None  # classes int64 [n], or vectors float32 [n,label_dim]
     raw_idx: torch.Tensor       # int64 [n]
     stream_state: dict
 
@@ -39,7 +41,7 @@ class Feed:
     """Batches of a run, in the order of its pair stream.
 
     stream: a PairStream over positions of `items`. store: ImageStore. items: int64 [M], those of the store that may be used.
-    sigma_n [N], raw_idx [N], labels [N, label_dim] or None: of every item of the store.
+    sigma_n [N], raw_idx [N], labels (classes int64 [N], vectors float32 [N,label_dim] or None): of every item of the store.
     rows: slice of the global batch that is this rank's.
     workers: 0 prepares each batch when it is asked for; more prepare in the background.
     What is fed does not depend on the number of ranks or workers: every rank draws all pairs and gathers its own."""
@@ -72,16 +74,18 @@ class Feed:
                           labels, self._raw_idx[where], self.stream.state())
         if self.device.type != 'cuda':
             return batch
-        return HostBatch(*[x.pin_memory() if torch.is_tensor(x) else x for x in batch])
+        return HostBatch(*[x.pin_memory() if torch.is_tensor(x) and not x.is_cuda else x for x in batch])
 
 
-def micro_batches(host, size, device, draws_of):
+def micro_batches(host, size, device, draws_of, label_dim=0):
     """Splits a HostBatch into Batches of `size` rows on the device, each with its keyed draws: yields (Batch, draws).
 
+    label_dim: of the network, which is given classes as vectors of that length; they are made on the device.
     draws_of(first local row) -> randn(name, shape). The noise of a row is the same however the batch is split."""
     for first in range(0, len(host.images), size):
         part = [x[first:first + size].to(device, non_blocking=True) if torch.is_tensor(x) else x for x in host[:-1]]
         images, sigma_n, sigma, labels, raw_idx = part
         draws = draws_of(first)
+        labels = None if labels is None else as_vectors(labels, label_dim)
         yield Batch(images=images, sigma_n=sigma_n.reshape(-1, 1, 1, 1), sigma=sigma.reshape(-1, 1, 1, 1),
                     noise=draws('noise', images.shape), class_labels=labels, augment_labels=None, raw_idx=raw_idx), draws

@@ -10,8 +10,10 @@ import math
 import numpy as np
 
 from dnnlib import UserError
+from training.data.tables import distinct
 
 PROTOCOLS = ('fixed', 'published')
+SIGMA_MIN_AS = ('limit', 'noise')
 _MEMBERSHIP = 2 ** 64 - 1  # the second key word of the membership draw; no raw_idx reaches it
 _LABELS = 2 ** 64 - 2      # and that of the label draws
 
@@ -23,9 +25,10 @@ class Corruption:
     probability: share of the kept images that is chosen; the count is exact.
     seed: key of the choice and of the noise.
     protocol: 'fixed', or 'published' for the very choice and noise of the published ambient-laws code, which knows no seed.
+    sigma_min_as: what the sigma_min of an image is, a 'limit' of the levels it is trained at, or the level that 'noise' brings it to.
     Raises UserError for values out of range."""
 
-    def __init__(self, sigma=0.0, probability=0.0, seed=0, protocol='fixed'):
+    def __init__(self, sigma=0.0, probability=0.0, seed=0, protocol='fixed', sigma_min_as='limit'):
         if not (math.isfinite(sigma) and sigma >= 0):
             raise UserError(f'--sigma={sigma}: the noise level must be a number that is 0 or more')
         if not 0 <= probability <= 1:
@@ -36,7 +39,10 @@ class Corruption:
             raise UserError(f'--corruption-protocol={protocol}: choose from {", ".join(PROTOCOLS)}')
         if protocol == 'published' and seed != 0:
             raise UserError(f'--corruption-seed={seed}: the published protocol has no seed; leave it at 0')
+        if sigma_min_as not in SIGMA_MIN_AS:
+            raise UserError(f'--sigma-min-as={sigma_min_as}: choose from {", ".join(SIGMA_MIN_AS)}')
         self.sigma, self.probability, self.seed, self.protocol = float(sigma), float(probability), int(seed), protocol
+        self.sigma_min_as = sigma_min_as
 
     @property
     def noise_follows_flip(self):
@@ -51,8 +57,24 @@ class Corruption:
         raw_idx, native_sigma = np.asarray(raw_idx), np.asarray(native_sigma, np.float64)
         if self.sigma == 0 or self.probability == 0:
             return native_sigma.copy()
-        chosen = self._choose(np.unique(raw_idx), image_shape)
+        chosen = self._choose(distinct(raw_idx), image_shape)
         return np.where(np.isin(raw_idx, chosen), np.maximum(native_sigma, self.sigma), native_sigma)
+
+    def beyond_sigma_min(self, sigma_n, sigma_min, sigma_max):
+        """(sigma_n, sigma_min) as the items are to be trained on, float64 [N] each; sigma_max: [N], inf for none.
+
+        As limits they are left as they are. As noise (Ambient Omni, Daras et al. 2025) sigma_n rises to sigma_min, which then limits
+        nothing any more; but where it is infinite the image can never be used, and stays so. Raises UserError for images with both
+        limits: they would be needed without that noise up to their sigma_max."""
+        sigma_n, sigma_min = (np.asarray(column, np.float64) for column in (sigma_n, sigma_min))
+        if self.sigma_min_as == 'limit':
+            return sigma_n, sigma_min
+        both = (sigma_min > 0) & np.isfinite(sigma_max)
+        if both.any():
+            raise UserError(f'--sigma-min-as=noise: {both.sum()} of {len(both)} images have a sigma_max as well, up to which they are '
+                            'to be seen without that noise, and one copy of an image is all that is held; use limit')
+        finite = np.isfinite(sigma_min)
+        return np.maximum(sigma_n, np.where(finite, sigma_min, 0)), np.where(finite, 0, sigma_min)
 
     def _choose(self, images, image_shape):
         """The raw indices that get noise, out of the distinct ones."""
@@ -64,13 +86,15 @@ class Corruption:
         score = _generator(self.seed, _MEMBERSHIP).random(images[-1] + 1)[images]
         return images[np.argsort(score, kind='stable')[:round(self.probability * len(images))]]
 
-    def noise(self, raw_idx, shape):
-        """The unit normal noise [C,H,W] of image raw_idx, a pure function of (seed, raw_idx): float32; published: float64."""
+    def noise(self, raw_idx, shape, out=None):
+        """The unit normal noise [C,H,W] of image raw_idx, a pure function of (seed, raw_idx): float32; published: float64.
+
+        out: float32 [C,H,W] that it may be written to."""
         if self.protocol == 'published':
             source = np.random.RandomState(raw_idx)
             source.random_sample(math.prod(shape) + 1)  # mask and membership
             return source.standard_normal(shape)
-        return _generator(self.seed, int(raw_idx)).standard_normal(shape, np.float32)
+        return _generator(self.seed, int(raw_idx)).standard_normal(shape, np.float32, out)
 
     def apply(self, images, raw_idx, native_sigma, sigma_n, flip=None):
         """Images at level sigma_n, float32 [N,C,H,W]: images + sqrt(sigma_n^2 - native^2) noise; never clipped, never quantised.
@@ -78,13 +102,19 @@ class Corruption:
         images: [N,C,H,W], network units, at their native level and not flipped; native_sigma, sigma_n: [N].
         flip: bool [N], the items that the caller will mirror afterwards; it changes the noise of the published protocol only."""
         out = np.array(images, np.float32)
-        added = np.sqrt(np.square(np.asarray(sigma_n, np.float64)) - np.square(np.asarray(native_sigma, np.float64)))
-        mirrored = np.zeros(len(out), bool) if flip is None or self.noise_follows_flip else np.asarray(flip)
-        for k in np.flatnonzero(added > 0):
-            noise = self.noise(raw_idx[k], out.shape[1:])
-            noise = noise[..., ::-1] if mirrored[k] else noise
-            out[k] += noise * noise.dtype.type(added[k])
+        self.add(out, np.arange(len(out)), raw_idx, native_sigma, sigma_n, flip)
         return out
+
+    def add(self, images, rows, raw_idx, native_sigma, sigma_n, flip=None):
+        """As apply(), in place, for these rows [k] of images float32 [N,C,H,W]; the others stay. The rest: [k], of the rows."""
+        added = np.sqrt(np.square(np.asarray(sigma_n, np.float64)) - np.square(np.asarray(native_sigma, np.float64)))
+        mirrored = np.zeros(len(rows), bool) if flip is None or self.noise_follows_flip else np.asarray(flip)
+        held = np.empty(images.shape[1:], np.float32)
+        for k in np.flatnonzero(added > 0):
+            noise = self.noise(raw_idx[k], held.shape, held)
+            noise = noise[..., ::-1] if mirrored[k] else noise
+            noise *= noise.dtype.type(added[k])
+            images[rows[k]] += noise
 
 
 class LabelCorruption:
@@ -98,7 +128,7 @@ class LabelCorruption:
         if not 0 <= rate <= 1:
             raise UserError(f'--label-corruption={rate}: must lie between 0 and 1')
         if not 0 <= seed < 2 ** 64:
-            raise UserError(f'--label-corruption-seed={seed}: must lie between 0 and 2^64 - 1')
+            raise UserError(f'--corruption-seed={seed}: must lie between 0 and 2^64 - 1')
         listed = [c for group in groups or [] for c in group]
         if len(listed) != len(set(listed)) or min(listed, default=0) < 0:
             raise UserError(f'--label-corruption-groups={groups}: classes are whole numbers from 0, each in one group at most')

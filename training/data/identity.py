@@ -9,29 +9,31 @@ from torch_utils import distributed
 
 
 def open_everywhere(openers):
-    """([data set, ...], [fingerprint, ...]) of {what errors call it: function that opens it}; every rank calls this, once.
+    """([Form, ...], [fingerprint, ...]) of {what errors call it: function that opens a data set}; every rank calls this, once.
 
-    Refused on all ranks alike, in one line, where one of them cannot open its data, or sees other data than rank 0."""
-    opened, told = [], []
-    try:
-        for open_one in openers.values():
-            opened.append(open_one())
-            told.append(opened[-1].fingerprint())
-        error = None
-    except (UserError, OSError) as err:
-        error = str(err)
-    ranks = distributed.all_values((socket.gethostname(), told, error))
-    errors = [(rank, host, text) for rank, (host, _, text) in enumerate(ranks) if text is not None]
+    One rank of each node opens, and tells the others. Refused on all ranks alike, in one line, where one of them cannot open its data, or
+    sees other data than rank 0."""
+    told, error = [], None
+    if distributed.local_rank() == 0:
+        try:
+            for open_one in openers.values():
+                dataset = open_one()
+                told.append((dataset.form, dataset.fingerprint()))
+        except (UserError, OSError) as err:
+            error = str(err)
+    ranks = distributed.all_values((distributed.local_rank(), socket.gethostname(), told, error), what='opening the data')
+    nodes = [(rank, *found) for rank, (local, *found) in enumerate(ranks) if local == 0]
+    errors = [(rank, host, text) for rank, host, _, text in nodes if text is not None]
     if errors:
         rank, host, text = errors[0]
-        where = '' if len({text for *_, text in errors}) == 1 and len(errors) == len(ranks) else f' (rank {rank} on {host})'
+        where = '' if len({text for *_, text in errors}) == 1 and len(errors) == len(nodes) else f' (rank {rank} on {host})'
         raise UserError(text + where)
-    (first, base, _), *others = ranks
-    for rank, (host, prints, _) in enumerate(others, 1):
-        for name, old, new in zip(openers, base, prints):
-            if found := data_differences(old, new):
-                raise UserError(f'{name}: rank {rank} on {host} sees other data than rank 0 on {first}: {"; ".join(found)}')
-    return opened, told
+    (_, first, base, _), *others = nodes
+    for rank, host, found, _ in others:
+        for name, (_, old), (_, new) in zip(openers, base, found):
+            if differences := data_differences(old, new):
+                raise UserError(f'{name}: rank {rank} on {host} sees other data than rank 0 on {first}: {"; ".join(differences)}')
+    return [form for form, _ in base], [fingerprint for _, fingerprint in base]
 
 
 def check_same(name, fingerprint, dataset):

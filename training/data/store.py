@@ -1,134 +1,162 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pixels of a data set: decoded once, made noisy once, then gathered in batches."""
+"""The pixels of a data set, in batches by index: clean ones as they are stored, noisy ones made with their fixed noise."""
 
+import contextlib
+import math
 import os
-import tempfile
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import psutil
 import torch
 
-from dnnlib import UserError
-from dnnlib.progress import Progress
 from torch_utils import distributed
+from training.data.cache import decode_into
+from training.data.packed import Packed
+from training.data.tables import distinct
 
-CHUNK = 64  # images that a thread works on before it reports
+AHEAD = 2 ** 23     # bytes of a file that are asked for at once
+AHEAD_SHARE = 0.75  # of the memory that is there, for a file that is read ahead
 
 
 class ImageStore:
-    """The pixels of a dataset: every image decoded once, every noisy one made once with its fixed noise, batches by index.
+    """The pixels of a dataset, each at its level sigma_n.
 
     dataset: ImageDataset. corruption: Corruption. sigma_n: float64 [N], the level of each item (Corruption.levels).
-    cache_gib: bound on the memory of this node's processes together; what does not fit lies in one file that they all map.
-    workers: decoding threads of this process; default: its share of the cores. cache_dir: where that file is; default: the
-    system's folder for temporary files. It loses its name before anything is written to it, so that nothing is left behind.
+    cache_gib: memory that this node's processes together may take to keep noisy images, each from when it is first used. Those that do
+    not fit, all of them, are made anew whenever they are used: their noise is a function of the seed and the image's place.
+    workers: threads that make the noisy images of a batch.
 
-    All ranks make their stores at the same point of the program. Attributes: nbytes, mapped, noisy_count (noisy copies)."""
+    Packed data are mapped from their file; others, which are small (cache.py), are decoded now, into this process's memory.
+    All ranks make their stores at the same point of the program. Attributes: nbytes (of the clean images), mapped, noisy bool [N] (items
+    that noise is added to), copy int64 [N] (which noisy image an item is, -1: none), noisy_count (how many there are), flip bool [N],
+    kept_bytes (0 where noisy images are made anew)."""
 
-    def __init__(self, dataset, corruption, sigma_n, cache_gib=8.0, workers=None, cache_dir=None):
-        self._dataset, self._corruption, self._sigma_n = dataset, corruption, np.asarray(sigma_n, np.float64)
-        images, slot = np.unique(dataset.raw_idx, return_inverse=True)  # slot [N]: an image and its flip share one
-        noisy = np.flatnonzero(self._sigma_n > dataset.native_sigma)
-        # The published protocol gives an image's flip a noisy copy of its own; otherwise the two share one.
-        copy = slot if corruption.noise_follows_flip else slot + len(images) * dataset.flip
-        _, first, noisy_slot = np.unique(copy[noisy], return_index=True, return_inverse=True)
-        self._sources = noisy[first]  # the item that each noisy copy is made from
-        self.noisy_count = len(self._sources)
-        self._slot = torch.from_numpy(slot)
-        self._noisy_slot = torch.full([len(dataset)], -1, dtype=torch.int64)
-        self._noisy_slot[noisy] = torch.from_numpy(noisy_slot)
-        self._flip = torch.from_numpy(dataset.flip)
-        self._allocate(len(images), cache_gib, cache_dir)
-        self._fill(images, workers or max(1, (os.cpu_count() or 1) // distributed.local_size()))
+    def __init__(self, dataset, corruption, sigma_n, cache_gib=8.0, workers=1):
+        self.dataset, self._corruption, self._sigma_n = dataset, corruption, np.asarray(sigma_n, np.float64)
+        self.mapped = isinstance(dataset.contents, Packed)
+        if self.mapped:
+            # Copy on write, though nothing is written: PyTorch has no tensors that cannot be written to.
+            held = dataset.contents.images
+            images = np.memmap(held.filename, held.dtype, 'c', held.offset, held.shape)
+            if distributed.local_rank() == 0:
+                threading.Thread(target=_read_ahead, args=(held.filename,), daemon=True, name='read ahead').start()
+        else:
+            used = distinct(dataset.raw_idx)  # an image and its flip share one
+            self._used = torch.from_numpy(used)
+            images = np.empty([len(used), *dataset.image_shape], np.float32 if dataset.is_float else np.uint8)
+            decode_into(images, dataset.contents, used)
+        self._clean, self._raw_idx = torch.from_numpy(images), torch.from_numpy(dataset.raw_idx)
+        self.nbytes, self.flip = images.nbytes, torch.from_numpy(dataset.flip)
+        self.noisy = torch.from_numpy(self._sigma_n > dataset.native_sigma)
+        self._pool = ThreadPoolExecutor(workers) if workers > 1 else None
+        self._workers = workers
+        self._number_copies()
+        self._keep_noisy(cache_gib)
+
+    def words(self):
+        """Where the images are and what that takes, for people."""
+        clean = f'{self.nbytes / 2 ** 30:.2f} GiB {"mapped from disk" if self.mapped else "in memory"}'
+        if not self.noisy_count:
+            return clean
+        return clean + (f', and up to {self.kept_bytes / 2 ** 30:.2f} GiB of memory to keep noisy images' if self.kept_bytes else
+                        ', noisy images made at each use')
 
     def gather(self, indices):
         """Items in network units at level sigma_n: float32 [n,C,H,W]; flips come last, so that noise is mirrored as well."""
         indices = torch.as_tensor(indices, dtype=torch.int64)
-        noisy_slot = self._noisy_slot[indices]
-        is_noisy = noisy_slot >= 0
-        if bool(is_noisy.all()):
-            images = self._noisy.index_select(0, noisy_slot)
-        else:
-            images = self._dataset.to_network(self._clean.index_select(0, self._slot[indices]))
-            rows = is_noisy.nonzero().squeeze(1)
-            images.index_copy_(0, rows, self._noisy.index_select(0, noisy_slot[rows]))
+        if not self.kept_bytes:
+            return self._mirrored(self.made(indices), indices)
+        copy = self.copy[indices]
+        kept = (copy >= 0) & self._have[copy.clamp(min=0)]
+        images = torch.empty([len(indices), *self.dataset.image_shape])
+        held, rest = kept.nonzero().squeeze(1), (~kept).nonzero().squeeze(1)
+        images.index_copy_(0, held, self._kept.index_select(0, copy[held]))
+        if len(rest):
+            made = self.made(indices[rest])
+            images.index_copy_(0, rest, made)
+            new = (copy[rest] >= 0).nonzero().squeeze(1)
+            self._kept.index_copy_(0, copy[rest][new], made[new])
+            self._have[copy[rest][new]] = True
         return self._mirrored(images, indices)
 
-    def raw(self, indices):
-        """Items as stored, without added noise: uint8 or float32 [n,C,H,W], flips applied."""
-        indices = torch.as_tensor(indices, dtype=torch.int64)
-        return self._mirrored(self._clean.index_select(0, self._slot[indices]), indices)
+    def stored(self, raw_idx):
+        """Clean images by their place in the archive, as they are stored: uint8 or float32 [n,C,H,W]."""
+        raw_idx = torch.as_tensor(raw_idx)
+        return self._clean.index_select(0, raw_idx if self.mapped else torch.searchsorted(self._used, raw_idx))
+
+    def made(self, indices):
+        """Items at level sigma_n, not mirrored yet, from the clean images."""
+        images = self.dataset.to_network(self.stored(self._raw_idx[indices]))
+        rows = self.noisy[indices].nonzero().squeeze(1).numpy()
+        if self._pool is None or len(rows) < 2 * self._workers:
+            self._add_noise(images, indices, rows)
+        else:
+            list(self._pool.map(lambda part: self._add_noise(images, indices, part), np.array_split(rows, self._workers)))
+        return images
+
+    def _add_noise(self, images, indices, rows):
+        if len(rows):
+            items, data = indices.numpy()[rows], self.dataset
+            self._corruption.add(
+                images.numpy(), rows, data.raw_idx[items], data.native_sigma[items], self._sigma_n[items], data.flip[items])
 
     def _mirrored(self, images, indices):
-        rows = self._flip[indices].nonzero().squeeze(1)
+        rows = self.flip[indices].nonzero().squeeze(1)
         if len(rows):
             images.index_copy_(0, rows, images.index_select(0, rows).flip(3))
         return images
 
-    def _allocate(self, count, cache_gib, cache_dir):
-        """Makes room for clean [count,C,H,W], as stored, and noisy [noisy_count,C,H,W], float32: in memory or a mapped file."""
-        shape, dtype = self._dataset.image_shape, np.dtype(np.float32 if self._dataset.is_float else np.uint8)
-        noisy_bytes = self.noisy_count * int(np.prod(shape)) * 4
-        self.nbytes = noisy_bytes + count * int(np.prod(shape)) * dtype.itemsize
-        self.mapped = self.nbytes > cache_gib * 2 ** 30 / distributed.local_size()
-        buffer = _shared_buffer(self.nbytes, cache_dir) if self.mapped else np.empty(self.nbytes, np.uint8)
-        # float32 first: both parts are aligned then
-        self._noisy = torch.from_numpy(buffer[:noisy_bytes].view(np.float32).reshape(self.noisy_count, *shape))
-        self._clean = torch.from_numpy(buffer[noisy_bytes:].view(dtype).reshape(count, *shape))
+    def _number_copies(self):
+        noisy, data = np.flatnonzero(self.noisy.numpy()), self.dataset
+        # The published protocol gives an image's flip a noisy copy of its own; otherwise the two share one.
+        copies = data.raw_idx[noisy] + (0 if self._corruption.noise_follows_flip else data.contents.count * data.flip[noisy])
+        copied = distinct(copies)
+        number = np.zeros(copied[-1] + 1 if len(copied) else 0, np.int64)
+        number[copied] = np.arange(len(copied))
+        self.noisy_count = len(copied)
+        self.copy = torch.full([len(data)], -1, dtype=torch.int64)
+        self.copy[noisy] = torch.from_numpy(number[copies])
 
-    def _fill(self, images, workers):
-        """Decodes, then adds the noise. Ranks that share a file share the work; otherwise each does all of it."""
-        self._run('Decoding', len(images), workers, lambda rows: self._decode(rows, images))
-        self._run('Adding noise', self.noisy_count, workers, self._corrupt)
-
-    def _decode(self, rows, images):
-        clean = self._clean.numpy()
-        for slot in range(*rows):
-            clean[slot] = self._dataset.decode(images[slot])
-
-    def _corrupt(self, rows):
-        items, data = self._sources[slice(*rows)], self._dataset
-        clean = data.to_network(self._clean[self._slot[items]]).numpy()
-        self._noisy.numpy()[slice(*rows)] = self._corruption.apply(
-            clean, data.raw_idx[items], data.native_sigma[items], self._sigma_n[items], data.flip[items])
-
-    def _run(self, title, count, workers, work):
-        """work((first, last)) on chunks of the rows below count, in threads (decoders and generators leave Python's lock)."""
-        chunks = [(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK)]
-        ranks = distributed.local_size() if self.mapped else 1
-        mine = chunks[distributed.local_rank()::ranks] if self.mapped else chunks
-        with Progress(count, title, show=distributed.rank() == 0, unit_scale=True) as bar, ThreadPoolExecutor(workers) as pool:
-            for chunk, _ in zip(mine, pool.map(work, mine)):
-                bar.update((chunk[1] - chunk[0]) * ranks)
-        if self.mapped:
-            distributed.barrier()
+    def _keep_noisy(self, cache_gib):
+        """Makes room to keep the noisy images, float32 [noisy_count,C,H,W], where all of them fit."""
+        self.kept_bytes, nbytes = 0, self.noisy_count * math.prod(self.dataset.image_shape) * 4
+        if not 0 < nbytes <= cache_gib * 2 ** 30 or (buffer := _shared_memory(nbytes)) is None:
+            return
+        self.kept_bytes = nbytes
+        self._kept = torch.from_numpy(buffer.view(np.float32).reshape(self.noisy_count, *self.dataset.image_shape))
+        # Each rank remembers what it has written itself: all write the same, so that none has to wait for another.
+        self._have = torch.zeros(self.noisy_count, dtype=torch.bool)
 
 
-def _shared_buffer(nbytes, cache_dir):
-    """uint8 [nbytes] in a file that the processes of this node map together, and that has no name any more when this returns."""
-    leader, folder, path = distributed.local_rank() == 0, cache_dir or tempfile.gettempdir(), None
-    try:
-        if leader:
-            handle, path = tempfile.mkstemp(prefix='.images-', dir=folder)
+def _read_ahead(path):
+    """Has the system read a file from its beginning to its end, where all of it fits in memory: batches ask for places all over it, which
+    takes many times as long on slow disks."""
+    with contextlib.suppress(OSError), open(path, 'rb') as f:
+        size = os.fstat(f.fileno()).st_size
+        if hasattr(os, 'posix_fadvise') and size < AHEAD_SHARE * psutil.virtual_memory().available:
+            for first in range(0, size, AHEAD):
+                os.posix_fadvise(f.fileno(), first, AHEAD, os.POSIX_FADV_WILLNEED)
+
+
+def _shared_memory(nbytes):
+    """uint8 [nbytes] of zeros that this node's processes share; they take memory once they are written to. None where that fails."""
+    if distributed.local_size() == 1:
+        return np.zeros(nbytes, np.uint8)
+    handle, path = None, None
+    if distributed.local_rank() == 0 and hasattr(os, 'memfd_create'):
+        with contextlib.suppress(OSError):
+            handle = os.memfd_create('noisy images')
             os.truncate(handle, nbytes)
-        # A node's ranks are consecutive, its local rank 0 the first of them.
-        path = distributed.all_values(path)[distributed.rank() - distributed.local_rank()]
-        buffer = np.memmap(path, np.uint8, 'r+', shape=(nbytes,))
-        distributed.barrier()
-        if leader:
-            os.unlink(path)
-            _reserve(handle, nbytes)
-            os.close(handle)
-    except OSError as err:
-        if leader and path and os.path.exists(path):
-            os.unlink(path)
-        raise UserError(f'{folder}: cannot hold the {nbytes / 2 ** 30:.1f} GiB of decoded images ({err.strerror}); '
-                        'raise --cache-gib, or point --cache-dir to a larger disk') from None
+            path = f'/proc/{os.getpid()}/fd/{handle}'
+    # A node's ranks are consecutive, its local rank 0 the first of them.
+    path = distributed.all_values(path)[distributed.rank() - distributed.local_rank()]
+    buffer = None
+    if path:
+        with contextlib.suppress(OSError):
+            buffer = np.asarray(np.memmap(path, np.uint8, 'r+', shape=(nbytes,)))
     distributed.barrier()
-    return np.asarray(buffer)
-
-
-def _reserve(handle, nbytes):
-    """Claims the disk space now: running out of it later would kill the process without a word."""
-    if hasattr(os, 'posix_fallocate'):
-        os.posix_fallocate(handle, 0, nbytes)
+    if handle is not None:
+        os.close(handle)
+    return buffer

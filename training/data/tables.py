@@ -10,25 +10,48 @@ import sys
 import numpy as np
 
 MAX_CLASSES = 2 ** 17  # a class is a one-hot vector wherever a network sees it
+MAX_SHOWN = 8  # numbers of a list
 NUMBERS = {int, float, bool}
 LARGEST = sys.float_info.max
 
 
+def distinct(indices):
+    """Sorted distinct whole numbers from 0, int64; numpy.unique takes 20 times as long for a million, and memory that stays taken."""
+    return np.flatnonzero(np.bincount(indices))
+
+
 def by_file(table, names):
     """The values of a table in the order of the names. table: [[name, value], ...] or {name: value}. Raises ValueError."""
-    pairs = list(table.items()) if isinstance(table, dict) else table
-    if not isinstance(pairs, list) or not all(
-            isinstance(pair, (list, tuple)) and len(pair) == 2 and isinstance(pair[0], str) for pair in pairs):
-        raise ValueError('must be [file, value] pairs or an object')
-    found = {name.replace('\\', '/'): value for name, value in pairs}
+    found = by_name(pairs_of(table))
     missing = [name for name in names if name not in found]
     if missing:
         raise ValueError(f'misses {len(missing)} of {len(names)} files, such as {missing[0]}; list every file')
     return [found[name] for name in names]
 
 
+def pairs_of(table):
+    """The (name, value) pairs of a table as by_file() takes it, a list. Raises ValueError."""
+    pairs = list(table.items()) if isinstance(table, dict) else table
+    if not isinstance(pairs, list) or not all(
+            isinstance(pair, (list, tuple)) and len(pair) == 2 and isinstance(pair[0], str) for pair in pairs):
+        raise ValueError('must be [file, value] pairs or an object')
+    return pairs
+
+
+def by_name(pairs):
+    """{name with slashes: value} of (name, value) pairs. Raises ValueError where a name has several values."""
+    found = {name.replace('\\', '/'): value for name, value in pairs}
+    if len(found) < len(pairs):
+        told = next((name for name, value in pairs if found[name.replace('\\', '/')] != value), None)
+        if told is not None:
+            raise ValueError(f'gives {told} several values')
+    return found
+
+
 def numbers(values):
-    """A list of numbers as they stand in JSON -> float64 [N]; those beyond float64 become infinite. Raises ValueError."""
+    """A list of numbers as they stand in JSON, or an array -> float64 [N]; those beyond float64 become infinite. Raises ValueError."""
+    if isinstance(values, np.ndarray):
+        return values.astype(np.float64)
     kinds = set(map(type, values))
     if not kinds <= NUMBERS:
         raise ValueError('must be one number a file')
@@ -38,30 +61,60 @@ def numbers(values):
 
 
 def labels(values):
-    """A list of labels, all of them classes or all of them vectors -> int64 [N] or float32 [N, D]. Raises ValueError."""
+    """A list, or an array, of labels, all of them classes or all of them vectors -> int64 [N] or float32 [N, D]. Raises ValueError.
+
+    Classes are whole numbers, also with a point, as in 3.0; a vector is a list, also of one number."""
     wrong = ValueError('must be classes 0, 1, ... or finite vectors of one length')
+    if isinstance(values, np.ndarray):
+        if values.ndim == 2:
+            return _vectors(values)
+        return _classes(_whole(values) if values.dtype.kind == 'f' else values, wrong)
     kinds = set(map(type, values))
-    if kinds == {int}:
-        low, high = min(values), max(values)
-        if low < 0:
-            raise wrong
-        if high >= MAX_CLASSES:
-            raise ValueError(f'give class {str(high)[:20]}, and the last that can be is {MAX_CLASSES - 1}')
-        return np.array(values, np.int64)
-    if kinds <= NUMBERS:
-        values, kinds = [[value] for value in values], {list}
+    if values and kinds <= NUMBERS:
+        return _classes(values if kinds == {int} else _whole(values), wrong)
     lengths = set(map(len, values)) if kinds == {list} else set()
     if len(lengths) != 1 or lengths == {0}:
         raise wrong
     flat = list(itertools.chain.from_iterable(values))
+    try:
+        found = numbers(flat).reshape(len(values), -1)
+    except ValueError:
+        raise wrong from None
+    return _vectors(found)
+
+
+def _vectors(values):
     with np.errstate(over='ignore'):
-        try:
-            found = numbers(flat).astype(np.float32).reshape(len(values), -1)
-        except ValueError:
-            raise wrong from None
-    if not np.isfinite(found).all():
-        raise wrong
+        found = values.astype(np.float32)
+    _check_finite(np.isfinite(found).all(axis=1))
     return found
+
+
+def _classes(values, wrong):
+    """Whole numbers as int64 [N]."""
+    low, high = (values.min(), values.max()) if isinstance(values, np.ndarray) else (min(values), max(values))
+    if low < 0:
+        raise wrong
+    if high >= MAX_CLASSES:
+        raise ValueError(f'give class {str(high)[:20]}, and the last that can be is {MAX_CLASSES - 1}')
+    return np.array(values, np.int64)
+
+
+def _whole(values):
+    """Numbers that are whole, though they may be written with a point, as a list of int."""
+    found = numbers(values)
+    _check_finite(np.isfinite(found))
+    broken = np.flatnonzero(found % 1)
+    if len(broken):
+        told = f'{found[broken[0]]:g}'
+        raise ValueError(f'gives {len(broken)} of {len(found)} images a label that is no whole number, such as {told}; a vector is '
+                         f'[{told}]')
+    return list(map(int, found.tolist()))
+
+
+def _check_finite(finite):
+    if not finite.all():
+        raise ValueError(f'has {np.count_nonzero(~finite)} of {len(finite)} labels that are not finite (NaN or infinite)')
 
 
 def levels(values, names, scale=1.0):
@@ -69,43 +122,102 @@ def levels(values, names, scale=1.0):
     found = _over(numbers(values), scale)
     bad = np.flatnonzero(~(np.isfinite(found) & (found >= 0)))
     if len(bad):
-        raise ValueError(f'gives {names[bad[0]]} the level {shown(values[bad[0]])}; levels must be 0 or more')
+        raise ValueError(f'gives {names[bad[0]]} the level {shown(values[bad[0]])}; levels must be 0 or more' + _more(bad, found))
     return found
 
 
 def limits(values, names, scale=1.0):
     """Upper limits of levels divided by the scale, float64 [N]; inf for null, which is none. Raises ValueError."""
     try:
-        found = _over(numbers([math.inf if value is None else value for value in values]), scale)
+        listed = values if isinstance(values, np.ndarray) else [math.inf if value is None else value for value in values]
+        found = _over(numbers(listed), scale)
     except ValueError as err:
         raise ValueError(f'{err}, or null') from None
     bad = np.flatnonzero(~(found > 0))
     if len(bad):
-        raise ValueError(f'gives {names[bad[0]]} the limit {shown(values[bad[0]])}; limits must be above 0, or null for none')
+        raise ValueError(f'gives {names[bad[0]]} the limit {shown(values[bad[0]])}; limits must be above 0, or null for none'
+                         + _more(bad, found))
     return found
 
 
+def lower_limits(values, names, scale=1.0):
+    """Lower limits of levels divided by the scale, float64 [N]; 0 for null, which is none, and inf for what no level is above.
+
+    JSON has no infinity: the largest float64 stands for it. Raises ValueError."""
+    try:
+        told = numbers(values if isinstance(values, np.ndarray) else [0.0 if value is None else value for value in values])
+    except ValueError as err:
+        raise ValueError(f'{err}, or null') from None
+    bad = np.flatnonzero(~(told >= 0))
+    if len(bad):
+        raise ValueError(f'gives {names[bad[0]]} the limit {shown(values[bad[0]])}; lower limits must be 0 or more, or null for none')
+    return np.where(told < LARGEST, _over(told, scale), math.inf)
+
+
 def units(value):
-    """{offset, scale} of float data, as floats; both matter as float32. Raises ValueError, or KeyError where one is missing."""
+    """{offset, scale} of float data: floats, or a list of floats each, one a channel; they matter as float32.
+
+    Raises ValueError, or KeyError where one is missing or no number."""
     if not isinstance(value, dict):
         raise KeyError('units')
     found = {key: value[key] for key in ('offset', 'scale')}
-    if not {type(one) for one in found.values()} <= {int, float}:
+    lists = {key: one if isinstance(one, list) and one else [one] for key, one in found.items()}
+    if not {type(one) for ones in lists.values() for one in ones} <= {int, float}:
         raise KeyError('numbers')
+    told = ', '.join(f'{key}: {shown_all(one)}' for key, one in found.items())
+    count = max(map(len, lists.values()))
+    if not all(len(ones) in (1, count) for ones in lists.values()):
+        raise ValueError(f'units {{{told}}}; give one number each, or one a channel')
     with np.errstate(over='ignore', under='ignore'):
-        told = numbers(list(found.values()))
-        usable = np.isfinite(told.astype(np.float32)).all() and np.float32(told[1]) > 0
+        offset, scale = (numbers(ones * (count // len(ones))) for ones in lists.values())
+        usable = np.isfinite(np.float32([offset, scale])).all() and (np.float32(scale) > 0).all()
     if not usable:
-        told = ', '.join(f'{key}: {shown(one)}' for key, one in found.items())
         raise ValueError(f'units {{{told}}}; both must be finite, the scale above 0')
-    return dict(zip(found, told.tolist()))
+    single = not any(isinstance(one, list) for one in found.values())
+    return {'offset': offset.item() if single else offset.tolist(), 'scale': scale.item() if single else scale.tolist()}
+
+
+def per_channel(values):
+    """An offset or scale of units as float64 [1 or C,1,1]."""
+    return np.reshape(np.float64(values), (-1, 1, 1))
+
+
+def level_scale(units):
+    """What levels in dataset.json are divided by to be in network units: the scale of float data (units; None for 8-bit images: 1).
+
+    Where channels have different scales, noise that is white for the network is not in the units that are stored: levels then stand in
+    network units, and this is 1."""
+    return 1.0 if units is None else common_scale(units) or 1.0
+
+
+def common_scale(units):
+    """The scale that all channels share; None where they differ."""
+    scales = np.unique(units['scale'])
+    return float(scales[0]) if len(scales) == 1 else None
+
+
+def shown_all(value):
+    """A number of JSON, or a list of them, for an error or a line of text; of a long list the first few."""
+    if not isinstance(value, list):
+        return shown(value)
+    more = f', ... ({len(value)} in all)' if len(value) > MAX_SHOWN else ''
+    return f'[{", ".join(map(shown, value[:MAX_SHOWN]))}{more}]'
 
 
 def shown(value):
     """A number of JSON for an error, however long it is."""
-    return f'{value:g}' if type(value) is float or abs(value) <= LARGEST else f'{"-" * (value < 0)}1e308 or more'
+    return f'{value:g}' if isinstance(value, float) or abs(value) <= LARGEST else f'{"-" * (value < 0)}1e308 or more'
+
+
+def _more(bad, values):
+    """How many are bad, where it is more than the one that is told of."""
+    return f' ({len(bad)} of {len(values)} are not)' if len(bad) > 1 else ''
 
 
 def _over(values, scale):
     with np.errstate(over='ignore', under='ignore'):
         return values / scale
+
+
+# By the key of dataset.json: (values, names) -> the table as an array.
+CHECKS = {'labels': lambda values, _: labels(values), 'sigmas': levels, 'sigma_min': lower_limits, 'sigma_max': limits}

@@ -3,15 +3,16 @@
 
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
 from dnnlib import UserError
 from torch_utils import distributed, misc, registry
 from training.checkpoints.load import load_network
+from training.data import cache
 from training.data.batches import Feed
 from training.data.corruption import Corruption, LabelCorruption
 from training.data.dataset import ImageDataset
+from training.data.device import on_device
 from training.data.identity import check_same
 from training.data.pairs import PairStream
 from training.data.store import ImageStore
@@ -110,7 +111,7 @@ def transfer_weights(ref, net):
 
 def build_corruption(config):
     """The Corruption of a CorruptionConfig."""
-    return Corruption(config.sigma, config.probability, config.seed, config.protocol)
+    return Corruption(config.sigma, config.probability, config.seed, config.protocol, config.sigma_min_as)
 
 
 class Data(NamedTuple):
@@ -126,17 +127,21 @@ def load_data(config, net, noise, rows, device):
     """Opens, decodes and corrupts the data of a run (Config). rows: slice of the global batch that is this rank's."""
     data, run = config.data, config.run
     corruption = build_corruption(config.corruption)
+    copy = distributed.from_node(cache.decode, data.path, data.cache_dir)
     dataset = check_same(f'--data={data.path}', data.fingerprint,
-                         ImageDataset(data.path, use_labels=data.use_labels, keep=data.keep, xflip=data.xflip))
+                         ImageDataset(data.path, use_labels=data.use_labels, keep=data.keep, xflip=data.xflip, copy=copy))
     sigma_n = corruption.levels(dataset.raw_idx, dataset.native_sigma, dataset.image_shape)
-    store = ImageStore(dataset, corruption, sigma_n, cache_gib=data.cache_gib, workers=data.workers or None)
-    labels = torch.from_numpy(dataset.labels(np.arange(len(dataset)))) if net.label_dim else None
+    sigma_n, sigma_min = corruption.beyond_sigma_min(sigma_n, dataset.sigma_min, dataset.sigma_max)
+    store = ImageStore(dataset, corruption, sigma_n, cache_gib=data.cache_gib, workers=data.workers)
+    labels = torch.from_numpy(dataset.label_table) if net.label_dim else None
     train, held_out = validation.split(dataset.raw_idx, data.validation.share if data.validation else 0, run.seed)
-    checker = validation.build(config, noise, store, dataset, held_out, sigma_n, labels) if data.validation else None
+    checker = validation.build(config, noise, store, dataset, held_out, sigma_n, sigma_min, labels) if data.validation else None
     if config.corruption.labels:
         labels = corrupt_labels(config.corruption.labels, dataset, labels, train)
-    stream = PairStream(sigma_n[train], noise, config.objective.pairing, batch=run.batch, seed=run.seed, upper=dataset.sigma_max[train])
+    stream = PairStream(sigma_n[train], noise, config.objective.pairing, batch=run.batch, seed=run.seed, lower=sigma_min[train],
+                        upper=dataset.sigma_max[train])
     check_timesteps(config.objective.timesteps, stream)
+    store = on_device(store, data.on, device)
     feed = Feed(stream, store, train, sigma_n=sigma_n, raw_idx=dataset.raw_idx, labels=labels, rows=rows, device=device,
                 workers=data.workers)
     return Data(stream, feed, checker, describe(config.objective, dataset, store, stream, sigma_n[train]))
@@ -145,9 +150,9 @@ def load_data(config, net, noise, rows, device):
 def describe(objective, dataset, store, stream, sigma_n):
     """One line, or two, about the images that a run trains on."""
     noisy, count = int((sigma_n > 0).sum()), len(sigma_n)
+    limited = f', {stream.limited} with a sigma_min or sigma_max' if stream.limited else ''
     line = (f'{count} training images of shape {"x".join(map(str, dataset.image_shape))}: {count - noisy} clean, '
-            f'{noisy} noisy ({noisy / count:.2%}); {store.nbytes / 2**30:.2f} GiB '
-            f'{"mapped from disk" if store.mapped else "in memory"}; {stream.acceptance():.1%} of the images passed '
+            f'{noisy} noisy ({noisy / count:.2%}){limited}; {store.words()}; {stream.acceptance():.1%} of the images passed '
             f'are used by --pairing={objective.pairing}')
     if noisy and registry.parse(objective.penalty)[0] != 'squared':
         line += (f'\nNote: --penalty={objective.penalty} aims between mean and median, where the ambient loss counts on the '
@@ -159,13 +164,13 @@ def check_timesteps(spec, stream):
     """Refuses to draw anew the levels of clean images where these are not free to have any level, or where there are none."""
     if registry.parse(spec)[0] == 'uniform':
         return
-    here, clean = f'--timesteps={spec} draws the levels of clean images', stream.bars == 0
+    here, clean = f'--timesteps={spec} draws the levels of clean images', stream.levels == 0
     if not clean.any():
         raise UserError(f'{here}, and all of these are noisy; use uniform')
     if not clean.all() and registry.parse(stream.spec)[0] == 'sigma_first':
         raise UserError(f'{here}, and --pairing={stream.spec} chooses images by their level; use skip or truncate, or uniform')
-    if stream.tops is not None:
-        raise UserError(f'{here}, and some of these have a sigma_max; use uniform')
+    if stream.limited:
+        raise UserError(f'{here}, and some of these have a sigma_min or sigma_max; use uniform')
 
 
 def corrupt_labels(config, dataset, labels, train):
@@ -175,7 +180,7 @@ def corrupt_labels(config, dataset, labels, train):
     classes = dataset.classes[train]
     wrong = LabelCorruption(config.rate, config.seed, config.groups).apply(classes, dataset.raw_idx[train])
     labels = labels.clone()
-    labels[torch.from_numpy(train)] = torch.eye(labels.shape[1])[torch.from_numpy(wrong)]
+    labels[torch.from_numpy(train)] = torch.from_numpy(wrong)
     images = dataset.raw_idx[train]
     distributed.print0(f'{len(set(images[wrong != classes]))} of {len(set(images))} images carry a wrong label')
     return labels

@@ -33,7 +33,9 @@ class DataConfig:
     xflip: bool = False
     augment: float = 0.0  # probability of augmentation
     validation: ValidationConfig | None = None
-    cache_gib: float = 8.0
+    cache_gib: float = 8.0  # memory of a node for noisy images
+    cache_dir: str | None = None  # where decoded copies lie
+    on: str = 'auto'  # where batches are put together: host, device, or there where they fit
     workers: int = 1
     fingerprint: dict | None = None  # what the data are known by (dnnlib.fingerprint); None where version 0.2.0 or an older one wrote this
 
@@ -56,6 +58,7 @@ class CorruptionConfig:
     seed: int = 0
     protocol: str = 'fixed'
     labels: LabelConfig | None = None
+    sigma_min_as: str = 'limit'
 
 
 @dataclass(frozen=True)

@@ -37,9 +37,9 @@ def configure(o):
     check_batch(o)
     if o.power_ema and not o.snap:
         raise UserError('--power-ema stores averages at snapshots, and --snap=0 makes none; raise --snap')
-    corruption = config.CorruptionConfig(o.sigma, o.corruption_probability, o.corruption_seed, o.corruption_protocol, label_corruption(o))
-    build_corruption(corruption)  # refuses values out of range
-    data, dataset = open_data(o)
+    corruption = config.CorruptionConfig(o.sigma, o.corruption_probability, o.corruption_seed, o.corruption_protocol, label_corruption(o),
+                                           o.sigma_min_as)
+    data, dataset = open_data(o, build_corruption(corruption))  # refuses values out of range
     return config.Config(
         data=data,
         corruption=corruption,
@@ -71,18 +71,28 @@ def check_batch(o):
                         f'try --batch-gpu={good}')
 
 
-def open_data(o):
-    """(DataConfig, ImageDataset) of --data and --val, which are the same on all ranks."""
+def open_data(o, corruption):
+    """(DataConfig, Form) of --data and --val, which are the same on all ranks, and which the Corruption can be used with."""
     held_out = validation(o)
-    openers = {f'--data={o.data}': lambda: ImageDataset(o.data, use_labels=o.cond, keep=o.dataset_keep_percentage, xflip=o.xflip)}
+
+    def opened(path, **options):
+        dataset = ImageDataset(path, cache_dir=o.cache_dir, **options)
+        corruption.beyond_sigma_min(dataset.native_sigma, dataset.sigma_min, dataset.sigma_max)
+        if corruption.sigma_min_as == 'noise' and path == o.data and not dataset.sigma_min.any():
+            raise UserError(f'--sigma-min-as=noise: no image of --data={o.data} has a sigma_min; leave it out')
+        return dataset
+
+    openers = {f'--data={o.data}': lambda: opened(o.data, use_labels=o.cond, keep=o.dataset_keep_percentage, xflip=o.xflip)}
     if held_out and held_out.path:
-        openers[f'--val={held_out.path}'] = lambda: ImageDataset(held_out.path, use_labels=o.cond)
-    (dataset, *_), (fingerprint, *own) = open_everywhere(openers)
+        openers[f'--val={held_out.path}'] = lambda: opened(held_out.path, use_labels=o.cond)
+    if o.data_on == 'device' and not torch.cuda.is_available():
+        raise UserError('--data-on=device needs a GPU, and there is none here; use auto or host')
+    (form, *_), (fingerprint, *own) = open_everywhere(openers)
     if own:
         held_out = dataclasses.replace(held_out, fingerprint=own[0])
     return config.DataConfig(path=o.data, use_labels=o.cond, keep=o.dataset_keep_percentage, xflip=o.xflip, augment=o.augment,
-                             validation=held_out, cache_gib=o.cache_gib if o.cache else 0.0, workers=o.workers,
-                             fingerprint=fingerprint), dataset
+                             validation=held_out, cache_gib=o.cache_gib if o.cache else 0.0, cache_dir=o.cache_dir, on=o.data_on,
+                             workers=o.workers, fingerprint=fingerprint), form
 
 
 # ---- the objective

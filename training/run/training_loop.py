@@ -68,6 +68,7 @@ class Run:
         self.metrics = self._metrics() if config.run.metrics else None
         rows = slice(self.first_row, self.first_row + self.rank_batch)
         self.data = load_data(config, self.net, self.noise, rows, device)
+        misc.give_memory_back()
         distributed.wait_for_all('reading the data')
         self._setup_step()
         self.stats = training_stats.Collector(device)
@@ -163,7 +164,7 @@ class Run:
         draws_of = lambda row: misc.Draws(run.seed, p.step, self.first_row + row, self.device)
         rounds = -(-self.rank_batch // run.batch_gpu)
         self.optimizer.zero_grad(set_to_none=True)
-        for i, (batch, draws) in enumerate(micro_batches(host, run.batch_gpu, self.device, draws_of)):
+        for i, (batch, draws) in enumerate(micro_batches(host, run.batch_gpu, self.device, draws_of, self.net.label_dim)):
             if self.augment is not None:
                 images, augment_labels = self.augment(batch.images, batch.sigma_n, draws)
                 batch = batch._replace(images=images, augment_labels=augment_labels)

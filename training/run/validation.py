@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Held-out loss that two evaluations of one state agree on: fixed noise, fixed levels, clean and noisy images apart."""
 
-import math
-
 import numpy as np
 import torch
 
 from dnnlib import UserError
-from torch_utils import distributed, misc, training_stats
+from torch_utils import distributed, misc, registry, training_stats
+from training.data import cache, tables
 from training.data.batches import Batch
 from training.data.corruption import Corruption
-from training.data.dataset import ImageDataset
+from training.data.dataset import ImageDataset, as_vectors
 from training.data.identity import check_same
+from training.data.limits import usable_levels
+from training.data.pairs import PAIRINGS
 from training.data.store import ImageStore
 
 LEVELS = 8  # middles of as many equally probable bins of the run's noise distribution
@@ -19,40 +20,49 @@ LEVELS = 8  # middles of as many equally probable bins of the run's noise distri
 
 def split(raw_idx, share, seed):
     """(training items, held-out items), int64: round(share * images) images are held out, with both of an image's x-flips."""
-    images = np.unique(raw_idx)
+    if not share:
+        return np.arange(len(raw_idx)), np.arange(0)
+    images = tables.distinct(raw_idx)
     chosen = np.random.Generator(np.random.Philox(key=misc.seed_of(seed, 'held out'))).permutation(images)[:round(share * len(images))]
-    if share and not 0 < len(chosen) < len(images):
+    if not 0 < len(chosen) < len(images):
         raise UserError(f'--val={share}: holds out {len(chosen)} of {len(images)} images; '
                         'choose a share that leaves some on both sides')
     held_out = np.isin(raw_idx, chosen)
     return np.flatnonzero(~held_out), np.flatnonzero(held_out)
 
 
-def build(config, noise, store, dataset, held_out, sigma_n, labels):
+def build(config, noise, store, dataset, held_out, sigma_n, sigma_min, labels):
     """The Validation that a run's Config asks for: a share of the training data (`held_out` of it), or a data set of its own.
 
-    A data set of its own is corrupted like the training data, under another seed."""
+    sigma_n, sigma_min, labels: of every item of the training data. A data set of its own is corrupted like that, under another seed."""
     data, corrupt = config.data, config.corruption
     if data.validation.path:
-        corruption = Corruption(corrupt.sigma, corrupt.probability, corrupt.seed + (corrupt.protocol == 'fixed'), corrupt.protocol)
-        own = ImageDataset(data.validation.path, use_labels=data.use_labels)
+        corruption = Corruption(corrupt.sigma, corrupt.probability, corrupt.seed + (corrupt.protocol == 'fixed'), corrupt.protocol,
+                                corrupt.sigma_min_as)
+        copy = distributed.from_node(cache.decode, data.validation.path, data.cache_dir)
+        own = ImageDataset(data.validation.path, use_labels=data.use_labels, copy=copy)
         dataset = check_alike(dataset, check_same(f'--val={data.validation.path}', data.validation.fingerprint, own))
         sigma_n = corruption.levels(dataset.raw_idx, dataset.native_sigma, dataset.image_shape)
-        store = ImageStore(dataset, corruption, sigma_n, cache_gib=data.cache_gib, workers=data.workers or None)
-        labels = torch.from_numpy(dataset.labels(np.arange(len(dataset)))) if data.use_labels else None
+        sigma_n, sigma_min = corruption.beyond_sigma_min(sigma_n, dataset.sigma_min, dataset.sigma_max)
+        store = ImageStore(dataset, corruption, sigma_n, data.cache_gib - store.kept_bytes / 2 ** 30, data.workers)
+        labels = torch.from_numpy(dataset.label_table) if data.use_labels else None
         held_out = np.arange(len(dataset))
     else:
         held_out = held_out[~dataset.flip[held_out]]  # an image once
     middles = (torch.arange(LEVELS, dtype=torch.float64) + 0.5) / LEVELS
-    return Validation(store, held_out, sigma_n, labels, noise.icdf(middles).tolist(), config.run.batch_gpu, config.run.seed,
-                      dataset.sigma_max)
+    limits = usable_levels(sigma_n, registry.build(config.objective.pairing, PAIRINGS, '--pairing').buffer, sigma_min, dataset.sigma_max)
+    return Validation(store, held_out, sigma_n, labels, noise.icdf(middles).tolist(), config.run.batch_gpu, config.run.seed, limits)
 
 
 def check_alike(training, held_out):
-    """Returns the held-out ImageDataset, which must have the form of the training data."""
+    """Returns the held-out ImageDataset, which must have the form of the training data, and no more classes than these."""
     for name in ('image_shape', 'label_dim', 'units'):
         expected, found = getattr(training, name), getattr(held_out, name)
-        if found != expected:
+        classes = name == 'label_dim' and expected and found and training.classes is not None and held_out.classes is not None
+        if classes and found > expected:
+            raise UserError(f'--val={held_out.path}: it has {found} classes, and the training data {expected}, which are all that the '
+                            'network learns; leave the others out')
+        if found != expected and not classes:
             raise UserError(f'--val={held_out.path}: its {name} is {found}, that of the training data {expected}; '
                             'convert the two alike with dataset_tool.py')
     return held_out
@@ -61,13 +71,14 @@ def check_alike(training, held_out):
 class Validation:
     """validation(net, term, device) -> {"Val/clean": ..., "Val/noisy": ..., "Val/clean/sigma=0.0478": ..., ...}.
 
-    Every held-out image is judged at every level above its own sigma_n, by the loss term that the run trains with. The noise is a
-    function of the seed, the level and the image's place, so that neither ranks nor batch size matter."""
+    Every held-out image is judged at every level that it might be trained at, by the loss term that the run trains with. limits:
+    Limits of the levels of all items of the store, by default those above sigma_n. The noise is a function of the seed, the level
+    and the image's place, so that neither ranks nor batch size matter."""
 
-    def __init__(self, store, items, sigma_n, labels, levels, batch, seed, sigma_max=math.inf):
+    def __init__(self, store, items, sigma_n, labels, levels, batch, seed, limits=None):
         self.store, self.labels, self.levels, self.batch, self.seed = store, labels, levels, batch, seed
         self.items, self.sigma_n = np.asarray(items), torch.as_tensor(sigma_n, dtype=torch.float32)
-        self.sigma_max = torch.as_tensor(sigma_max, dtype=torch.float32).expand(self.sigma_n.shape)
+        self.limits = usable_levels(sigma_n) if limits is None else limits
 
     @torch.no_grad()
     def __call__(self, net, term, device, stop=lambda: False):
@@ -84,8 +95,8 @@ class Validation:
     def _judge(self, net, term, device, rows, stats):
         where = torch.from_numpy(self.items[rows])
         images, sigma_n = self.store.gather(where).to(device), self.sigma_n[where].to(device)
-        labels = None if self.labels is None else self.labels[where].to(device)
-        sigma_max = self.sigma_max[where].to(device)
+        labels = None if self.labels is None else as_vectors(self.labels[where].to(device), net.label_dim)
+        limits = self.limits.of(where)
         for k, sigma in enumerate(self.levels):
             level = torch.full_like(sigma_n, sigma)
             draws = misc.Draws(self.seed, k, first_row=int(rows[0]), device=device)
@@ -93,8 +104,8 @@ class Validation:
             batch = Batch(images, misc.batched(sigma_n), misc.batched(torch.maximum(level, sigma_n)),
                           draws('held out', images.shape), class_labels=labels)
             values = next(iter(term(net, batch).values()))
-            allowed = (sigma_n < level) & (level <= sigma_max)
-            for name, mask in [('clean', allowed & (sigma_n == 0)), ('noisy', allowed & (sigma_n > 0))]:
+            usable = limits.usable(sigma).to(device)
+            for name, mask in [('clean', usable & (sigma_n == 0)), ('noisy', usable & (sigma_n > 0))]:
                 stats.report(name, values, mask=mask)
                 stats.report(f'{name}/sigma={sigma:.4g}', values, mask=mask)
 

@@ -104,3 +104,13 @@ def test_micro_batches_are_slices_with_their_own_draws():
     assert torch.equal(whole.noise, draws('noise', whole.images.shape))
     assert whole.sigma.shape == whole.sigma_n.shape == (8, 1, 1, 1) and whole.class_labels is None
     assert torch.equal(torch.cat([randn('x', [len(batch.images), 2]) for batch, randn in parts]), draws('x', [8, 2]))
+
+
+@pytest.mark.parametrize('labels', [torch.arange(20), torch.randn(20, 3)])
+def test_classes_are_whole_numbers_until_they_are_on_the_device(labels):
+    host = make_feed(workers=0, labels=labels).next()
+    where = host.raw_idx - 100
+    assert torch.equal(host.class_labels, labels[where])
+    (batch, _), = micro_batches(host, 8, 'cpu', lambda row: misc.Draws(3, 7, row), label_dim=20)
+    want = labels[where] if labels.ndim == 2 else torch.eye(20)[where]
+    assert torch.equal(batch.class_labels, want) and batch.class_labels.dtype == torch.float32

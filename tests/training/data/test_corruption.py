@@ -156,3 +156,29 @@ def test_options_out_of_range_are_one_line(options, option):
     with pytest.raises(UserError) as error:
         Corruption(**options)
     assert option in error.value.message and '\n' not in error.value.message
+
+
+# ----------------------------------------------------------------------------------------------------
+# sigma_min as noise
+
+
+def test_sigma_min_as_a_limit_leaves_everything_as_it_is():
+    found = Corruption().beyond_sigma_min([0.1, 0.2], [0.5, np.inf], [1.0, np.inf])
+    assert [column.tolist() for column in found] == [[0.1, 0.2], [0.5, np.inf]]
+
+
+def test_sigma_min_as_noise_raises_the_level_and_limits_nothing_any_more():
+    """Images of a higher level of their own stay there; infinite limits, above which nothing is, stay limits."""
+    corruption = Corruption(sigma_min_as='noise')
+    sigma_n, sigma_min = corruption.beyond_sigma_min([0.1, 0.9, 0.2, 0.3], [0.5, 0.5, 0, np.inf], [np.inf, np.inf, 0.4, np.inf])
+    assert sigma_n.tolist() == [0.5, 0.9, 0.2, 0.3] and sigma_min.tolist() == [0, 0, 0, np.inf]
+    noisy = corruption.apply(np.zeros([4, 3, 64, 64], np.float32), np.arange(4), [0.1, 0.9, 0.2, 0.3], sigma_n)
+    assert noisy[0].std() == pytest.approx(0.24 ** 0.5, rel=0.03) and not noisy[1:].any()  # 0.5^2 - 0.1^2
+
+
+def test_sigma_min_as_noise_is_refused_for_images_with_both_limits():
+    with pytest.raises(UserError, match='--sigma-min-as=noise: 1 of 3 images have a sigma_max as well') as err:
+        Corruption(sigma_min_as='noise').beyond_sigma_min([0, 0, 0], [0.5, 0, 0.5], [0.2, 0.2, np.inf])
+    assert '\n' not in err.value.message
+    with pytest.raises(UserError, match='--sigma-min-as=both: choose from limit, noise'):
+        Corruption(sigma_min_as='both')

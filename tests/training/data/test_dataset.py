@@ -16,8 +16,10 @@ from safetensors.numpy import load_file
 
 from dnnlib import UserError
 from tests.support import GOLDEN, launch
+from training.data.contents import Pictures
 from training.data.corruption import Corruption
 from training.data.dataset import ImageDataset
+from training.data.packed import PackedFolder
 from training.data.store import ImageStore
 
 DATA = GOLDEN / 'dataset'
@@ -59,6 +61,22 @@ def store_of(dataset, corruption=None, **options):
     corruption = corruption or Corruption()
     sigma_n = corruption.levels(dataset.raw_idx, dataset.native_sigma, dataset.image_shape)
     return ImageStore(dataset, corruption, sigma_n, **options)
+
+
+def raw(dataset, items):
+    """Items as they are stored, without added noise."""
+    return np.stack([dataset.decode(dataset.raw_idx[i])[..., ::-1 if dataset.flip[i] else 1] for i in items])
+
+
+def packed_copy(path, folder, **options):
+    """The same data as a packed folder."""
+    contents = Pictures(path)
+    folder.mkdir()
+    made = PackedFolder(folder, contents.image_shape, np.uint8)
+    for i in range(contents.count):
+        made.append(contents.decode(i).tobytes())
+    made.finish({})
+    return ImageDataset(str(folder), **options)
 
 
 def refusal(path, **options):
@@ -141,7 +159,25 @@ def test_float_images_and_their_sigmas_are_scaled(tmp_path):
     np.testing.assert_allclose(dataset.native_sigma, [0, 0.1, 0.5])
     store = store_of(dataset)
     np.testing.assert_allclose(store.gather([2, 0]).numpy(), (images[[2, 0]] - 100) / 40, atol=1e-6)
-    np.testing.assert_array_equal(store.raw([1]).numpy(), images[[1]])
+    np.testing.assert_array_equal(dataset.decode(1), images[1])
+
+
+def test_channels_with_units_of_their_own(tmp_path):
+    """Where their scales differ, levels are in network units; with one scale, in those of the data."""
+    offset, scale = np.array([100, -3]), np.array([40, 0.5])
+    network = np.random.default_rng(0).normal(0, 0.5, (2, 2, 4, 6))
+    images = (network * scale[:, None, None] + offset[:, None, None]).astype(np.float32)
+    members = {f'{i}.npy': npy(image) for i, image in enumerate(images)}
+    levels = {'sigmas': {'0.npy': 0.2, '1.npy': 0}, 'sigma_max': {'0.npy': 0.6, '1.npy': None}}
+    dataset = ImageDataset(write(tmp_path / 'f.zip', members, units={'offset': offset.tolist(), 'scale': scale.tolist()}, **levels))
+    np.testing.assert_allclose(store_of(dataset).gather([0, 1]).numpy(), network, atol=1e-5)
+    np.testing.assert_allclose(dataset.to_network(images[1]), network[1], atol=1e-5)
+    assert dataset.native_sigma.tolist() == [0.2, 0] and dataset.sigma_max.tolist() == [0.6, np.inf]
+    dataset = ImageDataset(write(tmp_path / 'g.zip', members, units={'offset': offset.tolist(), 'scale': 2}, **levels))
+    np.testing.assert_allclose(dataset.native_sigma, [0.1, 0])
+    np.testing.assert_allclose(dataset.sigma_max, [0.3, np.inf])
+    assert 'units of 3 channels, and its images have 2' in refusal(
+        write(tmp_path / 'h.zip', members, units={'offset': [0, 0, 0], 'scale': 1}))
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -168,6 +204,20 @@ def test_bad_upper_limits(tmp_path, limits):
     assert '"sigma_max" in dataset.json misses 1 of 2' in refusal(picture_zip(tmp_path / 'b.zip', 2, sigma_max={'000.png': 1}))
 
 
+def test_lower_limits_follow_the_images(tmp_path):
+    """As upper ones, but 0 for none, and the largest number, or Python's Infinity, for never."""
+    names, limits = [f'{i:03}.png' for i in range(12)], [None, 0, 1.7976931348623157e308, np.inf, *np.linspace(0.05, 1, 8)]
+    dataset = ImageDataset(picture_zip(tmp_path / 'a.zip', sigma_min=dict(zip(names, limits))), keep=0.5, xflip=True)
+    assert dataset.sigma_min.tolist() == [[0, 0, np.inf, np.inf, *limits[4:]][i] for i in dataset.raw_idx]
+    assert (dataset.sigma_max == np.inf).all() and dataset.sigma_min.dtype == np.float64
+    assert not ImageDataset(picture_zip(tmp_path / 'b.zip')).sigma_min.any()
+    members = {f'{i}.npy': npy(np.zeros([1, 4, 4], np.float32)) for i in range(2)}
+    path = write(tmp_path / 'f.zip', members, units={'offset': 100, 'scale': 40}, sigma_min={'0.npy': 4, '1.npy': None})
+    np.testing.assert_allclose(ImageDataset(path).sigma_min, [0.1, 0])
+    assert '"sigma_min" in dataset.json gives 001.png the limit -1' in refusal(
+        picture_zip(tmp_path / 'c.zip', 2, sigma_min={'000.png': 1, '001.png': -1}))
+
+
 # ----------------------------------------------------------------------------------------------------
 # Noisy copies
 
@@ -179,7 +229,6 @@ def test_clean_batches_are_exact(tmp_path):
     batch = store.gather(torch.tensor(order))
     assert batch.dtype == torch.float32
     np.testing.assert_array_equal(batch.numpy(), images[order].astype(np.float32) / np.float32(127.5) - 1)
-    np.testing.assert_array_equal(store.raw(order).numpy(), images[order])
     batch.zero_()
     assert store.gather(order).abs().sum() > 0  # a batch is a copy
 
@@ -190,7 +239,7 @@ def test_noisy_images_carry_one_fixed_noise(tmp_path):
     dataset, corruption = ImageDataset(path), Corruption(0.5, 0.5, seed=1)
     sigma_n = corruption.levels(dataset.raw_idx, dataset.native_sigma, dataset.image_shape)
     store = ImageStore(dataset, corruption, sigma_n, workers=1)
-    added = (store.gather(range(40)) - dataset.to_network(store.raw(range(40)))).numpy()
+    added = (store.gather(range(40)) - dataset.to_network(raw(dataset, range(40)))).numpy()
     assert store.noisy_count == (sigma_n == 0.5).sum() == 20
     for k in range(40):
         std = np.sqrt(sigma_n[k] ** 2 - dataset.native_sigma[k] ** 2)
@@ -208,7 +257,6 @@ def test_xflip_mirrors_the_noisy_image_with_its_noise(tmp_path):
     store = store_of(dataset, Corruption(0.3, 1.0))
     assert store.noisy_count == 12
     np.testing.assert_array_equal(store.gather(range(12, 24)).numpy(), store.gather(range(12)).flip(3).numpy())
-    np.testing.assert_array_equal(store.raw([12]).numpy(), store.raw([0]).flip(3).numpy())
 
 
 def test_published_protocol_gives_the_published_training_images():
@@ -218,7 +266,7 @@ def test_published_protocol_gives_the_published_training_images():
     store = store_of(dataset, Corruption(0.2, 0.5, protocol='published'))
     plain, mirrored = store.gather(range(20)).numpy(), store.gather(range(20, 40)).numpy()
     np.testing.assert_allclose(plain, golden['images_p'], atol=1e-6)
-    clean = dataset.to_network(store.raw(range(20, 40))).numpy()
+    clean = dataset.to_network(raw(dataset, range(20, 40))).numpy()
     noise = golden['sigma_p'][:, None, None, None] * golden['noise_p']
     assert PROTOCOL['xflip']['same_noise']
     np.testing.assert_allclose(mirrored, clean + noise, atol=1e-6)
@@ -229,20 +277,27 @@ def test_published_keep_of_the_noisy_archive():
     assert dataset.raw_idx.tolist() == PROTOCOL['max_size7_raw_idx']
 
 
-def test_mapped_store_equals_resident_and_leaves_nothing(tmp_path):
-    cache = tmp_path / 'cache'
-    cache.mkdir()
-    dataset, corruption = ImageDataset(picture_zip(tmp_path / 'a.zip', 300), xflip=True), Corruption(0.2, 0.5)
-    mapped, resident = (store_of(dataset, corruption, cache_gib=g, cache_dir=str(cache)) for g in (0, 1))
-    assert mapped.mapped and not resident.mapped and not list(cache.iterdir())
-    order = np.random.default_rng(0).integers(0, 600, 500)
-    np.testing.assert_array_equal(mapped.gather(order).numpy(), resident.gather(order).numpy())
-    np.testing.assert_array_equal(mapped.raw(order).numpy(), resident.raw(order).numpy())
+@pytest.mark.parametrize('protocol', ['fixed', 'published'])
+def test_noisy_images_kept_or_made_anew_are_the_same(tmp_path, protocol):
+    """And in a mapped file, with any number of threads, at the first use and later."""
+    path, corruption = picture_zip(tmp_path / 'a.zip', 100), Corruption(0.2, 0.5, protocol=protocol)
+    data = ImageDataset(path, xflip=True)
+    kept, anew, threads = (store_of(data, corruption, cache_gib=g, workers=w) for g, w in ((1, 1), (0, 1), (0, 4)))
+    packed = store_of(packed_copy(path, tmp_path / 'packed', xflip=True), corruption)
+    assert kept.kept_bytes == kept.noisy_count * 8 * 8 * 3 * 4 and not anew.kept_bytes and packed.mapped and not kept.mapped
+    for seed in range(3):
+        order = np.random.default_rng(seed).integers(0, 200, 150)
+        first, *others = (store.gather(order) for store in (kept, anew, threads, packed))
+        assert all(torch.equal(first, other) for other in others)
+    assert 0 < int(kept._have.sum()) <= kept.noisy_count
 
 
-def test_cache_folder_that_is_not_there(tmp_path):
-    with pytest.raises(UserError, match='raise --cache-gib, or point --cache-dir'):
-        store_of(ImageDataset(picture_zip(tmp_path / 'a.zip')), cache_gib=0, cache_dir=str(tmp_path / 'none'))
+def test_what_is_kept_fits_the_memory_of_the_node(tmp_path):
+    data, nbytes = ImageDataset(picture_zip(tmp_path / 'a.zip', 100)), 50 * 8 * 8 * 3 * 4
+    for gib, kept in ((nbytes / 2 ** 30, nbytes), ((nbytes - 1) / 2 ** 30, 0)):
+        store = store_of(data, Corruption(0.2, 0.5), cache_gib=gib)
+        assert store.kept_bytes == kept
+        assert ('keep noisy images' in store.words()) == bool(kept) and ('made at each use' in store.words()) == (not kept)
 
 
 RANKS = '''
@@ -252,27 +307,27 @@ from training.data.corruption import Corruption
 from training.data.dataset import ImageDataset
 from training.data.store import ImageStore
 distributed.init()
-path, folder, gib = sys.argv[1:]
-data, c = ImageDataset(path, xflip=True), Corruption(0.2, 0.5)
+data, c = ImageDataset(sys.argv[1], xflip=True), Corruption(0.2, 0.5)
 sigma_n = c.levels(data.raw_idx, data.native_sigma, data.image_shape)
-store = ImageStore(data, c, sigma_n, cache_gib=float(gib), cache_dir=folder)
-digest = hashlib.sha256(store.gather(range(len(data))).numpy().tobytes()).hexdigest()
-os.write(1, f'{store.mapped} {digest} {len(os.listdir(folder))}{chr(10)}'.encode())
+store = ImageStore(data, c, sigma_n, cache_gib=float(sys.argv[2]))
+order = range(len(data))[::1 - 2 * distributed.rank()]  # one from each end: they meet
+digests = [hashlib.sha256(store.gather(order).numpy().tobytes()).hexdigest() for _ in range(2)]
+distributed.barrier()
+filled = float(store._kept[-1].abs().sum() + store._kept[0].abs().sum()) if store.kept_bytes else 0
+os.write(1, f'{distributed.rank()} {len(set(digests))} {digests[0]} {bool(store.kept_bytes)} {filled > 0}{chr(10)}'.encode())
 distributed.shutdown()
 '''
 
 
 @pytest.mark.parametrize('gib', [0, 1])
 def test_two_ranks_see_what_one_process_sees(tmp_path, gib):
-    """In one mapped file, of which each rank decodes half, or resident in each; nothing is left in the folder."""
-    cache, script = tmp_path / 'cache', tmp_path / 'ranks.py'
-    cache.mkdir()
+    """With noisy images in memory that the two share, or made anew."""
+    script, path = tmp_path / 'ranks.py', picture_zip(tmp_path / 'a.zip', 300)
     script.write_text(RANKS)
-    path = picture_zip(tmp_path / 'a.zip', 300)
-    run = launch.run(script, [path, cache, gib], ranks=2)
-    lines = run.stdout.split('\n')[:2]
-    single = store_of(ImageDataset(path, xflip=True), Corruption(0.2, 0.5)).gather(range(600)).numpy()
-    assert lines == [f'{gib == 0} {hashlib.sha256(single.tobytes()).hexdigest()} 0'] * 2, run.stderr
+    run = launch.run(script, [path, gib], ranks=2)
+    single = store_of(ImageDataset(path, xflip=True), Corruption(0.2, 0.5)).gather(range(600))
+    want = [hashlib.sha256(images.numpy().tobytes()).hexdigest() for images in (single, single.flip(0))]
+    assert sorted(run.stdout.splitlines()) == [f'{rank} 1 {want[rank]} {gib == 1} {gib == 1}' for rank in (0, 1)], run.stderr
 
 
 def test_gather_from_threads(tmp_path):

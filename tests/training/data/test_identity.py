@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All ranks see the same data, or all of them are told in one line that they do not."""
+"""All nodes see the same data, or all of them are told in one line that they do not."""
 
 import os
 import socket
@@ -18,6 +18,7 @@ RANKS = '''
 import os, sys
 sys.path.insert(0, sys.argv[1])
 os.chdir(os.path.join(sys.argv[2], os.environ['RANK']))  # one path, another file on each rank
+os.environ.update(LOCAL_RANK='0', LOCAL_WORLD_SIZE='1')  # as if each were a node of its own
 from dnnlib import EasyDict, UserError
 from tests.support import tiny
 from torch_utils import distributed
@@ -61,8 +62,10 @@ def test_ranks_that_see_other_data_are_told_together(tmp_path, count, seed, own,
 
 def test_one_rank_alone(tmp_path):
     path = tiny.make_zip(tmp_path / 'a.zip')
-    [dataset], [fingerprint] = open_everywhere({'--data=a.zip': lambda: ImageDataset(path)})
-    assert fingerprint == dataset.fingerprint() and check_same('--data', fingerprint, dataset) is dataset
+    dataset = ImageDataset(path)
+    [form], [fingerprint] = open_everywhere({'--data=a.zip': lambda: dataset})
+    assert form == dataset.form and form.resolution == [8, 8] and fingerprint == dataset.fingerprint()
+    assert check_same('--data', fingerprint, dataset) is dataset
     with pytest.raises(UserError, match='none.zip: no such zip file or folder$'):
         open_everywhere({'--data=none.zip': lambda: ImageDataset(str(tmp_path / 'none.zip'))})
 

@@ -253,7 +253,7 @@ def test_images_whose_limits_leave_nothing_are_passed_over_and_counted(policy, c
 def test_levels_that_no_image_allows_are_said(capsys):
     PairStream([0.0, 0.1], P, 'skip', batch=4, upper=[0.3, 0.5])
     said = capsys.readouterr().out
-    assert f'no image may be seen at {sf(0.5) * 100:.1f}% of the levels of --noise (the highest sigma_max is 0.5)' in said
+    assert f'no image may be seen at {sf(0.5) * 100:.1f}% of the levels of --noise (above 0.5)' in said
     PairStream([0.0, 0.1], P, 'skip', batch=4, upper=[0.3, np.inf])
     assert capsys.readouterr().out == ''
 

@@ -14,9 +14,11 @@ FAR = 10 ** 400  # no float64 is as large
 
 
 def test_values_follow_the_names():
-    for table in ({'b.png': 2, 'a.png': 1, 'c.png': 3}, [['b.png', 2], ['a.png', 1]], [['a.png', 0], ['b.png', 2], ['a.png', 1]]):
+    for table in ({'b.png': 2, 'a.png': 1, 'c.png': 3}, [['b.png', 2], ['a.png', 1]], [['a.png', 1], ['b.png', 2], ['a.png', 1]]):
         assert tables.by_file(table, NAMES) == [1, 2]
     assert tables.by_file({'x\\a.png': 1}, ['x/a.png']) == [1]
+    with pytest.raises(ValueError, match='gives a.png several values'):
+        tables.by_file([['a.png', 0], ['b.png', 2], ['a.png', 1]], NAMES)
     with pytest.raises(ValueError, match='misses 1 of 2 files, such as b.png'):
         tables.by_file({'a.png': 1}, NAMES)
 
@@ -30,15 +32,17 @@ def test_tables_that_are_none(table):
 
 def test_labels():
     assert tables.labels([2, 0, 5]).dtype == np.int64 and tables.labels([2, 0, 5]).tolist() == [2, 0, 5]
-    for values, want in (([[1, 0.5], [0, 2]], [[1, 0.5], [0, 2]]), ([1.5, 2], [[1.5], [2]]), ([[1], [2]], [[1], [2]]),
-                         ([True, False], [[1], [0]])):
+    for values, want in (([[1, 0.5], [0, 2]], [[1, 0.5], [0, 2]]), ([[1], [2]], [[1], [2]])):
         assert tables.labels(values).dtype == np.float32 and tables.labels(values).tolist() == want
+    for values in ([3.0, 0, 1], [3.0, 0.0, 1.0], [3, False, True]):
+        assert tables.labels(values).dtype == np.int64 and tables.labels(values).tolist() == [3, 0, 1]
     assert tables.labels([0, tables.MAX_CLASSES - 1]).max() == tables.MAX_CLASSES - 1
     with pytest.raises(ValueError, match='give class 131072, and the last that can be is 131071'):
         tables.labels([0, tables.MAX_CLASSES])
 
 
-@pytest.mark.parametrize('values', [[-1, 0], [1, None], [[1], [1, 2]], [[1], 2], [[[1]], [[2]]], ['1', '2'], [{}, {}], [[], []],
+@pytest.mark.parametrize('values', [[-1, 0], [1.5, 2], [0.0, math.nan], [-1.0, 0], [],
+                                    [1, None], [[1], [1, 2]], [[1], 2], [[[1]], [[2]]], ['1', '2'], [{}, {}], [[], []],
                                     [[math.nan]], [[1e39]], [math.inf, 1.0], [FAR], [[FAR], [0]], [-FAR, 0], [2 ** 63, 0],
                                     [[2 ** 64], [1e308]]])
 def test_labels_that_are_none(values):
@@ -62,9 +66,20 @@ def test_levels_and_limits():
         tables.limits([1, 1e-320], NAMES, scale=1e20)
 
 
+def test_lower_limits():
+    most = 1.7976931348623157e308  # stands for infinity, which JSON has not
+    assert tables.lower_limits([None, 0, 1, math.inf, FAR, most], 'abcdef', scale=2).tolist() == [0, 0, 0.5] + 3 * [math.inf]
+    assert tables.lower_limits([most, 1.0], 'ab', scale=1e10).tolist() == [math.inf, 1e-10]
+    for bad in (-1, math.nan, -FAR):
+        with pytest.raises(ValueError, match='gives b.png the limit .*; lower limits must be 0 or more, or null'):
+            tables.lower_limits([None, bad], NAMES)
+    with pytest.raises(ValueError, match='one number a file, or null'):
+        tables.lower_limits([1, 'x'], NAMES)
+
+
 def test_units():
     assert tables.units({'offset': 1, 'scale': 2.5, 'more': 'text'}) == {'offset': 1.0, 'scale': 2.5}
-    for value in (None, 3, [], 'x', {}, {'offset': 0}, {'offset': '0', 'scale': 1}, {'offset': [0], 'scale': 1},
+    for value in (None, 3, [], 'x', {}, {'offset': 0}, {'offset': '0', 'scale': 1}, {'offset': [[0]], 'scale': 1},
                   {'offset': None, 'scale': 1}):
         with pytest.raises(KeyError):
             tables.units(value)
@@ -77,10 +92,31 @@ def test_units():
 def test_nothing_else_comes_of_any_value():
     for first in VALUES:
         for second in (0, 1.5, None, [1], first):
-            for check in (tables.labels, lambda values: tables.levels(values, NAMES), lambda values: tables.limits(values, NAMES)):
+            for check in (tables.labels, lambda values: tables.levels(values, NAMES), lambda values: tables.limits(values, NAMES),
+                          lambda values: tables.lower_limits(values, NAMES)):
                 try:
                     found = check([first, second])
                 except ValueError as err:
                     assert len(str(err)) < 200
                 else:
                     assert len(found) == 2 and not np.isnan(found).any()
+
+
+def test_units_of_channels():
+    assert tables.units({'offset': [1, 2], 'scale': [3, 4.5]}) == {'offset': [1.0, 2.0], 'scale': [3.0, 4.5]}
+    assert tables.units({'offset': 1, 'scale': [3, 4]}) == {'offset': [1.0, 1.0], 'scale': [3.0, 4.0]}
+    assert tables.units({'offset': [1, 2], 'scale': 3}) == {'offset': [1.0, 2.0], 'scale': [3.0, 3.0]}
+    assert tables.units({'offset': [1], 'scale': [3]}) == {'offset': [1.0], 'scale': [3.0]}
+    for offset, scale in (([], 1), (0, []), ([[1]], 1), (['1'], 1), ([True], 1), ([None], 1), ({}, 1)):
+        with pytest.raises(KeyError):
+            tables.units({'offset': offset, 'scale': scale})
+    for offset, scale, text in (([1, 2], [1, 2, 3], 'one a channel'), ([0, 0], [1, 0], 'scale above 0'), ([0, math.nan], 1, 'finite'),
+                                ([FAR, 0], 1, '1e308 or more'), (0, [1, 1e-60], 'scale above 0')):
+        with pytest.raises(ValueError, match=text):
+            tables.units({'offset': offset, 'scale': scale})
+
+
+def test_what_levels_are_divided_by():
+    for units, want in ((None, 1), ({'offset': 0.0, 'scale': 4.0}, 4), ({'offset': [0.0, 1.0], 'scale': [4.0, 4.0]}, 4),
+                        ({'offset': [0.0, 0.0], 'scale': [4.0, 5.0]}, 1)):
+        assert tables.level_scale(units) == want

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Held-out loss: equal twice, independent of batch size and ranks, and what its definition says."""
 
+import json
+import zipfile
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +11,7 @@ import torch
 from dnnlib import UserError
 from tests.support import tiny
 from torch_utils import misc, training_stats
+from training.data.limits import usable_levels
 from training.objective.loss import AmbientLoss
 from training.objective.weighting import WEIGHTS
 from training.run import validation
@@ -29,8 +33,8 @@ class Store:
         return self.images[where]
 
 
-def make(batch=20, seed=3, items=None, levels=LEVELS):
-    return validation.Validation(Store(), np.arange(20) if items is None else items, SIGMA_N, None, levels, batch, seed)
+def make(batch=20, seed=3, items=None, levels=LEVELS, limits=None):
+    return validation.Validation(Store(), np.arange(20) if items is None else items, SIGMA_N, None, levels, batch, seed, limits)
 
 
 def term():
@@ -66,6 +70,19 @@ def test_values_against_a_direct_computation():
     assert found['Val/noisy/sigma=0.1'] is None and len(totals['noisy']) == 5 + 10
     for name, values in totals.items():
         assert found[f'Val/{name}'] == pytest.approx(np.mean(values), rel=1e-5)
+
+
+def test_images_are_judged_at_their_usable_levels_alone():
+    """Image for image: buffer, sigma_min, sigma_max and the union of the two, as the pairs know them."""
+    lower, upper = np.tile([0, 0.6, 1.0, 0, 0], 4), np.tile([np.inf, np.inf, 0.2, 0.5, 1.9], 4)
+    limits = usable_levels(SIGMA_N, 1.5, lower, upper)
+    for item in range(20):
+        found = make(items=[item], limits=limits)(halve, term(), CPU)
+        for sigma in LEVELS:
+            usable = sigma > 1.5 * SIGMA_N[item] and (lower[item] == 0 and upper[item] == np.inf or 0 < lower[item] < sigma
+                                                      or sigma <= upper[item] < np.inf)
+            group = 'noisy' if SIGMA_N[item] else 'clean'
+            assert (found[f'Val/{group}/sigma={sigma:.4g}'] is not None) == usable, (item, sigma)
 
 
 @pytest.mark.parametrize('size, items', [(2, 20), (3, 20), (4, 2)])
@@ -119,7 +136,7 @@ def test_data_set_of_its_own(tmp_path):
     run = tiny.make_run(tmp_path, f'--val={other}')
     judged = run.data.validation
     assert len(judged.items) == 20 and int((judged.sigma_n > 0).sum()) == 14  # 0.7 of 20
-    pixels = torch.as_tensor(judged.store.raw(np.arange(20))).float() / 127.5 - 1
+    pixels = torch.as_tensor(judged.store.stored(np.arange(20))).float() / 127.5 - 1
     noise = judged.store.gather(np.arange(20)) - pixels
     assert noise[judged.sigma_n > 0].std() == pytest.approx(0.4, rel=0.1) and not noise[judged.sigma_n == 0].any()
     assert all(value is not None for name, value in run.data.validation(halve, term(), CPU).items() if name in ('Val/clean', 'Val/noisy'))
@@ -135,3 +152,84 @@ def test_data_set_of_another_form_is_refused(tmp_path):
             validation.check_alike(training, held_out)
         assert '\n' not in error.value.message
     run.data.feed.close()
+
+
+def test_levels_below_the_buffer_are_not_judged(tmp_path):
+    """--pairing=skip:buffer=2 trains an image of level 0.4 above 0.8, so that 0.54 says nothing of what is learnt."""
+    run = tiny.make_run(tmp_path, '--val=0.5', '--pairing=skip:buffer=2')
+    found = run.data.validation(halve, term(), CPU)
+    judged = {sigma for sigma in run.data.validation.levels if found[f'Val/noisy/sigma={sigma:.4g}'] is not None}
+    assert judged == {sigma for sigma in run.data.validation.levels if sigma > 0.8}
+    assert any(0.4 < sigma < 0.8 for sigma in run.data.validation.levels)
+    run.data.feed.close()
+
+
+def test_data_set_without_the_top_class(tmp_path):
+    """Fewer classes are fine, the labels being as wide as the network takes them; more are refused."""
+    run = tiny.make_run(tmp_path, '--cond=1', f'--val={tiny.make_zip(tmp_path / "two.zip", count=2)}')
+    assert run.net.label_dim == 3
+    widths = set()
+
+    def net(x, sigma, class_labels=None, augment_labels=None):
+        widths.add(tuple(class_labels.shape[1:]))
+        assert class_labels.argmax(1).tolist() == [0, 1] and (class_labels.sum(1) == 1).all()
+        return x / 2
+
+    net.label_dim = 3
+    assert run.data.validation(net, term(), CPU)['Val/clean'] is not None and widths == {(3,)}
+    run.data.feed.close()
+    (tmp_path / 'small').mkdir()
+    tiny.make_zip(tmp_path / 'small' / 'data.zip', count=2)
+    with pytest.raises(UserError, match='--val=.*three.zip: it has 3 classes, and the training data 2') as error:
+        tiny.make_run(tmp_path / 'small', '--cond=1', f'--val={tiny.make_zip(tmp_path / "three.zip", count=6)}', '--batch=2')
+    assert '\n' not in error.value.message
+
+
+def make_blurred(folder, **limits):
+    """The tiny data set, whose images 32 to 63 have these limits; returns its path."""
+    plain, path = tiny.make_zip(folder / 'plain.zip'), folder / 'data.zip'
+    with zipfile.ZipFile(plain) as source, zipfile.ZipFile(path, 'w') as archive:
+        names = [name for name in source.namelist() if name.endswith('.png')]
+        for name in names:
+            archive.writestr(name, source.read(name))
+        meta = {key: [[name, value if i >= 32 else None] for i, name in enumerate(names)] for key, value in limits.items()}
+        archive.writestr('dataset.json', json.dumps(meta))
+    return path
+
+
+@pytest.mark.parametrize('limits, usable', [
+    ({'sigma_min': 0.8}, lambda sigma: sigma > 0.8), ({'sigma_max': 0.1}, lambda sigma: sigma <= 0.1),
+    ({'sigma_min': 0.8, 'sigma_max': 0.1}, lambda sigma: (sigma > 0.8) | (sigma <= 0.1))])
+def test_limits_reach_the_pairs_and_the_validation_of_a_run(tmp_path, limits, usable):
+    own = make_blurred(tmp_path, **limits)
+    run = tiny.make_run(tmp_path, '--sigma=0', '--corruption-probability=0', f'--val={own}')
+    batches = [run.data.feed.next() for _ in range(40)]
+    raw_idx, sigma = (torch.cat([getattr(batch, name) for batch in batches]) for name in ('raw_idx', 'sigma'))
+    blurred = raw_idx >= 32
+    assert '64 clean, 0 noisy (0.00%), 32 with a sigma_min or sigma_max; ' in run.data.line
+    assert 20 < blurred.sum() < len(blurred) - 20 and usable(sigma[blurred]).all() and not usable(sigma[~blurred]).all()
+    judged = run.data.validation
+    assert all(judged.limits.usable(level)[32:].all() == usable(level) for level in map(torch.tensor, judged.levels))
+    assert all(judged.limits.usable(level)[:32].all() for level in judged.levels)
+    run.data.feed.close()
+
+
+def test_sigma_min_as_noise_reaches_the_images_of_a_run(tmp_path):
+    """Images 32 to 63 are brought to 0.8, in training and in the held-out data, with noise of their own; they have no limit left."""
+    own = make_blurred(tmp_path, sigma_min=0.8)
+    flags = '--sigma=0', '--corruption-probability=0', f'--val={own}'
+    run = tiny.make_run(tmp_path, *flags, '--sigma-min-as=noise')
+    batch = run.data.feed.next()
+    assert torch.equal(batch.sigma_n, torch.where(batch.raw_idx >= 32, 0.8, 0.0)) and (batch.sigma > batch.sigma_n).all()
+    judged, items = run.data.validation, torch.arange(64)
+    noise = judged.store.gather(items) - (torch.as_tensor(judged.store.stored(items)).float() / 127.5 - 1)
+    assert judged.sigma_n.tolist() == [0.0] * 32 + [pytest.approx(0.8)] * 32 and not noise[:32].any()
+    assert noise[32:].std() == pytest.approx(0.8, rel=0.05)
+    assert run.config.corruption.sigma_min_as == 'noise' and not run.data.feed.stream.limited
+    run.data.feed.close()
+    make_blurred(tmp_path, sigma_min=0.8, sigma_max=0.1)
+    with pytest.raises(UserError, match='--sigma-min-as=noise: 32 of 64 images have a sigma_max as well'):
+        tiny.options(tmp_path, *flags, '--sigma-min-as=noise')
+    make_blurred(tmp_path)
+    with pytest.raises(UserError, match='--sigma-min-as=noise: no image of --data=.* has a sigma_min; leave it out'):
+        tiny.options(tmp_path, *flags, '--sigma-min-as=noise')

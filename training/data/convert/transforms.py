@@ -2,16 +2,19 @@
 """An image of a source -> the member of an archive: channels, crops, sizes."""
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from dnnlib.archive import DAMAGE, damage
+from training.data.convert.source import Kind
+from training.data.convert.statistics import Measured, measure
 from training.data.convert.writers import encode_npy, encode_png
 
 LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R 601, as Pillow's conversion to grey
-TRANSFORMS = ('center-crop', 'center-crop-wide')
+FILLS = ('edge', 'reflect', 'constant')
 SIGMA_DATA = 0.5  # std that float data gets in network units
 
 
@@ -21,49 +24,87 @@ class Member(NamedTuple):
     data: bytes | None = None
     problem: str | None = None
     shape: tuple = ()
-    total: float = 0.0  # sum of the values, and of their squares: mean and std of float data
+    total: float = 0.0  # sum of the values, and of their squares, or [C] of each channel: mean and std of float data
     squares: float = 0.0
+    gain: float = 1.0  # what converting multiplied the std of white noise by
+    channels: int = 0  # of the image as it was
+    measured: Measured | None = None
 
 
 class Job(NamedTuple):
     """How the images of a source are converted.
 
     traits: (is_8bit, channels, (height, width)) that every image must have, None where it may differ.
-    size: (width, height) or None. as_png: 8-bit members; otherwise float32 .npy."""
+    transform: (image, width, height) -> [C,H,W], or None for an image that is too small; of TRANSFORMS. size: (width, height) or None.
+    as_png: 8-bit members; otherwise float32 .npy. per_channel: whether a Member's sums are those of each channel."""
 
     traits: tuple
-    transform: str | None = None
+    transform: Callable | None = None
     size: tuple | None = None
     channels: int | None = None
     as_png: bool = True
+    per_channel: bool = False
 
     def convert(self, source, index):
         """Image number `index` of a source as a Member. Never raises for a bad image."""
         try:
             image = source.read(index)
-            traits = image.dtype == np.uint8, len(image), image.shape[1:]
-            if any(want not in (None, got) for want, got in zip(self.traits, traits)):
-                return Member(problem=f'{source.kind(index)}, unlike most others')
+            kind, sigma = Kind(*image.shape, image.dtype == np.uint8, ''), source.sigmas[index] if source.sigmas else 0
+            if self.objection(kind, sigma):
+                return Member(problem=self.objection(source.kind(index), sigma))
             if not self.as_png:
-                image = image.astype(np.float32)
-                if not np.isfinite(image).all():
-                    return Member(problem=f'{source.kind(index)}, with values that are not finite')
+                image, problem = as_float(image)
+                if problem:
+                    return Member(problem=f'{source.kind(index)}, with {problem}')
             image = self._resized(to_channels(image, self.channels))
         except DAMAGE as err:
             return Member(problem=f'cannot be read ({damage(err)})')
         if image is None:
             return Member()
+        told = {'shape': image.shape, 'gain': noise_gain(kind.channels, len(image)), 'channels': kind.channels, 'measured': measure(image)}
         if self.as_png:
-            return Member(encode_png(image), shape=image.shape)
+            return Member(encode_png(image), **told)
         values = image.astype(np.float64)
-        return Member(encode_npy(image), None, image.shape, values.sum(), np.square(values).sum())
+        axes = (1, 2) if self.per_channel else None
+        return Member(encode_npy(image), total=values.sum(axes), squares=np.square(values).sum(axes), **told)
+
+    def objection(self, kind, sigma):
+        """What keeps an image of a Kind, with noise of level sigma, from being converted; None where nothing does."""
+        traits = kind.is_8bit, kind.channels, (kind.height, kind.width)
+        if any(want not in (None, got) for want, got in zip(self.traits, traits)):
+            return f'{kind}, unlike most others'
+        if sigma and noise_gain(kind.channels, self.channels) is None:
+            return (f'grey with noise of level {sigma:g}, which would be repeated in three channels, where training takes it for white '
+                    'noise; make all images grey with --channels=1')
+        return None
 
     def _resized(self, image):
-        if self.transform == 'center-crop':
-            return resize(center_crop(image), *self.size)
-        if self.transform == 'center-crop-wide':
-            return center_crop_wide(image, *self.size)
+        if self.transform:
+            return self.transform(image, *(self.size or (None, None)))
         return resize(image, *self.size) if self.size else image
+
+
+def noise_gain(count, channels):
+    """What the std of white noise is multiplied by when `count` channels become `channels` (None: as they are); None where it is
+    repeated in several channels, and no longer white."""
+    colours = count - (count in (2, 4))  # without alpha
+    if channels is None or channels in (count, colours):
+        return 1.0
+    return math.sqrt(np.square(LUMA).sum()) if channels == 1 else None
+
+
+def as_float(image):
+    """(float32 array, None), or (None, what float32 would not hold). Raises ValueError for numbers that are not real."""
+    if image.dtype.kind not in 'biuf':
+        raise ValueError(f'{image.dtype}, expected real numbers')
+    with np.errstate(over='ignore'):
+        found = image.astype(np.float32)
+    wrong = np.count_nonzero(~np.isfinite(found))
+    if wrong:
+        return None, f'values that are not finite ({wrong} of {found.size})'
+    if image.dtype.kind in 'iu' and image.itemsize > 2 and (found != image).any():
+        return None, 'numbers that float32 does not hold; divide them, or make them float'
+    return found, None
 
 
 def to_channels(image, channels):
@@ -84,12 +125,43 @@ def to_channels(image, channels):
     return np.tensordot(LUMA, image, 1)[None].astype(image.dtype)
 
 
-def center_crop(image):
-    """The largest centred square of [C,H,W]."""
-    height, width = image.shape[1:]
-    side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
-    return image[:, top:top + side, left:left + side]
+def center_crop(image, width, height):
+    """The largest centred square of [C,H,W], brought to width x height."""
+    side = min(image.shape[1:])
+    return resize(_center(image, side, side), width, height)
+
+
+def _center(image, height, width):
+    """The centred rectangle of [C,H,W] that is so large."""
+    top, left = (image.shape[1] - height) // 2, (image.shape[2] - width) // 2
+    return image[:, top:top + height, left:left + width]
+
+
+def center_crop_dhariwal(image, width, height):
+    """ADM's crop to a square, [C,height,width]: halved by averages while the short side is at least twice what is wanted, brought to it
+    by a bicubic filter, then cut. Small images are enlarged."""
+    while min(image.shape[1:]) >= 2 * width:
+        image = resize(image, image.shape[2] // 2, image.shape[1] // 2, Image.BOX)
+    scale = width / min(image.shape[1:])
+    image = resize(image, round(image.shape[2] * scale), round(image.shape[1] * scale), Image.BICUBIC)
+    return _center(image, height, width)
+
+
+def pad(image, width=None, height=None, *, fill='edge', value=0.0):
+    """[C,H,W] in the middle of width x height, by default of the square of its long side; what is larger is shrunk to fit, in its shape.
+
+    fill: what is around it: edge (its outermost pixels), reflect (its mirror image) or constant (value, as stored). Raises ValueError."""
+    if fill not in FILLS:
+        raise ValueError(f'fill={fill} is none of {", ".join(FILLS)}')
+    if not np.isfinite(value) or image.dtype == np.uint8 and not (0 <= value <= 255 and value == int(value)):
+        raise ValueError(f'value={value} is none that {image.dtype} images hold')
+    width, height = (width, height) if width else [max(image.shape[1:])] * 2
+    scale = min(width / image.shape[2], height / image.shape[1])
+    if scale < 1:
+        sides = (max(1, min(most, round(side * scale))) for most, side in ((width, image.shape[2]), (height, image.shape[1])))
+        image = resize(image, *sides)
+    around = [(0, 0), *((gap // 2, gap - gap // 2) for gap in (height - image.shape[1], width - image.shape[2]))]
+    return np.pad(image, around, fill, **({'constant_values': image.dtype.type(value)} if fill == 'constant' else {}))
 
 
 def center_crop_wide(image, width, height):
@@ -107,20 +179,24 @@ def center_crop_wide(image, width, height):
     return canvas
 
 
-def resize(image, width, height):
-    """[C,H,W] -> [C,height,width] by Lanczos; 8-bit values are rounded, floats are not clipped."""
+def resize(image, width, height, filter=Image.LANCZOS):
+    """[C,H,W] -> [C,height,width] by a filter of Pillow's; 8-bit values are rounded, floats are not clipped."""
     if image.shape[1:] == (height, width):
         return image
     if image.dtype == np.uint8 and len(image) == 3:
         whole = Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0)))
-        return np.asarray(whole.resize((width, height), Image.LANCZOS)).transpose(2, 0, 1)
+        return np.asarray(whole.resize((width, height), filter)).transpose(2, 0, 1)
     # Channel by channel: Pillow would multiply colours by a channel that it takes for alpha.
-    bands = [Image.fromarray(np.ascontiguousarray(band)).resize((width, height), Image.LANCZOS) for band in image]
+    bands = [Image.fromarray(np.ascontiguousarray(band)).resize((width, height), filter) for band in image]
     return np.stack([np.asarray(band) for band in bands])
 
 
 def propose_units(total, squares, count):
-    """{offset, scale} that give data with these sums mean 0 and std SIGMA_DATA in network units."""
-    mean = total / count
-    std = math.sqrt(max(squares / count - mean * mean, 0.0))
-    return {'offset': mean, 'scale': std / SIGMA_DATA if std > 0 else 1.0}
+    """{offset, scale} that give data with these sums mean 0 and std SIGMA_DATA in network units; lists where the sums are those of
+    channels. count: of values in each sum."""
+    mean = np.asarray(total) / count
+    std = np.sqrt(np.maximum(squares / count - mean * mean, 0.0))
+    return {'offset': mean.tolist(), 'scale': np.where(std > 0, std / SIGMA_DATA, 1.0).tolist()}
+
+
+TRANSFORMS = {'center-crop': center_crop, 'center-crop-wide': center_crop_wide, 'center-crop-dhariwal': center_crop_dhariwal, 'pad': pad}

@@ -12,7 +12,10 @@ import zlib
 import numpy as np
 
 from dnnlib import UserError
+from dnnlib.archive import decode_image
 from dnnlib.files import new_folder, replacing
+from training.data import tables
+from training.data.packed import new_packed
 
 PNG_COLOURS = {1: 0, 2: 4, 3: 2, 4: 6}  # channels -> colour type: grey, grey + alpha, RGB, RGB + alpha
 
@@ -45,7 +48,7 @@ class ArchiveWriter:
         extension = os.path.splitext(dest)[1]
         self._as_zip = extension.lower() == '.zip'
         if extension and not self._as_zip:
-            raise UserError(f'--dest={dest}: must end in .zip, or be a folder name without an extension')
+            raise UserError(f'--dest={dest}: must end in .zip or .npz, or be a folder name without an extension')
         if not self._as_zip and os.path.exists(dest) and (not os.path.isdir(dest) or os.listdir(dest)):
             raise UserError(f'--dest={dest}: the folder is not empty; remove it or name another')
         if self._as_zip and os.path.isdir(dest):
@@ -80,3 +83,46 @@ class ArchiveWriter:
 
     def __exit__(self, *error):
         return self._open.__exit__(*error)
+
+
+class PackedWriter:
+    """A packed data set, an .npz or a folder, which is there when the context ends well; it takes what an ArchiveWriter takes."""
+
+    def __init__(self, dest):
+        self.dest = os.path.abspath(dest)
+        as_npz = self.dest.lower().endswith('.npz')
+        if os.path.splitext(self.dest)[1] and not as_npz:
+            raise UserError(f'--dest={dest}: packed data end in .npz, or are a folder named without an extension')
+        if as_npz and os.path.isdir(self.dest):
+            raise UserError(f'--dest={dest}: is a folder; name a file')
+        if not as_npz and os.path.exists(self.dest) and (not os.path.isdir(self.dest) or os.listdir(self.dest)):
+            raise UserError(f'--dest={dest}: the folder is not empty; remove it or name another')
+
+    def __enter__(self):
+        os.makedirs(os.path.dirname(self.dest), exist_ok=True)
+        self._open, self._packed = contextlib.ExitStack(), None
+        return self
+
+    def write(self, name, data):
+        """Adds an image, given as the member that an ArchiveWriter would write."""
+        image = decode_image(name, data)
+        if self._packed is None:
+            self._packed = self._open.enter_context(new_packed(self.dest, image.shape, image.dtype))
+        if image.shape != self._packed.shape:
+            raise UserError(f'{name} has the shape {list(image.shape)}, others {list(self._packed.shape)}, and packed images are of one '
+                            'shape; make them equal with --resolution')
+        self._packed.append(image.tobytes())
+
+    def write_json(self, name, value):
+        """Adds the tables of dataset.json, whose rows are in the order of the images."""
+        columns = {key: check([row[1] for row in value[key]], [row[0] for row in value[key]])
+                   for key, check in tables.CHECKS.items() if value.get(key)}
+        self._packed.finish(columns, units=value.get('units'))
+
+    def __exit__(self, *error):
+        return self._open.__exit__(*error)
+
+
+def open_writer(dest, packed):
+    """The writer for --dest, packed where that is asked for or where the name says so. Raises UserError."""
+    return PackedWriter(dest) if packed or str(dest).lower().endswith('.npz') else ArchiveWriter(dest)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CIFAR-10's pickles read as data, as Python 2 wrote them; what would cost memory is told before any is taken."""
+"""Pickles of CIFAR-10 and CIFAR-100 read as data, as Python 2 wrote them; what would cost memory is told before any is taken."""
 
 import io
 import pickle
@@ -9,7 +9,10 @@ import tarfile
 import numpy as np
 import pytest
 
+from dnnlib import UserError
 from training.data.convert import cifar
+from training.data.convert.cifar import CifarSource
+from training.data.convert.sources import open_source
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (3, 3072), np.uint8)
 MEMO = b'q\x09'  # BINPUT 9
@@ -47,6 +50,48 @@ def test_batches_of_python_2_and_3(tmp_path):
 def test_batches_that_are_refused(tmp_path, data, message):
     with pytest.raises(ValueError, match=message):
         cifar.read(tar(tmp_path / 'cifar.tar.gz', data))
+
+
+def cifar_100(path):
+    """A tar file like CIFAR-100's: train, test and meta, with fine and coarse labels, in the order of the published one."""
+    with tarfile.open(path, 'w:gz') as archive:
+        for name, images, first in (('file.txt~', None, 0), ('train', IMAGES, 0), ('test', IMAGES[:2], 50), ('meta', None, 0)):
+            found = {'data': images, 'fine_labels': list(range(first, first + len(images))), 'coarse_labels': [9] * len(images),
+                     'filenames': ['x.png'] * len(images), 'batch_label': name} if images is not None else {'fine_label_names': ['apple']}
+            data = pickle.dumps(found, 2)
+            info = tarfile.TarInfo(f'cifar-100-python/{name}')
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return path
+
+
+@pytest.mark.parametrize('name', ['cifar-100-python.tar.gz', 'renamed.tgz'])
+def test_splits_and_labels_of_cifar_100(tmp_path, name):
+    path = cifar_100(tmp_path / name)
+    for spec, count, labels in (('', 3, [0, 1, 2]), (':split=test', 2, [50, 51]), (':split=test,labels=coarse', 2, [9, 9])):
+        source = open_source(f'{path}{spec}')
+        assert source.labels == labels and all((source.read(i).ravel() == IMAGES[i]).all() for i in range(count))
+
+
+def test_splits_of_cifar_10(tmp_path):
+    with tarfile.open(tmp_path / 'cifar.tar', 'w') as archive:
+        for name, labels in (('data_batch_2', [3, 4, 5]), ('test_batch', [6, 7, 8]), ('data_batch_1', [0, 1, 2])):
+            data = batch(labels)
+            info = tarfile.TarInfo(f'cifar-10-batches-py/{name}')
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    assert open_source(f'{tmp_path}/cifar.tar').labels == list(range(6))
+    assert open_source(f'{tmp_path}/cifar.tar:split=test').labels == open_source(f'{tmp_path}/cifar.tar', split='test').labels == [6, 7, 8]
+    for spec, text in (('split=val', 'split=val is none of train, test'), ('labels=coarse', 'has no coarse_labels'),
+                       ('labels=rough', 'labels=rough is none of fine, coarse')):
+        with pytest.raises(UserError, match=text):
+            open_source(f'{tmp_path}/cifar.tar:{spec}')
+
+
+def test_tar_files_of_others_are_not_taken(tmp_path):
+    tar(tmp_path / 'shard.tar', b'x', '0001.png')
+    (tmp_path / 'broken.tar').write_bytes(b'x')
+    assert not CifarSource.matches(str(tmp_path / 'shard.tar')) and CifarSource.matches(str(tmp_path / 'broken.tar'))
 
 
 def test_tars_that_are_refused(tmp_path, monkeypatch):

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What holds the images of a data set, and what it says of each: a zip or folder of pictures here, one packed array in packed.py.
+
+Both have: path; where (what errors call it); count; image_shape (C,H,W); is_float; units (of float images, as dataset.json has them);
+has(key); values(key): of the labels, sigmas, sigma_min or sigma_max, one an image, unchecked, or None; called(key): what errors call these;
+name(i); decode(i): image [C,H,W] as it is stored, uint8 or float32; fingerprint(), see dnnlib.fingerprint."""
+
+import math
+
+import numpy as np
+
+from dnnlib import UserError
+from dnnlib.archive import DAMAGE, MAX_MEMBER, MAX_PIXELS, Archive, damage, decode_image
+from training.data import tables
+
+SLACK_PIXELS, SLACK_BYTES = 2 ** 20, 2 ** 24  # by which one image may exceed what the first makes likely, before it is read
+
+
+class Pictures:
+    """A zip or folder of PNG, JPEG or .npy ([C,H,W]) members in the order of their names, dataset.json optional."""
+
+    def __init__(self, path):
+        self._archive = Archive(path)
+        self.path = self.where = self._archive.path
+        self._names = self._archive.images()
+        self.count = len(self._names)
+        self._meta = self._archive.read_json()
+        self.units = self._meta.get('units')
+        self.image_shape = None
+        first = self.decode(0)
+        self.image_shape, self._dtype = first.shape, first.dtype
+
+    @property
+    def is_float(self):
+        return self._dtype == np.float32
+
+    def has(self, key):
+        return bool(self._meta.get(key))
+
+    def values(self, key):
+        if not self.has(key):
+            return None
+        try:
+            return tables.by_file(self._meta[key], self._names)
+        except ValueError as err:
+            raise UserError(f'{self.where}: {self.called(key)} {err}') from None
+
+    def called(self, key):
+        return f'"{key}" in dataset.json'
+
+    def name(self, index):
+        return self._names[index]
+
+    def fingerprint(self):
+        return self._archive.fingerprint()
+
+    def decode(self, index):
+        """Safe in threads. Raises UserError."""
+        name = self._names[index]
+        pixels, size = MAX_PIXELS, MAX_MEMBER
+        if self.image_shape is not None:  # what is far larger than the first image is not decoded to see that it differs
+            pixels = min(pixels, SLACK_PIXELS + 4 * self.image_shape[1] * self.image_shape[2])
+            size = min(size, SLACK_BYTES + 32 * math.prod(self.image_shape))
+        try:
+            image = decode_image(name, self._archive.read(name, size), most=pixels)
+        except DAMAGE as err:
+            raise UserError(f'{self.where}: cannot read {name} ({damage(err)})') from None
+        if image.dtype not in (np.uint8, np.float32, np.float64):
+            raise UserError(f'{self.where}: {name} is {image.dtype} of shape {list(image.shape)}; expected 8-bit or '
+                            'float32 [C,H,W]: convert it with dataset_tool.py')
+        image = image if image.dtype == np.uint8 else image.astype(np.float32)
+        if self.image_shape is not None and (image.shape != self.image_shape or image.dtype != self._dtype):
+            raise UserError(
+                f'{self.where}: {name} is {_describe(image.dtype, image.shape)}, but {self._names[0]} is '
+                f'{_describe(self._dtype, self.image_shape)}; make them equal with dataset_tool.py --resolution')
+        if image.dtype == np.float32 and not np.isfinite(image).all():
+            wrong = np.count_nonzero(~np.isfinite(image))
+            raise UserError(f'{self.where}: {name} has values that are not finite ({wrong} of {image.size}); leave it out with '
+                            'dataset_tool.py --on-bad=skip')
+        return image
+
+
+class Names:
+    """The names of the contents' images by index, none of which is made before it is asked for."""
+
+    def __init__(self, contents):
+        self._contents = contents
+
+    def __getitem__(self, index):
+        return self._contents.name(index)
+
+
+def _describe(dtype, shape):
+    return f'{dtype} {"x".join(map(str, shape))}'

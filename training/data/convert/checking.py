@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether a data set is whole: every image decodes and is like the others, and what is told of them is valid and of each of them."""
+
+import collections
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from dnnlib import UserError
+from dnnlib.archive import DAMAGE, Archive, damage, decode_image
+from dnnlib.cpus import cpu_count
+from dnnlib.progress import Progress
+from training.data import tables
+from training.data.convert.statistics import Summary, facts_of, facts_of_dataset, lines, measure
+from training.data.dataset import ImageDataset
+from training.data.packed import Packed, is_packed
+
+CHUNK = 64  # images that a thread takes at a time
+SHOWN = 100  # problems of one kind, at most, that are told one by one
+META = 'dataset.json'
+
+
+def check(path, say):
+    """Whether nothing is wrong with the zip, folder or packed array; say(line) is told of what is found. Raises UserError where it cannot
+    be opened."""
+    problems = Problems(say)
+    summary, count, facts = (_check_packed if is_packed(path) else _check_pictures)(path, problems, say)
+    problems.close()
+    if problems.count:
+        say(f'{path}: {problems.count} problems')
+    else:
+        for line in lines(summary, facts()):
+            say(line)
+        say(f'{path}: nothing wrong with its {count} images')
+    return not problems.count
+
+
+def _check_pictures(path, problems, say):
+    """(Summary of most images, how many there are, a function to get the Facts, where there are no problems) of a zip or folder."""
+    archive = Archive(path)
+    names = archive.images()
+    others = sorted({*archive.names} - {*names, META})
+    if others:
+        say(f'{len(others)} other files, such as {others[0]}, which training does not read')
+    meta = _meta(archive, problems)
+    seen, summaries = _look_at(names, lambda name: decode_image(name, archive.read(name)))
+    usual = max(summaries, key=lambda like: summaries[like].count, default=None)
+    for name, one in zip(names, seen):
+        if isinstance(one, str):
+            problems.add('image', f'{name}: {one}')
+        elif one != usual:
+            problems.add('unlike', f'{name}: {_phrase(one)}, where most are {_phrase(usual)}')
+    is_float = bool(usual) and usual[0] != 'uint8'
+    scale = _check_units(meta.get('units'), usual[1][0], problems) if is_float else 1.0
+    known = set(names)
+    for key in CHECKS:
+        if meta.get(key):
+            _check_table(key, meta[key], names, known, scale, problems)
+    return summaries.get(usual), len(names), lambda: facts_of(meta, names, usual[1], is_float)
+
+
+def _check_packed(path, problems, say):
+    """The same of a packed data set."""
+    contents = Packed(path)
+    if path.lower().endswith('.npz'):
+        _check_members(path, problems)
+    names = [contents.name(index) for index in range(contents.count)]
+    seen, summaries = _look_at(range(contents.count), contents.decode)
+    for name, one in zip(names, seen):
+        if isinstance(one, str):
+            problems.add('image', f'{name}: {one}')
+    scale = _check_units(contents.units, contents.image_shape[0], problems) if contents.is_float else 1.0
+    for key, function in CHECKS.items():
+        try:
+            if contents.has(key):
+                function(contents.values(key), names, scale)
+        except ValueError as err:
+            problems.add(key, f'{key}.npy {err}')
+        except UserError as err:
+            problems.add(key, str(err))
+    return (next(iter(summaries.values()), None), len(names),
+            lambda: facts_of_dataset(ImageDataset(path, use_labels=contents.has('labels'))))
+
+
+def _check_members(path, problems):
+    """The CRC-32 of the members of an .npz, which mapping them does not look at."""
+    with zipfile.ZipFile(path) as archive:
+        for info in archive.infolist():
+            try:
+                with archive.open(info) as member:
+                    while member.read(1 << 24):
+                        pass
+            except DAMAGE as err:
+                problems.add('member', f'{info.filename}: cannot be read ({damage(err)})')
+
+
+class Problems:
+    """What is wrong, a line each, up to SHOWN of a kind: then how many more there are."""
+
+    def __init__(self, say):
+        self._say, self._kinds = say, collections.Counter()
+
+    @property
+    def count(self):
+        """Of all kinds."""
+        return sum(self._kinds.values())
+
+    def add(self, kind, line):
+        """Takes, and maybe tells, one more."""
+        self._kinds[kind] += 1
+        if self._kinds[kind] <= SHOWN:
+            self._say(line)
+
+    def close(self):
+        """Tells how many were not told."""
+        for kind, count in self._kinds.items():
+            if count > SHOWN:
+                self._say(f'... and {count - SHOWN} more of this kind: {kind}')
+
+
+def _look_at(places, read):
+    """(of every image its type and shape, or what is wrong with it as a str; {type and shape: Summary}), decoded by read in threads."""
+    def of_chunk(start):
+        likes, summaries = [], {}
+        for place in places[start:start + CHUNK]:
+            image = _look(place, read)
+            likes.append(image if isinstance(image, str) else (str(image.dtype), image.shape))
+            if not isinstance(image, str):
+                summaries.setdefault(likes[-1], Summary()).add(measure(image))
+        return likes, summaries
+
+    found, total, known = [], {}, {}
+    with ThreadPoolExecutor(cpu_count()) as pool, Progress(len(places), 'Checking') as bar:
+        for likes, summaries in pool.map(of_chunk, range(0, len(places), CHUNK)):
+            found += [known.setdefault(like, like) for like in likes]  # one object for those that are equal
+            for like, summary in summaries.items():
+                total.setdefault(like, Summary()).merge(summary)
+            bar.update(len(likes))
+    return found, total
+
+
+def _look(place, read):
+    """The image [C,H,W], uint8 or float32; or what is wrong with it."""
+    try:
+        image = read(place)
+    except DAMAGE as err:
+        return f'cannot be read ({damage(err)})'
+    if image.dtype not in (np.uint8, np.float32, np.float64):
+        return f'{image.dtype}, expected 8-bit or float32 [C,H,W]: convert it with dataset_tool.py'
+    if image.dtype == np.uint8:
+        return image
+    with np.errstate(over='ignore'):
+        image = image.astype(np.float32)
+    finite = np.isfinite(image)
+    if not finite.all():
+        return f'{np.count_nonzero(~finite)} of {image.size} values are not finite ({np.count_nonzero(np.isnan(image))} NaN)'
+    return image
+
+
+def _phrase(like):
+    return f'{like[0]} {" x ".join(map(str, like[1]))}'
+
+
+def _meta(archive, problems):
+    """dataset.json, {} where there is none or it is none."""
+    try:
+        return archive.read_json(META)
+    except UserError as err:
+        problems.add('json', str(err))
+        return {}
+
+
+def _check_units(told, channels, problems):
+    """What the levels of float images are divided by."""
+    try:
+        units = tables.units(told)
+        if isinstance(units['scale'], list) and len(units['scale']) != channels:
+            problems.add('units', f'{META}: has units of {len(units["scale"])} channels, and the images have {channels}')
+        return tables.level_scale(units)
+    except KeyError:
+        problems.add('units', f'{META}: float images need "units": {{"offset": ..., "scale": ...}}')
+    except ValueError as err:
+        problems.add('units', f'{META}: {err}')
+    return 1.0
+
+
+def _check_table(key, table, names, known, scale, problems):
+    """Each image must be in the table, and nothing else; its values must be those that training takes."""
+    try:
+        found = tables.by_name(tables.pairs_of(table))
+    except ValueError as err:
+        problems.add(key, f'{META}: "{key}" {err}')
+        return
+    for name in names:
+        if name not in found:
+            problems.add(f'missing from "{key}"', f'{name}: not in "{key}" of {META}')
+    for name in found:
+        if name not in known:
+            problems.add(f'"{key}" of no image', f'{name}: in "{key}" of {META}, but not in the archive')
+    present = [name for name in names if name in found]
+    values = [found[name] for name in present]
+    if not values:
+        return
+    try:
+        CHECKS[key](values, present, scale)
+    except ValueError as err:
+        problems.add(key, f'{META}: "{key}" {err}')
+
+
+CHECKS = {'labels': lambda values, names, scale: tables.labels(values), 'sigmas': tables.levels, 'sigma_min': tables.lower_limits,
+          'sigma_max': tables.limits}

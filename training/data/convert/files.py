@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Image files in a folder or zip."""
+
+import os
+
+import numpy as np
+
+from dnnlib import UserError, pictures
+from dnnlib.archive import IMAGES, RARER_IMAGES, Archive, decode_image, open_picture
+from training.data import tables
+from training.data.convert import tiff
+from training.data.convert.annotations import match
+from training.data.convert.source import Kind, Source
+
+
+class FileSource(Source):
+    """Image files of a folder or zip. A dataset.json gives labels, levels and units; else the top folders are the classes."""
+
+    what = 'a folder, .zip'
+
+    def __init__(self, path):
+        self._archive = Archive(path, f'--source={path}')
+        self.names = self._archive.images((*IMAGES, *RARER_IMAGES))
+        meta = self._archive.read_json()
+        self.units = _units(meta.get('units'), path)
+        told = lambda key: match(meta[key], self.names, f'"{key}" in {path}') if meta.get(key) else None
+        self.labels, self.sigmas, self.sigma_min, self.sigma_max = map(told, ('labels', 'sigmas', 'sigma_min', 'sigma_max'))
+        if 'labels' not in meta:
+            self.labels = _folder_classes(self.names)
+
+    @staticmethod
+    def matches(path):
+        """Any folder, and files called .zip."""
+        return os.path.isdir(path) or path.lower().endswith('.zip')
+
+    def kind(self, index):
+        """The Kind of an image, from the header of its file."""
+        name = self.names[index]
+        if name.lower().endswith('.npy'):
+            array = self.read(index)
+            return Kind(*array.shape, array.dtype == np.uint8, str(array.dtype))
+        data = self._archive.read(name)
+        if tiff.beyond_pillow(data):
+            return tiff.tiff_kind(data)
+        picture = open_picture(data)
+        return Kind(*pictures.header(picture, data), picture.mode)
+
+    def read(self, index):
+        """The image, [C,H,W], as decode_image gives it, or decode_tiff what Pillow would read a part of."""
+        name = self.names[index]
+        data = self._archive.read(name)
+        return tiff.decode_tiff(data) if tiff.beyond_pillow(data) else decode_image(name, data)
+
+
+def _units(told, path):
+    try:
+        return None if told is None else tables.units(told)
+    except (KeyError, ValueError):
+        raise UserError(f'--source={path}: "units" in its dataset.json must be {{"offset": ..., "scale": ...}}, finite numbers or one '
+                        'a channel, the scale above 0') from None
+
+
+def _folder_classes(names):
+    """The top folders as classes, or None where there are fewer than two of them (as published)."""
+    tops = [name.split('/')[0] if '/' in name else '' for name in names]
+    return tops if len(set(tops)) > 1 else None

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Several sources as one: their images one after the other, with the labels and levels of each."""
+
+import bisect
+import contextlib
+import itertools
+import os
+import re
+
+from dnnlib import UserError
+from dnnlib.archive import DAMAGE
+from training.data import tables
+from training.data.convert.source import Source
+
+ABSENT = {'sigmas': 0.0, 'sigma_min': None, 'sigma_max': None}  # the level of images whose source tells none, where others do
+
+
+class Joined(Source):
+    """Sources one after the other. Where they have names in common, the name of each one's file or folder stands before
+    its own: noisy/00.png, and for another of that name noisy-2/00.png.
+
+    sources: [(path, Source)]. keep_labels, keep_units: whether theirs count; otherwise they may disagree, and units are told only
+    so far as levels are in them. Raises UserError."""
+
+    def __init__(self, sources, keep_labels=True, keep_units=True):
+        _check_depths(sources)
+        self._sources = [source for _, source in sources]
+        self._starts = [0, *itertools.accumulate(len(source.names) for source in self._sources)]
+        self.names = _names(sources)
+        self.labels = _labels(sources) if keep_labels else None
+        for key, absent in ABSENT.items():
+            setattr(self, key, _levels(self._sources, key, absent))
+        self.units = _units(sources) if keep_units else _units_of_levels(sources)
+
+    def _find(self, index):
+        number = bisect.bisect_right(self._starts, index) - 1
+        return self._sources[number], index - self._starts[number]
+
+    def kind(self, index):
+        """The Kind that the image's own source tells."""
+        source, index = self._find(index)
+        return source.kind(index)
+
+    def read(self, index):
+        """The image, as its own source reads it."""
+        source, index = self._find(index)
+        return source.read(index)
+
+
+def _check_depths(sources):
+    """Refuses 8-bit sources among others, as far as their first images tell: what is right for one is wrong for the others."""
+    found = {}
+    for path, source in sources:
+        with contextlib.suppress(*DAMAGE):
+            found.setdefault(source.kind(0).is_8bit, path)
+    if len(found) == 2:
+        raise UserError(f'--source: {found[True]} has 8-bit images, and {found[False]} has not; bring them to one kind first')
+
+
+def _names(sources):
+    names = [name for _, source in sources for name in source.names]
+    if len(set(names)) == len(names):
+        return names
+    prefixes = []
+    for path, _ in sources:
+        stem = os.path.basename(os.path.abspath(path))
+        stem = stem if os.path.isdir(path) else re.sub(r'(?<=.)\.(tar\.\w+|\w+)$', '', stem)
+        choices = itertools.chain([stem], (f'{stem}-{number}' for number in itertools.count(2)))
+        prefixes.append(next(prefix for prefix in choices if prefix not in prefixes))
+    return [f'{prefix}/{name}' for prefix, (_, source) in zip(prefixes, sources) for name in source.names]
+
+
+def _labels(sources):
+    """Labels of one sort: class numbers, names of classes, or vectors; None where no source has any."""
+    sorts = {}
+    for path, source in sources:
+        sorts.setdefault(_sort(source.labels), path)
+    if len(sorts) == 1:
+        return None if None in sorts else [label for _, source in sources for label in source.labels]
+    (sort, path), (other_sort, other) = itertools.islice(sorts.items(), 2)
+    told = ', '.join(f'{where} has {what or "no labels"}' for what, where in ((sort, path), (other_sort, other)))
+    raise UserError(f'--source: {told}; give each PATH:label=NAME (label=none: no labels), or --labels=FILE for all')
+
+
+def _sort(labels):
+    if not labels:
+        return None
+    return {str: 'names of classes', int: 'class numbers'}.get(type(labels[0]), 'vectors')
+
+
+def _levels(sources, key, absent):
+    if all(getattr(source, key) is None for source in sources):
+        return None
+    return [level for source in sources for level in (getattr(source, key) or itertools.repeat(absent, len(source.names)))]
+
+
+def _units(sources):
+    (first, source), *others = sources
+    for path, other in others:
+        if other.units != source.units:
+            told = ', '.join(f'{where} has {units or "none"}' for where, units in ((first, source.units), (path, other.units)))
+            raise UserError(f'--source: their units differ ({told}); give --units=OFFSET,SCALE for all')
+    return source.units
+
+
+def _units_of_levels(sources):
+    """Units that tell whether levels are those of values or of the network (tables.level_scale), which must be one of the two."""
+    found = {}
+    for path, source in sources:
+        if source.units and any(getattr(source, key) is not None for key in ABSENT):
+            found.setdefault(tables.common_scale(source.units) is None, (path, source.units))
+    if len(found) == 2:
+        raise UserError(f'--source: {found[True][0]} has channels of different scales, and so its levels in network units, but '
+                        f'{found[False][0]} in those of its values; convert one of them with units like the other\'s first')
+    return next((units for _, units in found.values()), None)

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Large images in tiles: each an image of its own, with the labels and levels of the one it is from."""
+
+import sys
+
+from dnnlib import UserError
+from dnnlib.archive import DAMAGE
+from training.data.convert.source import Source
+
+PER_IMAGE = ('labels', 'sigmas', 'sigma_min', 'sigma_max')
+
+
+class Tiled(Source):
+    """The tiles of a source's images, row by row, called image/y00000x00224. Images that are smaller are left out, and counted.
+
+    width, height: of a tile. overlap: pixels that neighbours share at least; the last of a row or column is moved inwards to end with the
+    image. origin: the place of each tile's image in the source. Raises UserError where no image is large enough."""
+
+    def __init__(self, source, width, height, overlap=0):
+        self._source, self._shape, self.units = source, (height, width), source.units
+        self._kinds, self._places, self._last, small = {}, [], (None, None), 0
+        for index in range(len(source.names)):
+            try:
+                kind = self._kinds[index] = source.kind(index)
+            except DAMAGE:
+                self._places.append((index, 0, 0))  # read() tells what is wrong with it
+                continue
+            tops, lefts = starts(kind.height, height, overlap), starts(kind.width, width, overlap)
+            small += not (tops and lefts)
+            self._places += [(index, top, left) for top in tops for left in lefts]
+        if small:
+            print(f'Left out {small} of {len(source.names)} images, smaller than --tile={width}x{height}', file=sys.stderr)
+        if not self._places:
+            raise UserError(f'--tile={width}x{height}: all {len(source.names)} images are smaller')
+        self.origin = [index for index, _, _ in self._places]
+        self.names = [f'{source.names[index]}/y{top:05}x{left:05}' for index, top, left in self._places]
+        self.class_names = source.class_names
+        for key in PER_IMAGE:
+            values = getattr(source, key)
+            setattr(self, key, None if values is None else [values[index] for index in self.origin])
+
+    def __getstate__(self):
+        return {**self.__dict__, '_last': (None, None)}
+
+    def kind(self, index):
+        """The Kind of the image, in the tile's size."""
+        kind = self._kinds.get(self.origin[index]) or self._source.kind(self.origin[index])
+        return kind._replace(height=self._shape[0], width=self._shape[1])
+
+    def read(self, index):
+        """The tile; the image that it is from is decoded once for tiles that follow each other."""
+        image, top, left = self._places[index]
+        if self._last[0] != image:
+            self._last = image, self._source.read(image)
+        found = self._last[1][:, top:top + self._shape[0], left:left + self._shape[1]]
+        if found.shape[1:] != self._shape:
+            raise ValueError(f'its {self._last[1].shape[2]} x {self._last[1].shape[1]} pixels are not those of its header')
+        return found
+
+
+def starts(side, tile, overlap=0):
+    """Where tiles begin along a side that they cover whole; [] where it is shorter than one."""
+    if side < tile:
+        return []
+    found = list(range(0, side - tile + 1, tile - overlap))
+    return found if found[-1] == side - tile else [*found, side - tile]

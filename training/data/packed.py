@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A data set as one array, which all processes of a node map: a folder of .npy files, or the same in an uncompressed .npz.
+
+images.npy [N,C,H,W], uint8 or float32; where there are any, labels.npy (int64 [N], or float32 [N,D]), and sigmas.npy, sigma_min.npy,
+sigma_max.npy (float64 [N], in the units of dataset.json's tables); dataset.json: {"packed": 1, "units": of float images}."""
+
+import contextlib
+import math
+import os
+import struct
+import tempfile
+import zipfile
+from typing import NamedTuple
+
+import numpy as np
+
+from dnnlib import UserError, arrays
+from dnnlib.archive import DAMAGE, damage
+from dnnlib.files import json_object, new_folder, replacing, write_json
+from dnnlib.fingerprint import digest
+from training.data import tables
+
+VERSION = 1
+TABLES = tuple(tables.CHECKS)
+ALIGN = 64  # bytes: where an array begins in an .npz
+MAX_JSON = 2 ** 20  # bytes of dataset.json, which holds nothing of single images
+MAX_MEMBERS = 64  # of an .npz
+
+
+class Member(NamedTuple):
+    """Where the bytes of a member lie, and what changes with them."""
+
+    path: str
+    offset: int
+    size: int
+    content: int  # CRC-32 in an .npz, time of change in a folder
+
+
+def is_packed(path):
+    """Whether this is the path of a packed data set, as opposed to one of pictures."""
+    if os.path.isdir(path):
+        return os.path.isfile(os.path.join(path, 'images.npy')) and os.path.isfile(os.path.join(path, 'dataset.json'))
+    return str(path).lower().endswith('.npz') and os.path.isfile(path)
+
+
+class Packed:
+    """The images of a packed data set, mapped and never written to; its interface is that of contents.py.
+
+    where: what errors call it, by default its path. Attribute images: array [N,C,H,W]. Raises UserError."""
+
+    def __init__(self, path, where=None):
+        self.path, self.where = str(path), where or str(path)
+        self._kind = 'packed folder' if os.path.isdir(self.path) else 'npz'
+        try:
+            self._members = _files(self.path) if self._kind == 'packed folder' else _members(self.path)
+            self._json = self._read('dataset.json')
+        except DAMAGE as err:
+            raise UserError(f'{self.where}: cannot be read ({damage(err)}); make it with dataset_tool.py') from None
+        self._meta = json_object(self._json, f'{self.where}: dataset.json')
+        if self._meta.get('packed') != VERSION:
+            raise UserError(f'{self.where}: dataset.json says "packed": {str(self._meta.get("packed"))[:20]}, and this version knows '
+                            f'{VERSION}; make it with dataset_tool.py')
+        self.images = found = self._array('images')
+        if found.ndim != 4 or not found.size or found.dtype not in (np.uint8, np.float32) or not found.flags.c_contiguous:
+            raise UserError(f'{self.where}: images.npy holds {found.dtype} of shape {list(found.shape)}; expected uint8 or float32 '
+                            '[N,C,H,W]')
+        self.count, self.image_shape = len(found), found.shape[1:]
+        self.is_float, self.units = found.dtype == np.float32, self._meta.get('units')
+
+    def has(self, key):
+        return f'{key}.npy' in self._members
+
+    def values(self, key):
+        if not self.has(key):
+            return None
+        found = self._array(key)
+        if found.shape[:1] != (self.count,) or found.dtype.kind not in 'iuf' or found.ndim > (2 if key == 'labels' else 1):
+            raise UserError(f'{self.where}: {key}.npy holds {found.dtype} of shape {list(found.shape)}; expected numbers, a row for each '
+                            f'of {self.count} images')
+        return np.array(found)
+
+    def called(self, key):
+        return f'{key}.npy'
+
+    def name(self, index):
+        return f'image {index}'
+
+    def decode(self, index):
+        return np.array(self.images[index])
+
+    def fingerprint(self):
+        """That of the data set that this was decoded from, where it was; otherwise its own."""
+        if self._meta.get('source'):
+            return self._meta['source']
+        told = lambda *keys: digest(*(f'{key} {self._members[f"{key}.npy"][2:]}'.encode() for key in keys if self.has(key)))
+        form = f'{list(self.images.shape)} {self.images.dtype.str}'.encode()
+        return {'kind': self._kind, 'images': self.count, 'names': digest(form), 'content': told('images'),
+                'labels': digest(self._json, told(*TABLES).encode())}
+
+    def _read(self, name):
+        member = self._member(name)
+        if member.size > MAX_JSON:
+            raise ValueError(f'{name} has {member.size} bytes, more than the {MAX_JSON} that are read of it')
+        with open(member.path, 'rb') as f:
+            f.seek(member.offset)
+            return f.read(member.size)
+
+    def _array(self, key):
+        try:
+            member = self._member(f'{key}.npy')
+            found = arrays.open_npy(member.path, member.offset, member.size)
+            if found.dtype.itemsize > 1 and member.offset % ALIGN:
+                raise ValueError(f'it does not begin at a multiple of {ALIGN} bytes: make the .npz with dataset_tool.py')
+            return found
+        except (OSError, ValueError) as err:
+            raise UserError(f'{self.where}: cannot read {key}.npy ({damage(err)})') from None
+
+    def _member(self, name):
+        if name not in self._members:
+            raise ValueError(f'it holds no {name}')
+        return self._members[name]
+
+
+def _files(folder):
+    found = {}
+    for name in ('images.npy', 'dataset.json', *(f'{key}.npy' for key in TABLES)):
+        path = os.path.join(folder, name)
+        with contextlib.suppress(FileNotFoundError):
+            stat = os.stat(path)
+            found[name] = Member(path, 0, stat.st_size, stat.st_mtime_ns)
+    return found
+
+
+def _members(path):
+    """The members of an .npz, none of which may be compressed."""
+    found = {}
+    with zipfile.ZipFile(path) as archive:
+        infos = archive.infolist()
+        if len(infos) > MAX_MEMBERS:
+            raise ValueError(f'{len(infos)} arrays, where a packed data set has no more than {len(TABLES) + 2}')
+        for info in infos:
+            head = os.pread(archive.fp.fileno(), 30, info.header_offset)
+            if head[:4] != b'PK\3\4' or len(head) < 30:
+                raise ValueError(f'the header of {info.filename} is damaged')
+            if info.compress_type or info.flag_bits & 1:
+                raise ValueError(f'{info.filename} is compressed or encrypted, and cannot be mapped')
+            start = info.header_offset + 30 + sum(struct.unpack_from('<HH', head, 26))
+            found[info.filename] = Member(str(path), start, info.file_size, info.CRC)
+    return found
+
+
+# ----------------------------------------------------------------------------------------------------
+# Writing
+
+
+class PackedFolder:
+    """A packed folder while it is being filled, in any folder: images one after the other, or by place where their number is known.
+
+    shape: (C,H,W). dtype: uint8 or float32."""
+
+    def __init__(self, folder, shape, dtype):
+        self.folder, self.shape, self.dtype, self._count = folder, tuple(shape), np.dtype(dtype), 0
+        self._path = os.path.join(folder, 'images.npy')
+
+    def allocate(self, count):
+        """An array [count,C,H,W] in the file, to be filled by place; the disk's room is claimed now. Raises OSError."""
+        nbytes, self._count = count * math.prod(self.shape) * self.dtype.itemsize, count
+        with open(self._path, 'wb') as f:
+            f.write(arrays.header(self.dtype, (count, *self.shape)))
+            f.flush()
+            if hasattr(os, 'posix_fallocate'):  # to run out of it later would kill the process without a word
+                os.posix_fallocate(f.fileno(), 0, arrays.HEADER + nbytes)
+            else:
+                f.truncate(arrays.HEADER + nbytes)
+        return np.memmap(self._path, self.dtype, 'r+', arrays.HEADER, (count, *self.shape))
+
+    def append(self, data, count=1):
+        """Adds an image, or so many, given as their bytes in C order."""
+        if not self._count:
+            self._file = open(self._path, 'wb')  # noqa: SIM115 (closed by finish)
+            self._file.write(arrays.header(self.dtype, (0, *self.shape)))
+        self._file.write(data)
+        self._count += count
+
+    def finish(self, columns, **meta):
+        """Writes columns ({key of TABLES: array}) and dataset.json, and has it all on the disk when it returns."""
+        if hasattr(self, '_file'):
+            self._file.seek(0)
+            self._file.write(arrays.header(self.dtype, (self._count, *self.shape)))
+            self._file.close()
+        for key, values in columns.items():
+            np.save(os.path.join(self.folder, f'{key}.npy'), values, allow_pickle=False)
+        write_json(os.path.join(self.folder, 'dataset.json'), {'packed': VERSION, **meta})
+        for name in os.listdir(self.folder):
+            with open(os.path.join(self.folder, name), 'rb+') as f:
+                os.fsync(f.fileno())
+
+
+def zip_folder(folder, dest):
+    """Makes the .npz of a packed folder: its files, not compressed, the arrays where they can be mapped."""
+    with replacing(dest) as part, zipfile.ZipFile(part, 'w', zipfile.ZIP_STORED) as archive:
+        for name in sorted(os.listdir(folder)):
+            path = os.path.join(folder, name)
+            info = zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0))  # one date for all: the same images give the same file
+            info.file_size = os.path.getsize(path)
+            # 20 bytes are zip64's own field, which zipfile adds; then a field of an unknown kind, which readers skip, fills up.
+            start = archive.fp.tell() + 30 + len(name) + 20 + 4
+            info.extra = struct.pack('<HH', 0xFFFF, -start % ALIGN) + bytes(-start % ALIGN)
+            with open(path, 'rb') as source, archive.open(info, 'w', force_zip64=True) as member:
+                while piece := source.read(1 << 22):
+                    member.write(piece)
+
+
+@contextlib.contextmanager
+def new_packed(dest, shape, dtype):
+    """A PackedFolder that becomes `dest`, a folder or an .npz, when the block ends well; finish() is the caller's."""
+    if not str(dest).lower().endswith('.npz'):
+        with new_folder(dest, over='empty') as part:
+            yield PackedFolder(part, shape, dtype)
+        return
+    head, name = os.path.split(os.path.abspath(dest))
+    with tempfile.TemporaryDirectory(prefix=f'.{name}-', dir=head) as part:
+        yield PackedFolder(part, shape, dtype)
+        zip_folder(part, dest)
