@@ -143,7 +143,7 @@ def _open_source(path, where):
         raise UserError(f'{where}: not a folder, .zip, .npz or .npy of images')
     try:
         array, channel_axis = _image_array(path)
-    except DAMAGE as err:
+    except (*DAMAGE, RuntimeError) as err:  # zipfile's for an encrypted one
         raise UserError(f'{where}: cannot be read ({damage(err)})') from None
     return range(len(array)), lambda i: np.ascontiguousarray(np.moveaxis(array[i], channel_axis, 0))
 

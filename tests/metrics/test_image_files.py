@@ -114,6 +114,16 @@ def test_damaged_zip_member_is_named(tmp_path):
         all_of(tmp_path / 'z.zip')
 
 
+def test_encrypted_arrays_are_refused(tmp_path):
+    np.savez(tmp_path / 'a.npz', images=batch_of(2))
+    data = bytearray((tmp_path / 'a.npz').read_bytes())
+    for header, place in ((b'PK\3\4', 6), (b'PK\1\2', 8)):
+        data[data.index(header) + place] |= 1
+    (tmp_path / 'a.npz').write_bytes(data)
+    with pytest.raises(UserError, match='cannot be read .*encrypted'):
+        all_of(tmp_path / 'a.npz')
+
+
 def test_all_bad_images_are_named_and_counted(tmp_path):
     """Not the first alone; and where the first of all is bad, another one says what the size should be."""
     write_images(tmp_path / 'g', batch_of(30))

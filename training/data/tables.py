@@ -219,5 +219,5 @@ def _over(values, scale):
         return values / scale
 
 
-# By the key of dataset.json: (values, names) -> the table as an array.
-CHECKS = {'labels': lambda values, _: labels(values), 'sigmas': levels, 'sigma_min': lower_limits, 'sigma_max': limits}
+# By the key of dataset.json: (values, names, scale of levels) -> the table as an array.
+CHECKS = {'labels': lambda values, names, scale=1.0: labels(values), 'sigmas': levels, 'sigma_min': lower_limits, 'sigma_max': limits}

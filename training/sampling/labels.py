@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dnnlib import one_line
+from dnnlib import arrays, one_line
 from training.data.dataset import ImageDataset
 
 DATASET = 'dataset:'
@@ -84,8 +84,8 @@ def of_file(path, label_dim):
     if suffix != '.npy' and suffix not in readers:
         raise ValueError('a file of labels is .npy, .json or .txt')
     try:
-        values = np.load(path, allow_pickle=False) if suffix == '.npy' else np.array(readers[suffix](Path(path).read_text('utf-8')))
-    except (ValueError, EOFError) as err:
+        values = arrays.open_npy(path) if suffix == '.npy' else np.array(readers[suffix](Path(path).read_text('utf-8')))
+    except (OSError, ValueError, RecursionError) as err:
         raise ValueError(f'it cannot be read as a table of numbers: {one_line(err)}') from None
     return _table(values, label_dim)
 

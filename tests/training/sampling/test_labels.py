@@ -95,7 +95,7 @@ def test_labels_of_a_data_set_come_as_often_as_they_are(net, tmp_path):
     ('a.npy', np.array([0, 3]), 'classes are 0 to 3, and the network has 0 to 2'),
     ('a.npy', np.array([0, -1]), 'classes are -1 to 0'),
     ('a.npy', np.array([0.5, 1.5]), 'whole numbers'),
-    ('a.npy', np.array(['a', 'b']), 'whole numbers'),
+    ('a.npy', np.array(['a', 'b']), 'not plain numbers'),
     ('a.npy', np.zeros([0]), 'whole numbers'),
     ('a.npy', np.zeros([2, 4]), 'rows have 4 numbers, and the network takes 3'),
     ('a.npy', np.zeros([2, 1, 3]), r'\[2, 1, 3\]'),
@@ -120,8 +120,11 @@ def test_other_mistakes(net, tmp_path):
         with pytest.raises(ValueError, match=words):
             labels.pick(of, [0], spec, class_idx)
     (tmp_path / 'pickle.npy').write_bytes(b'\x80\x04N.')
-    with pytest.raises(ValueError, match='cannot be read'):
-        labels.pick(net, [0], str(tmp_path / 'pickle.npy'))
+    np.savez(tmp_path / 'arrays.npz', np.zeros(2, int))
+    (tmp_path / 'arrays.npz').rename(tmp_path / 'arrays.npy')
+    for name in ('pickle', 'arrays'):
+        with pytest.raises(ValueError, match='cannot be read'):
+            labels.pick(net, [0], str(tmp_path / f'{name}.npy'))
     assert labels.pick(tiny(), [0]) is None
 
 

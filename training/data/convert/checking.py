@@ -54,7 +54,7 @@ def _check_pictures(path, problems, say):
     is_float = bool(usual) and usual[0] != 'uint8'
     scale = _check_units(meta.get('units'), usual[1][0], problems) if is_float else 1.0
     known = set(names)
-    for key in CHECKS:
+    for key in tables.CHECKS:
         if meta.get(key):
             _check_table(key, meta[key], names, known, scale, problems)
     return summaries.get(usual), len(names), lambda: facts_of(meta, names, usual[1], is_float)
@@ -71,7 +71,7 @@ def _check_packed(path, problems, say):
         if isinstance(one, str):
             problems.add('image', f'{name}: {one}')
     scale = _check_units(contents.units, contents.image_shape[0], problems) if contents.is_float else 1.0
-    for key, function in CHECKS.items():
+    for key, function in tables.CHECKS.items():
         try:
             if contents.has(key):
                 function(contents.values(key), names, scale)
@@ -203,10 +203,6 @@ def _check_table(key, table, names, known, scale, problems):
     if not values:
         return
     try:
-        CHECKS[key](values, present, scale)
+        tables.CHECKS[key](values, present, scale)
     except ValueError as err:
         problems.add(key, f'{META}: "{key}" {err}')
-
-
-CHECKS = {'labels': lambda values, names, scale: tables.labels(values), 'sigmas': tables.levels, 'sigma_min': tables.lower_limits,
-          'sigma_max': tables.limits}

@@ -10,7 +10,7 @@ from dnnlib.archive import IMAGES, RARER_IMAGES, Archive, decode_image, open_pic
 from training.data import tables
 from training.data.convert import tiff
 from training.data.convert.annotations import match
-from training.data.convert.source import Kind, Source
+from training.data.convert.source import Kind, Source, folder_classes
 
 
 class FileSource(Source):
@@ -26,7 +26,7 @@ class FileSource(Source):
         told = lambda key: match(meta[key], self.names, f'"{key}" in {path}') if meta.get(key) else None
         self.labels, self.sigmas, self.sigma_min, self.sigma_max = map(told, ('labels', 'sigmas', 'sigma_min', 'sigma_max'))
         if 'labels' not in meta:
-            self.labels = _folder_classes(self.names)
+            self.labels = folder_classes(self.names)
 
     @staticmethod
     def matches(path):
@@ -58,9 +58,3 @@ def _units(told, path):
     except (KeyError, ValueError):
         raise UserError(f'--source={path}: "units" in its dataset.json must be {{"offset": ..., "scale": ...}}, finite numbers or one '
                         'a channel, the scale above 0') from None
-
-
-def _folder_classes(names):
-    """The top folders as classes, or None where there are fewer than two of them (as published)."""
-    tops = [name.split('/')[0] if '/' in name else '' for name in names]
-    return tops if len(set(tops)) > 1 else None

@@ -16,7 +16,7 @@ import numpy as np
 from dnnlib import UserError, arrays, pictures
 from dnnlib.archive import DAMAGE, IMAGES, MAX_MEMBER, MAX_PIXELS, RARER_IMAGES, damage, decode_image, open_picture
 from dnnlib.util import one_line
-from training.data.convert.source import Kind, Source
+from training.data.convert.source import Kind, Source, folder_classes
 
 LOOKED_AT = 1000  # files of a folder that tell what is in it
 PACKAGES = {'astropy.io.fits': 'astropy', 'pyarrow.parquet': 'pyarrow'}  # of modules that are not called like their package
@@ -218,8 +218,7 @@ class StackSource(Source):
             self._places += [(file, k) for k in range(count)]
         if len(problems) == len(files):
             raise ValueError(f'none of its {len(files)} files; {problems[0]}')
-        tops = [file.split('/')[0] if '/' in file else '' for file, _ in self._places]
-        self.labels = tops if len(set(tops)) > 1 else None
+        self.labels = folder_classes([file for file, _ in self._places])
 
     def __getstate__(self):
         return {**self.__dict__, '_last': None}

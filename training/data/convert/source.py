@@ -46,3 +46,9 @@ class Source:
     def read(self, index):
         """The image, [C,H,W], of its kind's shape and type. Raises errors of DAMAGE."""
         raise NotImplementedError
+
+
+def folder_classes(names):
+    """The top folders of names as classes, or None where there are fewer than two of them (as published)."""
+    tops = [name.split('/')[0] if '/' in name else '' for name in names]
+    return tops if len(set(tops)) > 1 else None
