@@ -32,7 +32,7 @@ class HostBatch(NamedTuple):
     images: torch.Tensor        # float32 [n,C,H,W] at level sigma_n
     sigma_n: torch.Tensor       # float32 [n]
     sigma: torch.Tensor         # float32 [n]
-    class_labels: torch.Tensor | None  # classes int64 [n], or vectors float32 [n,label_dim]
+    class_labels: torch.Tensor | None  # classes int32 [n], or vectors float32 [n,label_dim]
     raw_idx: torch.Tensor       # int64 [n]
     stream_state: dict
 
@@ -41,7 +41,7 @@ class Feed:
     """Batches of a run, in the order of its pair stream.
 
     stream: a PairStream over positions of `items`. store: ImageStore. items: int64 [M], those of the store that may be used.
-    sigma_n [N], raw_idx [N], labels (classes int64 [N], vectors float32 [N,label_dim] or None): of every item of the store.
+    sigma_n [N], raw_idx [N], labels (classes int32 [N], vectors float32 [N,label_dim] or None): of every item of the store.
     rows: slice of the global batch that is this rank's.
     workers: 0 prepares each batch when it is asked for; more prepare in the background.
     What is fed does not depend on the number of ranks or workers: every rank draws all pairs and gathers its own."""

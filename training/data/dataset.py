@@ -83,11 +83,11 @@ class ImageDataset:
     @property
     def classes(self):
         """The class of each item, int64 [N]; None where labels are not used, or are vectors."""
-        return self._labels[self.raw_idx] if self.label_dim and self._labels.ndim == 1 else None
+        return self._labels[self.raw_idx].astype(np.int64) if self.label_dim and self._labels.ndim == 1 else None
 
     @property
     def label_table(self):
-        """The labels of all items, as they are kept: classes int64 [N], vectors float32 [N, label_dim], or None."""
+        """The labels of all items, as they are kept: classes int32 [N], vectors float32 [N, label_dim], or None."""
         return self._labels[self.raw_idx] if self.label_dim else None
 
     def labels(self, indices):
@@ -151,6 +151,8 @@ class ImageDataset:
             raise UserError(f'--cond=1 needs labels, and {self.path} has none in its dataset.json; '
                             'make them with dataset_tool.py --labels, or use --cond=0')
         self._labels = self._checked('labels', lambda values, _: tables.labels(values))
+        if self._labels.ndim == 1:
+            self._labels = self._labels.astype(np.int32)
         # The number of classes is that of the whole archive: a subset must not change the network.
         self.label_dim = int(self._labels.max()) + 1 if self._labels.ndim == 1 else self._labels.shape[1]
 
@@ -167,7 +169,7 @@ class ImageDataset:
 
 
 def as_vectors(labels, label_dim):
-    """Labels as networks take them, float32 [N, label_dim]: classes int64 [N] one-hot, vectors as they are; on the labels' device."""
+    """Labels as networks take them, float32 [N, label_dim]: classes [N] one-hot, vectors as they are; on the labels' device."""
     if labels.ndim == 2:
         return labels
-    return torch.zeros([len(labels), label_dim], device=labels.device).scatter_(1, labels[:, None], 1.0)
+    return torch.zeros([len(labels), label_dim], device=labels.device).scatter_(1, labels[:, None].long(), 1.0)

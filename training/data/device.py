@@ -21,7 +21,7 @@ class DeviceStore:
     def __init__(self, store, device):
         self._store, self._device = store, torch.device(device)
         clean = distinct(store.dataset.raw_idx[~store.noisy.numpy()])
-        self._place = torch.where(store.noisy, store.copy, torch.from_numpy(np.searchsorted(clean, store.dataset.raw_idx)))
+        self._place = torch.where(store.noisy, store.copy.long(), torch.from_numpy(np.searchsorted(clean, store.dataset.raw_idx)))
         shape, is_float = store.dataset.image_shape, store.dataset.is_float
         # A division on the device may differ in the last bit: 8-bit values are looked up, others are divided on the host.
         grey = torch.arange(256, dtype=torch.uint8)

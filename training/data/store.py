@@ -30,7 +30,7 @@ class ImageStore:
 
     Packed data are mapped from their file; others, which are small (cache.py), are decoded now, into this process's memory.
     All ranks make their stores at the same point of the program. Attributes: nbytes (of the clean images), mapped, noisy bool [N] (items
-    that noise is added to), copy int64 [N] (which noisy image an item is, -1: none), noisy_count (how many there are), flip bool [N],
+    that noise is added to), copy int32 [N] (which noisy image an item is, -1: none), noisy_count (how many there are), flip bool [N],
     kept_bytes (0 where noisy images are made anew)."""
 
     def __init__(self, dataset, corruption, sigma_n, cache_gib=8.0, workers=1):
@@ -68,7 +68,7 @@ class ImageStore:
         indices = torch.as_tensor(indices, dtype=torch.int64)
         if not self.kept_bytes:
             return self._mirrored(self.made(indices), indices)
-        copy = self.copy[indices]
+        copy = self.copy[indices].long()
         kept = (copy >= 0) & self._have[copy.clamp(min=0)]
         images = torch.empty([len(indices), *self.dataset.image_shape])
         held, rest = kept.nonzero().squeeze(1), (~kept).nonzero().squeeze(1)
@@ -113,10 +113,10 @@ class ImageStore:
         # The published protocol gives an image's flip a noisy copy of its own; otherwise the two share one.
         copies = data.raw_idx[noisy] + (0 if self._corruption.noise_follows_flip else data.contents.count * data.flip[noisy])
         copied = distinct(copies)
-        number = np.zeros(copied[-1] + 1 if len(copied) else 0, np.int64)
+        number = np.zeros(copied[-1] + 1 if len(copied) else 0, np.int32)
         number[copied] = np.arange(len(copied))
         self.noisy_count = len(copied)
-        self.copy = torch.full([len(data)], -1, dtype=torch.int64)
+        self.copy = torch.full([len(data)], -1, dtype=torch.int32)
         self.copy[noisy] = torch.from_numpy(number[copies])
 
     def _keep_noisy(self, cache_gib):

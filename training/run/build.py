@@ -138,8 +138,9 @@ def load_data(config, net, noise, rows, device):
     checker = validation.build(config, noise, store, dataset, held_out, sigma_n, sigma_min, labels) if data.validation else None
     if config.corruption.labels:
         labels = corrupt_labels(config.corruption.labels, dataset, labels, train)
-    stream = PairStream(sigma_n[train], noise, config.objective.pairing, batch=run.batch, seed=run.seed, lower=sigma_min[train],
-                        upper=dataset.sigma_max[train])
+    used = train if len(held_out) else slice(None)  # which copies nothing
+    stream = PairStream(sigma_n[used], noise, config.objective.pairing, batch=run.batch, seed=run.seed, lower=sigma_min[used],
+                        upper=dataset.sigma_max[used])
     check_timesteps(config.objective.timesteps, stream)
     store = on_device(store, data.on, device)
     feed = Feed(stream, store, train, sigma_n=sigma_n, raw_idx=dataset.raw_idx, labels=labels, rows=rows, device=device,
@@ -180,7 +181,7 @@ def corrupt_labels(config, dataset, labels, train):
     classes = dataset.classes[train]
     wrong = LabelCorruption(config.rate, config.seed, config.groups).apply(classes, dataset.raw_idx[train])
     labels = labels.clone()
-    labels[torch.from_numpy(train)] = torch.from_numpy(wrong)
+    labels[torch.from_numpy(train)] = torch.from_numpy(wrong).int()
     images = dataset.raw_idx[train]
     distributed.print0(f'{len(set(images[wrong != classes]))} of {len(set(images))} images carry a wrong label')
     return labels
