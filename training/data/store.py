@@ -70,6 +70,8 @@ class ImageStore:
             return self._mirrored(self.made(indices), indices)
         copy = self.copy[indices].long()
         kept = (copy >= 0) & self._have[copy.clamp(min=0)]
+        if bool(kept.all()):
+            return self._mirrored(self._kept.index_select(0, copy), indices)
         images = torch.empty([len(indices), *self.dataset.image_shape])
         held, rest = kept.nonzero().squeeze(1), (~kept).nonzero().squeeze(1)
         images.index_copy_(0, held, self._kept.index_select(0, copy[held]))
