@@ -296,13 +296,7 @@ def broadcast(value, source=0):
 
 def from_rank0(function, *args):
     """function(*args) of rank 0, on every rank; what is the user's mistake or the file system's there is raised on all of them."""
-    found, error = None, None
-    if rank() == 0:
-        try:
-            found = function(*args)
-        except (UserError, OSError) as err:
-            error = err
-    found, error = share((found, error), what=_words_of(function))
+    found, error = share(_tried(rank() == 0, function, args), what=_words_of(function))
     if error is not None:
         raise error
     return found
@@ -313,16 +307,18 @@ def from_node(function, *args):
     raised on all ranks. Every rank calls this."""
     if not torch.distributed.is_initialized():
         return function(*args)
-    found, error = None, None
-    if local_rank() == 0:
-        try:
-            found = function(*args)
-        except (UserError, OSError) as err:
-            error = err
-    told = all_values((found, error), what=_words_of(function))
+    told = all_values(_tried(local_rank() == 0, function, args), what=_words_of(function))
     if errors := [error for _, error in told if error is not None]:
         raise errors[0]
     return told[rank() - local_rank()][0]
+
+
+def _tried(here, function, args, kwargs=()):
+    """(function(...), None) where `here` is true, (None, error) for the user's mistake or the file system's; elsewhere (None, None)."""
+    try:
+        return (function(*args, **dict(kwargs)) if here else None), None
+    except (UserError, OSError) as err:
+        return None, err
 
 
 def _words_of(function):
@@ -334,12 +330,7 @@ def first_on_node(function, *args, **kwargs):
     """function(...) on one rank of each node, then on the others: what it downloads is fetched once. Every rank calls this.
 
     What is the user's mistake or the file system's on one node is raised on all ranks."""
-    result, error = None, None
-    if local_rank() == 0:
-        try:
-            result = function(*args, **kwargs)
-        except (UserError, OSError) as err:
-            error = err
+    result, error = _tried(local_rank() == 0, function, args, kwargs)
     for found in all_values(error, what=_words_of(function)):
         if found is not None:
             raise found
