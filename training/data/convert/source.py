@@ -20,7 +20,7 @@ class Kind(NamedTuple):
 class Source:
     """Images in one place, of one format.
 
-    Source(path, **options): the keywords, each with a default, are the keys of --source=PATH:key=value (those of SPEC in sources.py are
+    Source(path, **options): the keywords, each with a default, are the keys of --source=PATH:key=value (those of TOLD in sources.py are
     not the source's). Raises UserError, or an error of DAMAGE that says what is wrong with the file, whose name is then put before it.
 
     names: one an image, all different, with slashes between folders; tables of the command line go by them.
