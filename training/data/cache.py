@@ -53,13 +53,8 @@ def decode(path, cache_dir=None):
     gib = nbytes / 2 ** 30
     for place in _places(path, _key_of_zip(path) if os.path.isfile(path) else _key(contents), cache_dir):
         try:
-            os.makedirs(os.path.dirname(place), exist_ok=True)
-            with filelock.FileLock(f'{place}.lock') as lock:  # another run, or node, may be at it
-                if not os.path.isdir(place):
-                    _remove_leftovers(place)
-                    _write(contents, place)
-                    distributed.print0(f'Decoded images ({gib:.2f} GiB) are kept in {place}: all runs on these data use them')
-                os.unlink(lock.lock_file)  # who waits for it finds the folder
+            if _made(place, contents):
+                distributed.print0(f'Decoded images ({gib:.2f} GiB) are kept in {place}: all runs on these data use them')
             return place
         except OSError as err:
             if cache_dir:
@@ -68,6 +63,20 @@ def decode(path, cache_dir=None):
     distributed.print0(f'Warning: no room for {gib:.2f} GiB of decoded images beside {path} or in {user_cache()}: each process decodes '
                        'them into its own memory, at each start; name a folder on a larger disk with --cache-dir')
     return None
+
+
+def _made(place, pictures):
+    """Makes the decoded copy, where nobody has; returns whether that was here. Raises OSError."""
+    os.makedirs(os.path.dirname(place), exist_ok=True)
+    with filelock.FileLock(f'{place}.lock') as lock:  # another run, or node, may be at it
+        try:
+            if os.path.isdir(place):
+                return False
+            _remove_leftovers(place)
+            _write(pictures, place)
+            return True
+        finally:
+            os.unlink(lock.lock_file)  # who waits for it finds the folder
 
 
 def _places(path, key, cache_dir):
