@@ -60,8 +60,12 @@ class ImageStore:
         clean = f'{self.nbytes / 2 ** 30:.2f} GiB {"mapped from disk" if self.mapped else "in memory"}'
         if not self.noisy_count:
             return clean
-        return clean + (f', and up to {self.kept_bytes / 2 ** 30:.2f} GiB of memory to keep noisy images' if self.kept_bytes else
-                        ', noisy images made at each use')
+        gib = self._noisy_bytes() / 2 ** 30
+        return clean + (f', and up to {gib:.2f} GiB of memory to keep noisy images' if self.kept_bytes else
+                        f', noisy images made at each use (to keep them takes --cache-gib={gib:.2f})')
+
+    def _noisy_bytes(self):
+        return self.noisy_count * math.prod(self.dataset.image_shape) * 4
 
     def gather(self, indices):
         """Items in network units at level sigma_n: float32 [n,C,H,W]; flips come last, so that noise is mirrored as well."""
@@ -123,7 +127,7 @@ class ImageStore:
 
     def _keep_noisy(self, cache_gib):
         """Makes room to keep the noisy images, float32 [noisy_count,C,H,W], where all of them fit."""
-        self.kept_bytes, nbytes = 0, self.noisy_count * math.prod(self.dataset.image_shape) * 4
+        self.kept_bytes, nbytes = 0, self._noisy_bytes()
         if not 0 < nbytes <= cache_gib * 2 ** 30 or (buffer := _shared_memory(nbytes)) is None:
             return
         self.kept_bytes = nbytes
