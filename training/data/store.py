@@ -62,7 +62,7 @@ class ImageStore:
             return clean
         gib = self._noisy_bytes() / 2 ** 30
         return clean + (f', and up to {gib:.2f} GiB of memory to keep noisy images' if self.kept_bytes else
-                        f', noisy images made at each use (to keep them takes --cache-gib={gib:.2f})')
+                        f', noisy images made at each use (to keep them takes --cache-gib={math.ceil(100 * gib) / 100:g})')
 
     def _noisy_bytes(self):
         return self.noisy_count * math.prod(self.dataset.image_shape) * 4
