@@ -13,9 +13,9 @@ import numpy as np
 from torch_utils.command_line import Command, Spec, hyphens, version_option
 from training.data.convert import transforms
 from training.data.convert.annotations import PROPOSE_CHANNELS
-from training.data.convert.arrays import LAYOUTS
 from training.data.convert.checking import check as check_archive
 from training.data.convert.conversion import convert as convert_images
+from training.data.convert.readers.arrays import LAYOUTS
 from training.data.convert.sources import options_of_sources, what_is_read
 from training.data.convert.statistics import describe
 

@@ -10,7 +10,7 @@ import re
 from dnnlib import UserError
 from dnnlib.archive import DAMAGE
 from training.data import tables
-from training.data.convert.source import Source
+from training.data.convert.readers.source import Source
 
 ABSENT = {'sigmas': 0.0, 'sigma_min': None, 'sigma_max': None}  # the level of images whose source tells none, where others do
 

@@ -15,15 +15,15 @@ from dnnlib import UserError
 from dnnlib.archive import DAMAGE, damage
 from torch_utils import registry
 from training.data.convert.annotations import tell
-from training.data.convert.arrays import DigitsSource, NumpySource
-from training.data.convert.cifar import CifarSource
-from training.data.convert.containers import HuggingFaceSource, LmdbSource, ParquetSource, WebDatasetSource
-from training.data.convert.files import FileSource
-from training.data.convert.hdf5 import Hdf5Source
 from training.data.convert.joined import Joined
-from training.data.convert.mnist import MnistSource
-from training.data.convert.scientific import DicomSource, FitsSource, NiftiSource
-from training.data.convert.tiff import TiffSource
+from training.data.convert.readers.arrays import DigitsSource, NumpySource
+from training.data.convert.readers.cifar import CifarSource
+from training.data.convert.readers.containers import HuggingFaceSource, LmdbSource, ParquetSource, WebDatasetSource
+from training.data.convert.readers.files import FileSource
+from training.data.convert.readers.hdf5 import Hdf5Source
+from training.data.convert.readers.mnist import MnistSource
+from training.data.convert.readers.scientific import DicomSource, FitsSource, NiftiSource
+from training.data.convert.readers.tiff import TiffSource
 
 TOLD = ('label', 'sigma', 'sigma_min', 'sigma_max')  # what annotations.tell() is told
 MISSING = 'no such file or folder (nor is it the word "digits")'

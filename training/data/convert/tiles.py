@@ -5,7 +5,7 @@ import sys
 
 from dnnlib import UserError
 from dnnlib.archive import DAMAGE
-from training.data.convert.source import Source
+from training.data.convert.readers.source import Source
 
 PER_IMAGE = ('labels', 'sigmas', 'sigma_min', 'sigma_max')
 

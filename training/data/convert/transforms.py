@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from dnnlib.archive import DAMAGE, damage
-from training.data.convert.source import Kind
+from training.data.convert.readers.source import Kind
 from training.data.convert.statistics import Measured, measure
 from training.data.convert.writers import encode_npy, encode_png
 

@@ -10,7 +10,7 @@ import pytest
 from dnnlib import UserError
 from tests.test_dataset_tool import convert, members, picture_folder, pictures, refusal, run
 from training.data.convert import sources, transforms
-from training.data.convert.source import Kind, Source
+from training.data.convert.readers.source import Kind, Source
 from training.data.dataset import ImageDataset
 
 

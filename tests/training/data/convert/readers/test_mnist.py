@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dnnlib import UserError
-from training.data.convert.mnist import MnistSource
+from training.data.convert.readers.mnist import MnistSource
 from training.data.convert.sources import open_source
 
 RNG = np.random.default_rng(0)

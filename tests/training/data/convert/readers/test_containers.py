@@ -17,9 +17,9 @@ from PIL import Image
 
 import dataset_tool
 from dnnlib import UserError
-from training.data.convert import containers
-from training.data.convert.btree import Tree
-from training.data.convert.formats import Bytes
+from training.data.convert.readers import containers
+from training.data.convert.readers.btree import Tree
+from training.data.convert.readers.formats import Bytes
 from training.data.convert.sources import SOURCES, find, open_source
 from training.data.dataset import ImageDataset
 

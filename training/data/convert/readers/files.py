@@ -8,9 +8,9 @@ import numpy as np
 from dnnlib import UserError, pictures
 from dnnlib.archive import IMAGES, RARER_IMAGES, Archive, decode_image, open_picture
 from training.data import tables
-from training.data.convert import tiff
 from training.data.convert.annotations import match
-from training.data.convert.source import Kind, Source, folder_classes
+from training.data.convert.readers import tiff
+from training.data.convert.readers.source import Kind, Source, folder_classes
 
 
 class FileSource(Source):

@@ -15,11 +15,11 @@ from pathlib import Path
 
 from dnnlib import UserError
 from dnnlib.archive import IMAGES, MAX_MEMBER, RARER_IMAGES
-from training.data.convert import parquet
-from training.data.convert.btree import Tree
-from training.data.convert.formats import Bytes, Opened, decode, encoded_kind, first_files, guarded, head, holds, needs
-from training.data.convert.parquet import LEVELS
-from training.data.convert.source import Source
+from training.data.convert.readers import parquet
+from training.data.convert.readers.btree import Tree
+from training.data.convert.readers.formats import Bytes, Opened, decode, encoded_kind, first_files, guarded, head, holds, needs
+from training.data.convert.readers.parquet import LEVELS
+from training.data.convert.readers.source import Source
 
 NOTES = re.compile(rb'_*(num[-_ ]?(samples|images)|length|len|keys|classes|meta|metadata|dataset\.json|map_size)_*')  # no images
 NO_LEVELS = {}  # of many samples; not to be changed

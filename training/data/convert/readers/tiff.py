@@ -11,7 +11,7 @@ import PIL.Image
 
 from dnnlib import UserError
 from dnnlib.archive import DAMAGE
-from training.data.convert.formats import StackSource, guarded, needs, physical, sized
+from training.data.convert.readers.formats import StackSource, guarded, needs, physical, sized
 
 MAGIC = (b'II*\0', b'MM\0*', b'II+\0', b'MM\0+')  # also of BigTIFF
 MIN_IS_WHITE, MIN_IS_BLACK, RGB, PALETTE, YCBCR = 0, 1, 2, 3, 6  # how values are meant (PhotometricInterpretation)

@@ -10,7 +10,7 @@ import numpy as np
 
 from dnnlib import UserError
 from dnnlib.archive import MAX_DEFLATE
-from training.data.convert.arrays import ArraySource
+from training.data.convert.readers.arrays import ArraySource
 
 SPLITS = {'train': 'train', 'test': 't10k'}  # what their files' names have
 

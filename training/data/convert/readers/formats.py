@@ -16,7 +16,7 @@ import numpy as np
 from dnnlib import UserError, arrays, pictures
 from dnnlib.archive import DAMAGE, IMAGES, MAX_MEMBER, MAX_PIXELS, RARER_IMAGES, damage, decode_image, open_picture
 from dnnlib.util import one_line
-from training.data.convert.source import Kind, Source, folder_classes
+from training.data.convert.readers.source import Kind, Source, folder_classes
 
 LOOKED_AT = 1000  # files of a folder that tell what is in it
 PACKAGES = {'astropy.io.fits': 'astropy', 'pyarrow.parquet': 'pyarrow'}  # of modules that are not called like their package

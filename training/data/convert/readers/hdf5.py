@@ -8,9 +8,9 @@ import numpy as np
 
 from dnnlib import UserError
 from dnnlib.archive import MAX_DEFLATE, MAX_MEMBER
-from training.data.convert.arrays import LAYOUTS, find_layout
-from training.data.convert.formats import Opened, guarded, head, needs, physical, sized
-from training.data.convert.source import Kind, Source
+from training.data.convert.readers.arrays import LAYOUTS, find_layout
+from training.data.convert.readers.formats import Opened, guarded, head, needs, physical, sized
+from training.data.convert.readers.source import Kind, Source
 
 MAGIC = b'\x89HDF\r\n\x1a\n'
 LABELS = ('labels', 'label', 'y', 'targets', 'target', 'classes')  # data sets beside the images, where none is named

@@ -13,9 +13,9 @@ from PIL import Image, ImageOps
 
 import dataset_tool
 from dnnlib import UserError
-from training.data.convert.formats import Opened
+from training.data.convert.readers.formats import Opened
+from training.data.convert.readers.tiff import decode_tiff, tiff_kind
 from training.data.convert.sources import find, open_source
-from training.data.convert.tiff import decode_tiff, tiff_kind
 from training.data.dataset import ImageDataset
 
 tifffile = pytest.importorskip('tifffile')

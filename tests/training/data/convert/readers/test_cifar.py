@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from dnnlib import UserError
-from training.data.convert import cifar
-from training.data.convert.cifar import CifarSource
+from training.data.convert.readers import cifar
+from training.data.convert.readers.cifar import CifarSource
 from training.data.convert.sources import open_source
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (3, 3072), np.uint8)

@@ -12,7 +12,7 @@ import zlib
 import numpy as np
 
 from dnnlib import UserError
-from training.data.convert.arrays import ArraySource
+from training.data.convert.readers.arrays import ArraySource
 
 MAX_BATCH = 2 ** 28  # bytes of a batch; CIFAR-10's have 3.1e7
 MAX_MEMBERS = 10_000

@@ -5,7 +5,7 @@ import numpy as np
 
 from dnnlib import UserError, arrays
 from dnnlib.archive import Archive
-from training.data.convert.source import Kind, Source
+from training.data.convert.readers.source import Kind, Source
 
 LAYOUTS = {'nhw': (0, 1, 2), 'nhwc': (0, 3, 1, 2), 'nchw': (0, 1, 2, 3)}  # axes in the order N, (C,) H, W
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from dnnlib import UserError
 from dnnlib.archive import MAX_DEFLATE
-from training.data.convert.formats import Capped, StackSource, head, needs, sized
+from training.data.convert.readers.formats import Capped, StackSource, head, needs, sized
 
 # ----------------------------------------------------------------------------------------------------
 # FITS
