@@ -2,6 +2,7 @@
 """A source and options -> an archive: what most images are like, what is wrong with the others, their members and dataset.json."""
 
 import collections
+import itertools
 import multiprocessing
 import os
 import sys
@@ -24,6 +25,7 @@ from training.data.convert.tiles import Tiled
 from training.data.dataset import UNITS_8BIT
 
 CHUNK = 32  # images that a worker process takes at a time
+SHOWN = 100  # images, at most, that are told of one by one
 SAMPLE = 1024  # images, at most, whose headers tell what the others should be like, and are checked beforehand
 
 
@@ -179,8 +181,10 @@ def _kinds(source, indices):
 
 def report(source, bad, count, options, where=None):
     """Lists what is wrong with which image; with --on-bad=fail that is the end. where: which images were looked at, by default all."""
-    for index, problem in bad.items():
+    for index, problem in itertools.islice(bad.items(), SHOWN):
         print(f'{source.names[index]}: {problem}', file=sys.stderr)
+    if len(bad) > SHOWN:
+        print(f'... and {len(bad) - SHOWN} more', file=sys.stderr)
     if bad and options['on_bad'] == 'fail':
         raise UserError(f'{len(bad)} of {where or f"{count} images"} cannot be used (listed above); repair them, leave them out '
                         'with --on-bad=skip, or make them alike with --channels and --resolution')

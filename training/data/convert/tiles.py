@@ -7,6 +7,7 @@ from dnnlib import UserError
 from dnnlib.archive import DAMAGE
 from training.data.convert.readers.source import Source
 
+MAX_TILES = 2 ** 17  # of an image: as many as the largest picture that is read has of 32x32 pixels
 PER_IMAGE = ('labels', 'sigmas', 'sigma_min', 'sigma_max')
 
 
@@ -27,6 +28,9 @@ class Tiled(Source):
                 continue
             tops, lefts = starts(kind.height, height, overlap), starts(kind.width, width, overlap)
             small += not (tops and lefts)
+            if len(tops) * len(lefts) > MAX_TILES:
+                raise UserError(f'--tile={width}x{height}: cuts {source.names[index]} ({kind.width}x{kind.height}) into '
+                                f'{len(tops) * len(lefts)} tiles, more than the {MAX_TILES} that are made of an image; use larger ones')
             self._places += [(index, top, left) for top in tops for left in lefts]
         if small:
             print(f'Left out {small} of {len(source.names)} images, smaller than --tile={width}x{height}', file=sys.stderr)
@@ -51,7 +55,12 @@ class Tiled(Source):
         """The tile; the image that it is from is decoded once for tiles that follow each other."""
         image, top, left = self._places[index]
         if self._last[0] != image:
-            self._last = image, self._source.read(image)
+            try:
+                self._last = image, self._source.read(image)
+            except DAMAGE as err:
+                self._last = image, err  # told of each tile, found once
+        if isinstance(self._last[1], Exception):
+            raise self._last[1]
         found = self._last[1][:, top:top + self._shape[0], left:left + self._shape[1]]
         if found.shape[1:] != self._shape:
             raise ValueError(f'its {self._last[1].shape[2]} x {self._last[1].shape[1]} pixels are not those of its header')

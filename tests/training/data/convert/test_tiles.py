@@ -8,8 +8,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dnnlib import UserError
+from dnnlib.archive import DAMAGE
 from tests.test_dataset_tool import convert, picture_folder, refusal, run
-from training.data.convert.tiles import starts
+from training.data.convert import tiles
+from training.data.convert.readers.files import FileSource
+from training.data.convert.tiles import Tiled, starts
 from training.data.dataset import ImageDataset
 
 
@@ -88,3 +92,23 @@ def test_images_that_are_small_or_bad(tmp_path):
                        (['--tile=8x4', '--overlap=4'], '--overlap=4 must be less than the sides of --tile=8x4')):
         (tmp_path / 'in' / 'junk.png').unlink(missing_ok=True)
         assert text in refusal(f'--source={tmp_path}/in', f'--dest={tmp_path}/z.zip', *args)
+
+
+def test_a_damaged_image_is_looked_at_once(tmp_path, monkeypatch):
+    """And told of with a bound, whatever its header says of its size."""
+    Image.new('L', (300, 300)).save(tmp_path / 'a.png')
+    data = (tmp_path / 'a.png').read_bytes()
+    (tmp_path / 'a.png').write_bytes(data[:len(data) // 2])
+    source, calls = FileSource(str(tmp_path)), []
+    read = source.read
+    source.read = lambda index: calls.append(index) or read(index)
+    tiled = Tiled(source, 8, 8)
+    for index in range(len(tiled.names)):
+        with pytest.raises(DAMAGE):
+            tiled.read(index)
+    assert len(tiled.names) == 38 ** 2 and calls == [0]
+    done = run(f'--source={tmp_path}', f'--dest={tmp_path}/x.zip', '--tile=8x8', '--workers=1')
+    assert done.exit_code != 0 and f'... and {38 ** 2 - 100} more' in done.output and len(done.output.splitlines()) < 110
+    monkeypatch.setattr(tiles, 'MAX_TILES', 38 ** 2 - 1)
+    with pytest.raises(UserError, match=r'^--tile=8x8: cuts a.png .300x300. into 1444 tiles, more than the 1443 .* use larger ones$'):
+        Tiled(FileSource(str(tmp_path)), 8, 8)
