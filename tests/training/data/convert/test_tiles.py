@@ -11,7 +11,6 @@ from PIL import Image
 from dnnlib import UserError
 from dnnlib.archive import DAMAGE
 from tests.test_dataset_tool import convert, picture_folder, refusal, run
-from training.data.convert import tiles
 from training.data.convert.readers.files import FileSource
 from training.data.convert.tiles import Tiled, starts
 from training.data.dataset import ImageDataset
@@ -109,6 +108,6 @@ def test_a_damaged_image_is_looked_at_once(tmp_path, monkeypatch):
     assert len(tiled.names) == 38 ** 2 and calls == [0]
     done = run(f'--source={tmp_path}', f'--dest={tmp_path}/x.zip', '--tile=8x8', '--workers=1')
     assert done.exit_code != 0 and f'... and {38 ** 2 - 100} more' in done.output and len(done.output.splitlines()) < 110
-    monkeypatch.setattr(tiles, 'MAX_TILES', 38 ** 2 - 1)
+    monkeypatch.setattr('training.data.convert.tiles.MAX_TILES', 38 ** 2 - 1)
     with pytest.raises(UserError, match=r'^--tile=8x8: cuts a.png .300x300. into 1444 tiles, more than the 1443 .* use larger ones$'):
         Tiled(FileSource(str(tmp_path)), 8, 8)
