@@ -33,6 +33,7 @@ MAX_PIXELS = 2 ** 27  # of a picture: 11585 x 11585
 MAX_MEMBER = 2 ** 29  # bytes of an image as a file: a picture of so many pixels with 4 channels, not compressed
 MAX_SCANS = 2 ** 31  # pixels times scans of a JPEG: each scan, of a few bytes, takes a pass over all pixels
 JSON_BASE, JSON_PER_MEMBER = 2 ** 25, 2 ** 16  # bytes of dataset.json, up to MAX_JSON: what no set of images needs is not read
+PACKED_JSON = 2 ** 20  # bytes of a packed data set's dataset.json, which holds nothing of single images
 MAX_TAIL = 2 ** 16 + 100  # bytes at the end of a zip file, a comment among them, that tell where its directory is
 LOCAL_EXTRA = 64  # bytes between a member's name and its data that are read along with them
 MAX_DEFLATE = 1032  # to one: deflate does not compress any better
@@ -145,6 +146,15 @@ class Archive:
             return fingerprint('folder' if self._is_folder else 'zip', names, sizes, contents, self._digests.get(labels))
         except DAMAGE as err:
             raise UserError(f'{self.where}: cannot be read ({damage(err)})') from None
+
+
+def packed_images(folder):
+    """The path of the one array that a packed data set's folder holds all images in (training/data/packed.py); None for other folders."""
+    path, meta = (os.path.join(folder, name) for name in ('images.npy', 'dataset.json'))
+    if not (os.path.isfile(path) and os.path.isfile(meta)):
+        return None
+    with open(meta, 'rb') as f:
+        return path if b'"packed"' in f.read(PACKED_JSON) else None
 
 
 def directory_digest(path):

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from dnnlib import UserError
-from dnnlib.archive import DAMAGE, LOSSY, Archive, damage, decode_image
+from dnnlib.archive import DAMAGE, LOSSY, Archive, damage, decode_image, packed_images
 from dnnlib.cpus import cpu_count
 from torch_utils import distributed
 
@@ -133,6 +133,7 @@ def _state_of_files(path):
 
 def _open_source(path, where):
     """(names, function from a name to its image) for a folder, zip or array file."""
+    path = os.path.isdir(path) and packed_images(path) or path
     suffix = Path(path).suffix.lower()
     if os.path.isdir(path) or suffix == '.zip' and os.path.isfile(path):
         archive = Archive(path, where)
@@ -163,7 +164,7 @@ def _image_array(path):
         arrays = [data]
     else:
         with data:
-            arrays = [data[key] for key in data.files]
+            arrays = [array for array in (data[key] for key in data.files) if isinstance(array, np.ndarray)]  # others are bytes
     images = [a[..., None] if a.ndim == 3 else a for a in arrays if a.dtype == np.uint8 and a.ndim in (3, 4)]
     if len(images) != 1:
         raise ValueError(f'expected one uint8 array [N,H,W], [N,H,W,C] or [N,C,H,W], found {len(images)}')

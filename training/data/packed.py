@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dnnlib import UserError, arrays
-from dnnlib.archive import DAMAGE, damage
+from dnnlib.archive import DAMAGE, PACKED_JSON, damage, packed_images
 from dnnlib.files import json_object, new_folder, replacing, write_json
 from dnnlib.fingerprint import digest
 from training.data import tables
@@ -23,7 +23,6 @@ from training.data import tables
 VERSION = 1
 TABLES = tuple(tables.CHECKS)
 ALIGN = 64  # bytes: where an array begins in an .npz
-MAX_JSON = 2 ** 20  # bytes of dataset.json, which holds nothing of single images
 MAX_MEMBERS = 64  # of an .npz
 
 
@@ -39,7 +38,7 @@ class Member(NamedTuple):
 def is_packed(path):
     """Whether this is the path of a packed data set, as opposed to one of pictures."""
     if os.path.isdir(path):
-        return os.path.isfile(os.path.join(path, 'images.npy')) and os.path.isfile(os.path.join(path, 'dataset.json'))
+        return packed_images(path) is not None
     return str(path).lower().endswith('.npz') and os.path.isfile(path)
 
 
@@ -99,8 +98,8 @@ class Packed:
 
     def _read(self, name):
         member = self._member(name)
-        if member.size > MAX_JSON:
-            raise ValueError(f'{name} has {member.size} bytes, more than the {MAX_JSON} that are read of it')
+        if member.size > PACKED_JSON:
+            raise ValueError(f'{name} has {member.size} bytes, more than the {PACKED_JSON} that are read of it')
         with open(member.path, 'rb') as f:
             f.seek(member.offset)
             return f.read(member.size)

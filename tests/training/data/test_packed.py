@@ -94,7 +94,7 @@ def damaged(folder, change):
 @pytest.mark.parametrize('change, words', [
     (lambda p: (p / 'dataset.json').write_text('{'), 'not a JSON file'),
     (lambda p: (p / 'dataset.json').write_text('{"packed": 7}'), '"packed": 7, and this version knows 1'),
-    (lambda p: (p / 'dataset.json').write_bytes(b' ' * 2 ** 21), 'more than the'),
+    (lambda p: (p / 'dataset.json').write_bytes(b'{"packed": 1' + b' ' * 2 ** 21), 'more than the'),
     (lambda p: (p / 'images.npy').write_bytes(b'x'), 'cannot read images.npy (not an .npy file)'),
     (lambda p: os.truncate(p / 'images.npy', 1000), 'more numbers than it holds'),
     (lambda p: np.save(p / 'images.npy', IMAGES[0]), 'expected uint8 or float32 [N,C,H,W]'),

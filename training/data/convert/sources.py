@@ -22,6 +22,7 @@ from training.data.convert.readers.containers import HuggingFaceSource, LmdbSour
 from training.data.convert.readers.files import FileSource
 from training.data.convert.readers.hdf5 import Hdf5Source
 from training.data.convert.readers.mnist import MnistSource
+from training.data.convert.readers.packed import PackedSource
 from training.data.convert.readers.scientific import DicomSource, FitsSource, NiftiSource
 from training.data.convert.readers.tiff import TiffSource
 
@@ -104,5 +105,5 @@ def options_of_sources():
 
 
 SOURCES = {'digits': DigitsSource, 'hf': HuggingFaceSource, 'webdataset': WebDatasetSource, 'cifar': CifarSource, 'mnist': MnistSource,
-           'numpy': NumpySource, 'parquet': ParquetSource, 'lmdb': LmdbSource, 'hdf5': Hdf5Source, 'tiff': TiffSource,
-           'fits': FitsSource, 'dicom': DicomSource, 'nifti': NiftiSource, 'files': FileSource}
+           'packed': PackedSource, 'numpy': NumpySource, 'parquet': ParquetSource, 'lmdb': LmdbSource, 'hdf5': Hdf5Source,
+           'tiff': TiffSource, 'fits': FitsSource, 'dicom': DicomSource, 'nifti': NiftiSource, 'files': FileSource}

@@ -2,6 +2,7 @@
 """dataset_tool.py writes the same set packed as in pictures."""
 
 import json
+import pickle
 import zipfile
 
 import numpy as np
@@ -9,6 +10,8 @@ import pytest
 from click.testing import CliRunner
 
 import dataset_tool
+from metrics.image_files import ImageFiles
+from training.data.convert.readers.packed import PackedSource
 from training.data.dataset import ImageDataset
 from training.data.packed import Packed
 
@@ -42,6 +45,26 @@ def test_packed_and_pictures_are_one_set(tmp_path, source, dest, flags):
         np.testing.assert_array_equal(getattr(a, key), getattr(b, key))
     assert run('stats', tmp_path / dest)[1].replace(dest, '') == run('stats', tmp_path / 'a.zip')[1].replace('a.zip', '')
     assert run('check', tmp_path / dest)[0] == 0
+
+
+@pytest.mark.parametrize('dest, flags', [('packed', ['--packed']), ('packed.npz', [])])
+def test_packed_sets_are_sources(tmp_path, source, dest, flags):
+    """With all that they say: levels that went by the way would make noisy images count as clean."""
+    assert run(*source, f'--dest={tmp_path}/a.zip')[0] == 0 and run(*source, f'--dest={tmp_path}/{dest}', *flags)[0] == 0
+    code, said = run(f'--source={tmp_path}/{dest}', f'--dest={tmp_path}/b.zip', '--workers=2')
+    assert code == 0, said
+    assert (tmp_path / 'a.zip').read_bytes() == (tmp_path / 'b.zip').read_bytes()
+    again = pickle.loads(pickle.dumps(PackedSource(str(tmp_path / dest))))
+    np.testing.assert_array_equal(again.read(3), PackedSource(str(tmp_path / dest)).read(3))
+
+
+@pytest.mark.parametrize('dest', ['packed', 'packed.npz'])
+def test_metrics_read_packed_pictures(tmp_path, dest):
+    images = np.random.default_rng(0).integers(0, 256, (12, 8, 8, 3), np.uint8)
+    np.save(tmp_path / 'images.npy', images)
+    assert run(f'--source={tmp_path}/images.npy', f'--dest={tmp_path}/{dest}', '--packed', '--workers=1', '--sheet=none')[0] == 0
+    found = ImageFiles(tmp_path / dest, '--gen-path')
+    np.testing.assert_array_equal(np.stack([found[i] for i in range(12)]), images.transpose(0, 3, 1, 2))
 
 
 def test_refusals(tmp_path, source):
