@@ -21,7 +21,7 @@ from metrics.image_files import ImageFiles
 from metrics.statistics import load_statistics, save_statistics
 from torch_utils import command_line, distributed, misc, registry
 from torch_utils.command_line import Spec, ranges
-from training.run.metrics import NetworkImages
+from training.evaluation.images import NetworkImages
 from training.sampling import options as sampling
 from training.sampling.writers import write_grid
 

@@ -9,8 +9,8 @@ from tests.support import ROOT
 
 # A wing imports from the floors below its own. Its own files use each other, without a circle.
 FLOORS = [['dnnlib'], ['torch_utils'], ['metrics', 'training.diffusion'], ['training.data', 'training.networks'],
-          ['training.objective', 'training.checkpoints'], ['training.sampling', 'training.likelihood'], ['training.run'],
-          ['scripts']]
+          ['training.objective', 'training.checkpoints'], ['training.sampling', 'training.likelihood'], ['training.evaluation'],
+          ['training.run'], ['scripts']]
 FLOOR = {wing: floor for floor, wings in enumerate(FLOORS) for wing in wings}
 SCRIPT_FOLDERS = ('benchmarks', 'examples')
 MIRRORS = ('wandb', 'tensorboard', 'tensorboardX', 'torch.utils.tensorboard')  # for the scripts alone
