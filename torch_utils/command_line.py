@@ -78,7 +78,7 @@ class Command(click.Command):
         rows = {}  # group -> row -> [names, text]
         for param in self.get_params(ctx):
             record = param.get_help_record(ctx)
-            if record is None:
+            if record is None or isinstance(param, click.Argument):
                 continue
             names, text = record
             told = getattr(param, 'row', None)
@@ -89,6 +89,29 @@ class Command(click.Command):
             formatter.write(f'\n{title}:\n')
             for names, text in of_group.values():
                 formatter.write(help_row(', '.join(names), text))
+
+
+class Group(Command, click.Group):
+    """Commands under one name; an unknown one is refused in one line. `group.default` is the command that is meant without a name."""
+
+    default = None
+
+    def parse_args(self, ctx, args):
+        if self.default and args and args[0].startswith('-') and args[0] not in ('-h', '--help', '--version'):
+            args = [self.default, *args]
+        return super().parse_args(ctx, args)
+
+    def resolve_command(self, ctx, args):
+        if args[0] not in self.commands:
+            options = f'; options of {self.default} begin with "--"' if self.default else ''
+            raise click.UsageError(f'no command "{args[0]}"; choose from {", ".join(sorted(self.commands))}{options}', ctx)
+        return super().resolve_command(ctx, args)
+
+    def format_options(self, ctx, formatter):
+        super().format_options(ctx, formatter)
+        formatter.write('\nCommands (COMMAND --help tells their options):\n')
+        for name, command in sorted(self.commands.items()):
+            formatter.write(help_row(name, command.get_short_help_str(WIDTH)))
 
 
 def help_row(names, text):
@@ -163,6 +186,8 @@ def one_line_errors():
     except UserError as err:
         raise click.ClickException(err.message) from None
     except click.UsageError as err:
+        if type(err).__name__ == 'NoArgsIsHelpError':  # a group without a command: its help
+            raise
         plain = click.ClickException(err.format_message())
         plain.exit_code = err.exit_code
         raise plain from None
