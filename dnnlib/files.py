@@ -125,7 +125,7 @@ def finite(value):
 
 
 def file_digest(path):
-    """SHA-256, hexadecimal, of a file, or of all files of a folder: of their sorted names with slashes, each followed by a zero byte and the
+    """SHA-256, hexadecimal, of a file, or of all files of a folder: of their sorted names, each followed by a zero byte and the
     32 bytes of its own SHA-256. Hidden files, such as those under way, and __MACOSX do not count; neither do times nor where it lies."""
     if not os.path.isdir(path):
         return _hashed(path).hexdigest()
