@@ -69,7 +69,9 @@ def spec_of(spec, piece, pieces):
 
 
 def _plain(value):
-    """A key's value as it is written: numbers alike whether whole or not, curves sigma(t) by their names."""
+    """A key's value as it is written: numbers alike whether whole or not, true and false, curves sigma(t) by their names."""
+    if isinstance(value, bool):
+        return str(value).lower()
     if isinstance(value, float) and value.is_integer():
         return int(value)
     return next((name for name, kind in schedules.TIMES.items() if type(value) is kind), value)

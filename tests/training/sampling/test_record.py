@@ -88,6 +88,7 @@ def test_equal_samplers_have_equal_names(folders):
         return record.spec_of(given.get('sampler') or 'heun', options.sampler_pieces(net, 4, **given)['stepper'], steppers.STEPPERS)
     assert name() == name(S_churn=0.0) == name(sampler='heun:alpha=1,S_noise=1') == 'heun'
     assert name(S_churn=10.0) == name(sampler='heun:S_churn=10') == name(sampler='heun:S_churn=10.0') == 'heun:S_churn=10'
+    assert name(sampler='ddim:clip=true') == 'ddim:clip=true' and name(sampler='ddim:clip=false') == 'ddim'
     assert name(schedule='vp', scaling='vp') == 'heun:schedule=vp,scaling=vp'
 
 
