@@ -93,6 +93,8 @@ class RecordedFolder:
             if old is None or changed:
                 old = {'seeds': '', 'made_by': []}
             known = numbers(old['seeds'], self.path)
+            # What somebody put there under the name of a seed that is recorded from now on would pass for its image after a kill.
+            self._remove(there & names_of(self.facts, {*seeds} - known))
             missing = self._missing(seeds, known) if skip_existing else list(seeds)
             self.files.remove_leftovers(missing)
             self._write(known | {*seeds}, numbers(old.get('unfinished', ''), self.path) | {*missing}, old.get('made_by'))
@@ -127,9 +129,12 @@ class RecordedFolder:
                             'them; choose another --outdir, or empty this one')
         if old:  # what a kill leaves between here and the new record is no whole set
             write_json(self.path, {**old, 'unfinished': old['seeds'], 'num_images': 0, 'complete': False})
-        for name in there:
+        self._remove(there)
+
+    def _remove(self, names):
+        for name in names:
             with contextlib.suppress(FileNotFoundError):
-                os.unlink(os.path.join(outdir, name))
+                os.unlink(os.path.join(self.files.outdir, name))
 
     def _write(self, seeds, unfinished, made_by):
         machine = record.machine(network_device(self.net))

@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 import torch
 
+import generate
 from dnnlib import EasyDict, UserError
 from tests.support import tiny as tiny_run
 from tests.support.tiny import make_zip
 from tests.support.unets import ROOT, contents, refused, run, tiny
 from torch_utils import misc
+from torch_utils.command_line import ranges
 from training.checkpoints.load import load_network
 from training.checkpoints.save import save_network
 from training.sampling import folder, guidance, labels, options, record, steppers
@@ -142,11 +144,17 @@ def test_images_without_a_record_are_no_set_to_go_on_with(folders, tmp_path):
     assert generated(folders / 'a', tmp_path / 'out', '--seeds=0-3')['num_images'] == 4
 
 
-def test_images_that_the_record_does_not_tell_of_are_made(folders, tmp_path):
+def test_images_that_the_record_does_not_tell_of_are_made(folders, tmp_path, monkeypatch):
     """An image that somebody put there is not taken for one of this set."""
     generated(folders / 'a', tmp_path / 'out', '--seeds=0-1')
     generated(folders / 'b', tmp_path / 'b', '--seeds=2')
     (tmp_path / 'out' / '000002.png').write_bytes((tmp_path / 'b' / '000002.png').read_bytes())
+    def kill(*args):
+        raise KeyboardInterrupt
+    with monkeypatch.context() as patch:  # before any image is made, but after the seed is recorded
+        patch.setattr(generate, 'generate_images', kill)
+        assert run(folders / 'a', tmp_path / 'out', '--seeds=0-2', '--skip-existing').exit_code
+    assert read(tmp_path / 'out')['seeds'] == '0-2'
     result = run(folders / 'a', tmp_path / 'out', '--seeds=0-2', '--skip-existing')
     assert '1 written, 2 were there already' in result.output
     generated(folders / 'a', tmp_path / 'whole', '--seeds=0-2')
@@ -238,7 +246,6 @@ def test_what_is_no_record_is_refused_and_kept(folders, tmp_path, text, words):
 
 @pytest.mark.parametrize('seeds', [[], [0], [5, 6, 7], [0, 2, 3, 10 ** 12]])
 def test_numbers_undo_ranges(seeds):
-    from torch_utils.command_line import ranges
     assert folder.numbers(ranges(seeds), 'x') == set(seeds)
     for bad in ('1,', ',1', '1-2-3', 'a', '1 2', None, 5, '-1'):
         with pytest.raises(UserError, match='x must be ranges'):
