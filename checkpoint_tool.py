@@ -32,7 +32,7 @@ def main():
 @weights_option
 def strip(ref, dest, weights):
     from training.checkpoints import publish
-    publish.export(ref, dest, weights)
+    tell_left_out(publish.export(ref, dest, weights))
     click.echo(f'{dest}: the network of {ref}, {size_of(dest):.1f} MB')
 
 
@@ -45,29 +45,34 @@ def strip(ref, dest, weights):
 @weights_option
 def export(ref, format, dest, weights):
     from training.checkpoints import publish
-    publish.export(ref, dest, weights, format)
+    tell_left_out(publish.export(ref, dest, weights, format))
     click.echo(f'{dest}: the network of {ref} for {format}, {size_of(dest):.1f} MB')
 
 
 @main.command('push', cls=Command, help='Put REF into the repository NAME (owner/name) of the Hugging Face Hub, with a model card that '
-              "tells its options, metrics (*.fid.json in the run's folder) and samples. Needs a token: hf auth login, or HF_TOKEN.")
+              "tells its options, metrics (those *.fid.json in the run's folder that are of this very network) and samples. Needs a token: "
+              'hf auth login, or HF_TOKEN.')
 @click.argument('ref', metavar='REF')
 @click.argument('name', metavar='NAME')
 @click.option('--private', is_flag=True, help='If the repository is made, make it private')
 @click.option('--revision', metavar='BRANCH', help='Branch, made where there is none  [default: main]')
 @click.option('--metrics', metavar='JSON', multiple=True, type=click.Path(exists=True, dir_okay=False),
-              help='Result of eval_fid.py to quote; may be given again')
+              help='Result of eval_fid.py to quote, of this very network; may be given again')
 @click.option('--samples', metavar='PNG', type=click.Path(exists=True, dir_okay=False),
               help='Picture for the card  [default: the samples-*.png of the snapshot]')
+@click.option('--license', metavar='NAME', default='unknown', show_default=True,
+              help='Licence of the weights for the card, as the Hub calls it, such as apache-2.0 or cc-by-nc-4.0')
+@click.option('--code', metavar='URL', help='Address of the code, to which the card links  [default: the card names program and version]')
 @click.option('--dry-run', metavar='DIR', help='Write what would be uploaded to this new folder, and upload nothing')
 @weights_option
-def push(ref, name, private, revision, metrics, samples, dry_run, weights):
+def push(ref, name, private, revision, metrics, samples, license, code, dry_run, weights):
     from training.checkpoints import publish
     from training.checkpoints.load import load_network
     with tempfile.TemporaryDirectory() as parent:
         folder = dry_run or os.path.join(parent, 'network')
         with new_folder(folder) as part:
-            found = publish.fill(part, load_network(ref, weights=weights), ref, metrics, samples)
+            found = publish.fill(part, load_network(ref, weights=weights), ref, metrics, samples, license, code)
+        tell_left_out(found)
         for what in ('samples', 'metrics'):
             click.echo(f'{what}: {found[what] or "none found; give them with --" + what}')
         address = None if dry_run else publish.push(folder, name, private, revision)
@@ -92,6 +97,12 @@ def reconstruct_ema(run, length, kimg, dest):
     click.echo(f'{dest}: EMA of length {length:g} from {len(used)} stored averages, whose profile is {error:.2%} off')
     if error > ROUGH:
         click.echo(f'Warning: {error:.0%} is far off; store more snapshots, or lengths nearer to {length:g} (train.py --snap, --power-ema)')
+
+
+def tell_left_out(found):
+    """Names the results by the network that its card does not quote."""
+    for line in (found or {}).get('left_out', ()):
+        click.echo(f'not quoted: {line}')
 
 
 def size_of(folder):

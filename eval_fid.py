@@ -3,7 +3,8 @@
 
 python eval_fid.py --gen_path=out --ref_stats=ref.npz
 python eval_fid.py ref --data=cifar.zip --dest=ref.npz --split=train
-python eval_fid.py nearest --gen-path=out --train=cifar.zip --held-out=cifar-test.zip"""
+python eval_fid.py nearest --gen-path=out --train=cifar.zip --held-out=cifar-test.zip
+python eval_fid.py table runs/*/*.fid.json --sort=fid_score"""
 
 import dataclasses
 import math
@@ -13,16 +14,17 @@ import click
 import dnnlib
 from dnnlib import UserError
 from dnnlib.files import beside, file_digest, prepare_output, write_json
-from metrics import memorisation, report
+from metrics import memorisation, report, results, table
 from metrics.detectors import DETECTORS
 from metrics.evaluate import METRICS, Settings, check_reference, collect, evaluate_batches, needs_features
-from metrics.generated import PROTOCOL_NUM, FileImages
+from metrics.generated import PROTOCOL_NUM
 from metrics.image_files import ImageFiles
 from metrics.statistics import load_statistics, save_statistics
-from torch_utils import command_line, distributed, misc, registry
+from torch_utils import command_line, distributed, registry
 from torch_utils.command_line import Spec, ranges
-from training.evaluation.images import NetworkImages
+from training.evaluation.images import NetworkImages, RecordedImages
 from training.sampling import options as sampling
+from training.sampling import record
 from training.sampling.writers import write_grid
 
 COUNT = click.IntRange(min=1)
@@ -72,7 +74,9 @@ NUMBERS = command_line.options_of(
 @click.group(cls=Group, invoke_without_command=True)
 @click.option('--gen-path', help='Generated images: a folder, zip, npz or npy', metavar='PATH')
 @REFERENCE
-@click.option('--out-path', help='Where the result goes  [default: beside the images or network, GEN_PATH.fid.json]', metavar='JSON')
+@click.option('--out-path', metavar='JSON',
+              help='Where the result goes  [default: beside the images or network: GEN_PATH.fid.json, or NETWORK.heun18.fid.json with what '
+              'is not the default in the name]')
 @click.option('--num', '--num-images', 'num', metavar='INT', type=click.IntRange(min=2),
               help=f'How many generated images, the first in sorted order  [default: all, which must be {PROTOCOL_NUM}]; '
               'under torchrun write --num-images')
@@ -90,7 +94,8 @@ def main(ctx, **options):
     torchrun --standalone --nproc_per_node=8 eval_fid.py --gen_path=out --ref_path=cifar.zip
     python eval_fid.py --network=NAME --ref-stats=ref.npz --repeats=3 --metrics=fid,kid,is,pr,dc
     python eval_fid.py ref --data=cifar.zip --dest=ref.npz --split=train --keep-features
-    python eval_fid.py nearest --gen-path=out --train=cifar.zip --held-out=cifar-test.zip"""
+    python eval_fid.py nearest --gen-path=out --train=cifar.zip --held-out=cifar-test.zip
+    python eval_fid.py table *.fid.json"""
     given = [key for key in options if ctx.get_parameter_source(key) == click.core.ParameterSource.COMMANDLINE]
     if ctx.invoked_subcommand:
         if given:
@@ -132,6 +137,24 @@ def nearest(**options):
     find_nearest(dnnlib.EasyDict(options))
 
 
+@main.command('table', cls=command_line.Command)
+@click.argument('paths', metavar='JSON...', nargs=-1, required=True)
+@click.option('--format', type=click.Choice(list(table.FORMATS)), default='markdown', show_default=True, help='How it is written')
+@click.option('--sort', metavar='METRIC', help='In the order of this metric, the lowest first  [default: in the order given]')
+@click.option('--out-path', metavar='FILE', help='Where the table goes  [default: the console]')
+def write_table(paths, format, sort, out_path):
+    """One table of many results, from their JSON files alone."""
+    if out_path:
+        prepare_output(out_path, '--out-path')
+    text = table.FORMATS[format](*table.lay_out([results.read_result(path) for path in paths], sort))
+    if not out_path:
+        print(text, end='')
+        return
+    with dnnlib.replacing(out_path) as part, open(part, 'w', encoding='utf-8') as f:
+        f.write(text)
+    print(f'{len(paths)} results in {out_path}')
+
+
 def option_name(key):
     """What a parameter is called on the command line."""
     return '--class' if key == 'class_idx' else f'--{key.replace("_", "-")}'
@@ -154,9 +177,11 @@ def check_options(o, given):
 
 def evaluate(o):
     """The main command: reads or generates, measures, prints, and writes the JSON."""
-    out_path = o.out_path or beside(o.gen_path or o.network, '.fid.json')
+    if o.out_path:
+        prepare_output(o.out_path, '--out-path')
+    source = NetworkImages(o) if o.network else RecordedImages(o)
+    out_path = o.out_path or source.default_path(results.SUFFIX)
     prepare_output(out_path, '--out-path')
-    source = NetworkImages(o) if o.network else FileImages(o)
     reference, digest = open_reference(o)
     detector = make_detector(o)
     detector.dim(source.shape)
@@ -171,9 +196,9 @@ def evaluate(o):
         source.check_unchanged()
     if distributed.rank() == 0:
         result = provenance(values, o, source, detector, reference, digest, settings)
-        write_json(out_path, result, null=True)
+        told = write_json(out_path, result, null=True) if o.out_path else results.write_beside(out_path, result)
         report.print_table(values, result)
-        print(f'written to {out_path}')
+        print(f'written to {out_path}{"".join(f"; {line}" for line in told or ())}')
 
 
 def open_reference(o):
@@ -263,7 +288,7 @@ def provenance(values, o, source, detector, reference, digest, settings):
         'num_images': source.count,
         'found_images': source.found,
         'image_shape': list(source.shape),
-        'generated': source.facts,
+        'generated': source.facts(),
         'reference': {
             'path': o.ref_path or o.ref_stats, 'sha256': digest, 'num_images': reference.num_images, 'split': reference.split,
             'source': o.ref_path or reference.source, 'detector': reference.detector,
@@ -273,13 +298,13 @@ def provenance(values, o, source, detector, reference, digest, settings):
 
 
 def common_facts(o, detector):
-    """What every result is quoted with."""
+    """What every result is quoted with; of the options those that were given."""
+    context = click.get_current_context()
+    told = {key: value for key, value in o.items() if context.get_parameter_source(key) is click.core.ParameterSource.COMMANDLINE}
     return {
         'detector': {'name': detector.name, 'weights': detector.weights, 'sha256': detector.sha256},
-        'device': str(detector.device),
-        'ranks': distributed.size(),
-        'versions': misc.versions(),
-        'options': {**o, **({'seeds': o.seeds and ranges(o.seeds)} if 'seeds' in o else {})},
+        **record.machine(detector.device),
+        'options': {**told, **({'seeds': ranges(o.seeds)} if 'seeds' in told else {})},
     }
 
 

@@ -16,6 +16,7 @@ from torch_utils import distributed
 from torch_utils.command_line import Command, IntList, version_option
 from training.sampling import guidance
 from training.sampling import options as sampling
+from training.sampling.folder import RecordedFolder, record_path
 from training.sampling.generate import check_finite, generate_images, network_device, resolution
 from training.sampling.pixels import is_picture, pictures, to_network, to_physical, to_uint8
 from training.sampling.writers import Files, Writers, read_image, write_grid
@@ -35,7 +36,8 @@ GRID_IMAGES = 64
 @click.option('--grid', metavar='[FILE]', is_flag=False, flag_value='beside outdir',
               help=f'Also a picture of the first {GRID_IMAGES} images, FILE.png  [FILE, if left out: OUTDIR-grid.png]')
 @click.option('--skip-existing', is_flag=True,
-              help='Keep whole images that are there and make the others, to go on after an interruption with the same options')
+              help='Keep whole images that are there and make the others, to go on after an interruption; refused where they were made '
+              'with other options')
 @click.option('--batch', '--batch-size', '--max-batch-size', metavar='INT', type=click.IntRange(min=1), default=64, show_default=True,
               help='Images at a time on each rank; changes no image')
 @sampling.OPTIONS
@@ -55,10 +57,12 @@ def run(o):
     """Sets up, samples and writes this rank's share, then counts over all ranks. o: the options."""
     seeds = list(dict.fromkeys(o.seeds))  # a seed that was named twice is one image
     check_writable(o.outdir)
+    prepare_output(record_path(o.outdir), '--outdir')
     grid = grid_path(o.grid, o.outdir)
     net, pieces = sampling.prepare(o, seeds)
     files = Files(o.outdir, pick_format(o.format, net), o.subdirs)
-    missing = distributed.from_rank0(find_missing, files, seeds, net, o.skip_existing)
+    folder = RecordedFolder(files, o, net, pieces)
+    missing = distributed.from_rank0(folder.open, seeds, o.skip_existing)
     distributed.print0(f'Generating {len(missing)} images from {o.network} to {o.outdir}'
                        + (f', {guidance.describe(pieces["guidance"])}' if o.guidance != 1 else ''))
     first_images = FirstImages(net, seeds[:GRID_IMAGES] if grid else [])
@@ -68,15 +72,10 @@ def run(o):
     written = write_all(net, batches, len(missing[distributed.rank()::distributed.size()]), files, first_images)
     if grid:
         write_first_images(grid, first_images.images, net)
-    report(written, len(missing), seeds, files)
-
-
-def find_missing(files, seeds, net, skip_existing):
-    """The seeds to make images of; removes what a killed run left of them."""
-    shape = [net.img_channels, *resolution(net)]
-    missing = files.missing(seeds, shape) if skip_existing else seeds
-    files.remove_leftovers(missing)
-    return missing
+    check_count(written, len(missing), files)
+    distributed.from_rank0(folder.close, seeds)
+    there = f': {len(missing)} written, {len(seeds) - len(missing)} were there already' if len(missing) < len(seeds) else ''
+    distributed.print0(f'{len(seeds)} images ({files.format}) in {files.outdir}{there}')
 
 
 class FirstImages:
@@ -123,14 +122,12 @@ def submit(writers, part, units, files):
         writers.submit(files.write, seed, array, label)
 
 
-def report(written, missing, seeds, files):
-    """Says how many images were written, over all ranks, and refuses another number than was wanted."""
+def check_count(written, missing, files):
+    """Refuses another number of images, over all ranks, than was wanted."""
     distributed.wait_for_all('sampling')  # ranks may be of different speeds
     written = int(distributed.all_sum(torch.tensor(written, device=distributed.device())))
     if written != missing:
         raise UserError(f'{written} of {missing} images were written to {files.outdir}')
-    there = f': {written} written, {len(seeds) - missing} were there already' if missing < len(seeds) else ''
-    distributed.print0(f'{len(seeds)} images ({files.format}) in {files.outdir}{there}')
 
 
 def write_first_images(path, first_images, net):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Files and folders that appear whole or not at all, JSON, digests, and where results go."""
 
+import concurrent.futures
 import contextlib
 import hashlib
 import json
@@ -124,14 +125,33 @@ def finite(value):
 
 
 def file_digest(path):
-    """SHA-256 of a file, hexadecimal; None of a folder, whose files have a digest each and together none that others would find."""
-    if os.path.isdir(path):
-        return None
+    """SHA-256, hexadecimal, of a file, or of all files of a folder: of their sorted names, each followed by a zero byte and the
+    32 bytes of its own SHA-256. Hidden files, such as those under way, and __MACOSX do not count; neither do times nor where it lies."""
+    if not os.path.isdir(path):
+        return _hashed(path).hexdigest()
+    names, digest = _visible_files(path), hashlib.sha256()
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        for name, found in zip(names, pool.map(lambda name: _hashed(os.path.join(path, name)), names)):
+            digest.update(os.fsencode(name) + b'\0' + found.digest())
+    return digest.hexdigest()
+
+
+def _hashed(path):
     digest = hashlib.sha256()
     with open(path, 'rb') as f:
         while chunk := f.read(1 << 20):
             digest.update(chunk)
-    return digest.hexdigest()
+    return digest
+
+
+def _visible_files(folder):
+    """Relative names of the files in a folder and below, sorted, but for those that begin with a dot or lie in what does."""
+    names = []
+    for parent, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith('.') and name != '__MACOSX']
+        inside = os.path.relpath(parent, folder)
+        names += [name if inside == '.' else f'{inside}/{name}' for name in files if not name.startswith('.')]
+    return sorted(names)
 
 
 def beside(ref, suffix):

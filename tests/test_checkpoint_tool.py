@@ -49,8 +49,16 @@ def run(tmp_path_factory):
     flags = [flag for flag in tiny.FLAGS if not flag.startswith('--samples')]
     tiny.call(*flags, f'--outdir={folder / "runs"}', f'--data={data}', '--seed=5', '--duration=0.00008', '--samples=4', '--power-ema=0.05')
     folder = tiny.only_folder(folder / 'runs')
-    (folder / 'network-snapshot-000000.080.fid.json').write_text(json.dumps(METRICS))
+    snapshot = folder / 'network-snapshot-000000.080'
+    (folder / 'network-snapshot-000000.080.heun18.fid.json').write_text(json.dumps(result_of(snapshot)))
     return folder
+
+
+def result_of(snapshot, **values):
+    """A result of eval_fid.py --network=SNAPSHOT."""
+    generated = {'network': f'/home/me/{snapshot.name}', 'sha256': misc.state_digest(load_network(snapshot)), 'weights': 'ema',
+                 'sampler': 'heun', 'steps': 18, 'evaluations': 35, 'guidance': 1.0}
+    return {**METRICS, 'generated': generated, **values}
 
 
 def samples(ref, **options):
@@ -153,18 +161,55 @@ def test_what_diffusers_cannot_be_is_said(config, words):
 
 def test_a_dry_run_writes_the_card_with_all_that_the_run_tells(run, tmp_path):
     snapshot = run / 'network-snapshot-000000.080'
-    (tmp_path / 'more.json').write_text(json.dumps({**METRICS, 'kid': 0.125}))
+    (tmp_path / 'more.json').write_text(json.dumps(result_of(snapshot, kid=0.125)))
     result = tool('push', snapshot, 'owner/name', f'--dry-run={tmp_path / "out"}', f'--metrics={tmp_path / "more.json"}')
     assert result.exit_code == 0, result.output
     assert sorted(os.listdir(tmp_path / 'out')) == ['README.md', 'config.json', 'model.safetensors', 'samples.png']
     card = (tmp_path / 'out' / 'README.md').read_text()
-    for words in ('![Samples', '0.08 thousand images', '"sigma": 0.4', '| kid | 0.1250 |', '"use_labels"',
-                  '| fid_score | 12.5000 | 500 | inception | 64 images, split train, sha256 abababababab |'):
+    for words in ('![Samples', '0.08 thousand images', '"sigma": 0.4', '| kid | 0.1250 | heun18 |', '"use_labels"',
+                  '| fid_score | 12.5000 | heun18 | 35 | 1 | ema | 500 | inception | 64 images, split train, sha256 abababababab |',
+                  'license: unknown', f'Made with ambient-trainer {misc.VERSION}.'):
         assert words in card, card
     assert 'secret-name' not in card and '/home/me' not in card  # a card is public
     with Image.open(tmp_path / 'out' / 'samples.png') as image:
         assert image.size == Image.open(run / 'samples-000000.080.png').size
     assert torch.equal(samples(tmp_path / 'out'), samples(snapshot))
+
+
+def test_a_card_quotes_results_of_its_own_network_alone(run, tmp_path):
+    """Those of other snapshots and of images that tell no network are named and left out; given by hand they are refused."""
+    snapshot, others = run / 'network-snapshot-000000.080', []
+    for name, sha256, value in (('network-snapshot-000000.040.heun18', '12' * 32, 77.25), ('network-snapshot-000000.080.old', None, 88.5)):
+        result = result_of(snapshot, fid_score=value)
+        result['generated']['sha256'] = sha256
+        others.append(run / f'{name}.fid.json')
+        others[-1].write_text(json.dumps(result))
+    (tmp_path / 'folder.json').write_text(json.dumps(  # of a folder of images, by its record
+        {**METRICS, 'fid_score': 11.75, 'generated': {'path': 'out', 'sha256': 'ef' * 32, 'record': result_of(snapshot)['generated']}}))
+    try:
+        result = tool('push', snapshot, 'owner/name', f'--dry-run={tmp_path / "out"}', f'--metrics={tmp_path / "folder.json"}')
+        assert result.exit_code == 0, result.output
+        card = (tmp_path / 'out' / 'README.md').read_text()
+        assert '12.5000' in card and '11.7500' in card and '77.25' not in card and '88.5' not in card
+        assert f'not quoted: {others[0]}: is of another network' in result.output and 'sha256 121212121212' in result.output
+        assert f'not quoted: {others[1]}: does not tell which network' in result.output
+        for path, words in zip(others, ('is of another network', 'does not tell')):
+            line = refused('push', snapshot, 'owner/name', f'--dry-run={tmp_path / "no"}', f'--metrics={path}')
+            assert f'--metrics={path}: {words}' in line
+        assert not (tmp_path / 'no').exists()
+        assert 'not quoted' in tool('strip', snapshot, f'--dest={tmp_path / "strip"}').output
+    finally:
+        for path in others:
+            path.unlink()
+
+
+@pytest.mark.parametrize('name, tag', [('Apache-2.0', 'license: apache-2.0\n'), ('my-own-1', 'license: other\nlicense_name: my-own-1\n')])
+def test_the_licence_and_the_code_are_told_as_the_hub_wants(run, tmp_path, name, tag):
+    snapshot = run / 'network-snapshot-000000.080'
+    tool('push', snapshot, 'owner/name', f'--dry-run={tmp_path / "out"}', f'--license={name}', '--code=https://example.org/code')
+    card = (tmp_path / 'out' / 'README.md').read_text()
+    assert card.startswith(f'---\n{tag}tags:') and f'[ambient-trainer {misc.VERSION}](https://example.org/code)' in card
+    assert '--license=a b' in refused('push', snapshot, 'owner/name', f'--dry-run={tmp_path / "no"}', '--license=a b')
 
 
 @pytest.fixture(scope='module')

@@ -16,6 +16,7 @@ from click.testing import CliRunner
 import eval_fid
 import generate
 from dnnlib import EasyDict, UserError
+from dnnlib.files import file_digest
 from metrics import report
 from metrics.frechet import frechet_distance
 from metrics.generated import choose_count
@@ -254,7 +255,8 @@ def test_all_metrics_from_kept_features_and_from_images(folders, images):
         assert result['metrics'] == {'names': ['fid', 'kid', 'pr', 'dc'], 'kid_subsets': 4, 'kid_subset_size': 10, 'pr_k': 3,
                                      'dc_k': 5, 'splits': 2, 'seed': 2020}
         assert 'inception_score' not in result and 'repeats' not in result
-    assert b['reference']['split'] == 'test' and a['generated'] == {'path': 'gen', 'sha256': None}
+    assert b['reference']['split'] == 'test' and a['generated'] == {
+        'path': 'gen', 'sha256': file_digest('gen'), 'record': None, 'record_missing': 'there is no gen.json beside the images'}
     lines = output.splitlines()
     assert [line.split()[0] for line in lines[:-1]] == ['metric', 'fid_score', 'kid', 'kid_std', 'precision', 'recall', 'density',
                                                         'coverage']
@@ -294,7 +296,7 @@ def test_nearest(folders, images):
     assert set(named[:2]) == {('000003.png', '000020.png'), ('000007.png', '000004.png')} and len(named) == 5
     assert result['closest_pairs'][0]['distance'] < 1e-5 and result['closest_pairs'][2]['distance'] > 0.1
     assert [result[key]['num_images'] for key in ('gen_path', 'train', 'held_out')] == [12, 30, 25]
-    assert result['train'] == {'path': 'ref', 'num_images': 30, 'sha256': None}
+    assert result['train'] == {'path': 'ref', 'num_images': 30, 'sha256': file_digest('ref')}
     assert result['held_out']['sha256'] == hashlib.sha256(Path('unseen.npy').read_bytes()).hexdigest()
     assert result['nn_ratio_below_third'] == pytest.approx(2 / 12) and 'copying_z' in output
     assert result['detector']['name'] == 'pixels' and 'commit' in result['versions']

@@ -114,7 +114,24 @@ def test_json_beyond_the_limit_is_not_read(tmp_path, monkeypatch):
 def test_digests(tmp_path):
     (tmp_path / 'a').write_bytes(b'content')
     assert files.file_digest(tmp_path / 'a') == hashlib.sha256(b'content').hexdigest()
-    assert files.file_digest(tmp_path) is None
+
+
+def test_the_digest_of_a_folder_is_that_of_its_names_and_contents(tmp_path):
+    """Whatever the order of writing, the times, the place and what is under way; every name and byte counts."""
+    def fill(folder, names, contents=str):
+        for name in names:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(contents(name))
+        return files.file_digest(folder)
+
+    names = ['b.png', 'a.png', '000/c.png']
+    found = fill(tmp_path / 'one', names)
+    expected = hashlib.sha256(b''.join(name.encode() + b'\0' + hashlib.sha256(name.encode()).digest() for name in sorted(names)))
+    assert found == expected.hexdigest() == fill(tmp_path / 'two', names[::-1])
+    assert found == fill(tmp_path / 'one', ['.b.png.4711', '000/.lock', '.hidden/x', '__MACOSX/x'])
+    assert found != fill(tmp_path / 'three', [*names, 'd.png'])
+    assert found != fill(tmp_path / 'four', ['b.png', 'a.png', '001/c.png'], lambda name: name.replace('001', '000'))
+    assert found != fill(tmp_path / 'five', names, lambda name: name.replace('c', 'x'))
 
 
 def test_where_results_go(tmp_path, monkeypatch):

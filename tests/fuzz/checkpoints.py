@@ -335,8 +335,10 @@ class Options(Kind):
         save_network(self.net, self.ref)
         self.options = to_json(tiny.options(folder))
         self.old = json.loads((GOLDEN / 'version_0.1.0' / 'mix' / 'options.json').read_text())
+        made = {'network': 'net', 'sha256': misc.state_digest(self.net), 'weights': 'ema', 'sampler': 'heun', 'steps': 18,
+                'evaluations': 35, 'guidance': 1.5, 'guidance_interval': [0.1, None], 'gnet': 'worse', 'gnet_sha256': '1' * 64}
         self.result = {'fid_score': 3.5, 'num_images': 50_000, 'reference': {'num_images': 5, 'split': 'train', 'sha256': '0' * 64},
-                       'detector': {'name': 'inception'}}
+                       'detector': {'name': 'inception'}, 'generated': {'path': 'out', 'sha256': '2' * 64, 'record': made}}
         (self.run / 'options.json').write_text(json.dumps(self.options))
         (self.run / 'network-snapshot-000001.fid.json').write_text(json.dumps(self.result))
 

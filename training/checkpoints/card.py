@@ -2,15 +2,29 @@
 """The README.md of a network's folder: what it makes, how it was trained, how good it is, how to use it."""
 
 import json
+import re
 
+from dnnlib import UserError
+from metrics import table
+from metrics.report import number
+from metrics.results import origin, values
 from torch_utils import misc
 
+PROGRAM = 'ambient-trainer'
+QUOTED = ('sampler', 'evaluations', 'guidance', 'weights', 'images', 'detector', 'reference')  # what stands beside each number
+# Names that the Hub knows as licences; it takes others as "other" with a name.
+LICENCES = ('afl-3.0', 'agpl-3.0', 'apache-2.0', 'artistic-2.0', 'bigscience-openrail-m', 'bsd-2-clause', 'bsd-3-clause', 'bsl-1.0', 'cc',
+            'cc-by-2.0', 'cc-by-3.0', 'cc-by-4.0', 'cc-by-nc-2.0', 'cc-by-nc-3.0', 'cc-by-nc-4.0', 'cc-by-nc-nd-4.0', 'cc-by-nc-sa-4.0',
+            'cc-by-nd-4.0', 'cc-by-sa-3.0', 'cc-by-sa-4.0', 'cc0-1.0', 'creativeml-openrail-m', 'gpl-2.0', 'gpl-3.0', 'lgpl-2.1',
+            'lgpl-3.0', 'mit', 'mpl-2.0', 'openrail', 'unknown', 'unlicense', 'wtfpl', 'zlib')
 
-def model_card(config, options=None, kimg=None, metrics=(), samples=None):
+
+def model_card(config, options=None, kimg=None, metrics=(), samples=None, license='unknown', code=None):
     """Markdown for a network's folder: what it makes, how it was trained, how good it is, how to use it.
 
     config: of the network. options: a run's options.json, where it is known. kimg: thousands of images that it was trained on.
-    metrics: results of eval_fid.py, as read from their JSON files. samples: name of a picture in the folder."""
+    metrics: results of eval_fid.py, as read from their JSON files. samples: name of a picture in the folder. license: of the weights, as
+    the Hub calls it or by another name. code: address of the program's code. Raises UserError for a licence that is no name."""
     height, width = misc.height_width(config['img_resolution'])
     rows = {'Images': f'{config["img_channels"]} x {height} x {width}',
             'Classes': config.get('label_dim') or 'none (unconditional)',
@@ -21,8 +35,10 @@ def model_card(config, options=None, kimg=None, metrics=(), samples=None):
     told = public(options or {})
     training = f'Training options:\n\n```json\n{json.dumps(told, indent=2)}\n```\n' if any(told.values()) else ''
     picture = f'![Samples, one a seed, not chosen]({samples})\n\n' if samples else ''
-    return CARD_TEXT.format(table='\n'.join(f'| {name} | {value} |' for name, value in rows.items()), training=training,
-                            picture=picture, metrics=_metrics_table(metrics))
+    program = f'{PROGRAM} {misc.VERSION}'
+    return CARD_TEXT.format(
+        license=_license_tag(license), program=f'[{program}]({code})' if code else program, metrics=_metrics_table(metrics),
+        table='\n'.join(f'| {name} | {value} |' for name, value in rows.items()), training=training, picture=picture)
 
 
 def public(options):
@@ -31,18 +47,26 @@ def public(options):
             for key, names in PUBLIC.items() if key in options}
 
 
+def _license_tag(name):
+    """The licence in the form that the Hub accepts: one of its own names, or "other" with a name."""
+    if not re.fullmatch(r'[A-Za-z0-9][A-Za-z0-9.+-]{0,63}', name):
+        raise UserError(f'--license={name}: expected the name of a licence such as apache-2.0, of letters, digits, dots and hyphens')
+    return f'license: {name.lower()}' if name.lower() in LICENCES else f'license: other\nlicense_name: {name.lower()}'
+
+
 def _metrics_table(metrics):
     """Each number with what it must be quoted with; of the reference its count, split and hash, and no path."""
     lines = []
     for result in metrics:
-        reference, detector = result.get('reference') or {}, result.get('detector') or {}
+        reference, gnet = result.get('reference') or {}, origin(result).get('gnet_sha256')
         against = [f'{reference["num_images"]} images' if reference.get('num_images') else None,
                    f'split {reference["split"]}' if reference.get('split') else None,
                    f'sha256 {reference["sha256"][:12]}' if reference.get('sha256') else None]
-        values = {key: value for key, value in result.items() if isinstance(value, float) and not isinstance(value, bool)}
-        lines += [f'| {name} | {value:.4f} | {result.get("num_images")} | {detector.get("name")} | {", ".join(filter(None, against))} |'
-                  for name, value in values.items()]
-    head = '| metric | value | images | detector | reference |\n|-|-|-|-|-|\n'
+        told = {**table.quoted(result), 'reference': ', '.join(filter(None, against)) or table.NONE,
+                'guidance': table.guidance_words(origin(result), gnet and f'a network of sha256 {gnet[:12]}') or table.NONE}
+        cells = ' | '.join(table.escaped(told[column]) for column in QUOTED)
+        lines += [f'| {table.escaped(name)} | {number(value)} | {cells} |' for name, value in values(result).items() if value is not None]
+    head = f'| metric | value | {" | ".join(QUOTED)} |\n|-|-|{"-|" * len(QUOTED)}\n'
     return head + '\n'.join(lines) + '\n\n' if lines else ''
 
 
@@ -51,6 +75,7 @@ PUBLIC = {'data': ('use_labels', 'keep', 'xflip', 'augment'), 'corruption': None
           'run': ('batch', 'precision', 'seed'),
           'augment': None, 'batch': None, 'ema': None, 'precision': None, 'seed': None}
 CARD_TEXT = """---
+{license}
 tags:
 - diffusion
 - edm
@@ -72,5 +97,7 @@ In Python, with x a noisy batch [N,C,H,W] in network units and sigma its noise l
     from training import load_network
     net = load_network('NAME')
     denoised = net(x, sigma)
+
+Made with {program}.
 
 {training}"""

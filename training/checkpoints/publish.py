@@ -7,6 +7,8 @@ import shutil
 
 from dnnlib import UserError, hub
 from dnnlib.files import new_folder, read_json
+from metrics.results import network_digest, origin, read_result
+from torch_utils import misc
 from training.checkpoints import diffusers
 from training.checkpoints.card import PUBLIC, model_card
 from training.checkpoints.load import load_network
@@ -16,28 +18,49 @@ SAMPLES = 'samples.png'
 
 
 def export(ref, dest, weights='ema', format='folder'):
-    """Writes the network that `ref` names as the new folder `dest`: "folder" (config.json + model.safetensors) or "diffusers"."""
+    """Writes the network that `ref` names as the new folder `dest`: "folder" (config.json + model.safetensors) or "diffusers".
+
+    Returns what fill() does; nothing for diffusers."""
     with new_folder(dest) as part:
         net = load_network(ref, weights=weights)
         if format == 'diffusers':
             diffusers.write_diffusers(net, part)
-        else:
-            fill(part, net, ref)
+            return None
+        return fill(part, net, ref)
 
 
-def fill(folder, net, ref, metrics=(), samples=None):
+def fill(folder, net, ref, metrics=(), samples=None, license='unknown', code=None):
     """Fills an empty folder with a network, a model card and, where the run has one, a picture of samples.
 
-    metrics: paths of results of eval_fid.py, samples: path of a PNG, both besides what lies by the network. Returns what was found."""
-    found = beside(ref)
-    metrics = [*dict.fromkeys(os.path.abspath(path) for path in (*found['metrics'], *metrics))]
+    metrics: paths of results of eval_fid.py, samples: path of a PNG, both besides what lies by the network; license, code: as for
+    model_card. Only results of this very network are quoted. Returns what was found, with "left_out": a line for each result that lies by
+    the network and is of another. Raises UserError for one of `metrics` that is."""
+    found, digest = beside(ref), misc.state_digest(net)
+    given, left_out, quoted = {os.path.abspath(path): path for path in metrics}, [], {}
+    for path in dict.fromkeys([*found['metrics'], *given]):
+        result = read_result(path)
+        if why := _not_of(result, digest):
+            if path in given:
+                raise UserError(f'--metrics={given[path]}: {why}, and a card quotes results of its own network alone; leave it out')
+            left_out.append(f'{path}: {why}')
+        else:
+            quoted[path] = result
     samples = samples or found['samples']
-    card = model_card(net.config, found['options'], found['kimg'], [read_result(path) for path in metrics],
-                      SAMPLES if samples else None)
+    card = model_card(net.config, found['options'], found['kimg'], quoted.values(), SAMPLES if samples else None, license, code)
     write_files(net, folder, card)
     if samples:
         shutil.copyfile(samples, os.path.join(folder, SAMPLES))
-    return {**found, 'metrics': metrics, 'samples': samples}
+    return {**found, 'metrics': [*quoted], 'left_out': left_out, 'samples': samples}
+
+
+def _not_of(result, digest):
+    """Why a result is none of the network with this digest, in words; None where it is."""
+    told = network_digest(result)
+    if told is None:
+        return 'does not tell which network made its images'
+    if told == digest:
+        return None
+    return f'is of another network, {origin(result).get("network")} (sha256 {told[:12]}, here {digest[:12]})'
 
 
 def beside(ref):
@@ -64,23 +87,6 @@ def read_options(path):
     for key, names in PUBLIC.items():
         if names is not None and not isinstance(found.get(key, {}), dict):
             raise UserError(f'{path}: not the options of a run: "{key}" must be an object, got {type(found[key]).__name__}')
-    return found
-
-
-def read_result(path):
-    """What a JSON file of eval_fid.py holds. Raises UserError where what a card quotes is of another type."""
-    found = read_json(path)
-    parts = {'': (found, {'num_images': int})}
-    for key, kinds in (('reference', {'num_images': int, 'split': str, 'sha256': str}), ('detector', {'name': str})):
-        part = found.get(key)
-        if part is not None and not isinstance(part, dict):
-            raise UserError(f'{path}: not a result of eval_fid.py: "{key}" must be an object, got {type(part).__name__}')
-        parts[f'{key}.'] = part or {}, kinds
-    for where, (part, kinds) in parts.items():
-        for key, kind in kinds.items():
-            if part.get(key) is not None and (not isinstance(part[key], kind) or isinstance(part[key], bool)):
-                raise UserError(f'{path}: not a result of eval_fid.py: "{where}{key}" must be {kind.__name__}, '
-                                f'got {type(part[key]).__name__}')
     return found
 
 

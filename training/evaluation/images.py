@@ -1,12 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images that a network makes in memory, for metrics."""
+"""Generated images, for metrics: those that a network makes in memory, and those in files, both with what made them."""
+
+import os
+import sys
 
 from dnnlib import UserError
-from metrics.generated import choose_count
-from torch_utils import distributed, misc
+from dnnlib.files import beside
+from metrics import results
+from metrics.generated import FileImages, choose_count
+from torch_utils import distributed
 from torch_utils.command_line import ranges
 from training.sampling import options as sampling
-from training.sampling.generate import check_finite, generate_images, noise_levels, resolution
+from training.sampling import record
+from training.sampling.folder import record_of, record_path
+from training.sampling.generate import check_finite, generate_images, resolution
 from training.sampling.pixels import is_picture, to_uint8
 
 
@@ -32,9 +39,17 @@ class NetworkImages:
             raise UserError(f'--network={o.network}: makes no 8-bit grey or RGB images, which detectors compare')
         self.shape = self._net.img_channels, *resolution(self._net)
         self.labels = [{'seeds': ranges(seeds)} for seeds in self._seeds]
-        told = {key: o[key] for key in (*sampling.NAMES, *sampling.KEYS) if o[key] is not None}
-        sigmas = noise_levels(self._net, self._pieces['schedule'], self._pieces['num_steps'])
-        self.facts = {'network': o.network, 'sha256': misc.state_digest(self._net), **told, 'sigmas': sigmas.tolist()}
+        self._facts = distributed.from_rank0(record.describe, o, self._net, self._pieces)
+
+    def facts(self):
+        """The same in the same form as the record of a folder of such images."""
+        return {**self._facts, 'seeds': ranges(self._seeds[0])}
+
+    def default_path(self, suffix):
+        """NETWORK, what tells its results apart, and the suffix."""
+        o, seeds = self._o, ranges(self._seeds[0])
+        tag = results.tag(self._facts, self.count, o.repeats, o.detector, seeds=None if seeds == ranges(range(self.count)) else seeds)
+        return beside(o.network, f'.{tag}{suffix}')
 
     def repeats(self):
         """Yields the batches of each repeat."""
@@ -43,3 +58,24 @@ class NetworkImages:
 
     def check_unchanged(self):
         """A network in memory stays as it is."""
+
+
+class RecordedImages(FileImages):
+    """--gen-path: images in files, with the record of a folder where that is of exactly these images."""
+
+    def __init__(self, o):
+        super().__init__(o)
+        self._record, self._missing = distributed.from_rank0(self._find_record)
+
+    def _find_record(self):
+        if not os.path.isdir(self.files.path):
+            return None, 'not a folder of images, which alone has a record'
+        names = [self.files.name(i) for i in range(len(self.files))]
+        found, why = record_of(self.files.path, names, self.shape)
+        if why and os.path.lexists(record_path(self.files.path)):
+            print(f'Warning: --gen-path={self._o.gen_path}: {why}; the result does not say what made the images', file=sys.stderr)
+        return found, why
+
+    def facts(self):
+        """Path, digest, and the record: or null, and why there is none."""
+        return {**super().facts(), 'record': self._record, **({} if self._record else {'record_missing': self._missing})}

@@ -2,7 +2,8 @@
 """Which label each seed is sampled with: one class, uniform classes, those of a data set, or those of a file.
 
 A source is called as (draws, seeds) -> labels, int64 [n] classes or float32 [n, label_dim] vectors. Every source draws exactly one
-random number of each seed's generator, so that a seed's later draws do not depend on where its label came from."""
+random number of each seed's generator, so that a seed's later draws do not depend on where its label came from. Those of a table have it as
+their attribute `table`."""
 
 import json
 import os
@@ -29,7 +30,12 @@ def one_class(index):
 
 def drawn(table):
     """Each seed's own row of the table: labels are as frequent as they are in it."""
-    return lambda draws, seeds: table[draws.randint(len(table)).cpu()].to(draws.device)
+
+    def source(draws, seeds):
+        return table[draws.randint(len(table)).cpu()].to(draws.device)
+
+    source.table = table
+    return source
 
 
 def listed(table):
@@ -39,6 +45,7 @@ def listed(table):
         draws.randint(2)
         return table[list(seeds)].to(draws.device)
 
+    source.table = table
     return source
 
 

@@ -111,7 +111,7 @@ def test_evaluation_records_what_it_used(folder, tmp_path):
         result = json.loads((tmp_path / f'{name}.json').read_text())
         facts[name] = result['generated'], result['fid_score']
     assert facts['own'] == facts['told'] and facts['own'][1] != facts['heun'][1]
-    used = {'sampler': 'ancestral:variance=small', 'levels': RESPACED, 'steps': 7}
+    used = {'sampler': 'ancestral:variance=small,clip=true', 'levels': RESPACED, 'steps': 7}
     assert used.items() <= facts['own'][0].items() and len(facts['own'][0]['sigmas']) == 8
     assert {'sampler': 'heun', 'levels': 'edm', 'steps': 18}.items() <= facts['heun'][0].items()
 

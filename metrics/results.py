@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Results of eval_fid.py as files: what is read of them, whose images they are of, what they are called, and which takes whose place.
+
+A result is a JSON object: numbers under their metrics' names, and what they must be quoted with under the names of FACTS."""
+
+import hashlib
+import json
+import os
+
+from dnnlib import UserError
+from dnnlib.files import finite, read_json, write_json
+
+SUFFIX = '.fid.json'
+PROTOCOL_NUM = 50000  # the count of generated images behind published distances, which fall as it grows
+FACTS = ('summary', 'repeats', 'metrics', 'num_images', 'found_images', 'image_shape', 'generated', 'reference', 'detector', 'device',
+         'gpu', 'tf32', 'threads', 'ranks', 'versions', 'options')
+OTHERS = {'closest_pairs': 'eval_fid.py nearest', 'bits_per_dim': 'eval_nll.py', 'differential_bits_per_dim': 'eval_nll.py'}
+KINDS = {'': {'num_images': int, 'generated': dict, 'reference': dict, 'detector': dict, 'summary': dict, 'repeats': list,
+              'metrics': dict},
+         'generated': {'sha256': str, 'path': str, 'record': dict},
+         'reference': {'num_images': int, 'split': str, 'sha256': str, 'path': str},
+         'detector': {'name': str}}
+ORIGIN = {'network': str, 'sha256': str, 'weights': str, 'sampler': str, 'steps': int, 'evaluations': int, 'guidance': (int, float),
+          'guidance_interval': (list, str), 'gnet': str, 'gnet_sha256': str}
+MOST = 2 ** 63  # whole numbers beyond are of nothing that is counted
+
+
+# ----------------------------------------------------------------------------------------------------
+# Reading
+
+
+def read_result(path):
+    """What a JSON file of eval_fid.py holds. Raises UserError, which names the file, where it is none or a part is of another type."""
+    found = read_json(path)
+    for key, program in OTHERS.items():
+        if key in found:
+            raise UserError(f'{path}: a result of {program}, where one of eval_fid.py with its metrics is expected')
+    for part, kinds in KINDS.items():
+        _check(path, part, found.get(part) or {} if part else found, kinds)
+    _check(path, 'generated', origin(found), ORIGIN)
+    if not values(found) or not isinstance(found.get('detector'), dict) or found.get('num_images') is None:
+        raise UserError(f'{path}: not a result of eval_fid.py: expected metrics with their "num_images" and "detector"')
+    return found
+
+
+def _check(path, part, found, kinds):
+    for key, kind in kinds.items():
+        value = found.get(key)
+        if value is not None and (not isinstance(value, kind) or isinstance(value, bool) or isinstance(value, int) and abs(value) >= MOST):
+            names = {dict: 'an object', list: 'a list', int: 'a whole number', str: 'text'}
+            raise UserError(f'{path}: not a result of eval_fid.py: "{part and f"{part}."}{key}" must be {names.get(kind, "another type")}, '
+                            f'got {type(value).__name__}')
+
+
+def values(result):
+    """{name: number or None} of the metrics of a result."""
+    return {key: value for key, value in result.items() if key not in FACTS and not isinstance(value, bool)
+            and (value is None or isinstance(value, float) or isinstance(value, int) and abs(value) < MOST)}
+
+
+def origin(result):
+    """What made the images of a result: the record that came with them, or what is told of the network that made them; {} if nothing is."""
+    generated = result.get('generated') or {}
+    return generated.get('record') or (generated if 'network' in generated else {})
+
+
+def network_digest(result):
+    """The digest of the network that made a result's images; None where that is not told."""
+    return origin(result).get('sha256')
+
+
+# ----------------------------------------------------------------------------------------------------
+# Names
+
+
+def tag(facts, count, repeats=1, detector='inception', **others):
+    """What tells the results of one network apart in their names, such as "heun6-guidance1.5-ema0.05-2k": sampler and steps; guidance,
+    weights, detector and count where they are not 1, ema, inception and 50,000; six digits that stand for all else that is no default.
+
+    facts: of the network and its sampler, as a record tells them. others: further options, None where they are defaults."""
+    sampler, _, keys = str(facts['sampler']).partition(':')
+    name, _, detector_keys = detector.partition(':')
+    images = '' if count == PROTOCOL_NUM and repeats == 1 else f'{count // 1000}k' if count % 1000 == 0 else str(count)
+    parts = [f'{sampler}{facts["steps"]}',
+             f'guidance{facts["guidance"]:g}' if facts['guidance'] != 1 else '',
+             facts['weights'].replace(':', '') if facts['weights'] != 'ema' else '',
+             name if name != 'inception' else '',
+             f'{repeats}x{images}' if repeats > 1 else images]
+    labels = {key: value for key, value in (facts.get('labels') or {}).items() if key != 'path'}
+    rest = {**others, 'sampler': keys, 'detector': detector_keys, 'levels': facts['levels'].replace('edm', '', 1),
+            'labels': labels if labels != {'source': 'uniform'} else None, 'precision': facts['precision'].replace('fp32', ''),
+            **{key: facts.get(key) for key in ('stop_sigma', 'guidance_interval', 'gnet_sha256', 'compile')}}
+    rest = {key: value for key, value in rest.items() if value}
+    digest = hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()[:6] if rest else ''
+    return '-'.join(filter(None, [*parts, digest]))
+
+
+# ----------------------------------------------------------------------------------------------------
+# One name, several results: no number is lost
+
+
+def write_beside(path, result):
+    """Writes a result under its default name, where one may lie already; returns lines that say what became of that.
+
+    Of the same images, reference and detector: values of metrics that were not measured now are kept in the new file, where settings,
+    device and versions are the same. All else that holds other numbers is moved to a name of its own, NAME.1.fid.json."""
+    result, lines = finite(result), []
+    if os.path.lexists(path):
+        try:
+            old = read_result(path)
+        except UserError:
+            old = None
+        extra = {} if old is None else {key: value for key, value in values(old).items() if key not in result}
+        if old is None or _identity(old) != _identity(result) or extra and not _joinable(old, result):
+            aside = _free_name(path)
+            os.rename(path, aside)
+            lines.append(f'the earlier result, {_difference(old, result)}, is now {aside}')
+        elif extra:
+            result = _joined(old, result, extra)
+            lines.append(f'kept of the earlier result there: {", ".join(extra)}')
+    write_json(path, result)
+    return lines
+
+
+def _identity(result):
+    """What a number is of: images, reference, detector."""
+    generated, reference = result.get('generated') or {}, result.get('reference') or {}
+    where = {'network', 'path', 'gnet', 'record', 'record_missing'}
+    images = {key: value for key, value in generated.items() if key not in where or key == 'path' and not generated.get('sha256')}
+    return {'images': [images, result.get('num_images'), [_seeds(each) for each in result.get('repeats') or ()]],
+            'reference': [reference.get('sha256') or reference.get('path'), reference.get('split'), reference.get('num_images')],
+            'detector': [result['detector'].get('name'), result['detector'].get('sha256')]}
+
+
+def _seeds(repeat):
+    return repeat.get('seeds') if isinstance(repeat, dict) else None
+
+
+def _difference(old, new):
+    """How an earlier result differs, in words."""
+    if old is None:
+        return 'which is none of eval_fid.py'
+    before, now = _identity(old), _identity(new)
+    words = {'images': 'of other images', 'reference': 'against another reference', 'detector': 'with another detector'}
+    return ' and '.join(words[key] for key in words if before[key] != now[key]) or 'of other metrics with other settings or versions'
+
+
+def _joinable(old, new):
+    same = lambda key: old.get(key) == new.get(key)
+    settings = [{key: value for key, value in (each.get('metrics') or {}).items() if key != 'names'} for each in (old, new)]
+    return same('versions') and same('device') and settings[0] == settings[1] and isinstance(old['metrics'].get('names'), list)
+
+
+def _joined(old, new, extra):
+    """The new result with the values of metrics that the old one alone has."""
+    numbers = values(new)
+    names = [*new['metrics']['names'], *(name for name in old['metrics']['names'] if name not in new['metrics']['names'])]
+    parts = {'metrics': {**new['metrics'], 'names': names}}
+    if new.get('summary') and old.get('summary'):
+        parts['summary'] = {**old['summary'], **new['summary']}
+    if new.get('repeats') and old.get('repeats'):
+        parts['repeats'] = [{**before, **now} for before, now in zip(old['repeats'], new['repeats'])]
+    return {**numbers, **extra, **new, **parts}
+
+
+def _free_name(path):
+    """x.fid.json -> x.1.fid.json, or the next number that is free."""
+    stem, suffix = (path[:-len(SUFFIX)], SUFFIX) if path.endswith(SUFFIX) else os.path.splitext(path)
+    number = 1
+    while os.path.lexists(found := f'{stem}.{number}{suffix}'):
+        number += 1
+    return found
