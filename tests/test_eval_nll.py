@@ -189,6 +189,7 @@ def test_noisy_images_are_left_out(here):
     (['--network=ve', '--sigma-min=0.001'], ['--sigma-min=0.001', '0.02 to 100']),
     (['--max-steps=2'], ['--network=plain', 'more than 2 steps']),
     (['--network=broken'], ['--network=broken', 'not finite']),
+    (['--network=nan'], ['nan: weights are not finite', '1 of ']),
     (['--out-path=a'], ['--out-path=a', '.json']),
     (['--npz-path=a.json'], ['--npz-path=a.json', '.npz']),
     (['--device=abacus'], ['--device=abacus']),
@@ -203,6 +204,8 @@ def test_refusals(here, args, words):
     save_network(small('ve', img_channels=1), 've')
     broken = small(img_channels=1)
     next(broken.parameters()).data.fill_(torch.nan)
+    save_network(broken, 'nan')
+    next(broken.parameters()).data.fill_(3e38)  # finite, and what is made of them is not
     save_network(broken, 'broken')
     line = refused(*{'--network': '--network=plain', '--data': '--data=data.zip',
                      **{arg.partition('=')[0]: arg for arg in args}}.values())
