@@ -28,7 +28,7 @@ def statistics(means, squares, classes=None):
     weights = torch.ones(len(means), dtype=torch.float64)
     if classes is not None:
         _, which, counts = classes.unique(return_inverse=True, return_counts=True)
-        weights = 1.0 / counts[which]
+        weights = 1 / counts[which].double()
     weights = (weights / weights.sum())[:, None]
     mean = (weights * means).sum(0)
     about = squares - 2 * mean * means + mean ** 2  # mean square about the mean of all
