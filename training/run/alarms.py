@@ -9,7 +9,6 @@ import torch
 from metrics.distances import nearest
 from torch_utils import misc
 from training.checkpoints.load import non_finite
-from training.data.tables import distinct
 from training.sampling.channels import Channels, moments, statistics
 
 MOST_IMAGES, MOST_VALUES = 10_000, 2 ** 25  # of the training data that are looked at; 2 ** 25: 10,922 images of 3x32x32
@@ -139,8 +138,7 @@ def inspect(store, dataset, sigma_n, train, validation, seed):
     Copies are looked for where all clean images together are within MOST_IMAGES and MOST_VALUES, and FEWEST at least."""
     statistics = data_statistics(store, dataset, sigma_n, train, seed)
     clean = train[(sigma_n[train] == 0) & ~dataset.flip[train]]
-    count = len(distinct(dataset.raw_idx[clean]))
-    if not FEWEST <= count <= min(MOST_IMAGES, MOST_VALUES // int(np.prod(dataset.image_shape))):
+    if not FEWEST <= len(clean) <= min(MOST_IMAGES, MOST_VALUES // int(np.prod(dataset.image_shape))):
         return Inspection(statistics)
     held_out = None
     if validation is not None:
