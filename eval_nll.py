@@ -2,6 +2,7 @@
 """Measures how likely a network finds given images, in bits per dimension: by the probability-flow ODE or by the variational bound.
 
 python eval_nll.py --network=NAME --data=cifar-test.zip --split=test --num=1000
+python eval_nll.py --network=NAME --data=cifar-test.zip --split=test --dequantise=gaussian
 python eval_nll.py --network=NAME --data=cifar-test.zip --split=test --method=vlb --plot=terms.png
 torchrun --standalone --nproc_per_node=8 eval_nll.py --network=NAME --data=cifar-test.zip --split=test"""
 
@@ -20,6 +21,7 @@ from torch_utils.command_line import Command, Number, version_option
 from training.checkpoints.load import load_network
 from training.data.dataset import ImageDataset
 from training.diffusion import discrete
+from training.likelihood import dequantisation
 from training.likelihood.bound import variational_bound, write_picture
 from training.likelihood.flow import log_likelihood
 
@@ -27,8 +29,10 @@ SIGMA_MIN, SIGMA_MAX, SIGMA_DATA = 0.002, 80.0, 0.5  # EDM's, where neither the 
 DIFFUSION = 'cosine:steps=1000'
 POSITIVE, COUNT = Number(above=0), click.IntRange(min=1)
 BAR = '{desc}{percentage:3.0f}%|{bar}| {n:.0f}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}]'  # the bound counts fractions of images
-OWN_OPTIONS = {'ode': ('trace', 'probes', 'sigma_min', 'sigma_max', 'sigma_data', 'rtol', 'atol', 'max_steps'),
-               'vlb': ('diffusion', 'steps', 'variance', 'plot')}
+OF_FLOW = 'dequantise', 'trace', 'probes', 'sigma_max', 'sigma_data', 'rtol', 'atol', 'max_steps'
+OF_STEPS = 'diffusion', 'steps', 'variance'
+OWN_OPTIONS = {'--method=ode': {*OF_FLOW, 'sigma_min'}, '--method=ode --dequantise=gaussian': {*OF_FLOW, *OF_STEPS},
+               '--method=vlb': {*OF_STEPS, 'plot'}}
 
 
 @click.command(cls=Command)
@@ -40,6 +44,9 @@ OWN_OPTIONS = {'ode': ('trace', 'probes', 'sigma_min', 'sigma_max', 'sigma_data'
 @click.option('--cond', metavar='BOOL', type=bool, help='Give the network the labels of the data  [default: if it takes labels]')
 @click.option('--method', type=click.Choice(['ode', 'vlb']), default='ode', show_default=True,
               help='Probability-flow ODE, an estimate, or variational bound, an upper bound of the bits')
+@click.option('--dequantise', type=click.Choice(['uniform', 'gaussian']), default='uniform', show_default=True,
+              help='ode: how grey levels become a density: noise that fills them up, or that of the level sigma_1 and the decoder of the '
+              'bound, which makes the two methods comparable')
 @click.option('--trace', type=click.Choice(['hutchinson', 'exact']), default='hutchinson', show_default=True,
               help='ode: trace of dD/dx, estimated with random probes, or exact, at as many backward passes as an image has numbers')
 @click.option('--probes', metavar='INT', type=COUNT, default=1, show_default=True,
@@ -47,7 +54,7 @@ OWN_OPTIONS = {'ode': ('trace', 'probes', 'sigma_min', 'sigma_max', 'sigma_data'
 @click.option('--repeats', metavar='INT', type=COUNT, default=1, show_default=True,
               help='Draws of all noise an image, averaged')
 @click.option('--sigma-min', metavar='FLOAT', type=POSITIVE,
-              help='ode: where the density is taken  [default: 0.002, or the network\'s own]')
+              help='ode, uniform: where the density is taken  [default: 0.002, or the network\'s own]')
 @click.option('--sigma-max', metavar='FLOAT', type=POSITIVE, help='ode: where the prior stands  [default: 80, or the network\'s own]')
 @click.option('--sigma-data', metavar='FLOAT', type=POSITIVE,
               help='ode: data std; the prior is N(0, sigma_max^2 + sigma_data^2)  [default: the network\'s own]')
@@ -56,11 +63,12 @@ OWN_OPTIONS = {'ode': ('trace', 'probes', 'sigma_min', 'sigma_max', 'sigma_data'
               help='ode: absolute tolerance, for values of unit size')
 @click.option('--max-steps', metavar='INT', type=COUNT, default=2000, show_default=True,
               help='ode: give up where one image needs more steps')
-@click.option('--diffusion', metavar='NAME[:k=v]', help='vlb: the schedule whose levels are visited, such as linear or cosine:steps=4000  '
+@click.option('--diffusion', metavar='NAME[:k=v]',
+              help='vlb, gaussian: the schedule whose levels are visited, such as linear or cosine:steps=4000  '
               f'[default: the network\'s own, or {DIFFUSION}]')
-@click.option('--steps', metavar='LIST', help='vlb: only so many of its steps, such as 250 or ddim50  [default: all]')
+@click.option('--steps', metavar='LIST', help='vlb, gaussian: only so many of its steps, such as 250 or ddim50  [default: all]')
 @click.option('--variance', type=click.Choice(['auto', 'learned', 'large', 'small']), default='auto', show_default=True,
-              help='vlb: of the reverse steps; auto: learned where the network was trained to give it, else large')
+              help='vlb, gaussian: of the reverse steps; auto: learned where the network was trained to give it, else large')
 @click.option('--plot', metavar='PNG', help='vlb: a picture of the terms')
 @click.option('--seed', metavar='INT', type=click.IntRange(min=0), default=0, show_default=True, help='Of all noise')
 @click.option('--weights', metavar='WHICH', default='ema', show_default=True,
@@ -70,27 +78,35 @@ OWN_OPTIONS = {'ode': ('trace', 'probes', 'sigma_min', 'sigma_max', 'sigma_data'
 @click.option('--threads', metavar='INT', type=COUNT, help='CPU threads of each rank; equal values need equal threads')
 @click.option('--device', metavar='DEVICE', help='Such as cuda or cpu  [default: the GPU of the rank, if it has one]')
 @click.option('--npz-path', metavar='NPZ', help='Also each image\'s own values, and the bound\'s terms, in this file')
-@click.option('--out-path', metavar='JSON', help='Where the result goes  [default: beside the network, NETWORK.METHOD.json]')
+@click.option('--out-path', metavar='JSON', help='Where the result goes  [default: beside the network, as NETWORK.ode.json]')
 @version_option
 @click.pass_context
 def main(ctx, **options):
     """Bits per dimension of images under a network: -log2 p / (C H W) of 8-bit images.
 
-    By the ODE grey levels are filled up to a density with uniform noise; float images have no grey levels: theirs is the
-    differential figure, in the units of the data. The bound speaks of the grey levels themselves."""
+    By the ODE grey levels are filled up to a density with uniform noise, which has a price; --dequantise=gaussian bounds the bits of
+    the grey levels themselves, as --method=vlb does: compare only these two. Float images have no grey levels: theirs is the
+    differential figure, in the units of the data."""
     o = dnnlib.EasyDict(options)
-    for key in (key for method, keys in OWN_OPTIONS.items() if method != o.method for key in keys):
-        if ctx.get_parameter_source(key) == click.core.ParameterSource.COMMANDLINE:
-            raise UserError(f'--{key.replace("_", "-")}: not an option of --method={o.method}; leave it out')
+    check_options(ctx, o)
     if o.threads:
         torch.set_num_threads(o.threads)
     distributed.init()
     run(o)
 
 
+def check_options(ctx, o):
+    """Refuses options that the method has no use for."""
+    chosen = f'--method={o.method}' + (' --dequantise=gaussian' if (o.method, o.dequantise) == ('ode', 'gaussian') else '')
+    for key in sorted(set().union(*OWN_OPTIONS.values()) - OWN_OPTIONS[chosen]):
+        if ctx.get_parameter_source(key) == click.core.ParameterSource.COMMANDLINE:
+            why = ', whose density is taken at the lowest level of --diffusion' if key == 'sigma_min' and o.method == 'ode' else ''
+            raise UserError(f'--{key.replace("_", "-")}: not an option of {chosen}{why}; leave it out')
+
+
 def run(o):
     """Reads, measures, prints, and writes the files."""
-    out_path = o.out_path or beside(o.network, f'.{o.method}.json')
+    out_path = o.out_path or beside(o.network, f'.{o.method}{"-gaussian" if o.dequantise == "gaussian" else ""}.json')
     for path, option, suffix in ((out_path, '--out-path', '.json'), (o.npz_path, '--npz-path', '.npz'), (o.plot, '--plot', '.png')):
         if path:
             prepare_output(path, option, suffix)
@@ -98,7 +114,7 @@ def run(o):
     net.compute_dtype = torch.float32  # half precision rounds the trace away
     dataset, conditional = open_data(net, o)
     items = choose_items(dataset, o)
-    method = METHODS[o.method](net, dataset, o)
+    method = METHODS[o.method, o.dequantise](net, dataset, o)
     found, terms = measure(net, dataset, items, conditional, method, o)
     if distributed.rank() == 0:
         result = {**summary(found, dataset), **provenance(net, dataset, items, conditional, o), **method.facts()}
@@ -115,18 +131,26 @@ class FlowMethod:
         self.net, self.o, self.is_float = net, o, dataset.is_float
         scales = np.atleast_1d(dataset.units['scale'] if dataset.is_float else 127.5)  # of all channels, or of each
         self.offset = sum(map(math.log2, scales)) / len(scales)
-        self.flow = flow_options(net, o)
+        self.flow = self.pick_flow()
+
+    def pick_flow(self):
+        """The options of log_likelihood."""
+        return flow_options(self.net, self.o)
 
     def __call__(self, images, raw_idx, repeat, class_labels, progress):
-        probes = None
-        if self.o.trace == 'hutchinson':
-            draw = lambda source: torch.randint(2, [self.o.probes, *images.shape[1:]], generator=source, dtype=torch.int8) * 2 - 1
-            probes = keyed(draw, raw_idx, self.o.seed, 'probes', repeat).to(images.device)
         if not self.is_float:
             images = dequantised(images, raw_idx, self.o.seed, repeat)
-        found = log_likelihood(self.net, images, probes=probes, class_labels=class_labels, progress=progress, **self.flow)
+        found = log_likelihood(self.net, images, probes=self.probes(images, raw_idx, repeat), class_labels=class_labels,
+                               progress=progress, **self.flow)
         bits = -found.log_p / (images[0].numel() * math.log(2)) + self.offset
         return {'bits_per_dim': bits, 'evaluations': found.evaluations}, torch.zeros(self.terms)
+
+    def probes(self, images, raw_idx, repeat):
+        """Of the trace, [n,K,C,H,W]; None where it is exact."""
+        if self.o.trace == 'exact':
+            return None
+        draw = lambda source: torch.randint(2, [self.o.probes, *images.shape[1:]], generator=source, dtype=torch.int8) * 2 - 1
+        return keyed(draw, raw_idx, self.o.seed, 'probes', repeat).to(images.device)
 
     def facts(self):
         """What the result tells of the method."""
@@ -139,6 +163,40 @@ class FlowMethod:
         return {}
 
 
+class GaussianFlowMethod(FlowMethod):
+    """The same from the lowest level of the bound's diffusion on, with the bound's decoder: a bound for grey levels."""
+
+    columns = 'bits_per_dim', 'flow_bits_per_dim', 'decoder_bits_per_dim', 'noise_bits_per_dim', 'evaluations'
+
+    def __init__(self, net, dataset, o):
+        if dataset.is_float:
+            raise UserError(f'--dequantise=gaussian: is for 8-bit images, and --data={o.data} holds others, which need no '
+                            'dequantisation; leave it out')
+        self.diffusion, self.variance = pick_diffusion(net, o), pick_variance(net, o)
+        super().__init__(net, dataset, o)
+
+    def pick_flow(self):
+        """The options of log_likelihood, its lowest level the diffusion's."""
+        low = float(self.diffusion.levels[0])
+        if low < self.net.sigma_min * (1 - 1e-5):  # networks keep levels in float32
+            raise UserError(f'--diffusion={self.o.diffusion or DIFFUSION}: its lowest level, {low:.4g}, is not in the range of the '
+                            f'network, {self.net.sigma_min:g} to {self.net.sigma_max:g}; a schedule of fewer steps begins higher')
+        return flow_options(self.net, dnnlib.EasyDict(self.o, sigma_min=max(low, self.net.sigma_min))) | {'sigma_min': low}
+
+    def __call__(self, images, raw_idx, repeat, class_labels, progress):
+        noise = bound_noise(images, raw_idx, self.o.seed, repeat, 0)  # so that the decoder's term is the very one of the bound
+        options = {key: value for key, value in self.flow.items() if key != 'sigma_min'}
+        found = dequantisation.grey_levels(self.net, self.diffusion, images, noise, class_labels=class_labels, variance=self.variance,
+                                           probes=self.probes(images, raw_idx, repeat), progress=progress, **options)
+        return dict(zip(self.columns, found)), torch.zeros(self.terms)
+
+    def facts(self):
+        """What the result tells of the method."""
+        return {**super().facts(), 'dequantisation': 'x_0 + sigma_1 N(0, 1), decoder of the bound', 'offset_bits': 0.0,
+                'sigma_1': float(self.diffusion.levels[0]), 'steps': self.diffusion.steps,
+                'trained_steps': self.diffusion.trained_steps, 'variance': self.variance}
+
+
 class BoundMethod:
     """The variational bound of grey levels: (images, raw_idx, repeat, class_labels, progress) -> ({name: [n]}, sums [3,T])."""
 
@@ -148,19 +206,11 @@ class BoundMethod:
         if dataset.is_float:
             raise UserError(f'--method=vlb: is a bound for 8-bit images, and --data={o.data} holds others; use --method=ode')
         self.net, self.o = net, o
-        self.diffusion = pick_diffusion(net, o)
-        has_channels = getattr(net, 'output_multiple', 1) > 1
-        if o.variance == 'learned' and not has_channels:
-            raise UserError('--variance=learned: the network has no channels for the variance; choose large or small')
-        trained = getattr(net, 'gives_variance', False)
-        self.variance = ('learned' if trained else 'large') if o.variance == 'auto' else o.variance
+        self.diffusion, self.variance = pick_diffusion(net, o), pick_variance(net, o)
         self.terms = 3, self.diffusion.steps
 
     def __call__(self, images, raw_idx, repeat, class_labels, progress):
-        def noise(t):
-            draw = lambda source: torch.randn(images.shape[1:], generator=source, dtype=torch.float64)
-            return keyed(draw, raw_idx, self.o.seed, 'bound', repeat, t).to(images.device)
-
+        noise = lambda t: bound_noise(images, raw_idx, self.o.seed, repeat, t)
         found = variational_bound(self.net, self.diffusion, images, noise, class_labels=class_labels, variance=self.variance,
                                   progress=progress)
         values = found.total, found.prior, found.vb[:, 0], found.x0_mse.mean(dim=1), found.eps_mse.mean(dim=1)
@@ -187,6 +237,14 @@ def pick_diffusion(net, o):
         return diffusion.respace(o.steps) if o.steps else diffusion
     except ValueError as err:
         raise UserError(f'--steps={o.steps}: {err}') from None
+
+
+def pick_variance(net, o):
+    """Of the bound's reverse steps: what --variance asks for; auto: learned where the network was trained to give it, else large."""
+    if o.variance == 'learned' and not getattr(net, 'output_multiple', 1) > 1:
+        raise UserError('--variance=learned: the network has no channels for the variance; choose large or small')
+    trained = getattr(net, 'gives_variance', False)
+    return ('learned' if trained else 'large') if o.variance == 'auto' else o.variance
 
 
 def open_data(net, o):
@@ -275,9 +333,15 @@ def keyed(draw, raw_idx, *key):
 
 
 def dequantised(images, raw_idx, seed, repeat):
-    """Grey level u spread evenly over [u - 1/2, u + 1/2]: so a network's output is rounded to it."""
+    """Images in network units filled up to a density, each with uniform noise of its own."""
     draw = lambda source: torch.rand(images.shape[1:], generator=source, dtype=torch.float64)
-    return images + (keyed(draw, raw_idx, seed, 'dequantisation', repeat).to(images.device) - 0.5) / 127.5
+    return dequantisation.uniform(images, keyed(draw, raw_idx, seed, 'dequantisation', repeat).to(images.device))
+
+
+def bound_noise(images, raw_idx, seed, repeat, t):
+    """Standard normal of step t of the bound, like images."""
+    draw = lambda source: torch.randn(images.shape[1:], generator=source, dtype=torch.float64)
+    return keyed(draw, raw_idx, seed, 'bound', repeat, t).to(images.device)
 
 
 def summary(found, dataset):
@@ -323,7 +387,7 @@ def write(result, arrays, out_path, o):
     print(f'written to {", ".join(filter(None, [out_path, o.npz_path, o.plot]))}')
 
 
-METHODS = {'ode': FlowMethod, 'vlb': BoundMethod}
+METHODS = {('ode', 'uniform'): FlowMethod, ('ode', 'gaussian'): GaussianFlowMethod, ('vlb', 'uniform'): BoundMethod}
 
 if __name__ == '__main__':
     main()

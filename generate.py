@@ -16,6 +16,7 @@ from torch_utils import distributed
 from torch_utils.command_line import Command, IntList, version_option
 from training.sampling import guidance
 from training.sampling import options as sampling
+from training.sampling.channels import Channels
 from training.sampling.folder import RecordedFolder, record_path
 from training.sampling.generate import check_finite, generate_images, network_device, resolution
 from training.sampling.pixels import is_picture, pictures, to_network, to_physical, to_uint8
@@ -69,13 +70,15 @@ def run(o):
     if distributed.rank() == 0:
         first_images.read(files, set(seeds) - set(missing))
     batches = generate_images(net, missing, batch=o.batch, rank=distributed.rank(), world=distributed.size(), **pieces)
-    written = write_all(net, batches, len(missing[distributed.rank()::distributed.size()]), files, first_images)
+    channels = Channels(net, labels=o.labels, class_idx=o.class_idx, stop_sigma=o.stop_sigma, stop_variance=o.stop_variance)
+    written = write_all(net, batches, len(missing[distributed.rank()::distributed.size()]), files, first_images, channels)
     if grid:
         write_first_images(grid, first_images.images, net)
     check_count(written, len(missing), files)
     distributed.from_rank0(folder.close, seeds)
     there = f': {len(missing)} written, {len(seeds) - len(missing)} were there already' if len(missing) < len(seeds) else ''
     distributed.print0(f'{len(seeds)} images ({files.format}) in {files.outdir}{there}')
+    channels.report()
 
 
 class FirstImages:
@@ -97,7 +100,7 @@ class FirstImages:
                 self.images[self.row[seed]] = image
 
 
-def write_all(net, batches, share, files, first_images):
+def write_all(net, batches, share, files, first_images, channels):
     """Samples and writes this rank's images; returns how many. Raises UserError that says how many came to be."""
     writers = Writers()
     try:
@@ -105,6 +108,7 @@ def write_all(net, batches, share, files, first_images):
             for part in batches:
                 check_finite(part)
                 first_images.take(part)
+                channels.take(part.images)
                 submit(writers, part, net.units, files)
                 bar.update(len(part.seeds))
     except OSError as err:

@@ -19,7 +19,10 @@ PICTURES = {  # file -> (title, pattern of the names in it); one panel for what 
     'held-out.png': ('Held-out loss of the EMA', r'Val/(?P<panel>clean|noisy)(?P<curve>(/sigma=.+)?)'),
     'run.png': ('The run', r'(?P<panel>Timing/img_per_sec|Grad/.+|GNS/.+|Pairs/accepted|Optimizer/lr|Resources/.+)(?P<curve>)'),
     'metrics.png': ('Metrics', r'Metrics/(?P<panel>[^/]+)(?P<curve>)'),
+    'samples.png': ('Samples of the EMA', r'(?P<panel>Samples/(mean|std)|Copies/share)(?P<curve>(_\d+|_real)?)'),
 }
+
+COUNTS = {'held-out.png': 'Val/num_images', 'samples.png': 'Samples/num_images'}  # how many images a picture is of
 
 
 def read_stats(folder):
@@ -49,7 +52,7 @@ def families(curves, pattern):
     for name in sorted(curves):
         match = re.fullmatch(pattern, name)
         if match:
-            found.setdefault(match['panel'], {})[match['curve'].strip('/') or 'all'] = curves[name]
+            found.setdefault(match['panel'], {})[match['curve'].strip('/_') or 'all'] = curves[name]
     return found
 
 
@@ -93,6 +96,8 @@ def main(run, dest):
     for file, (title, pattern) in PICTURES.items():
         panels = families(curves, pattern)
         if panels:
+            count = curves.get(COUNTS.get(file), [])[-1:]
+            title += f', {count[0][1]:,} images' if count else ''
             draw(f'{title}: {os.path.basename(os.path.normpath(run))}', panels, os.path.join(dest, file))
             click.echo(os.path.join(dest, file))
 

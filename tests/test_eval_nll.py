@@ -15,6 +15,7 @@ from click.testing import CliRunner
 import eval_nll
 from tests.support import ROOT, launch, tiny
 from tests.training.networks.test_preconditioning import small
+from training.checkpoints.load import load_network
 from training.checkpoints.save import save_network
 
 QUICK = ['--rtol=1e-2', '--atol=1e-2', '--sigma-max=5']
@@ -188,6 +189,7 @@ def test_noisy_images_are_left_out(here):
     (['--network=ve', '--sigma-min=0.001'], ['--sigma-min=0.001', '0.02 to 100']),
     (['--max-steps=2'], ['--network=plain', 'more than 2 steps']),
     (['--network=broken'], ['--network=broken', 'not finite']),
+    (['--network=nan'], ['nan: weights are not finite', '1 of ']),
     (['--out-path=a'], ['--out-path=a', '.json']),
     (['--npz-path=a.json'], ['--npz-path=a.json', '.npz']),
     (['--device=abacus'], ['--device=abacus']),
@@ -202,6 +204,8 @@ def test_refusals(here, args, words):
     save_network(small('ve', img_channels=1), 've')
     broken = small(img_channels=1)
     next(broken.parameters()).data.fill_(torch.nan)
+    save_network(broken, 'nan')
+    next(broken.parameters()).data.fill_(3e38)  # finite, and what is made of them is not
     save_network(broken, 'broken')
     line = refused(*{'--network': '--network=plain', '--data': '--data=data.zip',
                      **{arg.partition('=')[0]: arg for arg in args}}.values())
@@ -215,7 +219,8 @@ def test_bad_numbers_are_usage_errors(here):
     assert '--probes' in run('--network=plain', '--data=data.zip', '--probes=0', code=2)
 
 
-@pytest.mark.parametrize('args', [QUICK, ['--method=vlb', '--steps=5']])
+@pytest.mark.parametrize('args', [QUICK, ['--method=vlb', '--steps=5'],
+                                  pytest.param(['--dequantise=gaussian', *QUICK], marks=pytest.mark.slow)])
 def test_two_ranks_equal_one(here, args):
     run('--network=labelled', '--data=data.zip', '--num=7', '--npz-path=one.npz', '--out-path=one.json', *args)
     command = ['--network=labelled', '--data=data.zip', '--num-images=7', '--batch=2', '--npz-path=two.npz', '--out-path=two.json',
@@ -248,6 +253,61 @@ def test_the_bound_of_gaussian_data_meets_the_flow_from_above(tmp_path, monkeypa
     flow = json.loads(Path('exact.ode.json').read_text())['bits_per_dim']
     assert found[25] > found[250] + 0.05 and found[250] > found[2500] + 0.05, found
     assert abs(flow - closed) < 0.01 and -0.02 < found[2500] - closed < 0.06, (found, flow, closed)
+
+
+def test_gaussian_dequantisation_is_comparable_with_the_bound(tmp_path, monkeypatch):
+    """Exact denoiser of Gaussian data, fixed variance: flow and bound of one diffusion agree, and say the same of it."""
+    monkeypatch.chdir(tmp_path)
+    std, schedule = 0.2, '--diffusion=cosine:steps=250'
+    monkeypatch.setattr(eval_nll, 'load_network', lambda *args, **kwargs: gaussian_network(std, size=32))
+    k = np.round((std * np.random.default_rng(3).standard_normal((16, 1, 32, 32)) + 1) * 127.5)
+    write_data('data.zip', k.astype(np.uint8))
+    run('--network=exact', '--data=data.zip', '--method=vlb', schedule, '--npz-path=vlb.npz')
+    run('--network=exact', '--data=data.zip', '--dequantise=gaussian', schedule, '--rtol=1e-3', '--atol=1e-3', '--npz-path=ode.npz')
+    bound, flow = (json.loads(Path(f'exact.{name}.json').read_text()) for name in ('vlb', 'ode-gaussian'))
+    cdf = lambda edge: torch.special.ndtr(torch.tensor(((k + edge) / 127.5 - 1) / std))
+    exact = float(-(cdf(0.5) - cdf(-0.5)).log2().mean())
+    assert exact < flow['bits_per_dim'] and abs(flow['bits_per_dim'] - bound['bits_per_dim']) < 0.02, (exact, flow, bound)
+    assert flow['sigma_1'] == flow['flow']['sigma_min'] == bound['sigma_range'][0]
+    assert {key: flow[key] for key in ('steps', 'trained_steps', 'variance')} == {key: bound[key] for key in
+                                                                                 ('steps', 'trained_steps', 'variance')}
+    assert np.array_equal(np.load('ode.npz')['decoder_bits_per_dim'], np.load('vlb.npz')['decoder_bits_per_dim'])
+    assert flow['offset_bits'] == 0 and 'decoder' in flow['dequantisation']
+    total = flow['flow_bits_per_dim'] + flow['decoder_bits_per_dim'] - flow['noise_bits_per_dim']
+    assert flow['bits_per_dim'] == pytest.approx(total, rel=1e-9)
+
+
+def test_gaussian_dequantisation_of_a_network_with_levels_of_its_own(here):
+    """Its lowest level and its learned variance, labels given; every repeat with noise of its own."""
+    save_network(small('iddpm', img_channels=1, label_dim=4, diffusion='cosine:steps=20'), 'iddpm')
+    run('--network=iddpm', '--data=data.zip', '--dequantise=gaussian', '--num=3', '--repeats=2', '--npz-path=each.npz', *QUICK)
+    result, each = json.loads(Path('iddpm.ode-gaussian.json').read_text()), np.load('each.npz')
+    assert result['variance'] == 'learned' and result['conditional'] and result['steps'] == 20
+    assert result['sigma_1'] == pytest.approx(float(load_network('iddpm').own_diffusion().levels[0]))
+    assert (each['decoder_bits_per_dim'][0] != each['decoder_bits_per_dim'][1]).all()
+    assert 'levels of its own' in refused('--network=iddpm', '--data=data.zip', '--dequantise=gaussian', '--diffusion=linear')
+
+
+@pytest.mark.parametrize('args, words', [
+    (['--sigma-min=0.01'], ['--sigma-min', '--dequantise=gaussian', 'lowest level of --diffusion']),
+    (['--plot=terms.png'], ['--plot', '--dequantise=gaussian']),
+    (['--method=vlb'], ['--dequantise', '--method=vlb']),
+    (['--variance=learned'], ['--variance=learned', 'no channels']),
+    (['--network=ve'], ['cosine:steps=1000', '0.006425', '0.02 to 100']),
+    (['--sigma-max=0.005'], ['--sigma-max=0.005']),
+    (['--data=float.zip', '--network=float'], ['--dequantise=gaussian', '8-bit', 'float.zip']),
+])
+def test_refusals_of_gaussian_dequantisation(here, args, words):
+    save_network(small('ve', img_channels=1), 've')
+    net = small(img_channels=1)
+    net.config['units'] = {'offset': 0.0, 'scale': 1.0}
+    save_network(net, 'float')
+    write_data('float.zip', np.zeros([2, 1, 8, 8], np.float32), units=net.config['units'])
+    line = refused(*{'--network': '--network=plain', '--data': '--data=data.zip', '--dequantise': '--dequantise=gaussian',
+                     **{arg.partition('=')[0]: arg for arg in args}}.values())
+    for word in words:
+        assert word in line, line
+    assert not list(here.glob('*.json'))
 
 
 def test_the_bound_carries_its_terms(here):

@@ -19,7 +19,8 @@ from training.checkpoints.save import save_network
 from training.diffusion import discrete, schedules
 from training.sampling import guidance, labels, steppers
 from training.sampling import options as sampling
-from training.sampling.generate import ConditionedDenoiser, noise_levels
+from training.sampling.channels import moments, statistics
+from training.sampling.generate import ConditionedDenoiser, generate_images, noise_levels
 from training.sampling.guidance import Guidance
 
 
@@ -271,3 +272,20 @@ def test_the_docs_list_every_piece_and_key():
             assert all(key in rows[name] for key in keys - hidden), name
     low, high = guidance.interval('t:0,800')
     assert f'`t:0,800` is sigma up to {high:.2f}' in text and low == 0
+
+
+def test_dark_images_raise_the_alarm_and_good_ones_do_not(tmp_path):
+    """Statistics of a network's own samples are its data's; a shifted bias makes it dark. Without statistics nothing is said."""
+    net = tiny(3)
+    images = torch.cat([part.images for part in generate_images(net, range(1000, 1128), num_steps=3)])
+    net.data_statistics = statistics(*moments(images.clamp(-1, 1)))
+    save_network(net, tmp_path / 'good')
+    net.model.dec['8x8_aux_conv'].bias.data -= 2
+    save_network(net, tmp_path / 'dark')
+    net.data_statistics = None
+    save_network(net, tmp_path / 'old')
+    make = lambda name, *options: run(tmp_path / name, tmp_path / f'{name}-out', '--seeds=0-23', '--steps=3', *options).output
+    assert 'Warning' not in make('good') and 'Warning' not in make('old')
+    line, = [line for line in make('dark').splitlines() if line.startswith('Warning')]
+    assert 'the colours of 24 samples are not those of the data' in line and 'has the mean -' in line
+    assert 'Warning' not in make('dark', '--stop-sigma=0.5')

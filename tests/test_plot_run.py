@@ -49,6 +49,16 @@ def test_curves_of_a_run(run):
         assert points == [(line['nimg'], line[name]) for line in lines if line.get(name) is not None]
 
 
+def test_what_alarms_measure_is_drawn_together(tmp_path):
+    """Channels of the samples in one panel, copies beside those among real images, and no count as a curve."""
+    fields = {'nimg': 80, 'Samples/num_images': 64, 'Samples/mean_0': 0.1, 'Samples/mean_1': 0.2, 'Samples/std_0': 0.5,
+              'Copies/num_images': 64, 'Copies/share': 0.25, 'Copies/share_real': 0.0}
+    curves = plot_run.read_stats(write(tmp_path / 'run', json.dumps(fields) + '\n'))
+    found = plot_run.families(curves, plot_run.PICTURES['samples.png'][1])
+    assert {panel: list(group) for panel, group in found.items()} == {
+        'Copies/share': ['all', 'real'], 'Samples/mean': ['0', '1'], 'Samples/std': ['0']}
+
+
 def test_families(run):
     """Each picture has the panels that its title says, and nothing is drawn twice or left out of the losses."""
     curves = plot_run.read_stats(run)

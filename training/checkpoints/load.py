@@ -20,6 +20,7 @@ from training.networks import preconditioning
 from training.networks.interface import network_class
 
 CONFIG, WEIGHTS, OLD_WEIGHTS = 'config.json', 'model.safetensors', 'pytorch_model.bin'
+STATISTICS = 'data_statistics'  # metadata of model.safetensors, see sampling/channels.py; networks have them as an attribute
 READS = ("a snapshot folder (config.json + model.safetensors), a training-state .pt, EDM's .pkl, a URL of the latter two, "
          'or a Hugging Face name, owner/name[@revision]')
 PRECONDS = {'EDMPrecond': 'edm', 'VPPrecond': 'vp', 'VEPrecond': 've', 'iDDPMPrecond': 'iddpm'}  # as published classes are called
@@ -36,9 +37,24 @@ def load_network(ref, device='cpu', weights='ema'):
     file is, is decided by its content: a training state, or a network snapshot of EDM, of which nothing is executed.
     weights: of a training state, "ema", "raw" (the network as it was trained) or "ema:0.05" (a stored average of that width,
     train.py --power-ema); all else holds one set of weights. Under torchrun every rank calls this, and one of each node fetches.
-    Raises UserError, in one line, for a reference that is none of these and weights that do not fit their config."""
+    Attribute data_statistics: what the weights' file says of the training data, a dict, or None.
+    Raises UserError, in one line, for a reference that is none of these, weights that do not fit their config, and weights that are not
+    finite."""
     config, state = read(str(ref), weights)
-    return _build(config, state, ref).to(device).eval().requires_grad_(False)
+    statistics = config.pop(STATISTICS, None) if isinstance(config, dict) else None
+    net = _build(config, state, ref)
+    if bad := non_finite(net):
+        raise UserError(f'{ref}: weights are not finite: {bad}; take a snapshot or state from before they broke')
+    net.data_statistics = statistics
+    return net.to(device).eval().requires_grad_(False)
+
+
+def non_finite(module):
+    """Which tensors of a module have values that are not finite, in words; None where all are."""
+    state = module.state_dict()
+    bad = {name: int((~value.isfinite()).sum()) for name, value in state.items() if not value.isfinite().all()}
+    shown = ', '.join(f'{name} ({count} of {state[name].numel()} values)' for name, count in list(bad.items())[:3])
+    return f'{len(bad)} of {len(state)} tensors: {shown}{", ..." if len(bad) > 3 else ""}' if bad else None
 
 
 def recipe(ref):
@@ -188,7 +204,8 @@ def read(ref, weights='ema'):
         return _read_folder(ref)
     if name := hub.NAME.fullmatch(ref):
         config, path = distributed.first_on_node(hub.fetch, ref, CONFIG, (WEIGHTS, OLD_WEIGHTS), **name.groupdict())
-        return _read_config(config), _read_weights(path)
+        config, weights = _read_config(config), _read_weights(path)
+        return config | _read_statistics(path), weights
     raise UserError(f'{ref}: no such file or folder; a network is {READS}')
 
 
@@ -233,14 +250,18 @@ def _read_folder(folder):
     for name in (WEIGHTS, OLD_WEIGHTS):
         path = os.path.join(folder, name)
         if os.path.isfile(path):
-            return _read_config(os.path.join(folder, CONFIG)), _read_weights(path)
+            config, weights = _read_config(os.path.join(folder, CONFIG)), _read_weights(path)
+            return config | _read_statistics(path), weights
     raise UserError(f'{folder}: {CONFIG} is there, but neither {WEIGHTS} nor {OLD_WEIGHTS}')
 
 
 def _read_config(path):
     if os.path.getsize(path) > MAX_TEXT:
         raise UserError(f'{path}: {os.path.getsize(path)} bytes, and no configuration of a network')
-    return read_json(path)
+    found = read_json(path)
+    if not isinstance(found, dict):
+        raise UserError(f'{path}: network configuration: expected an object, got {type(found).__name__}')
+    return found
 
 
 def _read_weights(path):
@@ -255,6 +276,17 @@ def _read_weights(path):
         return safetensors.torch.load_file(path)
     except safetensors.SafetensorError as err:
         raise UserError(f'{path}: no whole safetensors file: {one_line(err)}') from None
+
+
+def _read_statistics(path):
+    """{STATISTICS: ...} where the metadata of a whole safetensors file has them as JSON, else {}: they decide no result."""
+    if path.endswith('.bin'):
+        return {}
+    with safetensors.safe_open(path, 'pt') as f:
+        text = (f.metadata() or {}).get(STATISTICS, '')
+    with contextlib.suppress(ValueError, RecursionError):
+        return {STATISTICS: json.loads(text)} if text else {}
+    return {}
 
 
 def _read_state(path, weights):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A network as a folder of config.json + model.safetensors + README.md."""
 
+import json
 import os
 
 import safetensors.torch
@@ -8,7 +9,7 @@ import torch
 
 from dnnlib.files import new_folder, write_json
 from training.checkpoints.card import model_card
-from training.checkpoints.load import CONFIG, WEIGHTS
+from training.checkpoints.load import CONFIG, STATISTICS, WEIGHTS
 
 CARD = 'README.md'
 
@@ -22,10 +23,14 @@ def save_network(net, folder, card=None):
 
 
 def write_files(net, folder, card=None):
-    """Fills an empty folder with the three files of save_network."""
+    """Fills an empty folder with the three files of save_network.
+
+    Statistics of the training data, net.data_statistics, are metadata of the weights: config.json has arguments of a constructor only."""
     state = {key: _portable(value) for key, value in net.state_dict().items()}
+    statistics = getattr(net, 'data_statistics', None)
+    metadata = {'format': 'pt'} | ({STATISTICS: json.dumps(statistics, allow_nan=False)} if statistics else {})
     with open(os.path.join(folder, WEIGHTS), 'wb') as f:
-        f.write(safetensors.torch.save(state, metadata={'format': 'pt'}))
+        f.write(safetensors.torch.save(state, metadata=metadata))
     write_json(os.path.join(folder, CONFIG), net.config)
     with open(os.path.join(folder, CARD), 'w', encoding='utf-8', errors='backslashreplace') as f:
         f.write(card or model_card(net.config))

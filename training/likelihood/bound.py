@@ -31,14 +31,19 @@ def variational_bound(net, diffusion, x0, noise, *, class_labels=None, variance=
     x0, steps = x0.double(), []
     for t in range(diffusion.steps):
         x = x0 + float(diffusion.levels[t]) * noise(t).to(x0)
-        parts = [_terms(net, diffusion, x0[rows], x[rows], t, None if class_labels is None else class_labels[rows], variance)[:, :count]
-                 for rows, count in misc.chunks(len(x0), x0.device)]
-        steps.append(torch.cat(parts, dim=1))  # [3,N]
+        steps.append(step_terms(net, diffusion, x0, x, t, class_labels, variance))
         if progress:
             progress(len(x0) / diffusion.steps)
     vb, x0_mse, eps_mse = torch.stack(steps, dim=2)
     prior = torch.cat([prior_bits(diffusion, x0[rows])[:count] for rows, count in misc.chunks(len(x0), x0.device)])
     return Bound(prior + torch.stack([row.sum() for row in vb]), prior, vb, x0_mse, eps_mse)
+
+
+def step_terms(net, diffusion, x0, x, t, class_labels=None, variance='large'):
+    """vb, x0_mse and eps_mse of step t, float64 [3,N], from images x at its level; the rest as variational_bound has it."""
+    parts = [_terms(net, diffusion, x0[rows], x[rows], t, None if class_labels is None else class_labels[rows], variance)[:, :count]
+             for rows, count in misc.chunks(len(x0), x0.device)]
+    return torch.cat(parts, dim=1)
 
 
 @torch.no_grad()

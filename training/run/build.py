@@ -25,7 +25,7 @@ from training.objective.loss import Objective, build_terms
 from training.objective.penalty import PENALTIES
 from training.objective.timesteps import TIMESTEPS
 from training.objective.weighting import WEIGHTS
-from training.run import validation
+from training.run import alarms, validation
 from training.run.optimizer import OPTIMIZERS
 
 
@@ -121,6 +121,7 @@ class Data(NamedTuple):
     feed: Feed
     validation: validation.Validation | None
     line: str  # for people
+    inspection: alarms.Inspection  # empty on ranks but the first
 
 
 def load_data(config, net, noise, rows, device):
@@ -142,10 +143,13 @@ def load_data(config, net, noise, rows, device):
     stream = PairStream(sigma_n[used], noise, config.objective.pairing, batch=run.batch, seed=run.seed, lower=sigma_min[used],
                         upper=dataset.sigma_max[used])
     check_timesteps(config.objective.timesteps, stream)
+    found = alarms.Inspection()
+    if distributed.rank() == 0 and run.samples and run.snapshot_ticks:
+        found = alarms.inspect(store, dataset, sigma_n, train, checker, run.seed)
     store = on_device(store, data.on, device)
     feed = Feed(stream, store, train, sigma_n=sigma_n, raw_idx=dataset.raw_idx, labels=labels, rows=rows, device=device,
                 workers=data.workers)
-    return Data(stream, feed, checker, describe(config.objective, dataset, store, stream, sigma_n[train]))
+    return Data(stream, feed, checker, describe(config.objective, dataset, store, stream, sigma_n[train]), found)
 
 
 def describe(objective, dataset, store, stream, sigma_n):

@@ -21,7 +21,7 @@ from training.checkpoints.save import save_network
 from training.data.augment import AugmentPipe
 from training.data.batches import micro_batches
 from training.networks.rows import attach_row_draws
-from training.run import gradients, schema
+from training.run import alarms, gradients, schema
 from training.run.build import build_averages, build_net, build_objective, build_optimizer, load_data, transfer_weights
 from training.run.config import to_json
 from training.run.folder import RunFolder, cannot_write, stop_if_orphan
@@ -117,6 +117,7 @@ class Run:
         self.learning_rate = LearningRate(self.config.optimizer)
         self.averages = build_averages(self.config.optimizer, self.net)
         self.ema = self.averages['halflife']
+        self.alarms = alarms.Alarms(self.data.inspection, self.ema.module)
         self.objective.set_teacher(self.ema.module)
 
     def _noise_scale(self):
@@ -323,7 +324,7 @@ class Run:
         self.requests.now()
         self._log(fields)
         means = '  '.join(f'{name} {fields[name]:.5g}' for name in ('Val/clean', 'Val/noisy') if fields.get(name) is not None)
-        distributed.print0(f'    held out: {means}')
+        distributed.print0(f'    held out: {means}  of {fields["Val/num_images"]} images')
 
     def measure(self):
         """Metrics of the EMA's images into stats.jsonl."""
@@ -336,15 +337,21 @@ class Run:
 
     def snapshot(self):
         """EMA network folder and sample grid; where the disk does not take them, those of the next tick."""
-        failed = distributed.share(distributed.rank() == 0 and not self._save_snapshot(), what='writing the snapshot')
+        found = {}
+        failed = distributed.share(distributed.rank() == 0 and not self._save_snapshot(found), what='writing the snapshot')
         self.requests.now()
+        if found:
+            self._log(found)
         if failed:
             self.missed.add('snapshot')
 
-    def _save_snapshot(self):
-        """False where it cannot be written."""
+    def _save_snapshot(self, found):
+        """False where it cannot be written; broken weights are not, and the training goes on. found: takes what the alarms measure."""
         stop_if_orphan()
         kimg = self.progress.nimg / 1e3
+        for name, words in alarms.broken(self.averages).items():
+            print(f'Warning: no snapshot is written at kimg {kimg:.3f}: the average "{name}" is not finite in {words}', flush=True)
+            return True
         path = self.folder.numbered('network-snapshot', kimg)
         try:
             card = model_card(self.ema.module.config, to_json(self.config), kimg)
@@ -356,8 +363,9 @@ class Run:
                 path = self.folder.numbered('samples', kimg, '.png')
                 drawn = sample_grid(self.ema.module, self.config.run.samples, path, stop=self.requests.asked,
                                     **sampling.default_pieces(self.ema.module))
-                if drawn:
+                if drawn is not None:
                     self.mirrors.picture(path, self.progress.nimg)
+                    self.alarms.look(drawn, found)
         except OSError as err:
             cannot_write(path, err, 'and the next tick tries again')
             return False

@@ -69,7 +69,7 @@ def check_alike(training, held_out):
 
 
 class Validation:
-    """validation(net, term, device) -> {"Val/clean": ..., "Val/noisy": ..., "Val/clean/sigma=0.0478": ..., ...}.
+    """validation(net, term, device) -> {"Val/clean": ..., "Val/noisy": ..., "Val/clean/sigma=0.0478": ..., ..., "Val/num_images"}.
 
     Every held-out image is judged at every level that it might be trained at, by the loss term that the run trains with. limits:
     Limits of the levels of all items of the store, by default those above sigma_n. The noise is a function of the seed, the level
@@ -90,7 +90,7 @@ class Validation:
             if len(part) and not stop():
                 self._judge(net, term, device, part, stats)
         self._fill(stats)
-        return {f'Val/{name}': found['mean'] for name, found in stats.flush().items()}
+        return {**{f'Val/{name}': found['mean'] for name, found in stats.flush().items()}, 'Val/num_images': len(self.items)}
 
     def _judge(self, net, term, device, rows, stats):
         where = torch.from_numpy(self.items[rows])

@@ -176,13 +176,15 @@ def network_device(net):
 
 
 def sample_grid(net, count, path, stop=lambda: False, **options):
-    """Writes one picture of the images of seeds 0 .. count - 1; none, and returns False, where stop() says so between two batches.
+    """Writes one picture of the images of seeds 0 .. count - 1, and returns them, [count,C,H,W] in network units; none of both, but None,
+    where stop() says so between two batches.
 
     options: those of generate_images, on one rank."""
     parts = []
     for part in generate_images(net, range(count), batch=GRID_BATCH, **options):
         parts.append(part)
         if stop():
-            return False
-    write_grid(path, pictures(torch.cat([part.images for part in parts]), net.units))
-    return True
+            return None
+    images = torch.cat([part.images for part in parts])
+    write_grid(path, pictures(images, net.units))
+    return images

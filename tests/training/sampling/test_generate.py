@@ -336,6 +336,10 @@ def test_folder_that_cannot_be_written(folders, tmp_path):
 def test_a_network_that_gives_nan_writes_no_black_images(tmp_path):
     net = tiny()
     next(net.parameters()).data.fill_(float('nan'))
+    save_network(net, tmp_path / 'broken')
+    result = run(tmp_path / 'broken', tmp_path / 'out', '--seeds=5')
+    assert result.exit_code == 1 and 'weights are not finite: 1 of ' in result.output and not contents(tmp_path / 'out')
+    next(net.parameters()).data.fill_(3e38)  # finite, and what is made of them is not
     save_network(net, tmp_path / 'net')
     result = run(tmp_path / 'net', tmp_path / 'out', '--seeds=5')
     assert result.exit_code == 1 and 'seed 5 is not finite (' in result.output and not contents(tmp_path / 'out')

@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What may go wrong with a training's images, looked at with every snapshot: colours, copies of training images, broken weights.
+
+Nothing here decides anything about the training: an alarm is a line on the console, and its numbers are in stats.jsonl."""
+
+import numpy as np
+import torch
+
+from metrics.distances import nearest
+from torch_utils import misc
+from training.checkpoints.load import non_finite
+from training.sampling.channels import Channels, moments, statistics
+
+MOST_IMAGES, MOST_VALUES = 10_000, 2 ** 25  # of the training data that are looked at; 2 ** 25: 10,922 images of 3x32x32
+ENOUGH_CLEAN = 1000  # clean images that make noisy ones needless
+CHUNK, QUERY_VALUES = 256, 2 ** 21  # images, or numbers, at a time
+FEWEST = 16          # images of the data that statistics, and a search for copies, need
+REAL = 128           # real images that samples are compared with
+RATIO = 1 / 3        # d1 / d2 of a copy, as of metrics/memorisation.py
+LIMIT = 0.1          # share of copies, beyond that among real images
+
+
+def pick(items, shape, seed, name):
+    """At most MOST_IMAGES and MOST_VALUES of the items, int64, ascending: a function of the seed."""
+    most = min(MOST_IMAGES, MOST_VALUES // int(np.prod(shape)))
+    generator = np.random.Generator(np.random.Philox(key=misc.seed_of(seed, name)))
+    return np.sort(generator.permutation(items)[:most])
+
+
+def data_statistics(store, dataset, sigma_n, items, seed):
+    """Statistics (sampling/channels.py) of the training items, or None for fewer than FEWEST.
+
+    Clean images alone where there are ENOUGH_CLEAN of them, otherwise noisy ones too: their noise leaves the mean as it is, and adds
+    sigma_n^2 to the mean square. Images with a sigma_max are like those wanted in their details only, and are left out."""
+    items = items[~dataset.flip[items] & np.isinf(dataset.sigma_max[items])]
+    clean = items[sigma_n[items] == 0]
+    items = pick(clean if len(clean) >= ENOUGH_CLEAN else items, dataset.image_shape, seed, 'data statistics')
+    if len(items) < FEWEST:
+        return None
+    means, squares = (torch.cat(parts) for parts in zip(*(moments(store.gather(items[first:first + CHUNK]))
+                                                          for first in range(0, len(items), CHUNK))))
+    squares = squares - torch.from_numpy(np.square(sigma_n[items], dtype=np.float64))[:, None]
+    classes = dataset.classes
+    return statistics(means, squares, None if classes is None else torch.from_numpy(classes[items]))
+
+
+class Copies:
+    """How many of some samples are copies: nearer to one training image than a third of the distance to any other (d1/d2 < 1/3).
+
+    Euclidean distance of pixels; with xflip the nearer of an image and its mirror image. Clean training images alone are compared with,
+    because a copy of a noisy image without its noise is as far from it as any. Real images show what share is to be expected: held-out
+    ones, or else training images, each compared with the others. Where near copies are in the training set already, d2 is as small as d1,
+    and none is found. The cost is that of 2 (samples + REAL) queries among MOST_IMAGES images of MOST_VALUES numbers together at most."""
+
+    def __init__(self, store, train, held_out, xflip):
+        """store: an ImageStore. train: clean items; held_out: (store, items), or None."""
+        self.store, self.train, self.xflip = store, train, xflip
+        self.real = held_out
+        self._real_share = None
+
+    def __call__(self, images):
+        """(share of copies among images [n,C,H,W], that among real images, index of the nearest item of each [n])."""
+        points = self._gather(self.store, self.train)
+        if self._real_share is None:
+            self._real_share = self._of_real(points)
+        ratio, index = self._ratios(images.float().cpu(), points)
+        return float((ratio < RATIO).double().mean()), self._real_share, self.train[index.numpy()]
+
+    def _of_real(self, points):
+        if self.real is not None:
+            store, items = self.real
+            ratio, _ = self._ratios(self._gather(store, items[:REAL]), points)
+        else:
+            own = torch.arange(len(points))[::-(-len(points) // REAL)]
+            ratio, _ = self._ratios(points[own], points, own)
+        return float((ratio < RATIO).double().mean())
+
+    def _gather(self, store, items):
+        return torch.cat([store.gather(items[first:first + CHUNK]) for first in range(0, len(items), CHUNK)])
+
+    def _ratios(self, images, points, own=None):
+        """(d1 / d2 [n], 1 for 0 / 0; index of the nearest point [n]); own [n]: points that are the images themselves."""
+        k, points, parts = 2 if own is None else 3, points.flatten(1), max(1, QUERY_VALUES // points[0].numel())
+        search = lambda queries: [torch.cat(one) for one in zip(*(nearest(part, points, k=k) for part in queries.flatten(1).split(parts)))]
+        found = [search(queries) for queries in ([images, images.flip(3)] if self.xflip else [images])]
+        d2, index = (torch.cat(parts, dim=1) for parts in zip(*found))
+        if own is not None:
+            d2 = d2.masked_fill(index == own[:, None], float('inf'))
+        first, place = d2.min(dim=1)
+        index_1 = index.gather(1, place[:, None])
+        second = d2.masked_fill(index == index_1, float('inf')).min(dim=1).values
+        return torch.where(second > 0, first / second, 1.0).sqrt(), index_1[:, 0]
+
+
+class Alarms:
+    """Looks at the sample grid of each snapshot, on rank 0.
+
+    found: Inspection of the training data. net: the average that is sampled, which is given the statistics for its snapshots."""
+
+    def __init__(self, found, net):
+        self.net, self.copies = net, found.copies
+        net.data_statistics = found.statistics
+
+    def look(self, images, fields):
+        """Puts what is seen in sampled images [n,C,H,W] into `fields`, {name: number}, and prints warnings."""
+        found, warnings = self.judge(images)
+        fields |= found
+        for warning in warnings:
+            print(f'Warning: {warning}', flush=True)
+
+    def judge(self, images):
+        """({name: number}, [warnings]) of sampled images [n,C,H,W]."""
+        bad = int((~images.isfinite().flatten(1).all(1)).sum())
+        if bad:
+            return {'Samples/num_images': len(images)}, [f'{bad} of {len(images)} samples are not finite']
+        channels = Channels(self.net)
+        channels.take(images)
+        fields, warnings = channels.fields(), [channels.warning()]
+        if self.copies is not None:
+            share, real, _ = self.copies(images if self.net.units is not None else images.clamp(-1, 1))
+            fields |= {'Copies/num_images': len(images), 'Copies/share': share, 'Copies/share_real': real}
+            if share > real + LIMIT and share * len(images) > 2:
+                warnings.append(f'{share:.0%} of {len(images)} samples are copies of training images (d1/d2 < 1/3 in pixels, as of '
+                                f'{real:.0%} of real images): the network memorises')
+        return fields, [warning for warning in warnings if warning]
+
+
+class Inspection:
+    """What alarms know of the training data: statistics, or None; copies, a Copies, or None. All of it is None on ranks but the first."""
+
+    def __init__(self, statistics=None, copies=None):
+        self.statistics, self.copies = statistics, copies
+
+
+def inspect(store, dataset, sigma_n, train, validation, seed):
+    """The Inspection of the training items; validation: a Validation with held-out items, or None.
+
+    Copies are looked for where all clean images together are within MOST_IMAGES and MOST_VALUES, and FEWEST at least."""
+    statistics = data_statistics(store, dataset, sigma_n, train, seed)
+    clean = train[(sigma_n[train] == 0) & ~dataset.flip[train]]
+    if not FEWEST <= len(clean) <= min(MOST_IMAGES, MOST_VALUES // int(np.prod(dataset.image_shape))):
+        return Inspection(statistics)
+    held_out = None
+    if validation is not None:
+        items = validation.items[validation.sigma_n.numpy()[validation.items] == 0]
+        held_out = (validation.store, items) if len(items) >= FEWEST else None
+    return Inspection(statistics, Copies(store, clean, held_out, bool(dataset.flip.any())))
+
+
+def broken(averages):
+    """Which of {name: average of weights} are not finite: {name: words}."""
+    found = {name: non_finite(average.module) for name, average in averages.items()}
+    return {name: words for name, words in found.items() if words}
