@@ -2,7 +2,7 @@
 // Draws the charts of the page from the JSON in it. All text is set as text, never as HTML.
 'use strict';
 
-const WIDTH = 400, HEIGHT = 230, LEFT = 54, RIGHT = 12, TOP = 8, BOTTOM = 36;  // of a chart, in its own units
+const WIDTH = 400, HEIGHT = 230, LEFT = 62, RIGHT = 12, TOP = 8, BOTTOM = 36;  // of a chart, in its own units
 const COLOURS = 6, DASHES = ['', '6 3', '2 2'], FEW = 40;                       // curves of so few points show them
 const runs = JSON.parse(document.getElementById('data').textContent);
 const NAMESPACE = (document.querySelector('svg') || {}).namespaceURI;
@@ -36,7 +36,7 @@ function smooth(values, factor) {
 // ---- axes: {low, high, place: value -> 0 to 1, ticks}
 
 function linearAxis(low, high, count) {
-  if (low === high) [low, high] = [low - (Math.abs(low) || 1) * 0.1, high + (Math.abs(high) || 1) * 0.1];
+  if (low === high) [low, high] = low ? [low - Math.abs(low) * 0.1, high + Math.abs(high) * 0.1] : [0, 1];
   const rough = (high - low) / count, unit = 10 ** Math.floor(Math.log10(rough));
   const step = [1, 2, 5, 10].find(k => k * unit >= rough) * unit, ticks = [];
   for (let k = Math.ceil(low / step - 1e-9); k * step <= high + step * 1e-9; k++) ticks.push(Number((k * step).toPrecision(12)));
@@ -84,7 +84,7 @@ function draw(figure) {
   }
   const all = curves.flatMap(curve => curve.y), log = isLog(all), values = log ? all.filter(value => value > 0) : all;
   const low = Math.min(...values), high = Math.max(...values), margin = log || low === high ? 0 : (high - low) * 0.04;
-  const vertical = log ? logAxis(low / 1.05, high * 1.05) : linearAxis(low - margin, high + margin, 5);
+  const vertical = log ? logAxis(low / 1.05, high * 1.05) : linearAxis(low - margin, high + margin, 6);
   const places = curves.flatMap(curve => curve.x), isLevel = 'level' in figure.dataset;
   const [from, to] = [Math.min(...places), Math.max(...places)];
   const horizontal = isLevel ? logAxis(from / 1.1, to * 1.1) : linearAxis(from === to ? from : Math.min(0, from), to, 5);

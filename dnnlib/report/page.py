@@ -15,16 +15,16 @@ MAX_POINTS = 1000     # of a curve; longer ones are averaged over neighbouring p
 ALL_POINTS = 90_000   # of all curves: about 1.6 MB
 COLOURS = 6           # page.css has as many
 
-# (title, pattern of the curves' names, whether the slider smooths them, whether the section is closed at first, remark)
+# (title, pattern of the curves' names, pattern of those that the slider smooths, whether the section is closed at first, remark)
 GROUPS = [
-    ('Training loss', r'Loss/[^/]+(/(clean|noisy))?', True, False,
+    ('Training loss', r'Loss/[^/]+(/(clean|noisy))?', r'.*', False,
      'Each term of the loss, summed over the values of an image; over all images, and over clean and noisy ones apart.'),
-    ('Held-out loss', r'Val/(clean|noisy)', False, False,
+    ('Held-out loss', r'Val/(clean|noisy)', '', False,
      'Of the weight average, on images that are not trained on, with fixed noise.'),
-    ('Metrics', r'Metrics/.+', False, False, 'Of images that the weight average makes during training.'),
-    ('Learning rate, gradients, pairs', r'Optimizer/lr|Grad/.+|GNS/.+|Pairs/accepted', True, False, ''),
-    ('Speed and memory', r'Timing/img_per_sec|Resources/.+', True, False, ''),
-    ('Training loss by noise level', r'Loss/[^/]+/(clean|noisy)/q\d', True, True,
+    ('Metrics', r'Metrics/(?!.*_std\d*k?$).+', '', False, 'Of images that the weight average makes during training.'),
+    ('Learning rate, gradients, pairs', r'Optimizer/lr|Grad/.+|GNS/.+|Pairs/accepted', r'Grad/norm|GNS/.+|Pairs/.+', False, ''),
+    ('Speed and memory', r'Timing/img_per_sec|Resources/.+', r'.*', False, ''),
+    ('Training loss by noise level', r'Loss/[^/]+/(clean|noisy)/q\d', r'.*', True,
      'By quartile of p(sigma), q1 the least noise.'),
 ]
 UNITS = [(r'Loss/.*|Val/.*', 'loss'), (r'Timing/img_per_sec', 'images/s'), (r'Resources/.*_gib', 'GiB'), (r'Pairs/accepted', 'share'),
@@ -41,11 +41,12 @@ def page(runs, made_by):
     head = tag('head', tag('meta', charset='utf-8'), tag('meta', http_equiv='Content-Security-Policy', content=policy),
                tag('meta', name='viewport', content='width=device-width, initial-scale=1'),
                tag('meta', name='color-scheme', content='light dark'), tag('title', title), tag('style', Html(style)))
-    head_line = f'{len(runs)} runs' if len(runs) > 1 else runs[0].name
+    headline = f'{len(runs)} runs compared' if len(runs) > 1 else runs[0].name
     now = datetime.datetime.now(datetime.timezone.utc).strftime('%Y-%m-%d %H:%M UTC')
-    sections = [tag('header', tag('h1', head_line), tag('p', f'Written {now} by {made_by}')), _controls(runs),
-                _overview(runs), _options(runs, differ), _samples(runs), *_curves(runs, tables.scale_options(differ)), _levels(runs),
-                _metrics(runs), _details('Speed', table(*tables.speed(runs))), _versions(runs), _alike(runs, alike)]
+    scales = tables.scale_options(differ)
+    sections = [tag('header', tag('h1', headline), tag('p', f'Written {now} by {made_by}')), _controls(runs), _overview(runs),
+                _options(runs, differ), _samples(runs), *_curves(runs, scales), _levels(runs, scales), _metrics(runs),
+                _details('Speed', table(*tables.speed(runs))), _versions(runs), _alike(runs, alike)]
     body = tag('body', tag('main', *filter(None, sections)), tag('dialog', tag('form', tag('button', 'Close'), method='dialog')),
                json_script(chart_data(runs), 'data'), tag('script', Html(script)))
     return f'<!DOCTYPE html>\n{tag("html", head, body, lang="en")}\n'
@@ -128,14 +129,19 @@ def _picture(run, kimg, uri):
 def _curves(runs, scales):
     """A section for each group of curves with a place for each chart, which page.js draws."""
     known = sorted(set().union(*(run.curves for run in runs)))
-    warning = f' Not to be compared between runs that differ in {", ".join(scales)}: their losses mean different things.' if scales else ''
+    warning = incomparable(scales)
     for title, pattern, smooth, closed, remark in GROUPS:
         names = [name for name in known if re.fullmatch(pattern, name)]
         if names:
-            charts = [_chart(name, data_curve=name, data_unit=unit(name), data_smooth=smooth) for name in names]
+            charts = [_chart(name, data_curve=name, data_unit=unit(name), data_smooth=bool(re.fullmatch(smooth, name))) for name in names]
             note = tag('noscript', tag('p', 'The curves are drawn by JavaScript, which is off; the tables have their last values.'))
             remark += warning if 'loss' in title else ''
             yield _details(title, note, tag('div', *charts, class_='charts'), opened=not closed, remark=remark)
+
+
+def incomparable(scales):
+    """A sentence that warns of comparing losses where these options differ; nothing where none does."""
+    return f' Not to be compared between runs that differ in {", ".join(scales)}: their losses mean different things.' if scales else ''
 
 
 def _chart(title, **data):
@@ -148,20 +154,22 @@ def unit(name):
     return next((found for pattern, found in UNITS if re.fullmatch(pattern, name)), 'value')
 
 
-def _levels(runs):
+def _levels(runs, scales):
     head, rows = tables.level_rows(runs)
     if not rows:
         return None
     charts = [_chart(f'{kind} images', data_level=kind, data_unit='loss') for kind in ('clean', 'noisy')
               if any(kind in found for found in tables.levels(runs))]
     return _details('Held-out loss by noise level', tag('div', *charts, class_='charts'), table(head, rows),
-                    remark='Of the last evaluation of each run, at the middles of equally probable parts of its noise distribution.')
+                    remark='Of the last evaluation of each run, at the middles of equally probable parts of its noise distribution.'
+                    + incomparable(scales))
 
 
 def _metrics(runs):
     head, rows = tables.metrics(runs)
-    return rows and _details('Metrics', table(head, rows), remark='"Images" is how many each value is of: values of different numbers of '
-                             'images, detectors or references are not to be compared, nor with published ones.')
+    remark = ('"Images" is how many each value is of: values of different numbers of images, detectors or references are not to be '
+              'compared, nor with published ones.')
+    return rows and _details('Metrics in numbers', table(head, rows), remark=remark)
 
 
 def _versions(runs):
@@ -177,7 +185,8 @@ def chart_data(runs):
     """[{"name", "curves": {name: [[kimg, ...], [value, ...]]}, "levels": {kind: [[sigma, ...], [value, ...]]}} for each Run].
 
     Values have six significant digits. Curves that are longer than the page allows are means over as few neighbouring points as it does."""
-    drawn = [{name: points for name, points in run.curves.items() if any(re.fullmatch(group[1], name) for group in GROUPS)} for run in runs]
+    shown = re.compile('|'.join(f'(?:{pattern})' for _, pattern, *_ in GROUPS))
+    drawn = [{name: points for name, points in run.curves.items() if shown.fullmatch(name)} for run in runs]
     limit = max(2, min(MAX_POINTS, ALL_POINTS // max(sum(map(len, drawn)), 1)))
     found = []
     for run, curves, kinds in zip(runs, drawn, tables.levels(runs)):

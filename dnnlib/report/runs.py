@@ -62,7 +62,7 @@ def _points(line, where, cut_off):
     except UserError as err:
         if cut_off:
             return []
-        raise UserError(err.message.replace('not a JSON file', 'not JSON')) from None
+        raise UserError(f'{where} is not JSON' if 'not a JSON file' in err.message else err.message) from None
     if not _is_number(fields.get('nimg')):
         raise UserError(f'{where}: it has no number "nimg", as lines of a run\'s stats.jsonl have')
     return [(name, (fields['nimg'], value)) for name, value in fields.items() if _is_number(value)]
@@ -93,7 +93,10 @@ def read_run(folder, name=None):
 
 def read_runs(folders):
     """[Run, ...] of different folders, in their order; a folder that is given twice counts once."""
-    folders = list({os.path.realpath(folder): folder for folder in reversed(folders)}.values())[::-1]
+    known = {}
+    for folder in folders:
+        known.setdefault(os.path.realpath(folder), folder)
+    folders = list(known.values())
     return [read_run(folder, name) for folder, name in zip(folders, names(folders))]
 
 

@@ -41,13 +41,13 @@ def data_uri(path, limit):
                 picture = picture.convert('L' if picture.mode in ('1', 'L') else 'RGB')
     except Exception:  # Pillow raises errors of many kinds for damaged files, none of which should cost the page
         return None
-    side = SIDE
+    side, kinds = SIDE, [('png', {}), *(('jpeg', {'quality': quality}) for quality in QUALITIES)]
     while side >= SMALLEST:
         picture.thumbnail((side, side), Image.Resampling.LANCZOS)
-        for kind, options in [('png', {'optimize': True}), *(('jpeg', {'quality': quality}) for quality in QUALITIES)]:
+        for kind, options in kinds:
             data = io.BytesIO()
             picture.save(data, kind, **options)
             if data.tell() <= limit:
                 return f'data:image/{kind};base64,{base64.b64encode(data.getvalue()).decode()}'
-        side //= 2
+        side, kinds = side // 2, kinds[-len(QUALITIES):]  # what is too large as a PNG is one for JPEG
     return None

@@ -94,7 +94,7 @@ def _metric(run, name):
     said = f'{number(value)} at {number(nimg / 1e3, 6)} kimg'
     if short in LOWER + HIGHER:
         nimg, best = (min if short in LOWER else max)(points, key=lambda point: point[1])
-        said += f' (best {number(best)} at {number(nimg / 1e3, 6)})' if best != value else ' (best)'
+        said += f' (best {number(best)} at {number(nimg / 1e3, 6)})' if best != value else ' (its best)'
     return said
 
 
