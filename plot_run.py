@@ -13,6 +13,7 @@ from dnnlib.figures import figure
 from dnnlib.files import prepare_output
 from dnnlib.report.page import page
 from dnnlib.report.runs import families, read_runs, read_stats
+from dnnlib.util import printable
 from torch_utils import misc
 from torch_utils.command_line import Command, version_option
 
@@ -41,6 +42,12 @@ def overlaid(runs, pattern):
     return dict(sorted(found.items()))
 
 
+def literal(text):
+    """Text as matplotlib shows it unchanged: dollars would begin a formula, and a legend leaves out names that begin with "_"."""
+    text = printable(text).replace('$', r'\$')
+    return f' {text}' if text.startswith('_') else text
+
+
 def draw(title, panels, path, styles=None):
     """One picture: a panel for each family, kimg to the right; a logarithmic axis where all values are positive and far apart.
 
@@ -48,7 +55,7 @@ def draw(title, panels, path, styles=None):
     columns = min(len(panels), 3)
     rows = -(-len(panels) // columns)
     with figure(path, 'plot_run.py', rows, columns, (5.2 * columns, 3.6 * rows)) as (made, axes):
-        made.suptitle(title)
+        made.suptitle(literal(title))
         for axis in axes.flat[len(panels):]:
             axis.remove()
         for axis, (panel, group) in zip(axes.flat, panels.items()):
@@ -61,11 +68,11 @@ def draw_panel(axis, panel, group, styles):
     for curve, points in group.items():
         nimg, value = zip(*points)
         color, line = styles.get(curve, (None, '-'))
-        axis.plot([n / 1e3 for n in nimg], value, label=curve, linewidth=1.2, marker='.' if len(points) < 40 else None, color=color,
-                  linestyle=line)
+        axis.plot([n / 1e3 for n in nimg], value, label=literal(curve), linewidth=1.2, marker='.' if len(points) < 40 else None,
+                  color=color, linestyle=line)
     if min(values) > 0 and max(values) > 20 * min(values):
         axis.set_yscale('log')
-    axis.set(title=panel, xlabel='kimg')
+    axis.set(title=literal(panel), xlabel='kimg')
     axis.grid(alpha=0.3)
     if len(group) > 1 or styles:
         axis.legend(fontsize=7)

@@ -132,6 +132,16 @@ def test_page_of_a_run_whose_description_is_markup(tmp_path):
 
 
 @DRAWS
+def test_names_that_matplotlib_reads_otherwise(tmp_path):
+    """Dollars are no formulas, and a run whose name begins with "_" stands in the legend."""
+    text = '{"nimg": 80, "Loss/$\\\\frac{$": 3.0}\n'
+    folders = [write(tmp_path / name, text) for name in ('_a', 'b$\\frac{$')]
+    result = CliRunner().invoke(plot_run.main, [*map(str, folders), f'--dest={tmp_path / "pictures"}'])
+    assert result.exit_code == 0 and os.listdir(tmp_path / 'pictures') == ['loss.png'], result.output
+    assert plot_run.literal('_a') == ' _a' and plot_run.literal('$') == r'\$'
+
+
+@DRAWS
 def test_dest_and_a_line_cut_off(tmp_path):
     """The last line of a run that was killed in the middle of writing counts for nothing; the others are drawn."""
     folder = write(tmp_path / 'run', '{"nimg": 80, "Loss/denoise": 3.0}\n{"nimg": 160, "Loss/denoise": null}\n{"nimg": 240, "Loss/den')

@@ -76,6 +76,7 @@ function isLog(values) {
 
 function draw(figure) {
   const svg = figure.querySelector('svg'), curves = curvesOf(figure);
+  clearPoint(figure);
   svg.replaceChildren();
   figure.plot = null;
   if (!curves.length) {
