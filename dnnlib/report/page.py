@@ -134,7 +134,8 @@ def _curves(runs, scales):
         names = [name for name in known if re.fullmatch(pattern, name)]
         if names:
             charts = [_chart(name, data_curve=name, data_unit=unit(name), data_smooth=bool(re.fullmatch(smooth, name))) for name in names]
-            note = tag('noscript', tag('p', 'The curves are drawn by JavaScript, which is off; the tables have their last values.'))
+            values = table(['curve', *(run.name for run in runs)], [(name, *(tables.last(run, name) for run in runs)) for name in names])
+            note = tag('noscript', tag('p', 'The curves are drawn by JavaScript, which is off. Their last values:'), values)
             remark += warning if 'loss' in title else ''
             yield _details(title, note, tag('div', *charts, class_='charts'), opened=not closed, remark=remark)
 

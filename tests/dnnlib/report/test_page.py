@@ -109,6 +109,7 @@ def test_tables(runs):
     rows = cells(page.page(runs, 'test'))
     assert ['fid', '256', '52 at 24.576 kimg (best 3 at 10.24)', '19 at 18.432 kimg (best 3 at 10.24)'] in rows
     assert ['0.05', '0.4167', '–', '0.5556', '–'] in rows and ['1.2', '4', '7', '4', '7'] in rows
+    assert ['Loss/denoise', *(f'{run.last("Loss/denoise"):.4g}' for run in runs)] in rows  # for readers without JavaScript
     assert ['time', '1m 30s', '1m 08s'] in rows and ['img/s, median of the ticks', '270', '270'] in rows
 
 
