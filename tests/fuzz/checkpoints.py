@@ -450,8 +450,8 @@ def use(net):
     misc.state_digest(net)
 
 
-ALL = [Averages, Diffusers, DiscreteState, FromHub, OldWeights, Options, Pickle, PickledStatistics, SingleFile, Snapshot, State, StateAsNetwork,
-       StatisticsFile]
+ALL = [Averages, Diffusers, DiscreteState, FromHub, OldWeights, Options, Pickle, PickledStatistics, SingleFile, Snapshot, State,
+       StateAsNetwork, StatisticsFile]
 
 
 def judge(log, *args):
@@ -464,7 +464,7 @@ def judge(log, *args):
 class SomeOfAll:
     """Kinds of which each has something of its own; those that cost little come more often."""
 
-    often = {Averages: 1, Options: 2, Snapshot: 4, State: 1, StateAsNetwork: 1, StatisticsFile: 4}
+    often = {Averages: 1, Options: 2, PickledStatistics: 3, Snapshot: 4, State: 1, StateAsNetwork: 1, StatisticsFile: 4}
 
     def __init__(self, folder):
         self.kinds = []
