@@ -21,8 +21,11 @@ DINO_SIDE, DINO_MEAN, DINO_STD = 224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.22
 class Detector:
     """A network and the facts that a result must be quoted with: uint8 [n,C,H,W] -> (features [n,D], logits [n,K] or None).
 
-    name: what statistics made with it are marked with. net: takes uint8 images on `device` and returns features, or features and logits.
-    weights, sha256: the file behind it and its digest, where there is one. rgb: whether grey images are shown to the net as RGB."""
+    No TF32, whatever the process multiplies in elsewhere. name: what statistics made with it are marked with. net: takes uint8 images on
+    `device` and returns features, or features and logits. weights, sha256: the file behind it and its digest, where there is one.
+    rgb: whether grey images are shown to the net as RGB."""
+
+    tf32 = False
 
     def __init__(self, name, net, device, weights=None, sha256=None, rgb=True, max_dim=None):
         self.name, self.net, self.device = name, net, torch.device(device)
@@ -44,7 +47,8 @@ class Detector:
     @torch.no_grad()
     def __call__(self, images):
         images = images.to(self.device)
-        found = self.net(images.expand(-1, 3, -1, -1) if self._rgb and images.shape[1] == 1 else images)
+        with misc.full_float32():
+            found = self.net(images.expand(-1, 3, -1, -1) if self._rgb and images.shape[1] == 1 else images)
         features, logits = found if isinstance(found, (tuple, list)) and len(found) == 2 else (found, None)
         if not isinstance(features, torch.Tensor) or features.ndim != 2 or len(features) != len(images):
             got = list(features.shape) if isinstance(features, torch.Tensor) else type(features).__name__

@@ -150,8 +150,19 @@ def needs_features(metrics):
     return bool({'kid', 'pr', 'dc'} & set(metrics))
 
 
-def check_reference(reference, detector, shape, name, metrics=('fid',)):
-    """Refuses reference statistics that cannot be compared with images [C,H,W] seen through the detector; name: the file's."""
+def check_shape(found, shape, name, other_shape=False):
+    """Refuses a reference of images of another size or mode than [C,H,W], where that is known; name: the reference's.
+
+    other_shape: whether the user knows and wants it."""
+    if found is not None and tuple(found) != tuple(shape) and not other_shape:
+        raise UserError(f'{name}: made from {list(found)} images, these are {list(shape)} [C,H,W]; pass a reference of such images, '
+                        'or --other-shape to compare them all the same')
+
+
+def check_reference(reference, detector, shape, name, metrics=('fid',), other_shape=False):
+    """Refuses reference statistics that cannot be compared with images [C,H,W] seen through the detector; name: the file's.
+
+    other_shape: whether images of another size or mode are compared; those of raw pixels never are."""
     if reference.detector not in (None, detector.name):
         raise UserError(f'{name}: made with detector "{reference.detector}", not "{detector.name}"; '
                         f'pass --detector={reference.detector} or other statistics')
@@ -163,6 +174,7 @@ def check_reference(reference, detector, shape, name, metrics=('fid',)):
                         f'"{detector.name}"; pass the --detector and image size it was made with')
     if detector.name == 'pixels' and reference.shape not in (None, tuple(shape)):
         raise UserError(f'{name}: made from {list(reference.shape)} images, these are {list(shape)} [C,H,W]')
+    check_shape(reference.shape, shape, name, other_shape)
     if needs_features(metrics) and reference.features is None:
         raise UserError(f'{name}: --metrics={",".join(metrics)} compare images, and these statistics hold no features; '
                         'make them with "ref --keep-features", or pass the images with --ref-path')

@@ -5,11 +5,11 @@ import contextlib
 
 import torch
 
-import dnnlib
 from dnnlib import UserError
 from metrics.detectors import DETECTORS
 from metrics.evaluate import Settings, check_reference, evaluate_batches, needs_features
 from metrics.manifold import DC_K, PR_K
+from metrics.references import fetch
 from metrics.statistics import load_statistics
 from torch_utils import distributed, misc, registry
 from training.evaluation.images import uint8_batches
@@ -19,6 +19,7 @@ NAMES = {'fid_score': 'fid'}  # where the log is briefer than the published name
 # What eval_fid.py calls its options, in errors of the rooms that the two share, and what train.py calls them.
 RENAMED = {'--detector-weights=': '--metrics-detector=inception:weights=', '--detector=': '--metrics-detector=',
            'pass the --detector ': 'pass the --metrics-detector ',
+           ', or --other-shape to compare them all the same': '',
            'images go with --ref-path, statistics are made by "ref"': 'statistics of images are made by "eval_fid.py ref"'}
 
 
@@ -31,9 +32,10 @@ class PeriodicMetrics:
     def __init__(self, num, ref, names, detector, shape, device):
         self.num, self.names = num, tuple(names)
         with _as_train_says():
-            path = distributed.first_on_node(dnnlib.open_url, ref)
+            path = distributed.first_on_node(fetch, ref, '--metrics-ref')
             name = f'--metrics-ref={ref}'
-            self.reference = load_statistics(path, name, needs_features(names) and distributed.rank() == 0)
+            features = needs_features(names) and distributed.rank() == 0
+            self.reference = load_statistics(path, name, features, registry.parse(detector)[0])
             self.detector = distributed.first_on_node(registry.build(detector, DETECTORS, '--detector'), device=device)
             distributed.from_rank0(self._check, name, shape)
         self.settings = self._settings()
