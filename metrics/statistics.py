@@ -28,6 +28,8 @@ class Statistics:
     split: str | None = None
     shape: tuple | None = None  # (C, H, W) of the images
     features: np.ndarray | None = dataclasses.field(default=None, repr=False)  # float32 [N,D], where they were kept
+    spatial_mean: np.ndarray | None = dataclasses.field(default=None, repr=False)  # of sFID's features: [2023],
+    spatial_cov: np.ndarray | None = dataclasses.field(default=None, repr=False)   # [2023,2023], float64
 
 
 class Moments:
@@ -91,7 +93,8 @@ def save_statistics(stats, path):
     facts = {name: getattr(stats, name) for name in FACTS}
     known = {name: np.array(value) for name, value in facts.items() if value is not None}
     with replacing(path) as part, open(part, 'wb') as f:
-        np.savez(f, mu=stats.mean, sigma=stats.cov, **known)
+        spatial = {} if stats.spatial_mean is None else {'mu_s': stats.spatial_mean, 'sigma_s': stats.spatial_cov}
+        np.savez(f, mu=stats.mean, sigma=stats.cov, **spatial, **known)
 
 
 def load_statistics(path, name=None, features=True):
@@ -100,25 +103,33 @@ def load_statistics(path, name=None, features=True):
     name: what errors call the file. features: whether to read them too, where they were kept; they may be many.
     Raises UserError where it is no such file."""
     name = name or path
-    found = _read_arrays(path, name, {'mu', 'sigma', *FACTS} - (set() if features else {'features'}))
+    found = _read_arrays(path, name, {'mu', 'sigma', 'mu_s', 'sigma_s', *FACTS} - (set() if features else {'features'}))
     if not {'mu', 'sigma'} <= found.keys():
         raise UserError(f'{name}: has no mu and sigma; images go with --ref-path, statistics are made by "ref"')
     for key, value in found.items():
         kinds, what = KINDS.get(key, ('U', 'text'))
         if value.dtype.kind not in kinds or value.ndim != DIMS.get(key, 0):
             raise UserError(f'{name}: "{key}" must be {what}, got {value.dtype} {list(value.shape)}')
-    mean, cov = (np.asarray(found.pop(key), dtype=np.float64) for key in ('mu', 'sigma'))
-    if not len(mean) or cov.shape != (len(mean), len(mean)):
-        raise UserError(f'{name}: mu {list(mean.shape)} and sigma {list(cov.shape)} do not fit together')
-    if not (np.isfinite(mean).all() and np.isfinite(cov).all()):
-        raise UserError(f'{name}: mu or sigma is not finite')
+    mean, cov = _pop_gaussian(found, 'mu', 'sigma', name)
+    spatial_mean, spatial_cov = _pop_gaussian(found, 'mu_s', 'sigma_s', name) if {'mu_s', 'sigma_s'} <= found.keys() else (None, None)
+    found.pop('mu_s', None), found.pop('sigma_s', None)
     rows = found.pop('features', None)
     if rows is not None and rows.shape[1] != len(mean):
         raise UserError(f'{name}: features {list(rows.shape)} and mu {list(mean.shape)} do not fit together')
     facts = {key: value.tolist() for key, value in found.items()} | {'features': rows}
     if 'shape' in facts:
         facts['shape'] = tuple(facts['shape'])
-    return Statistics(mean, cov, **facts)
+    return Statistics(mean, cov, **facts, spatial_mean=spatial_mean, spatial_cov=spatial_cov)
+
+
+def _pop_gaussian(found, mu, sigma, name):
+    """Takes mean [D] and covariance [D,D] out of the arrays found, in float64, and checks them."""
+    mean, cov = (np.asarray(found.pop(key), dtype=np.float64) for key in (mu, sigma))
+    if not len(mean) or cov.shape != (len(mean), len(mean)):
+        raise UserError(f'{name}: {mu} {list(mean.shape)} and {sigma} {list(cov.shape)} do not fit together')
+    if not (np.isfinite(mean).all() and np.isfinite(cov).all()):
+        raise UserError(f'{name}: {mu} or {sigma} is not finite')
+    return mean, cov
 
 
 def _read_arrays(path, name, keys):
@@ -150,7 +161,7 @@ def _read_array(archive, info):
 
 MOST_DEFLATED = 100  # bytes that one byte of a large compressed member may stand for; of real statistics it is less than 2
 NUMBERS = 'fiu', 'an array of numbers'
-KINDS = {'mu': NUMBERS, 'sigma': NUMBERS, 'features': NUMBERS, 'num_images': ('iu', 'a whole number'),
+KINDS = {**dict.fromkeys(['mu', 'sigma', 'mu_s', 'sigma_s', 'features'], NUMBERS), 'num_images': ('iu', 'a whole number'),
          'shape': ('iu', 'three whole numbers')}
-DIMS = {'mu': 1, 'sigma': 2, 'features': 2, 'shape': 1}  # of those that are not single values
-FACTS = tuple(field.name for field in dataclasses.fields(Statistics)[2:])
+DIMS = {'mu': 1, 'sigma': 2, 'mu_s': 1, 'sigma_s': 2, 'features': 2, 'shape': 1}  # of those that are not single values
+FACTS = tuple(field.name for field in dataclasses.fields(Statistics)[2:] if not field.name.startswith('spatial_'))

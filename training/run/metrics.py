@@ -15,7 +15,8 @@ from torch_utils import distributed, misc, registry
 from training.evaluation.images import uint8_batches
 
 BATCH = 64  # images a rank makes together; eval_fid.py's default
-NAMES = {'fid_score': 'fid'}  # where the log is briefer than the published name
+# Where the log is briefer than the published name, and where the count of images must not run into its digits.
+NAMES = {'fid_score': 'fid', 'fd_dinov2': 'fd_dinov2_', 'fd_vgg16': 'fd_vgg16_'}
 # What eval_fid.py calls its options, in errors of the rooms that the two share, and what train.py calls them.
 RENAMED = {'--detector-weights=': '--metrics-detector=inception:weights=', '--detector=': '--metrics-detector=',
            'pass the --detector ': 'pass the --metrics-detector ',
