@@ -22,13 +22,15 @@ FRECHET = [
     (16, 256, 'normal', 0.3, 1.2), (16, 256, 'exponential', 0.3, 1.2), (16, 1024, 'exponential', 0, 1),
     (64, 256, 'exponential', 0.3, 1.2), (64, 512, 'normal', 0, 1), (64, 512, 'half-normal', 0, 1), (64, 512, 'half-normal', 0.3, 1.2),
     (64, 512, 'student', 0.1, 1.05), (64, 2048, 'half-normal', 0, 1), (64, 2048, 'exponential', 0.1, 1.05),
-    (256, 256, 'half-normal', 0, 1), (256, 256, 'half-normal', 0.3, 1.2), (256, 512, 'half-normal', 0.1, 1.05),
-    (256, 128, 'half-normal', 0, 1), (256, 128, 'half-normal', 0.3, 1.2)]
+    (250, 250, 'half-normal', 0.3, 1.2), (128, 256, 'half-normal', 0, 1), (128, 256, 'half-normal', 0.3, 1.2),
+    (128, 128, 'half-normal', 0, 1), (128, 128, 'half-normal', 0.3, 1.2), (128, 64, 'half-normal', 0, 1),
+    (128, 64, 'half-normal', 0.3, 1.2)]
 # dimensions, generated images, reference images, size of subsets, law, shift
 KERNEL = [
     (8, 256, 256, 256, 'normal', 0), (8, 256, 256, 256, 'normal', 0.1), (8, 256, 512, 256, 'exponential', 0.5),
-    (64, 256, 256, 256, 'normal', 0), (64, 256, 1024, 100, 'half-normal', 0), (64, 512, 512, 100, 'half-normal', 0.05),
-    (64, 512, 512, 512, 'half-normal', 0), (64, 512, 512, 512, 'half-normal', 0.1), (64, 512, 512, 512, 'exponential', 0.5)]
+    (16, 256, 256, 256, 'normal', 0.1), (64, 256, 256, 256, 'normal', 0), (64, 300, 300, 300, 'half-normal', 0),
+    (64, 300, 300, 300, 'half-normal', 0.05), (64, 300, 300, 300, 'half-normal', 0.1), (64, 300, 300, 300, 'exponential', 0.5),
+    (64, 256, 256, 100, 'half-normal', 0), (64, 256, 256, 100, 'half-normal', 0.1)]
 
 
 def spectrum(dim):

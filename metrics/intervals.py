@@ -133,9 +133,16 @@ def kernel_interval(value, deviation, subsets, subset_size, x, y, device=None):
 def mmd_variance(x, y, device=None):
     """(variance of the unbiased squared MMD of x [N,D] and y [M,D] under new draws of both, bias c of the V-statistic).
 
-    With centred parts k~ of the cubic kernel and a(x) = E k(x,x') - E k(x,y), b(y) alike:
-    4/N var a + 4/M var b + 2/(N(N-1)) var k~_xx + 2/(M(M-1)) var k~_yy + 4/(NM) var k~_xy, each estimated without bias, from the first
-    KERNEL_ROWS images of a shuffle. The first two may come out negative, and then count half, as in frechet_spread's bound."""
+    A first order that comes out negative counts half, which keeps the sum positive, as the bound of frechet_spread does."""
+    first, second, bias = mmd_orders(x, y, device)
+    return max(second + max(first, first / 2), 0.0), bias
+
+
+def mmd_orders(x, y, device=None):
+    """(first order of that variance, second order, bias c of the V-statistic), each estimated without bias.
+
+    With the kernel's centred parts k~, a(x) = E k(x,x') - E k(x,y) and b(y) alike: 4/N var a + 4/M var b, which may come out negative;
+    2/(N(N-1)) var k~_xx + 2/(M(M-1)) var k~_yy + 4/(NM) var k~_xy. From at most KERNEL_ROWS images of each side."""
     counts = len(x), len(y)
     x, y = (_some(side).to(device or 'cpu', torch.float64) for side in (x, y))
     rows_x, noise_x, diagonal_x = _within(x)
@@ -145,11 +152,11 @@ def mmd_variance(x, y, device=None):
     over_x, over_y = across.mean(1) - centre, across.mean(0) - centre
     (n, m), (count_x, count_y) = across.shape, counts
     noise_xy = float((across - centre - over_x[:, None] - over_y).square().sum()) / ((n - 1) * (m - 1))
-    first_x = float((rows_x - over_x).var()) - noise_x / (n - 2) - noise_xy / m
+    first_x = float((rows_x - over_x).var()) - noise_x / (n - 2) - noise_xy / m  # less what the noise adds to the rows' spread
     first_y = float((rows_y - over_y).var()) - noise_y / (m - 2) - noise_xy / n
     first = 4 / count_x * first_x + 4 / count_y * first_y
     second = 2 / (count_x * (count_x - 1)) * noise_x + 2 / (count_y * (count_y - 1)) * noise_y + 4 / (count_x * count_y) * noise_xy
-    return max(second + max(first, first / 2), 0.0), diagonal_x / count_x + diagonal_y / count_y
+    return first, second, diagonal_x / count_x + diagonal_y / count_y
 
 
 def _some(side):

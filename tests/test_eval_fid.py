@@ -166,7 +166,7 @@ def test_the_file_of_a_reference_is_hashed(folders, images):
     (['--gen_path=gen', '--ref_path=ref', '--num=12', '--device=cuda:99', PIXELS], ['--device=cuda:99', '--device=cpu']),
     (['--gen_path=gen', '--ref_path=ref', '--num=12', '--out_path=ref', PIXELS], ['--out-path=ref', 'folder']),
     (['--num=12', 'ref', '--data=ref', '--dest=a.npz'], ['--num', 'after that word']),
-    (['--gen_path=gen', '--ref_path=ref', '--metrics=fid,fud'], ['"fud"', 'fid, kid, is, pr, dc']),
+    (['--gen_path=gen', '--ref_path=ref', '--metrics=fid,fud'], ['"fud"', 'fid, fid_inf, sfid, kid, cmmd, is, pr, dc']),
     (['--gen_path=gen', '--ref_path=ref', '--detector=pixel'], ['"pixel"', 'inception, pixels, dinov2']),
     (['--gen_path=gen', '--ref_path=ref', '--detector=pixels:a=1'], ['has no key "a"']),
     (['--gen_path=gen', '--ref_stats=plain.npz', '--num=12', '--metrics=fid,pr', PIXELS], ['plain.npz', '--keep-features']),
@@ -252,7 +252,7 @@ def test_all_metrics_from_kept_features_and_from_images(folders, images):
     for result in (a, b):
         assert {name: result[name] for name in expected} == pytest.approx(expected, rel=1e-5)
         assert result['metrics'] == {'names': ['fid', 'kid', 'pr', 'dc'], 'kid_subsets': 4, 'kid_subset_size': 10, 'pr_k': 3,
-                                     'dc_k': 5, 'splits': 2, 'seed': 2020}
+                                     'dc_k': 5, 'splits': 2, 'seed': 2020, 'intervals': False}
         assert 'inception_score' not in result and 'repeats' not in result
     assert b['reference']['split'] == 'test' and a['generated'] == {'path': 'gen', 'sha256': None}
     lines = output.splitlines()

@@ -53,6 +53,8 @@ class PeriodicMetrics:
         neighbours = max([k for metric, k in (('pr', PR_K), ('dc', DC_K)) if metric in self.names], default=0)
         if neighbours and len(reference.features) <= neighbours:
             raise UserError(f'{name}: {chosen} need more than {neighbours} images, and it has {len(reference.features)}')
+        if 'fid_inf' in self.names and self.num < 4:
+            raise UserError(f'--metrics-num={self.num}: {chosen} need 4 images or more')
         if 'pr' in self.names and self.num <= PR_K:
             raise UserError(f'--metrics-num={self.num}: {chosen} need more than {PR_K} images')
 
