@@ -26,17 +26,7 @@ class VGG16(torch.nn.Module):
     def __init__(self, weights):
         super().__init__()
         with torch.device('meta'):  # takes no memory and no random numbers; the state dict's tensors become the parameters
-            layers, channels = [], 3
-            for width in WIDTHS:
-                if width == 'pool':
-                    layers.append(torch.nn.MaxPool2d(2))
-                    continue
-                layers += [torch.nn.Conv2d(channels, width, 3, padding=1), torch.nn.ReLU(inplace=True)]
-                channels = width
-            self.features = torch.nn.Sequential(*layers)
-            self.classifier = torch.nn.Sequential(  # Dropout, which does nothing here, for the published numbers of layers
-                torch.nn.Linear(channels * 7 * 7, HIDDEN), torch.nn.ReLU(inplace=True), torch.nn.Dropout(),
-                torch.nn.Linear(HIDDEN, HIDDEN), torch.nn.ReLU(inplace=True))
+            self.features, self.classifier = layers()
         self.load_state_dict(_read_weights(weights, self.state_dict()), assign=True)
         self.eval().requires_grad_(False)
         for name, values in (('mean', MEAN), ('std', STD)):
@@ -47,6 +37,21 @@ class VGG16(torch.nn.Module):
         with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
             x = self.features((x - self.mean) / self.std)
         return self.classifier(x.flatten(1))
+
+
+def layers():
+    """(convolutions, fully connected layers up to the second), numbered as torchvision numbers them."""
+    found, channels = [], 3
+    for width in WIDTHS:
+        if width == 'pool':
+            found.append(torch.nn.MaxPool2d(2))
+            continue
+        found += [torch.nn.Conv2d(channels, width, 3, padding=1), torch.nn.ReLU(inplace=True)]
+        channels = width
+    classifier = torch.nn.Sequential(  # with dropout, which does nothing here, for the numbers
+        torch.nn.Linear(channels * 7 * 7, HIDDEN), torch.nn.ReLU(inplace=True), torch.nn.Dropout(),
+        torch.nn.Linear(HIDDEN, HIDDEN), torch.nn.ReLU(inplace=True))
+    return torch.nn.Sequential(*found), classifier
 
 
 def weights_file(weights=None):

@@ -76,8 +76,8 @@ def test_numbers_are_those_of_the_functions():
     assert (found['inception_score_mean'], found['inception_score_std']) == pytest.approx(inception_score(logits, 4, 2020), rel=1e-12)
     assert found['inception_score'] == pytest.approx(inception_score(logits, 1)[0], rel=1e-12)
     assert found['fid_score'] > 0
-    assert list(found) == ['fid_score', 'fid_inf', 'kid', 'kid_std', 'inception_score', 'inception_score_mean', 'inception_score_std', 'precision',
-                           'recall', 'density', 'coverage']
+    assert list(found) == ['fid_score', 'fid_inf', 'kid', 'kid_std', 'inception_score', 'inception_score_mean', 'inception_score_std',
+                           'precision', 'recall', 'density', 'coverage']
 
 
 @pytest.mark.parametrize('name, keys', [('fid', {'fid_score'}), ('kid', {'kid', 'kid_std'}), ('pr', {'precision', 'recall'}),

