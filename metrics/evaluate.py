@@ -199,7 +199,7 @@ def check_reference(reference, detector, shape, name, metrics=('fid',)):
     check_detector(detector, metrics)
     if any(metric.spatial for metric in _chosen(metrics)) and reference.spatial_mean is None:
         raise UserError(f'{name}: --metrics={",".join(metrics)}: sfid compares spatial features, and these statistics hold none '
-                        '(mu_s, sigma_s); make them with "ref --detector=inception", or pass the images with --ref-path')
+                        '(mu_s, sigma_s); make them anew with "ref", or pass the images with --ref-path')
     if needs_features(metrics) and reference.features is None:
         raise UserError(f'{name}: --metrics={",".join(metrics)} compare images, and these statistics hold no features; '
                         'make them with "ref --keep-features", or pass the images with --ref-path')

@@ -63,7 +63,7 @@ def frechet_influence(features, mu2, half2):
     device = half2.device
     mu1 = features.mean(0, dtype=torch.float64).to(device)
     centred = lambda rows: rows.to(device, torch.float64) - mu1
-    gram = sum((centred(rows) @ half2).T @ (centred(rows) @ half2) for rows in features.split(ROWS)) / (len(features) - 1)
+    gram = sum(x.T @ x for x in (centred(rows) @ half2 for rows in features.split(ROWS))) / (len(features) - 1)
     values, vectors = torch.linalg.eigh(gram)
     kept = values > len(values) * torch.finfo(torch.float64).eps * 100 * values[-1].clamp(min=0)
     roots, project = values[kept].sqrt(), half2 @ vectors[:, kept]

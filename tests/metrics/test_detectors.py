@@ -52,7 +52,7 @@ def test_sfid_from_images_and_through_a_file(inception, tmp_path, monkeypatch):
 
 def test_what_sfid_refuses(inception):
     plain = Statistics(np.zeros(2048), np.eye(2048))
-    with pytest.raises(UserError, match=r'r: --metrics=sfid: .*mu_s, sigma_s.*"ref --detector=inception".*--ref-path') as caught:
+    with pytest.raises(UserError, match=r'r: --metrics=sfid: .*mu_s, sigma_s.*with "ref".*--ref-path') as caught:
         evaluate.check_reference(plain, inception, (3, 8, 8), 'r', ('sfid',))
     assert '\n' not in caught.value.message
     with pytest.raises(UserError, match='--metrics=fid,sfid: sfid is of --detector=inception, not of --detector=pixels'):

@@ -73,6 +73,16 @@ def test_halves_and_bounds():
         intervals.frechet_spread(x[:3], mu, cov)
 
 
+def test_the_second_order_is_not_counted_twice():
+    """Of equal laws, where it is all there is, the influence function says twice the variance, the corrected estimate once."""
+    rng, mu, cov = np.random.default_rng(0), np.zeros(12), np.eye(12)
+    draws = [rng.standard_normal((120, 12)) for _ in range(200)]
+    true = np.var([distance(x, mu, cov) for x in draws])
+    spreads = [intervals.frechet_spread(x, mu, cov) for x in draws]
+    assert np.mean([spread.first for spread in spreads]) > 1.5 * true
+    assert 0.7 * true < np.mean([spread.variance for spread in spreads]) < 1.45 * true
+
+
 def test_variance_of_the_kernel_distance_is_unbiased():
     """Its mean over draws is the variance of the estimate over them, at equal laws and away; five standard errors."""
     rng = np.random.default_rng(0)

@@ -19,6 +19,7 @@ BATCH = 64  # images a rank makes together; eval_fid.py's default
 NAMES = {'fid_score': 'fid', 'fd_dinov2': 'fd_dinov2_', 'fd_vgg16': 'fd_vgg16_'}
 # What eval_fid.py calls its options, in errors of the rooms that the two share, and what train.py calls them.
 RENAMED = {'--detector-weights=': '--metrics-detector=inception:weights=', '--detector=': '--metrics-detector=',
+           'make them anew with "ref", or pass the images with --ref-path': 'make them anew with "eval_fid.py ref"',
            'pass the --detector ': 'pass the --metrics-detector ',
            'images go with --ref-path, statistics are made by "ref"': 'statistics of images are made by "eval_fid.py ref"'}
 
