@@ -16,7 +16,7 @@ from dnnlib import UserError
 from dnnlib.files import beside, file_digest, prepare_output, write_json
 from metrics import memorisation, references, report, results, table
 from metrics.detectors import DETECTORS
-from metrics.evaluate import METRICS, Settings, check_reference, check_shape, evaluate_batches, needs_features
+from metrics.evaluate import METRICS, Settings, check_detector, check_reference, check_shape, evaluate_batches, needs_features
 from metrics.generated import PROTOCOL_NUM
 from metrics.image_files import ImageFiles
 from metrics.statistics import save_statistics
@@ -39,7 +39,8 @@ SHARED = command_line.options_of(
                  type=COUNT, default=64, show_default=True),
     click.option('--detector', type=Spec(DETECTORS), default='inception', show_default=True,
                  help='Where features come from: inception:channels_last=true,precision=bf16,compile=true (FID proper has none of '
-                 'these), pixels, dinov2:model=NAME|DIR (needs transformers), torchscript:path=FILE, '
+                 'these), pixels, dinov2:model=NAME|DIR or clip:model=NAME|DIR (need transformers), vgg16:weights=FILE|URL, '
+                 'torchscript:path=FILE, '
                  'module:name=package.module.Class,weights=FILE.safetensors. The last two execute code: the archive\'s, and that of '
                  'the class you name'),
     click.option('--detector-weights', help='Local copy of the Inception weights, or another address for them', metavar='PATH|URL'),
@@ -64,14 +65,15 @@ SAMPLING = command_line.options_of(
 )
 NUMBERS = command_line.options_of(
     click.option('--metrics', type=command_line.Names(METRICS), default='fid,is', show_default=True,
-                 help=f'What to compute, of {",".join(METRICS)}: pr is precision and recall, dc density and coverage; kid, pr and dc '
-                 'need the features of the reference'),
+                 help=f'What to compute, of {",".join(METRICS)}: pr is precision and recall, dc density and coverage; kid, cmmd, pr and '
+                 'dc need the features of the reference, cmmd --detector=clip, sfid --detector=inception'),
+    click.option('--intervals', is_flag=True, help='Also give 95 % confidence intervals of fid, fid_inf and kid'),
     click.option('--kid-subsets', metavar='INT', type=COUNT, default=Settings.kid_subsets, show_default=True, help='Subsets of KID'),
     click.option('--kid-subset-size', metavar='INT', type=click.IntRange(min=2), default=Settings.kid_subset_size, show_default=True,
                  help='Images in each of them'),
     click.option('--splits', metavar='INT', type=COUNT, default=Settings.splits, show_default=True, help='Splits of the Inception score'),
     click.option('--metric-seed', metavar='INT', type=click.IntRange(0, 2 ** 32 - 1), default=Settings.seed, show_default=True,
-                 help='Seed of KID\'s subsets and of the splits'),
+                 help='Seed of KID\'s subsets, of the splits and of the halves that fid_inf compares'),
 )
 
 
@@ -192,11 +194,12 @@ def evaluate(o):
     detector = make_detector(o)
     detector.dim(source.shape)
     if isinstance(reference, ImageFiles):
+        check_detector(detector, o.metrics)  # before the images are looked at
         reference = references.statistics_of(reference, detector, o.batch_size, needs_features(o.metrics))
         reference = dataclasses.replace(reference, split=o.split, source=o.ref_path)
     distributed.from_rank0(check_reference, reference, detector, source.shape, where, o.metrics, o.other_shape)
     references.warn(reference, detector, source.shape, where)
-    settings = Settings(o.kid_subsets, o.kid_subset_size, splits=o.splits, seed=o.metric_seed)
+    settings = Settings(o.kid_subsets, o.kid_subset_size, splits=o.splits, seed=o.metric_seed, intervals=o.intervals)
     values = []
     for batches in source.repeats():
         values.append(evaluate_batches(batches, detector, reference, o.metrics, settings, source.count))
@@ -272,7 +275,7 @@ def provenance(values, o, source, detector, reference, digest, settings):
     repeats = {'repeats': [{**label, **found} for label, found in zip(source.labels, values)]} if o.network else {}
     return {
         **{name: found['mean'] for name, found in means.items()},
-        **({'summary': means} if len(values) > 1 else {}),
+        **({'summary': means} if len(values) > 1 else {'intervals': values[0]['intervals']} if settings.intervals else {}),
         **repeats,
         'metrics': {'names': list(o.metrics), **dataclasses.asdict(settings)},
         'num_images': source.count,

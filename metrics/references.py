@@ -43,7 +43,7 @@ def fetch(ref, option='--ref-stats'):
 def statistics_of(files, detector, batch_size, keep_features):
     """Statistics of all of the ImageFiles, with what they were made with, and their features where asked for."""
     detector.dim(files.shape)
-    found = collect(files.batches(batch_size), detector, len(files), (), keep_features=keep_features).statistics
+    found = collect(files.batches(batch_size), detector, len(files), (), keep_features=keep_features, keep_spatial=True).statistics
     files.check_unchanged()
     return dataclasses.replace(found, **conditions(detector))
 

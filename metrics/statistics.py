@@ -29,6 +29,8 @@ class Statistics:
     tf32: bool | None = None    # whether float32 was multiplied in TF32 there
     versions: str | None = None  # of the program and its libraries, a JSON object
     note: str | None = None     # what the file does not tell; no part of it
+    spatial_mean: np.ndarray | None = dataclasses.field(default=None, repr=False)  # of sFID's features: [2023],
+    spatial_cov: np.ndarray | None = dataclasses.field(default=None, repr=False)   # [2023,2023], float64
 
 
 class Moments:
@@ -92,7 +94,8 @@ def save_statistics(stats, path):
     facts = {name: getattr(stats, name) for name in sorted(FACTS)}
     known = {name: np.array(value) for name, value in facts.items() if value is not None}
     with replacing(path) as part, open(part, 'wb') as f:
-        np.savez(f, mu=stats.mean, sigma=stats.cov, **known)
+        spatial = {} if stats.spatial_mean is None else {'mu_s': stats.spatial_mean, 'sigma_s': stats.spatial_cov}
+        np.savez(f, mu=stats.mean, sigma=stats.cov, **spatial, **known)
 
 
 def load_statistics(path, name=None, features=True, detector='inception'):
@@ -101,7 +104,8 @@ def load_statistics(path, name=None, features=True, detector='inception'):
     name: what errors call the file. features: whether to read them too, where they were kept; they may be many. detector: whose
     statistics, in a file that holds those of several. Raises UserError where it is no such file."""
     name = str(name or path)
-    found, detector = reference_files.read_arrays(path, name, FACTS if features else FACTS - {'features'}, detector)
+    keys = FACTS | {'mu_s', 'sigma_s'}
+    found, detector = reference_files.read_arrays(path, name, keys if features else keys - {'features'}, detector)
     for key, value in found.items():
         kinds, what = KINDS.get(key, ('U', 'text'))
         if value.dtype.kind not in kinds or value.ndim != DIMS.get(key, 0):
@@ -110,11 +114,9 @@ def load_statistics(path, name=None, features=True, detector='inception'):
         found |= _moments(found['features'], name)
     if not {'mu', 'sigma'} <= found.keys():
         raise UserError(f'{name}: has no mu and sigma; images go with --ref-path, statistics are made by "ref"')
-    mean, cov = (np.asarray(found.pop(key), dtype=np.float64) for key in ('mu', 'sigma'))
-    if not len(mean) or cov.shape != (len(mean), len(mean)):
-        raise UserError(f'{name}: mu {list(mean.shape)} and sigma {list(cov.shape)} do not fit together')
-    if not (np.isfinite(mean).all() and np.isfinite(cov).all()):
-        raise UserError(f'{name}: mu or sigma is not finite')
+    mean, cov = _pop_gaussian(found, 'mu', 'sigma', name)
+    spatial_mean, spatial_cov = _pop_gaussian(found, 'mu_s', 'sigma_s', name) if {'mu_s', 'sigma_s'} <= found.keys() else (None, None)
+    found.pop('mu_s', None), found.pop('sigma_s', None)
     rows = found.pop('features', None)
     if rows is not None and rows.shape[1] != len(mean):
         raise UserError(f'{name}: features {list(rows.shape)} and mu {list(mean.shape)} do not fit together')
@@ -123,7 +125,18 @@ def load_statistics(path, name=None, features=True, detector='inception'):
         facts['shape'] = tuple(facts['shape'])
     if 'versions' in facts:
         json_object(facts['versions'], f'{name}: "versions"')
-    return Statistics(mean, cov, **facts, note=None if facts['detector'] else reference_files.unknown_detector(name))
+    note = None if facts['detector'] else reference_files.unknown_detector(name)
+    return Statistics(mean, cov, **facts, spatial_mean=spatial_mean, spatial_cov=spatial_cov, note=note)
+
+
+def _pop_gaussian(found, mu, sigma, name):
+    """Takes mean [D] and covariance [D,D] out of the arrays found, in float64, and checks them."""
+    mean, cov = (np.asarray(found.pop(key), dtype=np.float64) for key in (mu, sigma))
+    if not len(mean) or cov.shape != (len(mean), len(mean)):
+        raise UserError(f'{name}: {mu} {list(mean.shape)} and {sigma} {list(cov.shape)} do not fit together')
+    if not (np.isfinite(mean).all() and np.isfinite(cov).all()):
+        raise UserError(f'{name}: {mu} or {sigma} is not finite')
+    return mean, cov
 
 
 def _moments(rows, name):
@@ -137,8 +150,8 @@ def _moments(rows, name):
 
 
 NUMBERS = 'fiu', 'an array of numbers'
-KINDS = {'mu': NUMBERS, 'sigma': NUMBERS, 'features': NUMBERS, 'num_images': ('iu', 'a whole number'),
+KINDS = {**dict.fromkeys(['mu', 'sigma', 'mu_s', 'sigma_s', 'features'], NUMBERS), 'num_images': ('iu', 'a whole number'),
          'shape': ('iu', 'three whole numbers'), 'tf32': ('b', 'true or false')}
-DIMS = {'mu': 1, 'sigma': 2, 'features': 2, 'shape': 1}  # of those that are not single values
-FACTS = {field.name for field in dataclasses.fields(Statistics)[2:]} - {'note'}
+DIMS = {'mu': 1, 'sigma': 2, 'mu_s': 1, 'sigma_s': 2, 'features': 2, 'shape': 1}  # of those that are not single values
+FACTS = {field.name for field in dataclasses.fields(Statistics)[2:] if not field.name.startswith('spatial_')} - {'note'}
 CHUNK = 4096  # rows of features that are summed at a time

@@ -179,11 +179,13 @@ def test_the_file_of_a_reference_is_hashed(folders, images):
     (['--gen_path=gen', '--ref_path=ref', '--num=12', '--device=cuda:99', PIXELS], ['--device=cuda:99', '--device=cpu']),
     (['--gen_path=gen', '--ref_path=ref', '--num=12', '--out_path=ref', PIXELS], ['--out-path=ref', 'folder']),
     (['--num=12', 'ref', '--data=ref', '--dest=a.npz'], ['--num', 'after that word']),
-    (['--gen_path=gen', '--ref_path=ref', '--metrics=fid,fud'], ['"fud"', 'fid, kid, is, pr, dc']),
+    (['--gen_path=gen', '--ref_path=ref', '--metrics=fid,fud'], ['"fud"', 'fid, fid_inf, sfid, kid, cmmd, is, pr, dc']),
     (['--gen_path=gen', '--ref_path=ref', '--detector=pixel'], ['"pixel"', 'inception, pixels, dinov2']),
     (['--gen_path=gen', '--ref_path=ref', '--detector=pixels:a=1'], ['has no key "a"']),
     (['--gen_path=gen', '--ref_stats=plain.npz', '--num=12', '--metrics=fid,pr', PIXELS], ['plain.npz', '--keep-features']),
     (['--gen_path=gen', '--ref_path=ref', '--num=12', '--metrics=kid', PIXELS], ['subsets of 1000', '--kid-subset-size']),
+    (['--gen_path=gen', '--ref_path=ref', '--num=12', '--metrics=fid,sfid', PIXELS], ['fid,sfid', 'sfid is of --detector=inception']),
+    (['--gen_path=gen', '--ref_stats=plain.npz', '--num=12', '--metrics=cmmd', PIXELS], ['cmmd is of --detector=clip']),
     (['--gen_path=gen', '--ref_path=ref', '--repeats=3'], ['--repeats', '--network']),
     (['--gen_path=gen', '--network=net', '--ref_path=ref'], ['--gen-path', '--network', 'both']),
     (['--gen_path=gen', '--ref_stats=plain.npz', '--split=train'], ['--split=train', '--ref-path']),
@@ -315,7 +317,7 @@ def test_all_metrics_from_kept_features_and_from_images(folders, images):
     for result in (a, b):
         assert {name: result[name] for name in expected} == pytest.approx(expected, rel=1e-5)
         assert result['metrics'] == {'names': ['fid', 'kid', 'pr', 'dc'], 'kid_subsets': 4, 'kid_subset_size': 10, 'pr_k': 3,
-                                     'dc_k': 5, 'splits': 2, 'seed': 2020}
+                                     'dc_k': 5, 'splits': 2, 'seed': 2020, 'intervals': False}
         assert 'inception_score' not in result and 'repeats' not in result
     assert b['reference']['split'] == 'test' and a['generated'] == {
         'path': 'gen', 'sha256': file_digest('gen'), 'record': None, 'record_missing': 'there is no gen.json beside the images'}
@@ -323,6 +325,19 @@ def test_all_metrics_from_kept_features_and_from_images(folders, images):
     assert [line.split()[0] for line in lines[:-1]] == ['metric', 'fid_score', 'kid', 'kid_std', 'precision', 'recall', 'density',
                                                         'coverage']
     assert all('12' in line and 'pixels' in line and '30 images' in line for line in lines[1:-1])
+
+
+def test_intervals_in_the_result_and_in_print(folders):
+    """Of 260 images of 24 features; kid has none here, since the reference has 30, and the program says so."""
+    np.save('many.npy', np.random.default_rng(0).integers(0, 256, (260, 2, 4, 3), dtype=np.uint8))
+    output = run('--gen-path=many.npy', '--ref-path=ref', '--num=260', '--metrics=fid,fid_inf,kid', '--intervals', *SMALL)
+    result = json.loads(Path('many.npy.fid.json' if Path('many.npy.fid.json').exists() else 'many.fid.json').read_text())
+    intervals = result['intervals']
+    for name in ('fid_score', 'fid_inf'):
+        assert intervals[name]['low'] < result[name] < intervals[name]['high'] and intervals[name]['level'] == 0.95
+        shown = f'{result[name]:.4f} [{intervals[name]["low"]:.4f}, {intervals[name]["high"]:.4f}]'
+        assert shown in output and result['metrics']['intervals']
+    assert intervals['kid']['low'] is None and 'kid: interval: none: ' in output
 
 
 def test_a_folder_that_changes_is_refused(folders, monkeypatch):
