@@ -14,12 +14,12 @@ import click
 import dnnlib
 from dnnlib import UserError
 from dnnlib.files import beside, file_digest, prepare_output, write_json
-from metrics import memorisation, report, results, table
+from metrics import memorisation, references, report, results, table
 from metrics.detectors import DETECTORS
-from metrics.evaluate import METRICS, Settings, check_reference, collect, evaluate_batches, needs_features
+from metrics.evaluate import METRICS, Settings, check_detector, check_reference, check_shape, evaluate_batches, needs_features
 from metrics.generated import PROTOCOL_NUM
 from metrics.image_files import ImageFiles
-from metrics.statistics import load_statistics, save_statistics
+from metrics.statistics import save_statistics
 from torch_utils import command_line, distributed, registry
 from torch_utils.command_line import Spec, ranges
 from training.evaluation.images import NetworkImages, RecordedImages
@@ -39,15 +39,20 @@ SHARED = command_line.options_of(
                  type=COUNT, default=64, show_default=True),
     click.option('--detector', type=Spec(DETECTORS), default='inception', show_default=True,
                  help='Where features come from: inception:channels_last=true,precision=bf16,compile=true (FID proper has none of '
-                 'these), pixels, dinov2:model=NAME|DIR (needs transformers), torchscript:path=FILE, '
+                 'these), pixels, dinov2:model=NAME|DIR or clip:model=NAME|DIR (need transformers), vgg16:weights=FILE|URL, '
+                 'torchscript:path=FILE, '
                  'module:name=package.module.Class,weights=FILE.safetensors. The last two execute code: the archive\'s, and that of '
                  'the class you name'),
     click.option('--detector-weights', help='Local copy of the Inception weights, or another address for them', metavar='PATH|URL'),
     click.option('--device', help='Such as cpu or cuda  [default: the GPU, where there is one]', metavar='NAME'),
 )
 REFERENCE = command_line.options_of(
-    click.option('--ref-stats', help='Reference statistics (mu, sigma)', metavar='NPZ|URL'),
+    click.option('--ref-stats', metavar='FILE|URL[#sha256=HEX]',
+                 help='Reference statistics: those of "ref" or EDM (.npz), EDM2 (.pkl), clean-fid (.npz) or torch-fidelity (.pt); a digest '
+                 'after #sha256= is checked first'),
     click.option('--ref-path', help='Reference images, in place of --ref-stats', metavar='PATH'),
+    click.option('--other-shape', is_flag=True,
+                 help='Compare with a reference that was made from images of another size or mode, which is refused without it'),
     click.option('--split', help='Which part of the data set --ref-path is (train, test, ...); kept in the result', metavar='NAME'),
 )
 SAMPLING = command_line.options_of(
@@ -60,14 +65,15 @@ SAMPLING = command_line.options_of(
 )
 NUMBERS = command_line.options_of(
     click.option('--metrics', type=command_line.Names(METRICS), default='fid,is', show_default=True,
-                 help=f'What to compute, of {",".join(METRICS)}: pr is precision and recall, dc density and coverage; kid, pr and dc '
-                 'need the features of the reference'),
+                 help=f'What to compute, of {",".join(METRICS)}: pr is precision and recall, dc density and coverage; kid, cmmd, pr and '
+                 'dc need the features of the reference, cmmd --detector=clip, sfid --detector=inception'),
+    click.option('--intervals', is_flag=True, help='Also give 95 % confidence intervals of fid, fid_inf and kid'),
     click.option('--kid-subsets', metavar='INT', type=COUNT, default=Settings.kid_subsets, show_default=True, help='Subsets of KID'),
     click.option('--kid-subset-size', metavar='INT', type=click.IntRange(min=2), default=Settings.kid_subset_size, show_default=True,
                  help='Images in each of them'),
     click.option('--splits', metavar='INT', type=COUNT, default=Settings.splits, show_default=True, help='Splits of the Inception score'),
     click.option('--metric-seed', metavar='INT', type=click.IntRange(0, 2 ** 32 - 1), default=Settings.seed, show_default=True,
-                 help='Seed of KID\'s subsets and of the splits'),
+                 help='Seed of KID\'s subsets, of the splits and of the halves that fid_inf compares'),
 )
 
 
@@ -182,14 +188,18 @@ def evaluate(o):
     source = NetworkImages(o) if o.network else RecordedImages(o)
     out_path = o.out_path or source.default_path(results.SUFFIX)
     prepare_output(out_path, '--out-path')
-    reference, digest = open_reference(o)
+    reference, digest = references.open_reference(o.ref_stats, o.ref_path, o.detector, needs_features(o.metrics))
+    where = f'--ref-path={o.ref_path}' if o.ref_path else f'--ref-stats={o.ref_stats}'
+    check_shape(reference.shape, source.shape, where, o.other_shape)
     detector = make_detector(o)
     detector.dim(source.shape)
     if isinstance(reference, ImageFiles):
-        reference = dataclasses.replace(statistics_of(reference, detector, o, needs_features(o.metrics)), split=o.split)
-    where = f'--ref-path={o.ref_path}' if o.ref_path else f'--ref-stats={o.ref_stats}'
-    distributed.from_rank0(check_reference, reference, detector, source.shape, where, o.metrics)
-    settings = Settings(o.kid_subsets, o.kid_subset_size, splits=o.splits, seed=o.metric_seed)
+        check_detector(detector, o.metrics)  # before the images are looked at
+        reference = references.statistics_of(reference, detector, o.batch_size, needs_features(o.metrics))
+        reference = dataclasses.replace(reference, split=o.split, source=o.ref_path)
+    distributed.from_rank0(check_reference, reference, detector, source.shape, where, o.metrics, o.other_shape)
+    references.warn(reference, detector, source.shape, where)
+    settings = Settings(o.kid_subsets, o.kid_subset_size, splits=o.splits, seed=o.metric_seed, intervals=o.intervals)
     values = []
     for batches in source.repeats():
         values.append(evaluate_batches(batches, detector, reference, o.metrics, settings, source.count))
@@ -201,27 +211,10 @@ def evaluate(o):
         print(f'written to {out_path}{"".join(f"; {line}" for line in told or ())}')
 
 
-def open_reference(o):
-    """(reference ImageFiles or Statistics, SHA-256 of the file; None for a folder). Only rank 0 holds features."""
-    if o.ref_path:
-        return ImageFiles(o.ref_path, '--ref-path'), file_digest(o.ref_path)
-    path = distributed.first_on_node(dnnlib.open_url, o.ref_stats)
-    features = needs_features(o.metrics) and distributed.rank() == 0
-    return load_statistics(path, f'--ref-stats={o.ref_stats}', features), file_digest(path)
-
-
-def statistics_of(files, detector, o, keep_features):
-    """Statistics of all of the ImageFiles, and their features where asked for."""
-    detector.dim(files.shape)
-    found = collect(files.batches(o.batch_size), detector, len(files), (), keep_features=keep_features).statistics
-    files.check_unchanged()
-    return found
-
-
 def write_reference(o):
     """The `ref` command."""
     prepare_output(o.dest, '--dest')
-    stats = statistics_of(ImageFiles(o.data, '--data'), make_detector(o), o, o.keep_features)
+    stats = references.statistics_of(ImageFiles(o.data, '--data'), make_detector(o), o.batch_size, o.keep_features)
     if distributed.rank() == 0:
         save_statistics(dataclasses.replace(stats, source=o.data, split=o.split), o.dest)
         print(f'{stats.num_images} images, {len(stats.mean)} features ({stats.detector}) -> {o.dest}')
@@ -240,7 +233,7 @@ def find_nearest(o):
         raise UserError('images must be of one size and mode, got ' +
                         ', '.join(f'{list(shape)} in {option}' for option, shape in shapes.items()))
     detector = make_detector(o)
-    features = {option: statistics_of(files, detector, o, True).features for option, files in sources.items()}
+    features = {option: references.statistics_of(files, detector, o.batch_size, True).features for option, files in sources.items()}
     if distributed.rank() == 0:
         write_nearest(o, sources, features, detector, out_path, picture)
 
@@ -282,17 +275,14 @@ def provenance(values, o, source, detector, reference, digest, settings):
     repeats = {'repeats': [{**label, **found} for label, found in zip(source.labels, values)]} if o.network else {}
     return {
         **{name: found['mean'] for name, found in means.items()},
-        **({'summary': means} if len(values) > 1 else {}),
+        **({'summary': means} if len(values) > 1 else {'intervals': values[0]['intervals']} if settings.intervals else {}),
         **repeats,
         'metrics': {'names': list(o.metrics), **dataclasses.asdict(settings)},
         'num_images': source.count,
         'found_images': source.found,
         'image_shape': list(source.shape),
         'generated': source.facts(),
-        'reference': {
-            'path': o.ref_path or o.ref_stats, 'sha256': digest, 'num_images': reference.num_images, 'split': reference.split,
-            'source': o.ref_path or reference.source, 'detector': reference.detector,
-            'detector_sha256': reference.detector_sha256},
+        'reference': references.facts(reference, o.ref_path or o.ref_stats, digest),
         **common_facts(o, detector),
     }
 
@@ -302,7 +292,7 @@ def common_facts(o, detector):
     context = click.get_current_context()
     told = {key: value for key, value in o.items() if context.get_parameter_source(key) is click.core.ParameterSource.COMMANDLINE}
     return {
-        'detector': {'name': detector.name, 'weights': detector.weights, 'sha256': detector.sha256},
+        'detector': {'name': detector.name, 'weights': detector.weights, 'sha256': detector.sha256, 'tf32': detector.tf32},
         **record.machine(detector.device),
         'options': {**told, **({'seeds': ranges(o.seeds)} if 'seeds' in told else {})},
     }

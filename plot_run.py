@@ -1,17 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draws the curves of a run from its stats.jsonl, without a display.
+"""Draws the curves of runs from their stats.jsonl, without a display, or writes them into one HTML page.
 
-python plot_run.py runs/00000-mix"""
+python plot_run.py runs/00000-mix
+python plot_run.py runs/00000-mix runs/00001-edm --html=compare.html"""
 
-import json
 import os
-import re
 
 import click
 
-from dnnlib import UserError
+from dnnlib import UserError, replacing
 from dnnlib.figures import figure
+from dnnlib.files import prepare_output
+from dnnlib.report.page import page
+from dnnlib.report.runs import families, read_runs, read_stats
+from dnnlib.util import printable
+from torch_utils import misc
 from torch_utils.command_line import Command, version_option
+
+__all__ = ['PICTURES', 'families', 'main', 'read_stats']
 
 PICTURES = {  # file -> (title, pattern of the names in it); one panel for what stands before the last "/" that splits a family
     'loss.png': ('Training loss, sum over an image', r'Loss/(?P<panel>[^/]+)(?P<curve>(/(clean|noisy))?)'),
@@ -21,85 +27,100 @@ PICTURES = {  # file -> (title, pattern of the names in it); one panel for what 
     'metrics.png': ('Metrics', r'Metrics/(?P<panel>[^/]+)(?P<curve>)'),
     'samples.png': ('Samples of the EMA', r'(?P<panel>Samples/(mean|std)|Copies/share)(?P<curve>(_\d+|_real)?)'),
 }
+COLOURS = ['#0072b2', '#d55e00', '#009e73', '#cc79a7', '#e69f00', '#56b4e9']  # of Okabe and Ito: colour-blind people tell them apart
+LINES = ['-', '--', ':']  # of the runs beyond these
 
 COUNTS = {'held-out.png': 'Val/num_images', 'samples.png': 'Samples/num_images'}  # how many images a picture is of
 
 
-def read_stats(folder):
-    """{name: [(nimg, value), ...]} of a run's folder. A last line cut off by a crash is left out."""
-    path = os.path.join(folder, 'stats.jsonl')
-    if not os.path.isfile(path):
-        raise UserError(f'{folder}: no stats.jsonl in it; give the folder of a run, such as runs/00000-name')
-    curves = {}
-    with open(path, encoding='utf-8') as f:
-        lines = f.read().split('\n')
-    for number, line in enumerate(lines, 1):
-        try:
-            fields = json.loads(line) if line.strip() else {}
-        except ValueError:
-            if number < len(lines):
-                raise UserError(f'{path}: line {number} is not JSON') from None
-            continue
-        for name, value in fields.items():
-            if isinstance(value, (int, float)):
-                curves.setdefault(name, []).append((fields['nimg'], value))
-    return curves
-
-
-def families(curves, pattern):
-    """{panel: {curve: points}} of the names that match, both in sorted order."""
+def overlaid(runs, pattern):
+    """{panel: {curve: points}} of one run as families() gives them; of several, a panel for each curve with all runs in it."""
+    if len(runs) == 1:
+        return families(runs[0].curves, pattern)
     found = {}
-    for name in sorted(curves):
-        match = re.fullmatch(pattern, name)
-        if match:
-            found.setdefault(match['panel'], {})[match['curve'].strip('/_') or 'all'] = curves[name]
-    return found
+    for run in runs:
+        for panel, group in families(run.curves, pattern).items():
+            for curve, points in group.items():
+                found.setdefault(panel if curve == 'all' else f'{panel}/{curve}', {})[run.name] = points
+    return dict(sorted(found.items()))
 
 
-def draw(title, panels, path):
-    """One picture: a panel for each family, kimg to the right; a logarithmic axis where all values are positive and far apart."""
+def literal(text):
+    """Text as matplotlib shows it unchanged: dollars would begin a formula, and a legend leaves out names that begin with "_"."""
+    text = printable(text).replace('$', r'\$')
+    return f' {text}' if text.startswith('_') else text
+
+
+def draw(title, panels, path, styles=None):
+    """One picture: a panel for each family, kimg to the right; a logarithmic axis where all values are positive and far apart.
+
+    styles: {curve: (colour, line)}, so that a run looks alike in all panels; matplotlib's own without it."""
     columns = min(len(panels), 3)
     rows = -(-len(panels) // columns)
     with figure(path, 'plot_run.py', rows, columns, (5.2 * columns, 3.6 * rows)) as (made, axes):
-        made.suptitle(title)
+        made.suptitle(literal(title))
         for axis in axes.flat[len(panels):]:
             axis.remove()
         for axis, (panel, group) in zip(axes.flat, panels.items()):
-            draw_panel(axis, panel, group)
+            draw_panel(axis, panel, group, styles or {})
 
 
-def draw_panel(axis, panel, group):
+def draw_panel(axis, panel, group, styles):
     """The curves of one family."""
     values = [value for points in group.values() for _, value in points]
     for curve, points in group.items():
         nimg, value = zip(*points)
-        axis.plot([n / 1e3 for n in nimg], value, label=curve, linewidth=1.2, marker='.' if len(points) < 40 else None)
+        color, line = styles.get(curve, (None, '-'))
+        axis.plot([n / 1e3 for n in nimg], value, label=literal(curve), linewidth=1.2, marker='.' if len(points) < 40 else None,
+                  color=color, linestyle=line)
     if min(values) > 0 and max(values) > 20 * min(values):
         axis.set_yscale('log')
-    axis.set(title=panel, xlabel='kimg')
+    axis.set(title=literal(panel), xlabel='kimg')
     axis.grid(alpha=0.3)
-    if len(group) > 1:
+    if len(group) > 1 or styles:
         axis.legend(fontsize=7)
 
 
-@click.command(cls=Command)
-@click.argument('run', metavar='RUN', type=click.Path(exists=True, file_okay=False))
-@click.option('--dest', metavar='DIR', help='Where the pictures go  [default: RUN/plots]')
-@version_option
-def main(run, dest):
-    """Draw the curves of a run: losses by term, level and cleanness, held-out losses, speed."""
-    curves = read_stats(run)
-    if not any(families(curves, pattern) for _, pattern in PICTURES.values()):
-        raise UserError(f'{run}: its stats.jsonl has no curves yet; the first come with the first tick')
-    dest = dest or os.path.join(run, 'plots')
+def draw_pictures(runs, dest):
+    """Writes the PICTURES that have curves into the folder `dest`, and prints their paths."""
+    styles = {run.name: (COLOURS[k % len(COLOURS)], LINES[k // len(COLOURS) % len(LINES)]) for k, run in enumerate(runs)}
     os.makedirs(dest, exist_ok=True)
     for file, (title, pattern) in PICTURES.items():
-        panels = families(curves, pattern)
+        panels = overlaid(runs, pattern)
         if panels:
-            count = curves.get(COUNTS.get(file), [])[-1:]
-            title += f', {count[0][1]:,} images' if count else ''
-            draw(f'{title}: {os.path.basename(os.path.normpath(run))}', panels, os.path.join(dest, file))
+            counts = {run.curves[COUNTS[file]][-1][1] for run in runs if run.curves.get(COUNTS.get(file))}
+            title += f', {counts.pop():,} images' if len(counts) == 1 else ''
+            named = f'{title}: {runs[0].name}' if len(runs) == 1 else title
+            draw(named, panels, os.path.join(dest, file), styles if len(runs) > 1 else None)
             click.echo(os.path.join(dest, file))
+
+
+def write_page(runs, path):
+    """Writes the HTML page of the runs, and prints its path."""
+    made_by = f'plot_run.py {misc.VERSION} (commit {misc.git_commit()})'
+    text = page(runs, made_by)
+    with replacing(path) as part, open(part, 'w', encoding='utf-8', newline='\n') as f:
+        f.write(text)
+    click.echo(path)
+
+
+@click.command(cls=Command)
+@click.argument('runs', metavar='RUN...', nargs=-1, required=True, type=click.Path(exists=True, file_okay=False))
+@click.option('--dest', metavar='DIR', help='Where the pictures go  [default: RUN/plots; plots for several runs; none with --html]')
+@click.option('--html', metavar='FILE.html', help='Write one page that holds everything, to open in a browser or to send')
+@version_option
+def main(runs, dest, html):
+    """Draw the curves of runs: losses by term, level and cleanness, held-out losses, metrics, speed."""
+    if html is not None:
+        prepare_output(html, '--html', '.html')
+    found = read_runs(runs)
+    for run in found:
+        if not any(families(run.curves, pattern) for _, pattern in PICTURES.values()):
+            raise UserError(f'{run.path}: its stats.jsonl has no curves yet; the first come with the first tick')
+    if html is not None:
+        write_page(found, html)
+    if dest is not None or html is None:
+        draw_pictures(found, dest or (os.path.join(found[0].path, 'plots') if len(found) == 1 else 'plots'))
 
 
 if __name__ == '__main__':

@@ -25,5 +25,5 @@ class BuildWithScripts(build_py):
 
 setup(packages=['ambient_trainer', *(f'ambient_trainer.{name}' for name in INSIDE)],
       package_dir={'ambient_trainer': 'ambient_trainer', **{f'ambient_trainer.{name}': name.replace('.', '/') for name in INSIDE}},
-      package_data={'ambient_trainer.training': ['presets/*.json']},
+      package_data={'ambient_trainer.training': ['presets/*.json'], 'ambient_trainer.dnnlib.report': ['*.css', '*.js']},
       cmdclass={'build_py': BuildWithScripts})

@@ -3,7 +3,8 @@
 
 python benchmarks/evaluation.py frechet
 python benchmarks/evaluation.py features [--data=PATH] [--threads=1] [--half] [--compile]   (against torch-fidelity if installed)
-python benchmarks/evaluation.py distances [--images=50000] [--dim=2048]"""
+python benchmarks/evaluation.py distances [--images=50000] [--dim=2048]
+python benchmarks/evaluation.py parity --data=PATH [--images=500]   (against torch-fidelity, clean-fid, prdc, transformers: parity.py)"""
 
 import argparse
 import importlib.util
@@ -21,7 +22,12 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from metrics import detectors, manifold  # noqa: E402 (the folder above had to be found first)
+import tests  # noqa: E402 (the folder above had to be found first)
+
+tests.__path__ = [str(ROOT / 'tests'), *tests.__path__]  # prdc and others install a package of this name
+
+from benchmarks.parity import parity  # noqa: E402
+from metrics import detectors, manifold  # noqa: E402
 from metrics.frechet import frechet_distance  # noqa: E402
 from metrics.image_files import ImageFiles  # noqa: E402
 from metrics.statistics import Moments  # noqa: E402
@@ -148,7 +154,7 @@ def distances(args):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('what', choices=['frechet', 'features', 'distances'])
+    parser.add_argument('what', choices=['frechet', 'features', 'distances', 'parity'])
     parser.add_argument('--images', type=int)
     parser.add_argument('--dim', type=int, default=2048)
     parser.add_argument('--size', type=int, default=32)
@@ -159,11 +165,11 @@ def main():
     parser.add_argument('--compile', action='store_true', help='also time the compiled network')
     args = parser.parse_args()
     torch.set_num_threads(args.threads or torch.get_num_threads())
-    args.images = args.images or {'features': 1000, 'distances': 50000}.get(args.what)
+    args.images = args.images or {'features': 1000, 'distances': 50000, 'parity': 500}.get(args.what)
     args.variants = [{'channels_last': True}]
     args.variants += [{'precision': 'bf16'}, {'channels_last': True, 'precision': 'bf16'}] if args.half else []
     args.variants += [{'compile': True}] if args.compile else []
-    {'frechet': frechet, 'features': features, 'distances': distances}[args.what](args)
+    sys.exit({'frechet': frechet, 'features': features, 'distances': distances, 'parity': parity}[args.what](args))
 
 
 if __name__ == '__main__':

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Detectors: what turns images into the features that metrics compare. The FID network, raw pixels, DINOv2, and the user's own."""
+"""Detectors: what turns images into the features that metrics compare. The FID network, raw pixels, DINOv2, CLIP, VGG-16, and the
+user's own."""
 
 import importlib
 import os
@@ -11,22 +12,28 @@ import torch
 
 from dnnlib import UserError, hub, one_line
 from dnnlib.files import file_digest
-from metrics import inception
+from metrics import inception, vgg
 from torch_utils import distributed, misc
 
 PIXELS_MAX_DIM = 4096  # above this the covariance of raw pixels is larger than that of Inception's features, and says less
 DINO_SIDE, DINO_MEAN, DINO_STD = 224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's mean and deviation, of images in [0, 1]
+DINO_OFFSET = 0.1  # positions beyond the side, in the scale by which the published DINOv2 resizes its position embeddings
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of its training images
 
 
 class Detector:
     """A network and the facts that a result must be quoted with: uint8 [n,C,H,W] -> (features [n,D], logits [n,K] or None).
 
-    name: what statistics made with it are marked with. net: takes uint8 images on `device` and returns features, or features and logits.
-    weights, sha256: the file behind it and its digest, where there is one. rgb: whether grey images are shown to the net as RGB."""
+    No TF32, whatever the process multiplies in elsewhere. name: what statistics made with it are marked with. net: takes uint8 images on
+    `device` and returns features, or features and logits. weights, sha256: the file behind it and its digest, where there is one.
+    rgb: whether grey images are shown to the net as RGB. spatial_dim: where not None, net(images, spatial=True) returns spatial features
+    of so many numbers too, and so does this."""
 
-    def __init__(self, name, net, device, weights=None, sha256=None, rgb=True, max_dim=None):
+    tf32 = False
+
+    def __init__(self, name, net, device, weights=None, sha256=None, rgb=True, max_dim=None, spatial_dim=None):
         self.name, self.net, self.device = name, net, torch.device(device)
-        self.weights, self.sha256 = weights, sha256
+        self.weights, self.sha256, self.spatial_dim = weights, sha256, spatial_dim
         self._rgb, self._max_dim, self._dims = rgb, max_dim, {}
 
     def dim(self, shape):
@@ -42,9 +49,13 @@ class Detector:
         return self._dims[shape]
 
     @torch.no_grad()
-    def __call__(self, images):
+    def __call__(self, images, spatial=False):
         images = images.to(self.device)
-        found = self.net(images.expand(-1, 3, -1, -1) if self._rgb and images.shape[1] == 1 else images)
+        images = images.expand(-1, 3, -1, -1) if self._rgb and images.shape[1] == 1 else images
+        with misc.full_float32():
+            if spatial:
+                return self.net(images, spatial=True)
+            found = self.net(images)
         features, logits = found if isinstance(found, (tuple, list)) and len(found) == 2 else (found, None)
         if not isinstance(features, torch.Tensor) or features.ndim != 2 or len(features) != len(images):
             got = list(features.shape) if isinstance(features, torch.Tensor) else type(features).__name__
@@ -69,7 +80,15 @@ def inception_detector(device, weights=None, channels_last=False, precision='fp3
     if compile:
         net.trunk = torch.compile(net.trunk)
     name = 'inception' if precision == 'fp32' else f'inception:precision={precision}'
-    return Detector(name, net, device, weights or inception.URL, sha256)
+    return Detector(name, net, device, weights or inception.URL, sha256, spatial_dim=inception.SPATIAL_DIM)
+
+
+def vgg16_detector(device, weights=None):
+    """VGG-16, 4096 numbers after the ReLU of its second fully connected layer: precision and recall as in Kynkäänniemi et al. 2019.
+
+    weights: torchvision's file or another with its names, a path or URL; .pth or .safetensors."""
+    path = vgg.weights_file(weights)
+    return Detector('vgg16', vgg.VGG16(path).to(device), device, weights or vgg.URL, file_digest(path))
 
 
 def pixel_detector(device):
@@ -115,36 +134,77 @@ def dinov2_detector(device, model='facebook/dinov2-large'):
     """DINOv2 through the package transformers: the class token after the last norm, 1024 numbers for ViT-L/14 (FD_DINOv2).
 
     model: a Hugging Face name or a local folder of config.json and model.safetensors. Images are resized to 224 x 224 (bicubic, with a
-    filter) and normalised as ImageNet's are. Stein et al. 2023; Karras et al. 2024."""
+    filter, neither rounded nor clamped) and normalised as ImageNet's are. Stein et al. 2023; Karras et al. 2024."""
+    net, file = _transformers_model('dinov2', 'Dinov2Model', model, device)
+    _resize_positions(net)
+    look = _normalised(DINO_SIDE, DINO_MEAN, DINO_STD, device)
+    return Detector('dinov2', lambda images: net(pixel_values=look(images)).pooler_output, device, model, file_digest(file))
+
+
+def _resize_positions(net):
+    """Brings DINOv2's position embeddings to the grid of 224 x 224 images as its authors' code does, which published distances contain:
+    bicubic by the scale (side + 0.1) / side of the trained grid. The package takes the plain ratio, and other features come out."""
+    embeddings = net.embeddings
+    positions, patch = embeddings.position_embeddings, net.config.patch_size
+    trained, side = round((positions.shape[1] - 1) ** 0.5), DINO_SIDE // patch
+    if trained == side:
+        return
+    grid = positions[:, 1:].reshape(1, trained, trained, -1).permute(0, 3, 1, 2).float()
+    scale = (side + DINO_OFFSET) / trained
+    grid = torch.nn.functional.interpolate(grid, scale_factor=(scale, scale), mode='bicubic')
+    grid = grid.permute(0, 2, 3, 1).reshape(1, side * side, -1).to(positions)
+    embeddings.position_embeddings = torch.nn.Parameter(torch.cat([positions[:, :1], grid], dim=1), requires_grad=False)
+
+
+def clip_detector(device, model='openai/clip-vit-large-patch14-336'):
+    """CLIP's image encoder through the package transformers: embeddings of norm 1, 768 numbers for ViT-L/14 (CMMD).
+
+    model: a Hugging Face name or a local folder of config.json and model.safetensors or pytorch_model.bin. Images are resized to the
+    model's side (336; bicubic, with a filter) and normalised as CLIP's training images. Jayasumana et al. 2024."""
+    net, file = _transformers_model('clip', 'CLIPVisionModelWithProjection', model, device)
+    look = _normalised(net.config.image_size, CLIP_MEAN, CLIP_STD, device)
+    embed = lambda images: torch.nn.functional.normalize(net(pixel_values=look(images)).image_embeds, dim=1)
+    return Detector('clip', embed, device, model, file_digest(file))
+
+
+def _normalised(side, mean, std, device):
+    """uint8 images [n,3,H,W] -> [n,3,side,side], resized and normalised."""
+    mean, std = (torch.tensor(values, device=device).reshape(1, 3, 1, 1) for values in (mean, std))
+
+    def look(images):
+        x = torch.nn.functional.interpolate(images.float(), (side, side), mode='bicubic', antialias=True)
+        return (x - mean * 255) / (std * 255)
+
+    return look
+
+
+def _transformers_model(detector, kind, model, device):
+    """(a model of the package transformers in eval mode, the file of its weights)."""
     try:
         import transformers
     except ImportError:
-        raise UserError('--detector=dinov2: needs the package transformers: pip install transformers') from None
-    folder = _model_folder(model)
+        raise UserError(f'--detector={detector}: needs the package transformers: pip install transformers') from None
+    file = _model_file(model, detector)
     try:
-        net = transformers.Dinov2Model.from_pretrained(folder).to(device).eval().requires_grad_(False)
-    except (OSError, ValueError, safetensors.SafetensorError) as err:
-        raise UserError(f'--detector=dinov2:model={model}: {one_line(err)}') from None
-    mean, std = (torch.tensor(values, device=device).reshape(1, 3, 1, 1) for values in (DINO_MEAN, DINO_STD))
-
-    def features(images):
-        x = torch.nn.functional.interpolate(images.float(), (DINO_SIDE, DINO_SIDE), mode='bicubic', antialias=True)
-        return net(pixel_values=(x / 255 - mean) / std).pooler_output
-
-    return Detector('dinov2', features, device, model, file_digest(os.path.join(folder, 'model.safetensors')))
+        net = getattr(transformers, kind).from_pretrained(os.path.dirname(file))
+    except (OSError, ValueError, RuntimeError, safetensors.SafetensorError) as err:
+        raise UserError(f'--detector={detector}:model={model}: {one_line(err)}') from None
+    return net.to(device).eval().requires_grad_(False), file
 
 
-def _model_folder(model):
-    """Local folder of a model: the given one, or the Hub's cache, filled where it is not."""
+def _model_file(model, detector='dinov2'):
+    """Local path of a model's weights, beside its config.json: in the given folder, or in the Hub's cache, filled where it is not."""
+    names, where = WEIGHT_FILES[detector], f'--detector={detector}:model={model}'
     if os.path.isdir(model):
-        if not os.path.isfile(os.path.join(model, 'model.safetensors')):
-            raise UserError(f'--detector=dinov2:model={model}: has no model.safetensors')
-        return model
+        found = [path for path in (os.path.join(model, name) for name in names) if os.path.isfile(path)]
+        if not found:
+            raise UserError(f'{where}: has no {" or ".join(names)}')
+        return found[0]
     try:
-        return os.path.dirname(hub.fetch(f'--detector=dinov2:model={model}', 'model.safetensors', 'config.json', repo=model)[0])
+        return hub.fetch(where, names, 'config.json', repo=model)[0]
     except UserError as err:
-        raise UserError(f'{err.message}; or fetch config.json and model.safetensors elsewhere and name their folder: '
-                        '--detector=dinov2:model=DIR') from None
+        raise UserError(f'{err.message}; or fetch config.json and {names[0]} elsewhere and name their folder: '
+                        f'--detector={detector}:model=DIR') from None
 
 
 def _load_safetensors(net, path):
@@ -174,6 +234,9 @@ def _check_precision(precision):
         raise UserError(f'--detector=inception:precision={precision}: choose from {", ".join(misc.DTYPES)}')
 
 
+# The published file of CLIP at 336 pixels is a pickle of tensors, which transformers opens with PyTorch's restricted reader.
+WEIGHT_FILES = {'dinov2': ('model.safetensors',), 'clip': ('model.safetensors', 'pytorch_model.bin')}
+
 # Functions, so that checking an option loads nothing; each takes the device when it is called.
-DETECTORS = {'inception': inception_detector, 'pixels': pixel_detector, 'dinov2': dinov2_detector,
-             'torchscript': torchscript_detector, 'module': module_detector}
+DETECTORS = {'inception': inception_detector, 'pixels': pixel_detector, 'dinov2': dinov2_detector, 'clip': clip_detector,
+             'vgg16': vgg16_detector, 'torchscript': torchscript_detector, 'module': module_detector}

@@ -2,12 +2,14 @@
 """Images or batches -> features -> numbers, over all ranks; one pass over the images for all metrics."""
 
 import dataclasses
+import functools
+from collections.abc import Callable
 
 import torch
 
 from dnnlib import UserError
 from dnnlib.progress import Progress
-from metrics import kernel, manifold, scores
+from metrics import intervals, kernel, manifold, scores
 from metrics.frechet import frechet_distance
 from metrics.image_files import BadImages
 from metrics.statistics import Moments, Statistics
@@ -25,32 +27,38 @@ class Settings:
     pr_k: int = manifold.PR_K
     dc_k: int = manifold.DC_K
     splits: int = 10
-    seed: int = 2020  # of KID's subsets and of the Inception score's splits; torch-fidelity's default
+    seed: int = 2020  # of KID's subsets, of the Inception score's splits and of halves of images; torch-fidelity's default
+    intervals: bool = False  # whether to give those of the metrics that have some
 
 
 @dataclasses.dataclass(frozen=True)
 class Collected:
     """What one set of images comes down to."""
 
-    statistics: Statistics            # with features, on rank 0, where a metric needs them
+    statistics: Statistics            # with features, on rank 0, where a metric needs them; with spatial ones likewise
     class_sums: torch.Tensor | None   # scores.split_sums of all images; None where not asked for, or where the detector has no logits
 
 
 def evaluate_batches(batches, detector, reference, metrics=('fid',), settings=Settings(), total=None):
-    """{published name: value} of images against reference Statistics, on every rank.
+    """{published name: value} of images against reference Statistics, on every rank; with settings.intervals also
+    'intervals': {published name: {'low', 'high', 'level', 'method'}}.
 
     batches, detector, total: as for collect(). metrics: names in METRICS. An error on one rank is raised on all."""
     found = collect(batches, detector, total, metrics, settings)
     return distributed.from_rank0(numbers, found, reference, metrics, settings, detector.device)
 
 
-def collect(batches, detector, total=None, metrics=('fid',), settings=Settings(), keep_features=False):
+def collect(batches, detector, total=None, metrics=('fid',), settings=Settings(), keep_features=False, keep_spatial=False):
     """What the metrics need to know of all ranks' images, a Collected on every rank.
 
     batches: an iterable of uint8 tensors or arrays [n,C,H,W]; rank r of R yields images r, r + R, r + 2R, ... in this order, so that
     the ranks do not change the order of all. total: images over all ranks, for the progress bar. keep_features: whatever the metrics.
+    keep_spatial: statistics of spatial features too, where the detector has them.
     Raises UserError; an error on one rank is raised on all of them."""
-    run, error = _Run(detector, settings, 'is' in metrics, keep_features or needs_features(metrics)), None
+    keep_features = keep_features or any(metric.features for metric in _chosen(metrics)) or (
+        settings.intervals and any(metric.interval for metric in _chosen(metrics)))
+    keep_spatial = getattr(detector, 'spatial_dim', None) and (keep_spatial or any(metric.spatial for metric in _chosen(metrics)))
+    run, error = _Run(detector, settings, any(metric.logits for metric in _chosen(metrics)), keep_features, keep_spatial), None
     try:
         with Progress(total, 'features', show=distributed.rank() == 0) as bar:
             for images in batches:
@@ -76,10 +84,11 @@ def _raise_any(error):
 class _Run:
     """What accumulates over the batches of this rank: moments, and features and logits where they are needed."""
 
-    def __init__(self, detector, settings, keep_logits, keep_features):
+    def __init__(self, detector, settings, keep_logits, keep_features, keep_spatial=False):
         self.detector, self.settings, self.shape, self.moments = detector, settings, None, None
         self.logits = [] if keep_logits else None
         self.features = [] if keep_features else None
+        self.spatial = Moments(detector.spatial_dim, detector.device) if keep_spatial else None
 
     def add(self, images):
         if images.dtype != torch.uint8 or images.ndim != 4:
@@ -88,7 +97,11 @@ class _Run:
             self._begin(tuple(images.shape[1:]))
         if self.shape != tuple(images.shape[1:]):
             raise UserError(f'images are {list(images.shape[1:])}, earlier ones {list(self.shape)} [C,H,W]')
-        features, logits = self.detector(images)
+        if self.spatial is None:
+            features, logits = self.detector(images)
+        else:
+            features, logits, spatial = self.detector(images, spatial=True)
+            self.spatial.add(spatial)
         self.moments.add(features)
         if self.features is not None:
             self.features.append(features.float().cpu())
@@ -115,7 +128,14 @@ class _Run:
         sums = self._class_sums(mine, classes) if classes else None
         features = None if self.features is None else self._all_features(mine)
         facts = {'detector': self.detector.name, 'detector_sha256': self.detector.sha256, 'shape': tuple(shape)}
-        return Collected(self.moments.statistics(**facts, features=features), sums)
+        return Collected(self.moments.statistics(**facts, **self._spatial_statistics(), features=features), sums)
+
+    def _spatial_statistics(self):
+        if self.spatial is None:
+            return {}
+        self.spatial.all_reduce()
+        found = self.spatial.statistics()
+        return {'spatial_mean': found.mean, 'spatial_cov': found.cov}
 
     def _class_sums(self, mine, classes):
         try:
@@ -146,12 +166,36 @@ class _Run:
 
 
 def needs_features(metrics):
-    """Whether any of the metrics compares images and not statistics."""
-    return bool({'kid', 'pr', 'dc'} & set(metrics))
+    """Whether any of the metrics, or their intervals, compares images with those of the reference, and not with its statistics."""
+    return any(metric.features == 'both' for metric in _chosen(metrics))
 
 
-def check_reference(reference, detector, shape, name, metrics=('fid',)):
-    """Refuses reference statistics that cannot be compared with images [C,H,W] seen through the detector; name: the file's."""
+def _chosen(metrics):
+    return [METRICS[name] for name in METRICS if name in metrics]
+
+
+def check_detector(detector, metrics):
+    """Refuses metrics that the detector has nothing for."""
+    for name in metrics:
+        kind = METRICS[name].detector
+        if kind and detector.name.partition(':')[0] != kind:
+            raise UserError(f'--metrics={",".join(metrics)}: {name} is of --detector={kind}, not of --detector={detector.name}; '
+                            f'leave {name} out, or evaluate it with --detector={kind}')
+
+
+def check_shape(found, shape, name, other_shape=False):
+    """Refuses a reference of images of another size or mode than [C,H,W], where that is known; name: the reference's.
+
+    other_shape: whether the user knows and wants it."""
+    if found is not None and tuple(found) != tuple(shape) and not other_shape:
+        raise UserError(f'{name}: made from {list(found)} images, these are {list(shape)} [C,H,W]; pass a reference of such images, '
+                        'or --other-shape to compare them all the same')
+
+
+def check_reference(reference, detector, shape, name, metrics=('fid',), other_shape=False):
+    """Refuses reference statistics that cannot be compared with images [C,H,W] seen through the detector; name: the file's.
+
+    other_shape: whether images of another size or mode are compared; those of raw pixels never are."""
     if reference.detector not in (None, detector.name):
         raise UserError(f'{name}: made with detector "{reference.detector}", not "{detector.name}"; '
                         f'pass --detector={reference.detector} or other statistics')
@@ -163,6 +207,11 @@ def check_reference(reference, detector, shape, name, metrics=('fid',)):
                         f'"{detector.name}"; pass the --detector and image size it was made with')
     if detector.name == 'pixels' and reference.shape not in (None, tuple(shape)):
         raise UserError(f'{name}: made from {list(reference.shape)} images, these are {list(shape)} [C,H,W]')
+    check_shape(reference.shape, shape, name, other_shape)
+    check_detector(detector, metrics)
+    if any(metric.spatial for metric in _chosen(metrics)) and reference.spatial_mean is None:
+        raise UserError(f'{name}: --metrics={",".join(metrics)}: sfid compares spatial features, and these statistics hold none '
+                        '(mu_s, sigma_s); make them anew with "ref", or pass the images with --ref-path')
     if needs_features(metrics) and reference.features is None:
         raise UserError(f'{name}: --metrics={",".join(metrics)} compare images, and these statistics hold no features; '
                         'make them with "ref --keep-features", or pass the images with --ref-path')
@@ -170,26 +219,86 @@ def check_reference(reference, detector, shape, name, metrics=('fid',)):
 
 def numbers(found, reference, metrics=('fid',), settings=Settings(), device=None):
     """{published name: value}: found, a Collected, against the reference Statistics; features are compared on `device`."""
-    ours, values = found.statistics, {}
+    task, values = Task(found, reference, tuple(metrics), settings, device), {}
     try:
-        if 'fid' in metrics:
-            values['fid_score'] = frechet_distance(ours.mean, ours.cov, reference.mean, reference.cov)
-        if 'kid' in metrics:
-            values['kid'], values['kid_std'] = kernel.kernel_distance(
-                ours.features, reference.features, settings.kid_subsets, settings.kid_subset_size, settings.seed, device)
-        if 'is' in metrics:
-            values |= _inception_scores(found.class_sums)
-        if 'pr' in metrics or 'dc' in metrics:  # in one pass over the distances, which takes minutes at 50,000 images
-            values |= manifold.manifold_metrics(reference.features, ours.features, settings.pr_k if 'pr' in metrics else None,
-                                                settings.dc_k if 'dc' in metrics else None, device)
+        for compute in dict.fromkeys(metric.compute for metric in _chosen(metrics)):
+            values |= compute(task)
     except ValueError as err:
         hint = '; pass --kid-subset-size' if 'subsets of' in str(err) else ''
         raise UserError(f'--metrics={",".join(metrics)}: {err}{hint}') from None
-    return values
+    return values | ({'intervals': task.intervals} if settings.intervals else {})
 
 
-def _inception_scores(class_sums):
+def distance_name(detector):
+    """What the Fréchet distance is called in results. That of these features is no FID, and must not be quoted as one."""
+    return {'dinov2': 'fd_dinov2', 'clip': 'fd_clip', 'vgg16': 'fd_vgg16'}.get((detector or '').partition(':')[0], 'fid_score')
+
+
+@dataclasses.dataclass
+class Task:
+    """What the metrics of one set of images are computed from; intervals: {published name: interval}, which they add to."""
+
+    found: Collected
+    reference: Statistics
+    metrics: tuple
+    settings: Settings
+    device: object
+    intervals: dict = dataclasses.field(default_factory=dict)
+
+    @property
+    def ours(self):
+        return self.found.statistics
+
+    @functools.cached_property
+    def distance(self):
+        return frechet_distance(self.ours.mean, self.ours.cov, self.reference.mean, self.reference.cov)
+
+    @functools.cached_property
+    def spread(self):
+        return intervals.frechet_spread(self.ours.features, self.reference.mean, self.reference.cov, self.settings.seed, self.device)
+
+
+def _distance(task):
+    name = distance_name(task.ours.detector)
+    if task.settings.intervals:
+        task.intervals[name] = intervals.frechet_interval(task.distance, task.spread, *task.ours.features.shape)
+    return {name: task.distance}
+
+
+def _distance_at_infinity(task):
+    name = distance_name(task.ours.detector).removesuffix('_score') + '_inf'
+    if task.settings.intervals:
+        task.intervals[name] = intervals.extrapolated_interval(task.distance, task.spread, *task.ours.features.shape)
+    return {name: intervals.extrapolated(task.distance, task.spread)}
+
+
+def _spatial_distance(task):
+    ours, reference = task.ours, task.reference
+    return {'sfid': frechet_distance(ours.spatial_mean, ours.spatial_cov, reference.spatial_mean, reference.spatial_cov)}
+
+
+def _kernel_distance(task):
+    sides, s = (task.ours.features, task.reference.features), task.settings
+    mean, deviation = kernel.kernel_distance(*sides, s.kid_subsets, s.kid_subset_size, s.seed, task.device)
+    if s.intervals:
+        task.intervals['kid'] = intervals.kernel_interval(mean, deviation, s.kid_subsets, s.kid_subset_size, *sides, task.device)
+    return {'kid': mean, 'kid_std': deviation}
+
+
+def _gaussian_kernel_distance(task):
+    return {'cmmd': kernel.gaussian_distance(task.ours.features, task.reference.features, device=task.device)}
+
+
+def _manifold(task):
+    """pr and dc in one pass over the distances, which takes minutes at 50,000 images."""
+    k = lambda name, value: value if name in task.metrics else None
+    return manifold.manifold_metrics(task.reference.features, task.ours.features, k('pr', task.settings.pr_k),
+                                     k('dc', task.settings.dc_k), task.device)
+
+
+def _inception_scores(task):
     """All images in one split, as this program's ancestors print it, and mean and deviation over splits, as papers do."""
+    class_sums = task.found.class_sums
     if class_sums is None:  # the detector has no logits
         return {'inception_score': None}
     parts, whole = scores.scores(class_sums), scores.scores(class_sums.sum(0, keepdim=True))
@@ -197,4 +306,26 @@ def _inception_scores(class_sums):
             'inception_score_std': float(parts.std(unbiased=False))}
 
 
-METRICS = ('fid', 'kid', 'is', 'pr', 'dc')
+@dataclasses.dataclass(frozen=True)
+class Metric:
+    """compute: Task -> {published name: value}, once for all metrics that share it. features: of whose images it needs them ('ours' or
+    'both'). logits, spatial: what else of ours. interval: whether it has one. detector: the only one it is defined for."""
+
+    compute: Callable
+    features: str | None = None
+    logits: bool = False
+    spatial: bool = False
+    interval: bool = False
+    detector: str | None = None
+
+
+METRICS = {
+    'fid': Metric(_distance, interval=True),
+    'fid_inf': Metric(_distance_at_infinity, features='ours', interval=True),
+    'sfid': Metric(_spatial_distance, spatial=True, detector='inception'),
+    'kid': Metric(_kernel_distance, features='both', interval=True),
+    'cmmd': Metric(_gaussian_kernel_distance, features='both', detector='clip'),
+    'is': Metric(_inception_scores, logits=True),
+    'pr': Metric(_manifold, features='both'),
+    'dc': Metric(_manifold, features='both'),
+}

@@ -10,12 +10,16 @@ URL = 'https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights
 SHA256 = '6726825d'  # its first digits
 SIDE = 299           # the network's input resolution
 POOL_DIM = 2048
+SPATIAL_CHANNELS, SPATIAL_DIM = 7, 7 * 17 * 17  # of the features that sFID compares
 CPU_CHUNK = 8        # images that the CPU looks at together: smaller activations, and less work to find them memory
 
 
 class Inception(torch.nn.Module):
     """uint8 images [N,3,H,W], or grey [N,1,H,W], -> (pooled features [N,2048], logits [N,1008] without the last bias), float32.
 
+    Called with spatial=True it adds the spatial features [N,2023] of sFID (Nash et al. 2021), as ADM's evaluator takes them: the first
+    7 channels of the tensor `mixed_6/conv` of the graph of 2015, here the 1x1 branch of Mixed_6d after its ReLU, [17,17] in size,
+    flattened as rows, columns, channels.
     weights: path or URL of a state dict with the published names, or None for the published file, fetched once and checked.
     The attribute compute_dtype is what convolutions work in; published numbers need the default, torch.float32.
     Raises UserError where the file is missing, cannot be fetched, or holds something else."""
@@ -32,28 +36,32 @@ class Inception(torch.nn.Module):
         self.eval().requires_grad_(False)
         self.compute_dtype = torch.float32
 
-    def forward(self, images):
+    def forward(self, images, spatial=False):
         chunks = images.split(CPU_CHUNK) if images.device.type == 'cpu' and len(images) else [images]
-        return tuple(torch.cat(parts) for parts in zip(*map(self._look, chunks)))
+        found = tuple(torch.cat(parts) for parts in zip(*map(self._look, chunks)))
+        return found if spatial else found[:2]
 
     def _look(self, images):
         x = (resize(images.float(), SIDE) - 128) / 128
         x = x.expand(-1, 3, -1, -1)
         with (torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False),
               torch.autocast(x.device.type, self.compute_dtype, enabled=self.compute_dtype != torch.float32)):
-            x = self.trunk(x)
+            x, spatial = self.trunk(x)
         features = x.float().mean(dim=(2, 3))
-        return features, features @ self.fc.weight.T
+        spatial = spatial[:, :SPATIAL_CHANNELS].float().permute(0, 2, 3, 1).flatten(1)
+        return features, features @ self.fc.weight.T, spatial
 
     def trunk(self, x):
-        """Pictures [N,3,299,299] in [-1,1] -> maps of features [N,2048,8,8]."""
+        """Pictures [N,3,299,299] in [-1,1] -> maps of features [N,2048,8,8], and those of the 1x1 branch of Mixed_6d [N,192,17,17]."""
         for name, *_ in STEM:
             x = getattr(self, name)(x)
             if name in STEM_POOLED:
                 x = _halve(x)
         for name in MIXED:
+            if name == 'Mixed_6d':  # once more: less than 1 % of the network's work
+                spatial = self.Mixed_6d.branch1x1(x)
             x = getattr(self, name)(x)
-        return x
+        return x, spatial
 
 
 class Conv(torch.nn.Module):

@@ -7,9 +7,13 @@ PER_IMAGE_SET = ('inception_score', 'inception_score_mean', 'inception_score_std
 
 
 def summary(repeats):
-    """{name: {'mean', 'std', 'min'}} of a list of {name: value}; std with n - 1, None for a single repeat and for missing values."""
+    """{name: {'mean', 'std', 'min'}} of a list of {name: value}; std with n - 1, None for a single repeat and for missing values.
+
+    Intervals, which belong to one evaluation, are left out."""
     found = {}
     for name in repeats[0]:
+        if name == 'intervals':
+            continue
         values = [each[name] for each in repeats]
         if None in values:
             found[name] = dict.fromkeys(['mean', 'std', 'min'])
@@ -29,8 +33,19 @@ def print_table(values, result):
     rows = [('metric', *(['mean', 'std', 'min'] if many else ['value']), 'images', 'detector', 'against')]
     for name, found in summary(values).items():
         cells = [number(found[key]) for key in (('mean', 'std', 'min') if many else ('mean',))]
+        if not many:
+            cells = [cells[0] + shown_interval(values[0].get('intervals', {}).get(name))]
         rows.append((name, *cells, images, result['detector']['name'], '-' if name in PER_IMAGE_SET else against))
     print_columns(rows)
+    for each in values:
+        for name, found in each.get('intervals', {}).items():
+            if found['low'] is None:
+                print(f'{name}: interval: {found["method"]}')
+
+
+def shown_interval(interval):
+    """" [low, high]" behind a value; nothing where there is no interval."""
+    return f' [{number(interval["low"])}, {number(interval["high"])}]' if interval and interval['low'] is not None else ''
 
 
 def number(value):

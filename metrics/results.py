@@ -12,8 +12,8 @@ from dnnlib.files import finite, read_json, write_json
 
 SUFFIX = '.fid.json'
 PROTOCOL_NUM = 50000  # the count of generated images behind published distances, which fall as it grows
-FACTS = ('summary', 'repeats', 'metrics', 'num_images', 'found_images', 'image_shape', 'generated', 'reference', 'detector', 'device',
-         'gpu', 'tf32', 'threads', 'ranks', 'versions', 'options')
+FACTS = ('summary', 'repeats', 'intervals', 'metrics', 'num_images', 'found_images', 'image_shape', 'generated', 'reference', 'detector',
+         'device', 'gpu', 'tf32', 'threads', 'ranks', 'versions', 'options')
 OTHERS = {'closest_pairs': 'eval_fid.py nearest', 'bits_per_dim': 'eval_nll.py', 'differential_bits_per_dim': 'eval_nll.py'}
 KINDS = {'': {'num_images': int, 'generated': dict, 'reference': dict, 'detector': dict, 'summary': dict, 'repeats': list,
               'metrics': dict},

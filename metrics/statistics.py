@@ -1,17 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mean and covariance of features, gathered batch by batch and rank by rank in float64, and the .npz files that hold them."""
+"""Mean and covariance of features, gathered batch by batch and rank by rank in float64, and the files that hold them."""
 
 import dataclasses
-import math
-import os
-import tokenize
-import zipfile
 
 import numpy as np
 import torch
 
-from dnnlib import UserError, one_line, replacing
-from dnnlib.archive import DAMAGE
+from dnnlib import UserError, replacing
+from dnnlib.files import json_object
+from metrics import reference_files
 from torch_utils import distributed
 
 
@@ -28,6 +25,12 @@ class Statistics:
     split: str | None = None
     shape: tuple | None = None  # (C, H, W) of the images
     features: np.ndarray | None = dataclasses.field(default=None, repr=False)  # float32 [N,D], where they were kept
+    device: str | None = None   # name of the GPU that made the features, or "cpu"
+    tf32: bool | None = None    # whether float32 was multiplied in TF32 there
+    versions: str | None = None  # of the program and its libraries, a JSON object
+    note: str | None = None     # what the file does not tell; no part of it
+    spatial_mean: np.ndarray | None = dataclasses.field(default=None, repr=False)  # of sFID's features: [2023],
+    spatial_cov: np.ndarray | None = dataclasses.field(default=None, repr=False)   # [2023,2023], float64
 
 
 class Moments:
@@ -88,69 +91,67 @@ class Moments:
 
 def save_statistics(stats, path):
     """Writes `mu` and `sigma` under their published names, the facts that are known, and kept features, to an .npz file."""
-    facts = {name: getattr(stats, name) for name in FACTS}
+    facts = {name: getattr(stats, name) for name in sorted(FACTS)}
     known = {name: np.array(value) for name, value in facts.items() if value is not None}
     with replacing(path) as part, open(part, 'wb') as f:
-        np.savez(f, mu=stats.mean, sigma=stats.cov, **known)
+        spatial = {} if stats.spatial_mean is None else {'mu_s': stats.spatial_mean, 'sigma_s': stats.spatial_cov}
+        np.savez(f, mu=stats.mean, sigma=stats.cov, **spatial, **known)
 
 
-def load_statistics(path, name=None, features=True):
-    """Reads an .npz of statistics, ours or a published one (`mu`, `sigma` alone).
+def load_statistics(path, name=None, features=True, detector='inception'):
+    """Reads Statistics from a file of this program, or one that another has published or cached: see reference_files.
 
-    name: what errors call the file. features: whether to read them too, where they were kept; they may be many.
-    Raises UserError where it is no such file."""
-    name = name or path
-    found = _read_arrays(path, name, {'mu', 'sigma', *FACTS} - (set() if features else {'features'}))
-    if not {'mu', 'sigma'} <= found.keys():
-        raise UserError(f'{name}: has no mu and sigma; images go with --ref-path, statistics are made by "ref"')
+    name: what errors call the file. features: whether to read them too, where they were kept; they may be many. detector: whose
+    statistics, in a file that holds those of several. Raises UserError where it is no such file."""
+    name = str(name or path)
+    keys = FACTS | {'mu_s', 'sigma_s'}
+    found, detector = reference_files.read_arrays(path, name, keys if features else keys - {'features'}, detector)
     for key, value in found.items():
         kinds, what = KINDS.get(key, ('U', 'text'))
         if value.dtype.kind not in kinds or value.ndim != DIMS.get(key, 0):
             raise UserError(f'{name}: "{key}" must be {what}, got {value.dtype} {list(value.shape)}')
-    mean, cov = (np.asarray(found.pop(key), dtype=np.float64) for key in ('mu', 'sigma'))
-    if not len(mean) or cov.shape != (len(mean), len(mean)):
-        raise UserError(f'{name}: mu {list(mean.shape)} and sigma {list(cov.shape)} do not fit together')
-    if not (np.isfinite(mean).all() and np.isfinite(cov).all()):
-        raise UserError(f'{name}: mu or sigma is not finite')
+    if not {'mu', 'sigma'} <= found.keys() and found.get('features') is not None:
+        found |= _moments(found['features'], name)
+    if not {'mu', 'sigma'} <= found.keys():
+        raise UserError(f'{name}: has no mu and sigma; images go with --ref-path, statistics are made by "ref"')
+    mean, cov = _pop_gaussian(found, 'mu', 'sigma', name)
+    spatial_mean, spatial_cov = _pop_gaussian(found, 'mu_s', 'sigma_s', name) if {'mu_s', 'sigma_s'} <= found.keys() else (None, None)
+    found.pop('mu_s', None), found.pop('sigma_s', None)
     rows = found.pop('features', None)
     if rows is not None and rows.shape[1] != len(mean):
         raise UserError(f'{name}: features {list(rows.shape)} and mu {list(mean.shape)} do not fit together')
-    facts = {key: value.tolist() for key, value in found.items()} | {'features': rows}
+    facts = {'detector': detector} | {key: value.tolist() for key, value in found.items()} | {'features': rows if features else None}
     if 'shape' in facts:
         facts['shape'] = tuple(facts['shape'])
-    return Statistics(mean, cov, **facts)
+    if 'versions' in facts:
+        json_object(facts['versions'], f'{name}: "versions"')
+    note = None if facts['detector'] else reference_files.unknown_detector(name)
+    return Statistics(mean, cov, **facts, spatial_mean=spatial_mean, spatial_cov=spatial_cov, note=note)
 
 
-def _read_arrays(path, name, keys):
-    """{key: array} of those of the keys that are there; published files may hold more."""
-    if not os.path.isfile(path):
-        raise UserError(f'{name}: no such file')
-    try:
-        with zipfile.ZipFile(path) as archive:
-            members = {info.filename.removesuffix('.npy'): info for info in archive.infolist() if info.filename.endswith('.npy')}
-            return {key: _read_array(archive, info) for key, info in members.items() if key in keys}
-    except (*DAMAGE, TypeError, AttributeError, LookupError, OverflowError, RecursionError, RuntimeError, tokenize.TokenError) as err:
-        raise UserError(f'{name}: not a readable .npz of statistics ({one_line(err)})') from None
+def _pop_gaussian(found, mu, sigma, name):
+    """Takes mean [D] and covariance [D,D] out of the arrays found, in float64, and checks them."""
+    mean, cov = (np.asarray(found.pop(key), dtype=np.float64) for key in (mu, sigma))
+    if not len(mean) or cov.shape != (len(mean), len(mean)):
+        raise UserError(f'{name}: {mu} {list(mean.shape)} and {sigma} {list(cov.shape)} do not fit together')
+    if not (np.isfinite(mean).all() and np.isfinite(cov).all()):
+        raise UserError(f'{name}: {mu} or {sigma} is not finite')
+    return mean, cov
 
 
-def _read_array(archive, info):
-    """The array of a member. Raises ValueError, before memory is taken, where it claims to be larger than what it is read from."""
-    if info.file_size > MOST_DEFLATED * info.compress_size + 2 ** 26:
-        raise ValueError(f'{info.filename} claims to be {info.file_size} bytes, packed in {info.compress_size}')
-    with archive.open(info) as f:
-        version = np.lib.format.read_magic(f)
-        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, fortran, dtype = read_header(f)
-        size = math.prod(shape) * dtype.itemsize
-        if dtype.hasobject or min(shape, default=1) < 0 or size != info.file_size - f.tell():
-            raise ValueError(f'{info.filename} claims {dtype} {list(shape)} and has {info.file_size - f.tell()} bytes')
-        values = np.frombuffer(f.read(), dtype).copy()  # writable
-    return values.reshape(shape[::-1]).T if fortran else values.reshape(shape)
+def _moments(rows, name):
+    """What features [N,D] come down to, for files that hold them alone."""
+    if len(rows) < 2 or not rows.shape[1]:
+        raise UserError(f'{name}: features {list(rows.shape)}: statistics need at least 2 images')
+    moments = Moments(rows.shape[1])
+    for first in range(0, len(rows), CHUNK):
+        moments.add(torch.from_numpy(rows[first:first + CHUNK].astype(np.float64)))
+    return {'mu': moments.mean.numpy(), 'sigma': moments.covariance().numpy(), 'num_images': np.array(len(rows))}
 
 
-MOST_DEFLATED = 100  # bytes that one byte of a large compressed member may stand for; of real statistics it is less than 2
 NUMBERS = 'fiu', 'an array of numbers'
-KINDS = {'mu': NUMBERS, 'sigma': NUMBERS, 'features': NUMBERS, 'num_images': ('iu', 'a whole number'),
-         'shape': ('iu', 'three whole numbers')}
-DIMS = {'mu': 1, 'sigma': 2, 'features': 2, 'shape': 1}  # of those that are not single values
-FACTS = tuple(field.name for field in dataclasses.fields(Statistics)[2:])
+KINDS = {**dict.fromkeys(['mu', 'sigma', 'mu_s', 'sigma_s', 'features'], NUMBERS), 'num_images': ('iu', 'a whole number'),
+         'shape': ('iu', 'three whole numbers'), 'tf32': ('b', 'true or false')}
+DIMS = {'mu': 1, 'sigma': 2, 'mu_s': 1, 'sigma_s': 2, 'features': 2, 'shape': 1}  # of those that are not single values
+FACTS = {field.name for field in dataclasses.fields(Statistics)[2:] if not field.name.startswith('spatial_')} - {'note'}
+CHUNK = 4096  # rows of features that are summed at a time

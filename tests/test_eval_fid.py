@@ -3,6 +3,7 @@
 
 import hashlib
 import json
+import pickle
 import subprocess
 import zipfile
 from pathlib import Path
@@ -18,6 +19,7 @@ import generate
 from dnnlib import EasyDict, UserError
 from dnnlib.files import file_digest
 from metrics import report
+from metrics.detectors import Detector
 from metrics.frechet import frechet_distance
 from metrics.generated import choose_count
 from metrics.kernel import kernel_distance
@@ -55,6 +57,15 @@ def torchrun(*args):
 def two_ranks(*args):
     """The finished command, run by two ranks."""
     return launch.run(ROOT / 'eval_fid.py', args, ranks=2)
+
+
+@pytest.fixture
+def inception(monkeypatch):
+    """In its place a detector that is quick and, like it, takes images of any shape: means and largest values of the channels."""
+    def net(images):
+        images = images.double().flatten(2)
+        return torch.cat([images.mean(2), images.amax(2)], dim=1)
+    monkeypatch.setitem(eval_fid.DETECTORS, 'inception', lambda device: Detector('inception', net, device))
 
 
 @pytest.fixture
@@ -98,9 +109,10 @@ def test_ref_stats_equal_ref_path_and_carry_their_provenance(folders, images):
     digest = hashlib.sha256(Path('stats/ref.npz').read_bytes()).hexdigest()
     assert result['reference'] == {
         'path': 'stats/ref.npz', 'sha256': digest, 'num_images': 30, 'split': 'train', 'source': 'ref', 'detector': 'pixels',
-        'detector_sha256': None}
+        'detector_sha256': None, 'note': None, 'shape': [3, 2, 4], 'device': 'cpu', 'tf32': False, 'versions': result['versions']}
+    assert result['device'] == 'cpu'
     assert result['num_images'] == result['found_images'] == 12 and result['image_shape'] == [3, 2, 4]
-    assert result['detector'] == {'name': 'pixels', 'weights': None, 'sha256': None}
+    assert result['detector'] == {'name': 'pixels', 'weights': None, 'sha256': None, 'tf32': False}
     assert {'commit', 'torch', 'python'} <= result['versions'].keys()
     assert result['options']['num'] == 12 and result['options']['gen_path'] == 'gen'
     assert 'split train' in output and not list(Path('.').glob('.*'))
@@ -167,11 +179,13 @@ def test_the_file_of_a_reference_is_hashed(folders, images):
     (['--gen_path=gen', '--ref_path=ref', '--num=12', '--device=cuda:99', PIXELS], ['--device=cuda:99', '--device=cpu']),
     (['--gen_path=gen', '--ref_path=ref', '--num=12', '--out_path=ref', PIXELS], ['--out-path=ref', 'folder']),
     (['--num=12', 'ref', '--data=ref', '--dest=a.npz'], ['--num', 'after that word']),
-    (['--gen_path=gen', '--ref_path=ref', '--metrics=fid,fud'], ['"fud"', 'fid, kid, is, pr, dc']),
+    (['--gen_path=gen', '--ref_path=ref', '--metrics=fid,fud'], ['"fud"', 'fid, fid_inf, sfid, kid, cmmd, is, pr, dc']),
     (['--gen_path=gen', '--ref_path=ref', '--detector=pixel'], ['"pixel"', 'inception, pixels, dinov2']),
     (['--gen_path=gen', '--ref_path=ref', '--detector=pixels:a=1'], ['has no key "a"']),
     (['--gen_path=gen', '--ref_stats=plain.npz', '--num=12', '--metrics=fid,pr', PIXELS], ['plain.npz', '--keep-features']),
     (['--gen_path=gen', '--ref_path=ref', '--num=12', '--metrics=kid', PIXELS], ['subsets of 1000', '--kid-subset-size']),
+    (['--gen_path=gen', '--ref_path=ref', '--num=12', '--metrics=fid,sfid', PIXELS], ['fid,sfid', 'sfid is of --detector=inception']),
+    (['--gen_path=gen', '--ref_stats=plain.npz', '--num=12', '--metrics=cmmd', PIXELS], ['cmmd is of --detector=clip']),
     (['--gen_path=gen', '--ref_path=ref', '--repeats=3'], ['--repeats', '--network']),
     (['--gen_path=gen', '--network=net', '--ref_path=ref'], ['--gen-path', '--network', 'both']),
     (['--gen_path=gen', '--ref_stats=plain.npz', '--split=train'], ['--split=train', '--ref-path']),
@@ -224,6 +238,56 @@ def test_reference_statistics_by_url(folders, monkeypatch):
     assert json.loads(Path('gen.fid.json').read_text())['reference']['path'] == url
 
 
+def test_references_of_edm2(folders, inception):
+    """EDM2's .pkl was refused, with a hint to load it unsafely."""
+    arguments = ['--num=12', '--metrics=fid']
+    run('ref', '--data=ref', '--dest=ref.npz')
+    stats = load_statistics('ref.npz')
+    other = {'mu': np.zeros(7), 'sigma': np.eye(7)}
+    Path('edm2.pkl').write_bytes(pickle.dumps({'fid': {'mu': stats.mean, 'sigma': stats.cov}, 'fd_dinov2': other}))
+    digest = hashlib.sha256(Path('edm2.pkl').read_bytes()).hexdigest()
+    run('--gen_path=gen', '--ref_stats=ref.npz', '--out-path=a.json', *arguments)
+    run('--gen_path=gen', '--ref_stats=edm2.pkl', '--out-path=b.json', *arguments)
+    run('--gen_path=gen', f'--ref_stats=edm2.pkl#sha256={digest}', '--out-path=b.json', *arguments)
+    a, b = (json.loads(Path(name).read_text()) for name in ('a.json', 'b.json'))
+    assert a['fid_score'] == b['fid_score'] and b['reference']['sha256'] == digest
+    assert b['reference']['detector'] == 'inception' and b['reference']['note'] is None
+    assert 'it holds "fid" (--detector=inception)' in refused('--gen_path=gen', '--ref_stats=edm2.pkl', '--num=12', PIXELS)
+    assert 'SHA-256 is' in refused('--gen_path=gen', f'--ref_stats=edm2.pkl#sha256={"0" * 64}', *arguments)
+
+
+def test_an_unknown_detector_is_told_of(folders, images):
+    """Published statistics are compared all the same."""
+    run('ref', '--data=ref', '--dest=ref.npz', PIXELS)
+    stats = load_statistics('ref.npz')
+    np.savez('set_clean_train_na.npz', mu=stats.mean, sigma=stats.cov)
+    output = run('--gen_path=gen', '--ref_stats=set_clean_train_na.npz', '--num=12', PIXELS)
+    result = json.loads(Path('gen.fid.json').read_text())
+    assert result['fid_score'] == pytest.approx(expected_distance(*images), rel=1e-9)
+    note = result['reference']['note']
+    assert result['reference']['detector'] is None and 'does not tell which detector made it' in note and 'mode "clean"' in note
+    assert f'Warning: --ref-stats=set_clean_train_na.npz: {note}' in output
+
+
+@pytest.mark.parametrize('source', ['--ref_path=colour', '--ref_stats=colour.npz'])
+def test_images_of_another_shape_are_refused(folders, inception, source):
+    """Inception takes images of any shape: 8x8 grey ones were compared with a reference of 16x16 RGB ones without a word."""
+    rng = np.random.default_rng(0)
+    for name, shape in (('grey', (8, 8)), ('colour', (16, 16, 3))):
+        Path(name).mkdir()
+        for i in range(4):
+            PIL.Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)).save(f'{name}/{i}.png')
+    run('ref', '--data=colour', '--dest=colour.npz')
+    arguments = ['--gen_path=grey', source, '--num=4', '--metrics=fid']
+    line = refused(*arguments)
+    assert f'{source.replace("_", "-")}: made from [3, 16, 16] images, these are [1, 8, 8] [C,H,W]' in line and '--other-shape' in line
+    assert not Path('grey.fid.json').exists()
+    output = run(*arguments, '--other-shape')
+    result = json.loads(Path('grey.fid.json').read_text())
+    assert result['fid_score'] > 0 and result['image_shape'] == [1, 8, 8] and result['reference']['shape'] == [3, 16, 16]
+    assert 'made from [3, 16, 16] images, compared with [1, 8, 8]' in output
+
+
 def test_torchrun_as_published(folders, images):
     """eval_fid.py joins torchrun's process group: two ranks share the images, and rank 0 alone prints and writes."""
     done = torchrun('--gen_path=gen', '--ref_path=ref', '--num-images=11', '--batch_size=3', PIXELS, '--out_path=two.json')
@@ -253,7 +317,7 @@ def test_all_metrics_from_kept_features_and_from_images(folders, images):
     for result in (a, b):
         assert {name: result[name] for name in expected} == pytest.approx(expected, rel=1e-5)
         assert result['metrics'] == {'names': ['fid', 'kid', 'pr', 'dc'], 'kid_subsets': 4, 'kid_subset_size': 10, 'pr_k': 3,
-                                     'dc_k': 5, 'splits': 2, 'seed': 2020}
+                                     'dc_k': 5, 'splits': 2, 'seed': 2020, 'intervals': False}
         assert 'inception_score' not in result and 'repeats' not in result
     assert b['reference']['split'] == 'test' and a['generated'] == {
         'path': 'gen', 'sha256': file_digest('gen'), 'record': None, 'record_missing': 'there is no gen.json beside the images'}
@@ -261,6 +325,19 @@ def test_all_metrics_from_kept_features_and_from_images(folders, images):
     assert [line.split()[0] for line in lines[:-1]] == ['metric', 'fid_score', 'kid', 'kid_std', 'precision', 'recall', 'density',
                                                         'coverage']
     assert all('12' in line and 'pixels' in line and '30 images' in line for line in lines[1:-1])
+
+
+def test_intervals_in_the_result_and_in_print(folders):
+    """Of 260 images of 24 features; kid has none here, since the reference has 30, and the program says so."""
+    np.save('many.npy', np.random.default_rng(0).integers(0, 256, (260, 2, 4, 3), dtype=np.uint8))
+    output = run('--gen-path=many.npy', '--ref-path=ref', '--num=260', '--metrics=fid,fid_inf,kid', '--intervals', *SMALL)
+    result = json.loads(Path('many.npy.fid.json' if Path('many.npy.fid.json').exists() else 'many.fid.json').read_text())
+    intervals = result['intervals']
+    for name in ('fid_score', 'fid_inf'):
+        assert intervals[name]['low'] < result[name] < intervals[name]['high'] and intervals[name]['level'] == 0.95
+        shown = f'{result[name]:.4f} [{intervals[name]["low"]:.4f}, {intervals[name]["high"]:.4f}]'
+        assert shown in output and result['metrics']['intervals']
+    assert intervals['kid']['low'] is None and 'kid: interval: none: ' in output
 
 
 def test_a_folder_that_changes_is_refused(folders, monkeypatch):

@@ -12,6 +12,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 import plot_run
+from dnnlib.report.runs import read_runs
 from tests.support import tiny
 
 DRAWS = pytest.mark.skipif(importlib.util.find_spec('matplotlib') is None, reason='drawing needs the package matplotlib')
@@ -87,6 +88,69 @@ def test_pictures_without_a_display(run, tmp_path):
             assert image.format == 'PNG' and min(image.size) > 200 and image.convert('L').getextrema() == (0, 255)
 
 
+def two_runs(folder):
+    """Two runs with a curve each has alone, and one that both have."""
+    first = write(folder / '00000-a', '{"nimg": 80, "Loss/denoise": 3.0, "Loss/denoise/clean": 2.0, "Metrics/fid64": 9.0}\n')
+    second = write(folder / '00001-b', '{"nimg": 80, "Loss/denoise": 4.0}\n'
+                                       '{"nimg": 160, "Loss/denoise": 2.0, "Val/clean/sigma=0.1": 2.0}\n')
+    return first, second
+
+
+def test_runs_are_overlaid(tmp_path):
+    """Of several runs, every curve is a panel in which all of them stand; of one run, the families stand together as before."""
+    runs = read_runs(two_runs(tmp_path))
+    found = {file: plot_run.overlaid(runs, pattern) for file, (_, pattern) in plot_run.PICTURES.items()}
+    assert found['loss.png'] == {'denoise': {'00000-a': [(80, 3.0)], '00001-b': [(80, 4.0), (160, 2.0)]},
+                                 'denoise/clean': {'00000-a': [(80, 2.0)]}}
+    assert found['held-out.png'] == {'clean/sigma=0.1': {'00001-b': [(160, 2.0)]}}
+    assert plot_run.overlaid(runs[:1], plot_run.PICTURES['loss.png'][1]) == {'denoise': {'all': [(80, 3.0)], 'clean': [(80, 2.0)]}}
+
+
+@DRAWS
+def test_pictures_of_two_runs(tmp_path, monkeypatch):
+    """Into the folder `plots` of the working folder, where --dest names no other; the runs' folders stay as they are."""
+    folders = two_runs(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(plot_run.main, [str(folder) for folder in folders])
+    assert result.exit_code == 0, result.output
+    assert sorted(os.listdir('plots')) == ['held-out.png', 'loss.png', 'metrics.png']
+    assert all(os.listdir(folder) == ['stats.jsonl'] for folder in folders)
+
+
+def test_page(run, tmp_path, monkeypatch):
+    """One file and nothing else, without matplotlib, of runs that may be going on; it names both runs."""
+    monkeypatch.setitem(sys.modules, 'matplotlib', None)
+    other, _ = two_runs(tmp_path)
+    path = tmp_path / 'out' / 'page.html'
+    before = sorted(os.listdir(run))
+    result = CliRunner().invoke(plot_run.main, [str(run), str(other), f'--html={path}'])
+    assert result.exit_code == 0 and result.output.strip() == str(path) and os.listdir(path.parent) == ['page.html'], result.output
+    made = path.read_text()
+    assert '>run</' in made and '00000-a' in made and '<td>3</td>' in made and 'No options.json: 00000-a.' in made
+    assert sorted(os.listdir(run)) == before and 'corruption.sigma' in made and made.rstrip().endswith('</html>')
+
+
+def test_page_of_a_run_whose_description_is_markup(tmp_path):
+    """--desc comes into the name of the run's folder and into its options, and is text in the page."""
+    data, evil = tiny.make_zip(tmp_path / 'data.zip'), '<script>alert(1)<'
+    tiny.call(f'--outdir={tmp_path / "runs"}', f'--data={data}', *tiny.FLAGS, f'--desc={evil}', '--duration=0.00008', '--seed=5')
+    folder = tiny.only_folder(tmp_path / 'runs')
+    assert evil in folder.name
+    result = CliRunner().invoke(plot_run.main, [str(folder), f'--html={tmp_path / "page.html"}'])
+    made = (tmp_path / 'page.html').read_text()
+    assert result.exit_code == 0 and made.count('&lt;script&gt;alert(1)&lt;') >= 3 and evil not in made
+
+
+@DRAWS
+def test_names_that_matplotlib_reads_otherwise(tmp_path):
+    """Dollars are no formulas, and a run whose name begins with "_" stands in the legend."""
+    text = '{"nimg": 80, "Loss/$\\\\frac{$": 3.0}\n'
+    folders = [write(tmp_path / name, text) for name in ('_a', 'b$\\frac{$')]
+    result = CliRunner().invoke(plot_run.main, [*map(str, folders), f'--dest={tmp_path / "pictures"}'])
+    assert result.exit_code == 0 and os.listdir(tmp_path / 'pictures') == ['loss.png'], result.output
+    assert plot_run.literal('_a') == ' _a' and plot_run.literal('$') == r'\$'
+
+
 @DRAWS
 def test_dest_and_a_line_cut_off(tmp_path):
     """The last line of a run that was killed in the middle of writing counts for nothing; the others are drawn."""
@@ -99,11 +163,27 @@ def test_dest_and_a_line_cut_off(tmp_path):
 def test_refusals(tmp_path):
     assert 'no stats.jsonl in it' in refused(tmp_path)
     assert 'nowhere' in refused(tmp_path / 'nowhere')
+    assert 'RUN' in refused()
     broken = write(tmp_path / 'broken', '{"nimg": 80}\n{"nimg": 1\n{"nimg": 160}\n')
     assert f'{broken / "stats.jsonl"}: line 2 is not JSON' in refused(broken)
     for text in ('', '{"nimg": 80, "Progress/kimg": 0.08}\n'):
         empty = write(tmp_path / 'empty', text)
         assert 'has no curves yet' in refused(empty) and os.listdir(empty) == ['stats.jsonl']
+
+
+def test_refusals_of_several_runs_and_of_pages(tmp_path):
+    """The run that is at fault is named, and nothing is written."""
+    good, _ = two_runs(tmp_path)
+    html = tmp_path / 'page.html'
+    foreign = tmp_path / 'foreign'
+    foreign.mkdir()
+    assert f'{foreign}: no stats.jsonl in it' in refused(good, foreign, f'--html={html}')
+    (good / 'options.json').write_text('{"run": ')
+    assert 'options.json: not a JSON file' in refused(good, f'--html={html}')
+    (good / 'options.json').unlink()
+    assert f'--html={tmp_path}' in refused(good, f'--html={tmp_path}')
+    assert 'ends in .html' in refused(good, f'--html={tmp_path / "page.png"}')
+    assert not html.exists() and not (tmp_path / 'page.png').exists() and os.listdir(good) == ['stats.jsonl']
 
 
 def test_without_matplotlib(tmp_path, monkeypatch):

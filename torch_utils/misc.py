@@ -64,6 +64,24 @@ def seeded(*key, device='cpu'):
         source.set_state(before)
 
 
+@contextlib.contextmanager
+def full_float32():
+    """Inside the context a GPU multiplies float32 as such: no TF32 (10 bits of mantissa), which PyTorch allows convolutions by default."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.allow_tf32, matmul.allow_tf32
+    cudnn.allow_tf32 = matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        cudnn.allow_tf32, matmul.allow_tf32 = before
+
+
+def device_name(device):
+    """What results call a device: the name of a GPU's model, or "cpu"."""
+    device = torch.device(device)
+    return torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type
+
+
 def require(holds, text):
     """Raises ValueError with the text where a condition does not hold."""
     if not holds:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A pickle as data: a machine for the few opcodes that published networks need, which looks nothing up, imports nothing, calls nothing.
+"""A pickle as data: a machine for the few opcodes of published networks and statistics, which looks nothing up, imports and calls nothing.
 
 Python's own unpickler takes no part in this. A global is a word from a list, a call is a Record of what would have been called, and
 what the file claims (lengths, counts) is held against what it has before memory is taken."""
@@ -18,11 +18,11 @@ class Refused(Exception):
 
 
 class Limits:
-    """What is left of the work and of the text that one file may cost. steps: of the work."""
+    """What is left of the work and of the text that one file may cost. steps: of the work; text: bytes."""
 
-    def __init__(self, steps=MAX_STEPS):
+    def __init__(self, steps=MAX_STEPS, text=MAX_TEXT):
         self.most = self.steps = steps
-        self.text = MAX_TEXT
+        self.most_text = self.text = text
 
     def step(self):
         self.steps -= 1
@@ -32,7 +32,7 @@ class Limits:
     def read_text(self, size):
         self.text -= size
         if self.text < 0:
-            raise Refused(f'holds more than {MAX_TEXT >> 20} MiB of text')
+            raise Refused(f'holds more than {self.most_text >> 20} MiB of text')
 
 
 class Global:
@@ -80,7 +80,7 @@ class Machine:
                 return self.pop()
             if code not in OPCODES:
                 known = pickletools.code2op.get(code.decode('latin-1'))
-                raise Refused(f'uses the opcode {known.name}, which no snapshot needs' if known else 'is damaged (unknown opcode)')
+                raise Refused(f'uses the opcode {known.name}, which such files do not need' if known else 'is damaged (unknown opcode)')
             OPCODES[code](self)
 
     # Bytes of the file
@@ -143,8 +143,8 @@ class Machine:
     # Opcodes of more than one line
 
     def protocol(self):
-        if self.number(1) > 4:
-            raise Refused('is a pickle of a newer protocol than 4')
+        if self.number(1) > 5:
+            raise Refused('is a pickle of a newer protocol than 5')
 
     def frame(self):
         if self.number(8) > len(self.data) - self.position:
@@ -190,7 +190,7 @@ class Machine:
 
     def persistent(self):
         if not self.is_persistent:
-            raise Refused('uses the opcode BINPERSID, which no snapshot needs')
+            raise Refused('uses the opcode BINPERSID, which such files do not need')
         self.push(Record('persistent', self.pop()))
 
 
@@ -216,6 +216,8 @@ OPCODES = {
     pickle.BINUNICODE: lambda m: m.push(m.text(m.number(4))),
     pickle.SHORT_BINBYTES: lambda m: m.push(m.take(m.number(1))),
     pickle.BINBYTES: lambda m: m.push(m.take(m.number(4))),
+    pickle.BINBYTES8: lambda m: m.push(m.take(m.number(8))),
+    pickle.BYTEARRAY8: lambda m: m.push(m.take(m.number(8))),
     pickle.EMPTY_TUPLE: lambda m: m.push(()),
     pickle.EMPTY_LIST: lambda m: m.push([]),
     pickle.EMPTY_DICT: lambda m: m.push({}),

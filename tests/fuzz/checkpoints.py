@@ -413,14 +413,47 @@ class StatisticsFile(Kind):
         assert isinstance(found.shape, tuple | None) and isinstance(found.split, str | None) and isinstance(found.source, str | None)
 
 
+class PickledStatistics(Kind):
+    """Those of EDM2, and torch-fidelity's caches."""
+
+    def prepare(self, folder):
+        self.path = folder / 'ref.pkl'
+        rows = np.random.default_rng(0).normal(size=[20, 4]).astype(np.float32)
+        stats = {'mu': rows.mean(0), 'sigma': np.asfortranarray(np.cov(rows.T))}
+        self.sound = [pickle.dumps({'fid': stats, 'fd_dinov2': stats}, protocol) for protocol in (2, 3, 4, 5)]
+        self.tokens = [mutators.tokens(data) for data in self.sound]
+        self.saved = []
+        for tree in (stats, torch.from_numpy(rows)):
+            file = io.BytesIO()
+            torch.save(tree, file)
+            self.saved.append(mutators.members(file.getvalue()))
+        self.path.write_bytes(self.sound[0])
+
+    def damage(self, draws):
+        kind = draws.random()
+        if kind < 0.3:
+            return mutate(pick(self.sound, draws), draws)
+        if kind < 0.8:
+            return mutators.damage_pickle(pick(self.tokens, draws), draws, EVIL)
+        parts = pick(self.saved, draws)
+        if kind < 0.9:
+            return mutators.pack(mutators.damage_zip_members(parts, draws))
+        return mutators.pack([(name, mutators.damage_pickle(mutators.tokens(part), draws, EVIL) if name.endswith('data.pkl') else part)
+                              for name, part in parts])
+
+    def read(self):
+        found = load_statistics(self.path)
+        assert found.cov.shape == (len(found.mean),) * 2 and np.isfinite(found.cov).all()
+
+
 def use(net):
     """A network that was loaded must also work: one evaluation, one digest."""
     net(torch.zeros(1, net.img_channels, *misc.height_width(net.img_resolution)), torch.tensor(1.0))
     misc.state_digest(net)
 
 
-ALL = [Averages, Diffusers, DiscreteState, FromHub, OldWeights, Options, Pickle, SingleFile, Snapshot, State, StateAsNetwork,
-       StatisticsFile]
+ALL = [Averages, Diffusers, DiscreteState, FromHub, OldWeights, Options, Pickle, PickledStatistics, SingleFile, Snapshot, State,
+       StateAsNetwork, StatisticsFile]
 
 
 def judge(log, *args):
@@ -433,7 +466,7 @@ def judge(log, *args):
 class SomeOfAll:
     """Kinds of which each has something of its own; those that cost little come more often."""
 
-    often = {Averages: 1, Options: 2, Snapshot: 4, State: 1, StateAsNetwork: 1, StatisticsFile: 4}
+    often = {Averages: 1, Options: 2, PickledStatistics: 3, Snapshot: 4, State: 1, StateAsNetwork: 1, StatisticsFile: 4}
 
     def __init__(self, folder):
         self.kinds = []

@@ -33,7 +33,8 @@ def test_some_of_each_kind(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize('kind, count', [('State', 10_000), ('DiscreteState', 10_000), ('StateAsNetwork', 3000), ('OldWeights', 3000),
                                          ('Snapshot', 5000), ('FromHub', 5000), ('SingleFile', 3000), ('Pickle', 3000),
-                                         ('Diffusers', 3000), ('Options', 3000), ('Averages', 3000), ('StatisticsFile', 5000)])
+                                         ('Diffusers', 3000), ('Options', 3000), ('Averages', 3000), ('StatisticsFile', 5000),
+                                         ('PickledStatistics', 5000)])
 def test_thousands_of_a_kind(tmp_path, kind, count):
     assert kind in {found.__name__ for found in checkpoints.ALL}
     attack(kind, count, tmp_path, 3600)

@@ -22,6 +22,7 @@ from torch_utils import registry
 
 DATA = GOLDEN
 SETTINGS = evaluate.Settings(kid_subsets=3, kid_subset_size=10, splits=4)
+ANYWHERE = tuple(name for name, metric in evaluate.METRICS.items() if metric.detector is None)  # with any detector
 
 
 class Toy:
@@ -67,7 +68,7 @@ def reference_of(images, detector=None):
 def test_numbers_are_those_of_the_functions():
     """All metrics together, from batches, against each function on the features at once."""
     ours, theirs = batch_of(23), batch_of(31, seed=1) // 2
-    found = evaluate.evaluate_batches(np.split(ours, [4, 9]), Toy(), reference_of(theirs), evaluate.METRICS, SETTINGS)
+    found = evaluate.evaluate_batches(np.split(ours, [4, 9]), Toy(), reference_of(theirs), ANYWHERE, SETTINGS)
     (x, logits), (y, _) = Toy()(torch.from_numpy(ours)), Toy()(torch.from_numpy(theirs))
     assert (found['kid'], found['kid_std']) == pytest.approx(kernel_distance(x, y, 3, 10, 2020), rel=1e-12)
     assert (found['precision'], found['recall']) == precision_recall(y, x)
@@ -75,15 +76,15 @@ def test_numbers_are_those_of_the_functions():
     assert (found['inception_score_mean'], found['inception_score_std']) == pytest.approx(inception_score(logits, 4, 2020), rel=1e-12)
     assert found['inception_score'] == pytest.approx(inception_score(logits, 1)[0], rel=1e-12)
     assert found['fid_score'] > 0
-    assert list(found) == ['fid_score', 'kid', 'kid_std', 'inception_score', 'inception_score_mean', 'inception_score_std', 'precision',
-                           'recall', 'density', 'coverage']
+    assert list(found) == ['fid_score', 'fid_inf', 'kid', 'kid_std', 'inception_score', 'inception_score_mean', 'inception_score_std',
+                           'precision', 'recall', 'density', 'coverage']
 
 
 @pytest.mark.parametrize('name, keys', [('fid', {'fid_score'}), ('kid', {'kid', 'kid_std'}), ('pr', {'precision', 'recall'}),
                                         ('dc', {'density', 'coverage'})])
 def test_each_metric_alone(name, keys):
     reference = reference_of(batch_of(31, seed=1))
-    all_of_them = evaluate.evaluate_batches([batch_of(23)], Toy(), reference, evaluate.METRICS, SETTINGS)
+    all_of_them = evaluate.evaluate_batches([batch_of(23)], Toy(), reference, ANYWHERE, SETTINGS)
     alone = evaluate.evaluate_batches([batch_of(23)], Toy(), reference, (name,), SETTINGS)
     assert alone == {key: all_of_them[key] for key in keys}
 
@@ -109,7 +110,7 @@ def test_golden_scores_from_batches():
 @pytest.mark.parametrize('make', [Toy, lambda: detectors.pixel_detector('cpu')], ids=['toy', 'pixels'])
 def test_batch_size_changes_nothing(make):
     images, reference = batch_of(37), reference_of(batch_of(40, seed=1), make())
-    results = [evaluate.evaluate_batches(np.split(images, range(size, 37, size)), make(), reference, evaluate.METRICS, SETTINGS)
+    results = [evaluate.evaluate_batches(np.split(images, range(size, 37, size)), make(), reference, ANYWHERE, SETTINGS)
                for size in (1, 5, 37)]
     assert (results[0]['inception_score'] is None) == (make().name == 'pixels')
     for other in results[1:]:
@@ -272,7 +273,7 @@ def test_detector_on_the_python_path(tmp_path):
     (f'module:name={__name__}.Crooked', r'returned \[1, 3, 4, 4\] for 1 images, expected features'),
     (f'module:name={__name__}.Failing', r'called with uint8 \[1, 3, 4, 4\]: wrong size'),
     ('inception:precision=fp8', 'choose from fp32, bf16, fp16'), ('inception:speed=9', 'has no key "speed"'),
-    ('pixel', 'choose from inception, pixels, dinov2, torchscript, module')])
+    ('pixel', 'choose from inception, pixels, dinov2, clip, vgg16, torchscript, module')])
 def test_detectors_that_are_none(spec, message):
     with pytest.raises(UserError, match=message) as caught:
         made(spec.format(here=__file__)).dim((3, 4, 4))
@@ -313,7 +314,7 @@ def test_dinov2(tmp_path):
 def test_a_detector_that_the_hub_does_not_give(monkeypatch):
     monkeypatch.setattr('huggingface_hub.hf_hub_download', lambda *args, **kwargs: (_ for _ in ()).throw(OSError('offline\nand more')))
     with pytest.raises(UserError, match=r'--detector=dinov2:model=owner/name: .* says: offline; or fetch .* --detector=dinov2:model=DIR$'):
-        detectors._model_folder('owner/name')
+        detectors._model_file('owner/name')
 
 
 # Ranks
@@ -325,13 +326,13 @@ import numpy as np
 sys.path.insert(0, sys.argv[1])
 from dnnlib import UserError
 from metrics import evaluate, image_files
-from tests.metrics.test_evaluate import SETTINGS, Toy, batch_of, reference_of
+from tests.metrics.test_evaluate import ANYWHERE, SETTINGS, Toy, batch_of, reference_of
 from torch_utils import distributed
 distributed.init()
 rank, size = distributed.rank(), distributed.size()
 shares = lambda images: [images[rank::size][i:i + 2] for i in range(0, len(images[rank::size]), 2)]
 results, reference = [], evaluate.collect(shares(batch_of(31, seed=1)), Toy(), keep_features=True).statistics
-for count, metrics in ((1, ('fid',)), (23, evaluate.METRICS)):
+for count, metrics in ((1, ('fid',)), (23, ANYWHERE)):
     results.append(evaluate.evaluate_batches(shares(batch_of(23)[:count]), Toy(), reference, metrics, SETTINGS))
 def bad():
     yield batch_of(2)
@@ -356,7 +357,7 @@ def test_two_ranks_equal_one(tmp_path, monkeypatch):
     one, all_of_them, *errors = json.loads((tmp_path / 'out.json').read_text())
     reference = reference_of(batch_of(31, seed=1))
     assert one == pytest.approx(evaluate.evaluate_batches([batch_of(23)[:1]], Toy(), reference, ('fid',)), rel=1e-10)
-    alone = evaluate.evaluate_batches([batch_of(23)], Toy(), reference, evaluate.METRICS, SETTINGS)
+    alone = evaluate.evaluate_batches([batch_of(23)], Toy(), reference, ANYWHERE, SETTINGS)
     assert all_of_them == pytest.approx(alone, rel=1e-10)
     assert 'must be uint8' in errors[0]
     assert errors[1] == '--gen-path=g: 2 of 10 images cannot be used: 0.png is bad; 1.png is bad'

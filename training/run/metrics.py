@@ -5,20 +5,23 @@ import contextlib
 
 import torch
 
-import dnnlib
 from dnnlib import UserError
 from metrics.detectors import DETECTORS
 from metrics.evaluate import Settings, check_reference, evaluate_batches, needs_features
 from metrics.manifold import DC_K, PR_K
+from metrics.references import fetch
 from metrics.statistics import load_statistics
 from torch_utils import distributed, misc, registry
 from training.evaluation.images import uint8_batches
 
 BATCH = 64  # images a rank makes together; eval_fid.py's default
-NAMES = {'fid_score': 'fid'}  # where the log is briefer than the published name
+# Where the log is briefer than the published name, and where the count of images must not run into its digits.
+NAMES = {'fid_score': 'fid', 'fd_dinov2': 'fd_dinov2_', 'fd_vgg16': 'fd_vgg16_'}
 # What eval_fid.py calls its options, in errors of the rooms that the two share, and what train.py calls them.
 RENAMED = {'--detector-weights=': '--metrics-detector=inception:weights=', '--detector=': '--metrics-detector=',
+           'make them anew with "ref", or pass the images with --ref-path': 'make them anew with "eval_fid.py ref"',
            'pass the --detector ': 'pass the --metrics-detector ',
+           ', or --other-shape to compare them all the same': '',
            'images go with --ref-path, statistics are made by "ref"': 'statistics of images are made by "eval_fid.py ref"'}
 
 
@@ -31,9 +34,10 @@ class PeriodicMetrics:
     def __init__(self, num, ref, names, detector, shape, device):
         self.num, self.names = num, tuple(names)
         with _as_train_says():
-            path = distributed.first_on_node(dnnlib.open_url, ref)
+            path = distributed.first_on_node(fetch, ref, '--metrics-ref')
             name = f'--metrics-ref={ref}'
-            self.reference = load_statistics(path, name, needs_features(names) and distributed.rank() == 0)
+            features = needs_features(names) and distributed.rank() == 0
+            self.reference = load_statistics(path, name, features, registry.parse(detector)[0])
             self.detector = distributed.first_on_node(registry.build(detector, DETECTORS, '--detector'), device=device)
             distributed.from_rank0(self._check, name, shape)
         self.settings = self._settings()
@@ -52,6 +56,8 @@ class PeriodicMetrics:
         neighbours = max([k for metric, k in (('pr', PR_K), ('dc', DC_K)) if metric in self.names], default=0)
         if neighbours and len(reference.features) <= neighbours:
             raise UserError(f'{name}: {chosen} need more than {neighbours} images, and it has {len(reference.features)}')
+        if 'fid_inf' in self.names and self.num < 4:
+            raise UserError(f'--metrics-num={self.num}: {chosen} need 4 images or more')
         if 'pr' in self.names and self.num <= PR_K:
             raise UserError(f'--metrics-num={self.num}: {chosen} need more than {PR_K} images')
 

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""References that images are compared with: image files, or statistics by path or URL; what is known of them, and what is not."""
+
+import dataclasses
+import json
+import re
+import sys
+
+import dnnlib
+from dnnlib import UserError
+from dnnlib.files import file_digest
+from metrics.evaluate import collect
+from metrics.image_files import ImageFiles
+from metrics.statistics import load_statistics
+from torch_utils import distributed, misc, registry
+
+DIGEST = re.compile('[0-9a-fA-F]{8,64}')  # SHA-256, or its first digits
+
+
+def open_reference(stats, images, detector, features):
+    """(reference, SHA-256 of its file or folder): ImageFiles of a path `images`, or the Statistics in `stats`.
+
+    stats: path or URL, which may end in #sha256=DIGEST. detector: as the command line names it ("dinov2:model=DIR"). features: whether
+    to read those too, which rank 0 alone does. Raises UserError on every rank."""
+    if images:
+        return ImageFiles(images, '--ref-path'), distributed.from_rank0(file_digest, images)
+    path = distributed.first_on_node(fetch, stats)
+    found = load_statistics(path, f'--ref-stats={stats}', features and distributed.rank() == 0, registry.parse(detector)[0])
+    return found, file_digest(path)
+
+
+def fetch(ref, option='--ref-stats'):
+    """Local path of a file or URL, checked where it ends in #sha256=DIGEST. Raises UserError."""
+    place, mark, digest = ref.rpartition('#sha256=')
+    if mark and not DIGEST.fullmatch(digest):
+        raise UserError(f'{option}={ref}: after #sha256= stands "{digest}"; expected 8 to 64 hexadecimal digits')
+    try:
+        return dnnlib.open_url(place, digest) if mark else dnnlib.open_url(ref)
+    except UserError as err:
+        raise UserError(f'{option}={err.message}' if err.message.startswith(place or ref) else f'{option}: {err.message}') from None
+
+
+def statistics_of(files, detector, batch_size, keep_features):
+    """Statistics of all of the ImageFiles, with what they were made with, and their features where asked for."""
+    detector.dim(files.shape)
+    found = collect(files.batches(batch_size), detector, len(files), (), keep_features=keep_features, keep_spatial=True).statistics
+    files.check_unchanged()
+    return dataclasses.replace(found, **conditions(detector))
+
+
+def conditions(detector):
+    """What, beside the weights, decides the last digits of features: fields of Statistics."""
+    return {'device': misc.device_name(detector.device), 'tf32': detector.tf32, 'versions': json.dumps(misc.versions())}
+
+
+def warn(reference, detector, shape, name):
+    """Tells of what does not keep statistics from being compared with images [C,H,W], and is to be known; name: the reference's."""
+    told, ours = [], conditions(detector)
+    if reference.note:
+        told.append(f'{reference.note}; it is compared because the dimensions agree')
+    if reference.shape not in (None, tuple(shape)):
+        told.append(f'made from {list(reference.shape)} images, compared with {list(shape)} [C,H,W]')
+    if reference.device not in (None, ours['device']):
+        told.append(f'made on {reference.device}, compared on {ours["device"]}: the features differ by rounding')
+    if reference.tf32 not in (None, ours['tf32']):
+        told.append(f'made {"with" if reference.tf32 else "without"} TF32, compared {"with" if ours["tf32"] else "without"}')
+    for line in told:
+        distributed.print0(f'Warning: {name}: {line}', file=sys.stderr)
+
+
+def facts(reference, ref, digest):
+    """What a result says of its reference, None where that is not known. ref: what the user named; digest: of the file."""
+    keys = ('num_images', 'split', 'source', 'detector', 'detector_sha256', 'note', 'shape', 'device', 'tf32')
+    versions = reference.versions and json.loads(reference.versions)
+    return {'path': ref, 'sha256': digest, **{key: getattr(reference, key) for key in keys}, 'versions': versions}

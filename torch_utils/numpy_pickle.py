@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reads pickled dicts of NumPy arrays, as EDM2 publishes reference statistics (*.pkl), and executes nothing of them.
+
+NumPy's own unpickler takes no part in this: an array is a view of bytes that are there. Known are the forms of NumPy 1 and 2 under
+protocols 2 to 5: `_reconstruct` with a state, `_frombuffer` with the bytes in the file (protocol 5), and bytes written as text (protocol
+2)."""
+
+import math
+import re
+
+import numpy as np
+
+from torch_utils.pickle_machine import MAX_TEXT, Limits, Machine, Record, Refused, is_record
+
+MAX_DIMS = 8
+NUMBERS = re.compile(r'[fiu][1248]')  # types of numbers, without the order of their bytes
+
+# Every global of such files, and the word that stands for it here. EasyDict is the dict that NVIDIA's programs keep their results in.
+WORDS = {
+    ('numpy', 'ndarray'): 'ndarray',
+    ('numpy', 'dtype'): 'dtype',
+    ('_codecs', 'encode'): 'encode',
+    ('collections', 'OrderedDict'): 'dict',
+    ('dnnlib.util', 'EasyDict'): 'dict',
+    **{(f'numpy.{core}.multiarray', name): name for core in ('core', '_core') for name in ('_reconstruct', 'scalar')},
+    **{(f'numpy.{core}.numeric', '_frombuffer'): '_frombuffer' for core in ('core', '_core')},
+}
+
+
+def read_dict(data):
+    """The dict in a pickle, data a memoryview. Its values are plain values, dicts, lists, and Records for as_array(). Raises Refused."""
+    found = Machine(data, 0, WORDS, Limits(text=MAX_TEXT + len(data)), _record).run()  # the arrays of protocol 2 are text
+    if not isinstance(found, dict):
+        raise Refused('holds no dict')
+    return found
+
+
+def as_array(value):
+    """The array that a value of read_dict() stands for, read-only, over the bytes of the file; None where it is none. Raises Refused."""
+    if is_record(value, '_reconstruct'):
+        state = value.state
+        if not isinstance(state, tuple) or len(state) != 5 or type(state[3]) is not bool:
+            raise Refused('is damaged (an array without its values)')
+        _, shape, dtype, fortran, values = state
+    elif is_record(value, '_frombuffer'):
+        if len(value.args) not in (4, 5) or value.args[3] not in ('C', 'F') or value.args[4:] not in ((), (None,)):
+            raise Refused('is damaged (an array without its values)')
+        values, dtype, shape, order = value.args[:4]
+        fortran = order == 'F'
+    else:
+        return None
+    dtype, values = _dtype(dtype), _values(values)
+    whole = isinstance(shape, tuple) and len(shape) <= MAX_DIMS and all(type(side) is int and side > 0 for side in shape)
+    if not whole or math.prod(shape) * dtype.itemsize != len(values):
+        raise Refused('is damaged (an array whose shape and values do not fit together)')
+    return np.frombuffer(values, dtype).reshape(shape, order='F' if fortran else 'C')
+
+
+def _dtype(value):
+    """A type of numbers: dtype('f8', ...) with the state (version, order of bytes, ...)."""
+    text = value.args[0] if is_record(value, 'dtype') and value.args else None
+    if not isinstance(text, str) or not NUMBERS.fullmatch(text) or text == 'f1':
+        raise Refused('holds an array of something other than numbers')
+    order = value.state[1] if isinstance(value.state, tuple) and len(value.state) > 1 else '<'
+    if order not in ('<', '>', '|', '='):
+        raise Refused('is damaged (an array without an order of bytes)')
+    return np.dtype((order if order in '<>' else '<') + text)
+
+
+def _values(value):
+    """The bytes of an array: a view of the file, or encode(text, 'latin1'), which protocol 2 has for them."""
+    if isinstance(value, memoryview):
+        return value
+    if is_record(value, 'encode') and len(value.args) == 2 and isinstance(value.args[0], str) and value.args[1] in ('latin1', 'latin-1'):
+        try:
+            return value.args[0].encode('latin-1')
+        except UnicodeEncodeError:
+            pass
+    raise Refused('is damaged (an array without its values)')
+
+
+def _record(word, args):
+    """What stands for a call: an empty dict is itself."""
+    if word == 'dict':
+        if args:
+            raise Refused('is damaged (arguments where none belong)')
+        return {}
+    return Record(word, args)
