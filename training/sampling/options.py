@@ -52,6 +52,9 @@ SAMPLING = group(
     _number('--stop-sigma', 'End with the mean E[x_0 | x] at the last level not below this, for models of noisy images  [default: 0]',
             POSITIVE),
     _number('--stop-variance', 'The same, as the square of the level', POSITIVE),
+)
+SPEED = group(
+    'Speed',
     _word('--precision', ('fp32', 'bf16', 'fp16'), 'Arithmetic of the network; the sampler is float64  [default: as it was saved]'),
     click.option('--compile', metavar='[BOOL]', type=bool, is_flag=False, flag_value=True, default=False, show_default=True,
                  help='Compile the network (torch.compile): a minute or so at the start, then faster; changes pixels a little'),
@@ -60,7 +63,7 @@ SAMPLING = group(
 
 def OPTIONS(command):
     """A decorator that adds all of them to a command."""
-    return CONDITIONS(SAMPLING(command))
+    return CONDITIONS(SAMPLING(SPEED(command)))
 
 
 # Parameters of these options, and the keys of --levels and of --sampler among them.
