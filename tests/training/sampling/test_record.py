@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-import generate
 from dnnlib import EasyDict, UserError
 from tests.support import tiny as tiny_run
 from tests.support.tiny import make_zip
@@ -19,7 +18,7 @@ from torch_utils import misc
 from torch_utils.command_line import ranges
 from training.checkpoints.load import load_network
 from training.checkpoints.save import save_network
-from training.sampling import folder, guidance, labels, record, steppers
+from training.sampling import folder, generation, guidance, labels, record, steppers
 from training.sampling import pieces as sampling
 from training.sampling.generate import ConditionedDenoiser, guided, noise_levels
 
@@ -153,7 +152,7 @@ def test_images_that_the_record_does_not_tell_of_are_made(folders, tmp_path, mon
     def kill(*args):
         raise KeyboardInterrupt
     with monkeypatch.context() as patch:  # before any image is made, but after the seed is recorded
-        patch.setattr(generate, 'generate_images', kill)
+        patch.setattr(generation, 'generate_images', kill)
         assert run(folders / 'a', tmp_path / 'out', '--seeds=0-2', '--skip-existing').exit_code
     assert read(tmp_path / 'out')['seeds'] == '0-2'
     result = run(folders / 'a', tmp_path / 'out', '--seeds=0-2', '--skip-existing')
