@@ -12,10 +12,7 @@ import click
 
 from dnnlib import UserError
 from dnnlib.files import new_folder
-from torch_utils.command_line import Command, Number, version_option
-from training.checkpoints import posthoc, publish
-from training.checkpoints.load import load_network
-from training.checkpoints.save import save_network
+from torch_utils.command_line import Command, Group, Number, version_option
 
 ROUGH = 0.05  # error of a profile that is worth a warning
 REF = "REF is a snapshot folder, a training-state .pt, EDM's .pkl, a URL or a Hugging Face name."
@@ -23,7 +20,7 @@ weights_option = click.option('--weights', metavar='ema|raw|ema:WIDTH', default=
                               help='Which weights of a training state; ema:0.05 is a stored power-function average')
 
 
-@click.group()
+@click.group(cls=Group)
 @version_option
 def main():
     """Work on the checkpoints of a run."""
@@ -34,6 +31,7 @@ def main():
 @click.option('--dest', metavar='DIR', required=True, help='Folder for the network, which must not exist')
 @weights_option
 def strip(ref, dest, weights):
+    from training.checkpoints import publish
     tell_left_out(publish.export(ref, dest, weights))
     click.echo(f'{dest}: the network of {ref}, {size_of(dest):.1f} MB')
 
@@ -46,6 +44,7 @@ def strip(ref, dest, weights):
 @click.option('--dest', metavar='DIR', required=True, help='Folder for the network, which must not exist')
 @weights_option
 def export(ref, format, dest, weights):
+    from training.checkpoints import publish
     tell_left_out(publish.export(ref, dest, weights, format))
     click.echo(f'{dest}: the network of {ref} for {format}, {size_of(dest):.1f} MB')
 
@@ -67,6 +66,8 @@ def export(ref, format, dest, weights):
 @click.option('--dry-run', metavar='DIR', help='Write what would be uploaded to this new folder, and upload nothing')
 @weights_option
 def push(ref, name, private, revision, metrics, samples, license, code, dry_run, weights):
+    from training.checkpoints import publish
+    from training.checkpoints.load import load_network
     with tempfile.TemporaryDirectory() as parent:
         folder = dry_run or os.path.join(parent, 'network')
         with new_folder(folder) as part:
@@ -87,6 +88,8 @@ def reconstruct_ema(run, length, kimg, dest):
     """Reconstruct a power-function EMA of any length from those that RUN has stored (train.py --power-ema)."""
     if os.path.exists(dest):
         raise UserError(f'--dest={dest} exists; choose a new name')
+    from training.checkpoints import posthoc
+    from training.checkpoints.save import save_network
     net, used, error = posthoc.reconstruct(run, length, None if kimg is None else round(kimg * 1e3))
     save_network(net, dest)
     for name, factor in used:

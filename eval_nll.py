@@ -6,79 +6,83 @@ python eval_nll.py --network=NAME --data=cifar-test.zip --split=test --dequantis
 python eval_nll.py --network=NAME --data=cifar-test.zip --split=test --method=vlb --plot=terms.png
 torchrun --standalone --nproc_per_node=8 eval_nll.py --network=NAME --data=cifar-test.zip --split=test"""
 
-import math
-
 import click
-import numpy as np
-import torch
 
-import dnnlib
-from dnnlib import UserError
-from dnnlib.files import beside, file_digest, prepare_output, write_json
-from dnnlib.progress import Progress
-from torch_utils import distributed, misc
-from torch_utils.command_line import Command, Number, version_option
-from training.checkpoints.load import load_network
-from training.data.dataset import ImageDataset
-from training.diffusion import discrete
-from training.likelihood import dequantisation
-from training.likelihood.bound import variational_bound, write_picture
-from training.likelihood.flow import log_likelihood
+from dnnlib import EasyDict, UserError
+from torch_utils.command_line import Command, Number, Spec, group, version_option
 
-SIGMA_MIN, SIGMA_MAX, SIGMA_DATA = 0.002, 80.0, 0.5  # EDM's, where neither the options nor the network say otherwise
-DIFFUSION = 'cosine:steps=1000'
 POSITIVE, COUNT = Number(above=0), click.IntRange(min=1)
-BAR = '{desc}{percentage:3.0f}%|{bar}| {n:.0f}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}]'  # the bound counts fractions of images
 OF_FLOW = 'dequantise', 'trace', 'probes', 'sigma_max', 'sigma_data', 'rtol', 'atol', 'max_steps'
 OF_STEPS = 'diffusion', 'steps', 'variance'
 OWN_OPTIONS = {'--method=ode': {*OF_FLOW, 'sigma_min'}, '--method=ode --dequantise=gaussian': {*OF_FLOW, *OF_STEPS},
                '--method=vlb': {*OF_STEPS, 'plot'}}
 
 
+def _number(name, text, kind=POSITIVE, default=None, metavar='FLOAT'):
+    return click.option(name, metavar=metavar, type=kind, default=default, show_default=default is not None, help=text)
+
+
+def _word(name, choices, default, text):
+    return click.option(name, type=click.Choice(choices), metavar='|'.join(choices), default=default, show_default=True, help=text)
+
+
+WHAT = group(
+    'Network and images',
+    click.option('--network', help='Snapshot folder, training-state .pt, or Hugging Face name', metavar='REF', required=True),
+    click.option('--weights', metavar='WHICH', default='ema', show_default=True,
+                 help='Which weights of a training state: ema, raw or ema:LENGTH'),
+    click.option('--data', help='Images: a zip or folder, such as dataset_tool.py makes', metavar='PATH', required=True),
+    click.option('--split', help='Which part of the data set this is (train, test, ...); kept in the result', metavar='NAME'),
+    click.option('--num', '--num-images', 'num', metavar='INT', type=COUNT,
+                 help='How many images, the first in sorted order; under torchrun write --num-images  [default: all]'),
+    click.option('--cond', metavar='BOOL', type=bool, help='Give the network the labels of the data  [default: if it takes labels]'),
+)
+METHOD = group(
+    'Method',
+    _word('--method', ['ode', 'vlb'], 'ode', 'Probability-flow ODE, an estimate, or variational bound, an upper bound of the bits'),
+    _word('--dequantise', ['uniform', 'gaussian'], 'uniform', 'ode: how grey levels become a density: noise that fills them up, or that of '
+          'the level sigma_1 and the decoder of the bound, which makes the two methods comparable'),
+    _number('--repeats', 'Draws of all noise an image, averaged', COUNT, 1, 'INT'),
+    _number('--seed', 'Of all noise', click.IntRange(min=0), 0, 'INT'),
+)
+FLOW = group(
+    'Probability-flow ODE (--method=ode)',
+    _word('--trace', ['hutchinson', 'exact'], 'hutchinson',
+          'Trace of dD/dx: estimated with random probes, or exact, at as many backward passes as an image has numbers'),
+    _number('--probes', 'Probes an image, averaged; more make single images\' values more exact', COUNT, 1, 'INT'),
+    _number('--sigma-min', 'Uniform: where the density is taken  [default: 0.002, or the network\'s own]'),
+    _number('--sigma-max', 'Where the prior is  [default: 80, or the network\'s own]'),
+    _number('--sigma-data', 'Data std; the prior is N(0, sigma_max^2 + sigma_data^2)  [default: the network\'s own]'),
+    _number('--rtol', 'Relative tolerance of the solver', default=1e-5),
+    _number('--atol', 'Absolute tolerance, for values of unit size', default=1e-5),
+    _number('--max-steps', 'Give up where one image needs more steps', COUNT, 2000, 'INT'),
+)
+BOUND = group(
+    'Variational bound (--method=vlb, and --dequantise=gaussian)',
+    click.option('--diffusion', type=Spec('training.diffusion.discrete:DIFFUSIONS'),
+                 help='Schedule whose levels are visited  [default: the network\'s own, or cosine:steps=1000]'),
+    click.option('--steps', metavar='LIST', help='Only so many of its steps, such as 250 or ddim50  [default: all]'),
+    _word('--variance', ['auto', 'learned', 'large', 'small'], 'auto',
+          'Of the reverse steps; auto: learned where the network was trained to give it, else large'),
+    click.option('--plot', metavar='PNG', help='vlb: a picture of the terms'),
+)
+OUTPUT = group(
+    'Output and speed',
+    click.option('--out-path', metavar='JSON', help='Where the result goes  [default: beside the network, as NETWORK.ode.json]'),
+    click.option('--npz-path', metavar='NPZ', help='Also each image\'s own values, and the bound\'s terms, in this file'),
+    click.option('--batch', '--batch-size', 'batch', metavar='INT', type=COUNT, default=64, show_default=True,
+                 help='Images at a time on each rank; changes no value'),
+    click.option('--threads', metavar='INT', type=COUNT, help='CPU threads of each rank; equal values need equal threads'),
+    click.option('--device', metavar='DEVICE', help='Such as cuda or cpu  [default: the GPU of the rank, if it has one]'),
+)
+
+
 @click.command(cls=Command)
-@click.option('--network', help='Snapshot folder, training-state .pt, or Hugging Face name', metavar='REF', required=True)
-@click.option('--data', help='Images: a zip or folder, such as dataset_tool.py makes', metavar='PATH', required=True)
-@click.option('--split', help='Which part of the data set this is (train, test, ...); kept in the result', metavar='NAME')
-@click.option('--num', '--num-images', 'num', metavar='INT', type=COUNT,
-              help='How many images, the first in sorted order; under torchrun write --num-images  [default: all]')
-@click.option('--cond', metavar='BOOL', type=bool, help='Give the network the labels of the data  [default: if it takes labels]')
-@click.option('--method', type=click.Choice(['ode', 'vlb']), default='ode', show_default=True,
-              help='Probability-flow ODE, an estimate, or variational bound, an upper bound of the bits')
-@click.option('--dequantise', type=click.Choice(['uniform', 'gaussian']), default='uniform', show_default=True,
-              help='ode: how grey levels become a density: noise that fills them up, or that of the level sigma_1 and the decoder of the '
-              'bound, which makes the two methods comparable')
-@click.option('--trace', type=click.Choice(['hutchinson', 'exact']), default='hutchinson', show_default=True,
-              help='ode: trace of dD/dx, estimated with random probes, or exact, at as many backward passes as an image has numbers')
-@click.option('--probes', metavar='INT', type=COUNT, default=1, show_default=True,
-              help='ode: probes an image, averaged; more make single images\' values more exact')
-@click.option('--repeats', metavar='INT', type=COUNT, default=1, show_default=True,
-              help='Draws of all noise an image, averaged')
-@click.option('--sigma-min', metavar='FLOAT', type=POSITIVE,
-              help='ode, uniform: where the density is taken  [default: 0.002, or the network\'s own]')
-@click.option('--sigma-max', metavar='FLOAT', type=POSITIVE, help='ode: where the prior stands  [default: 80, or the network\'s own]')
-@click.option('--sigma-data', metavar='FLOAT', type=POSITIVE,
-              help='ode: data std; the prior is N(0, sigma_max^2 + sigma_data^2)  [default: the network\'s own]')
-@click.option('--rtol', metavar='FLOAT', type=POSITIVE, default=1e-5, show_default=True, help='ode: relative tolerance of the solver')
-@click.option('--atol', metavar='FLOAT', type=POSITIVE, default=1e-5, show_default=True,
-              help='ode: absolute tolerance, for values of unit size')
-@click.option('--max-steps', metavar='INT', type=COUNT, default=2000, show_default=True,
-              help='ode: give up where one image needs more steps')
-@click.option('--diffusion', metavar='NAME[:k=v]',
-              help='vlb, gaussian: the schedule whose levels are visited, such as linear or cosine:steps=4000  '
-              f'[default: the network\'s own, or {DIFFUSION}]')
-@click.option('--steps', metavar='LIST', help='vlb, gaussian: only so many of its steps, such as 250 or ddim50  [default: all]')
-@click.option('--variance', type=click.Choice(['auto', 'learned', 'large', 'small']), default='auto', show_default=True,
-              help='vlb, gaussian: of the reverse steps; auto: learned where the network was trained to give it, else large')
-@click.option('--plot', metavar='PNG', help='vlb: a picture of the terms')
-@click.option('--seed', metavar='INT', type=click.IntRange(min=0), default=0, show_default=True, help='Of all noise')
-@click.option('--weights', metavar='WHICH', default='ema', show_default=True,
-              help='Which weights of a training state: ema, raw or ema:LENGTH')
-@click.option('--batch', '--batch-size', 'batch', metavar='INT', type=COUNT, default=64, show_default=True,
-              help='Images at a time on each rank; changes no value')
-@click.option('--threads', metavar='INT', type=COUNT, help='CPU threads of each rank; equal values need equal threads')
-@click.option('--device', metavar='DEVICE', help='Such as cuda or cpu  [default: the GPU of the rank, if it has one]')
-@click.option('--npz-path', metavar='NPZ', help='Also each image\'s own values, and the bound\'s terms, in this file')
-@click.option('--out-path', metavar='JSON', help='Where the result goes  [default: beside the network, as NETWORK.ode.json]')
+@WHAT
+@METHOD
+@FLOW
+@BOUND
+@OUTPUT
 @version_option
 @click.pass_context
 def main(ctx, **options):
@@ -87,12 +91,10 @@ def main(ctx, **options):
     By the ODE grey levels are filled up to a density with uniform noise, which has a price; --dequantise=gaussian bounds the bits of
     the grey levels themselves, as --method=vlb does: compare only these two. Float images have no grey levels: theirs is the
     differential figure, in the units of the data."""
-    o = dnnlib.EasyDict(options)
+    o = EasyDict(options)
     check_options(ctx, o)
-    if o.threads:
-        torch.set_num_threads(o.threads)
-    distributed.init()
-    run(o)
+    from training.likelihood import evaluation  # here, so that --help need not wait for torch
+    evaluation.run(o)
 
 
 def check_options(ctx, o):
@@ -103,291 +105,6 @@ def check_options(ctx, o):
             why = ', whose density is taken at the lowest level of --diffusion' if key == 'sigma_min' and o.method == 'ode' else ''
             raise UserError(f'--{key.replace("_", "-")}: not an option of {chosen}{why}; leave it out')
 
-
-def run(o):
-    """Reads, measures, prints, and writes the files."""
-    out_path = o.out_path or beside(o.network, f'.{o.method}{"-gaussian" if o.dequantise == "gaussian" else ""}.json')
-    for path, option, suffix in ((out_path, '--out-path', '.json'), (o.npz_path, '--npz-path', '.npz'), (o.plot, '--plot', '.png')):
-        if path:
-            prepare_output(path, option, suffix)
-    net = load_network(o.network, device=distributed.pick_device(o.device), weights=o.weights)
-    net.compute_dtype = torch.float32  # half precision rounds the trace away
-    dataset, conditional = open_data(net, o)
-    items = choose_items(dataset, o)
-    method = METHODS[o.method, o.dequantise](net, dataset, o)
-    found, terms = measure(net, dataset, items, conditional, method, o)
-    if distributed.rank() == 0:
-        result = {**summary(found, dataset), **provenance(net, dataset, items, conditional, o), **method.facts()}
-        arrays = {'raw_idx': dataset.raw_idx[items], **found, **method.tables(terms)}
-        write(result, arrays, out_path, o)
-
-
-class FlowMethod:
-    """The probability-flow ODE of dequantised images: (images, raw_idx, repeat, class_labels, progress) -> ({name: [n]}, [0,0])."""
-
-    columns, terms = ('bits_per_dim', 'evaluations'), (0, 0)
-
-    def __init__(self, net, dataset, o):
-        self.net, self.o, self.is_float = net, o, dataset.is_float
-        scales = np.atleast_1d(dataset.units['scale'] if dataset.is_float else 127.5)  # of all channels, or of each
-        self.offset = sum(map(math.log2, scales)) / len(scales)
-        self.flow = self.pick_flow()
-
-    def pick_flow(self):
-        """The options of log_likelihood."""
-        return flow_options(self.net, self.o)
-
-    def __call__(self, images, raw_idx, repeat, class_labels, progress):
-        if not self.is_float:
-            images = dequantised(images, raw_idx, self.o.seed, repeat)
-        found = log_likelihood(self.net, images, probes=self.probes(images, raw_idx, repeat), class_labels=class_labels,
-                               progress=progress, **self.flow)
-        bits = -found.log_p / (images[0].numel() * math.log(2)) + self.offset
-        return {'bits_per_dim': bits, 'evaluations': found.evaluations}, torch.zeros(self.terms)
-
-    def probes(self, images, raw_idx, repeat):
-        """Of the trace, [n,K,C,H,W]; None where it is exact."""
-        if self.o.trace == 'exact':
-            return None
-        draw = lambda source: torch.randint(2, [self.o.probes, *images.shape[1:]], generator=source, dtype=torch.int8) * 2 - 1
-        return keyed(draw, raw_idx, self.o.seed, 'probes', repeat).to(images.device)
-
-    def facts(self):
-        """What the result tells of the method."""
-        return {'method': 'probability-flow ODE, Dormand-Prince 5(4)',
-                'dequantisation': 'none' if self.is_float else '(u + U[0,1) - 1/2) / 127.5 - 1', 'offset_bits': self.offset,
-                'prior_variance': self.flow['sigma_max'] ** 2 + self.flow['sigma_data'] ** 2, 'flow': self.flow}
-
-    def tables(self, terms):
-        """No arrays beside the images' own."""
-        return {}
-
-
-class GaussianFlowMethod(FlowMethod):
-    """The same from the lowest level of the bound's diffusion on, with the bound's decoder: a bound for grey levels."""
-
-    columns = 'bits_per_dim', 'flow_bits_per_dim', 'decoder_bits_per_dim', 'noise_bits_per_dim', 'evaluations'
-
-    def __init__(self, net, dataset, o):
-        if dataset.is_float:
-            raise UserError(f'--dequantise=gaussian: is for 8-bit images, and --data={o.data} holds others, which need no '
-                            'dequantisation; leave it out')
-        self.diffusion, self.variance = pick_diffusion(net, o), pick_variance(net, o)
-        super().__init__(net, dataset, o)
-
-    def pick_flow(self):
-        """The options of log_likelihood, its lowest level the diffusion's."""
-        low = float(self.diffusion.levels[0])
-        if low < self.net.sigma_min * (1 - 1e-5):  # networks keep levels in float32
-            raise UserError(f'--diffusion={self.o.diffusion or DIFFUSION}: its lowest level, {low:.4g}, is not in the range of the '
-                            f'network, {self.net.sigma_min:g} to {self.net.sigma_max:g}; a schedule of fewer steps begins higher')
-        return flow_options(self.net, dnnlib.EasyDict(self.o, sigma_min=max(low, self.net.sigma_min))) | {'sigma_min': low}
-
-    def __call__(self, images, raw_idx, repeat, class_labels, progress):
-        noise = bound_noise(images, raw_idx, self.o.seed, repeat, 0)  # so that the decoder's term is the very one of the bound
-        options = {key: value for key, value in self.flow.items() if key != 'sigma_min'}
-        found = dequantisation.grey_levels(self.net, self.diffusion, images, noise, class_labels=class_labels, variance=self.variance,
-                                           probes=self.probes(images, raw_idx, repeat), progress=progress, **options)
-        return dict(zip(self.columns, found)), torch.zeros(self.terms)
-
-    def facts(self):
-        """What the result tells of the method."""
-        return {**super().facts(), 'dequantisation': 'x_0 + sigma_1 N(0, 1), decoder of the bound', 'offset_bits': 0.0,
-                'sigma_1': float(self.diffusion.levels[0]), 'steps': self.diffusion.steps,
-                'trained_steps': self.diffusion.trained_steps, 'variance': self.variance}
-
-
-class BoundMethod:
-    """The variational bound of grey levels: (images, raw_idx, repeat, class_labels, progress) -> ({name: [n]}, sums [3,T])."""
-
-    columns = ('bits_per_dim', 'prior_bits_per_dim', 'decoder_bits_per_dim', 'x0_mse', 'eps_mse')
-
-    def __init__(self, net, dataset, o):
-        if dataset.is_float:
-            raise UserError(f'--method=vlb: is a bound for 8-bit images, and --data={o.data} holds others; use --method=ode')
-        self.net, self.o = net, o
-        self.diffusion, self.variance = pick_diffusion(net, o), pick_variance(net, o)
-        self.terms = 3, self.diffusion.steps
-
-    def __call__(self, images, raw_idx, repeat, class_labels, progress):
-        noise = lambda t: bound_noise(images, raw_idx, self.o.seed, repeat, t)
-        found = variational_bound(self.net, self.diffusion, images, noise, class_labels=class_labels, variance=self.variance,
-                                  progress=progress)
-        values = found.total, found.prior, found.vb[:, 0], found.x0_mse.mean(dim=1), found.eps_mse.mean(dim=1)
-        return dict(zip(self.columns, values)), torch.stack([part.sum(dim=0).cpu() for part in found[2:]])
-
-    def facts(self):
-        """What the result tells of the method."""
-        return {'method': 'variational bound', 'steps': self.diffusion.steps, 'trained_steps': self.diffusion.trained_steps,
-                'variance': self.variance, 'sigma_range': [float(self.diffusion.levels[0]), float(self.diffusion.levels[-1])]}
-
-    def tables(self, terms):
-        """The mean terms of each step [T], and the steps."""
-        return {**{f'terms_{name}': part for name, part in zip(('vb', 'x0_mse', 'eps_mse'), terms)},
-                'levels': self.diffusion.levels.numpy(), 'timesteps': self.diffusion.timesteps}
-
-
-def pick_diffusion(net, o):
-    """The Diffusion whose levels the bound visits: that of the network, or the one asked for, respaced by --steps."""
-    own = hasattr(net, 'own_diffusion')
-    if own and o.diffusion:
-        raise UserError(f'--diffusion={o.diffusion}: the network has levels of its own; leave the option out')
-    diffusion = net.own_diffusion() if own else discrete.build_diffusion(o.diffusion or DIFFUSION)
-    try:
-        return diffusion.respace(o.steps) if o.steps else diffusion
-    except ValueError as err:
-        raise UserError(f'--steps={o.steps}: {err}') from None
-
-
-def pick_variance(net, o):
-    """Of the bound's reverse steps: what --variance asks for; auto: learned where the network was trained to give it, else large."""
-    if o.variance == 'learned' and not getattr(net, 'output_multiple', 1) > 1:
-        raise UserError('--variance=learned: the network has no channels for the variance; choose large or small')
-    trained = getattr(net, 'gives_variance', False)
-    return ('learned' if trained else 'large') if o.variance == 'auto' else o.variance
-
-
-def open_data(net, o):
-    """(ImageDataset, whether the network is given its labels), of the network's shape and units."""
-    conditional = bool(net.label_dim) if o.cond is None else o.cond
-    if conditional and not net.label_dim:
-        raise UserError('--cond=1: the network takes no labels; leave the option out')
-    dataset = ImageDataset(o.data, use_labels=conditional)
-    expected = [net.img_channels, *misc.height_width(net.img_resolution)]
-    if list(dataset.image_shape) != expected:
-        raise UserError(f'--data={o.data}: its images are {list(dataset.image_shape)}, the network makes {expected} '
-                        '[C,H,W]; convert them with dataset_tool.py')
-    if dataset.units != net.units:
-        raise UserError(f'--data={o.data}: its units are {dataset.units or "8-bit"}, those of the network '
-                        f'{net.units or "8-bit"}; convert it like the training data')
-    if dataset.label_dim > net.label_dim or (conditional and dataset.classes is None and dataset.label_dim != net.label_dim):
-        raise UserError(f'--data={o.data}: its labels have {dataset.label_dim} dimensions, those of the network '
-                        f'{net.label_dim}; number the classes as in the training data, or use --cond=0')
-    return dataset, conditional
-
-
-def choose_items(dataset, o):
-    """The items that are evaluated, int64: the first --num of those without noise of their own."""
-    clean = np.flatnonzero(dataset.native_sigma == 0)
-    if not len(clean):
-        raise UserError(f'--data={o.data}: all {len(dataset)} images carry noise ("sigmas" in dataset.json); the '
-                        'likelihood is that of clean images')
-    if len(clean) < len(dataset):
-        distributed.print0(f'{len(dataset) - len(clean)} of {len(dataset)} images carry noise and are left out')
-    option = distributed.num_option()
-    if o.num is not None and o.num > len(clean):
-        raise UserError(f'{option}={o.num}: --data={o.data} holds only {len(clean)} clean images; pass '
-                        f'{option}={len(clean)} or less')
-    return clean[:o.num]
-
-
-def flow_options(net, o):
-    """The levels and tolerances of log_likelihood; the range lies within the network's."""
-    sigma_min = o.sigma_min or max(SIGMA_MIN, net.sigma_min)
-    sigma_max = o.sigma_max or min(SIGMA_MAX, net.sigma_max)
-    if not net.sigma_min <= sigma_min < sigma_max <= net.sigma_max:
-        raise UserError(f'--sigma-min={sigma_min:g} --sigma-max={sigma_max:g}: must rise, within the range of the '
-                        f'network, {net.sigma_min:g} to {net.sigma_max:g}')
-    return dict(sigma_min=sigma_min, sigma_max=sigma_max, sigma_data=o.sigma_data or getattr(net, 'sigma_data', SIGMA_DATA),
-                rtol=o.rtol, atol=o.atol, max_steps=o.max_steps)
-
-
-def measure(net, dataset, items, conditional, method, o):
-    """On every rank: ({column: [repeats, N]}, the mean of the method's terms over images and repeats)."""
-    found = {name: torch.zeros([o.repeats, len(items)], dtype=torch.float64) for name in method.columns}
-    terms = torch.zeros(method.terms, dtype=torch.float64)
-    mine, error = np.arange(len(items))[distributed.rank()::distributed.size()], None
-    with Progress(o.repeats * len(mine), 'rank 0' if distributed.size() > 1 else None, show=distributed.rank() == 0, smoothing=0,
-                  bar_format=BAR) as bar:
-        try:
-            for repeat in range(o.repeats):
-                for rows in (mine[first:first + o.batch] for first in range(0, len(mine), o.batch)):
-                    images, labels = read_batch(net, dataset, items[rows], conditional, o)
-                    part, sums = method(images, dataset.raw_idx[items[rows]], repeat, labels, bar.update)
-                    terms += sums
-                    for name, values in part.items():
-                        found[name][repeat, rows] = values.cpu().double()
-        except (ValueError, UserError) as err:
-            error = getattr(err, 'message', f'--network={o.network}: {err}')
-    errors = [message for message in distributed.all_values(error) if message]
-    if errors:
-        raise UserError(errors[0])
-    gather = lambda values: distributed.all_sum(values.to(distributed.device())).cpu().numpy()
-    return {name: gather(values) for name, values in found.items()}, gather(terms) / (o.repeats * len(items))
-
-
-def read_batch(net, dataset, items, conditional, o):
-    """(images [n,C,H,W] float64 in network units, class_labels or None) of items, on the device."""
-    device = distributed.pick_device(o.device)
-    images = dataset.to_network(np.stack([dataset.decode(i) for i in dataset.raw_idx[items]])).double()
-    if not conditional:
-        return images.to(device), None
-    labels = torch.zeros([len(items), net.label_dim])  # a split may lack the highest classes
-    labels[:, :dataset.label_dim] = torch.from_numpy(dataset.labels(items))
-    return images.to(device), labels.to(device)
-
-
-def keyed(draw, raw_idx, *key):
-    """draw(generator) of each image, stacked: a function of the key and of its place in the archive, not of the batch or the rank."""
-    return torch.stack([draw(misc.generator(*key, i)) for i in raw_idx])
-
-
-def dequantised(images, raw_idx, seed, repeat):
-    """Images in network units filled up to a density, each with uniform noise of its own."""
-    draw = lambda source: torch.rand(images.shape[1:], generator=source, dtype=torch.float64)
-    return dequantisation.uniform(images, keyed(draw, raw_idx, seed, 'dequantisation', repeat).to(images.device))
-
-
-def bound_noise(images, raw_idx, seed, repeat, t):
-    """Standard normal of step t of the bound, like images."""
-    draw = lambda source: torch.randn(images.shape[1:], generator=source, dtype=torch.float64)
-    return keyed(draw, raw_idx, seed, 'bound', repeat, t).to(images.device)
-
-
-def summary(found, dataset):
-    """The numbers of the result: means over images, their standard error, and the spread of the means over repeats."""
-    values = found['bits_per_dim']
-    means, images = values.mean(axis=1), values.mean(axis=0)
-    name = 'differential_bits_per_dim' if dataset.is_float else 'bits_per_dim'
-    return {name: misc.as_float(values.mean()),
-            'standard_error': misc.as_float(images.std(ddof=1) / math.sqrt(len(images))) if len(images) > 1 else None,
-            'std_over_repeats': misc.as_float(means.std(ddof=1)) if len(means) > 1 else None,
-            **{key: misc.as_float(column.mean()) for key, column in found.items() if key != 'bits_per_dim'}}
-
-
-def provenance(net, dataset, items, conditional, o):
-    """What decides the numbers, whatever the method."""
-    return {
-        'num_images': len(items),
-        'found_images': len(dataset),
-        'data': {'path': o.data, 'split': o.split, 'image_shape': list(dataset.image_shape),
-                 'sha256': file_digest(o.data)},
-        'network': {'ref': o.network, 'weights': o.weights, 'state_sha256': misc.state_digest(net), 'config': net.config},
-        'conditional': conditional,
-        'device': str(distributed.pick_device(o.device)),
-        'ranks': distributed.size(),
-        'versions': misc.versions(),
-        'options': dict(o),
-    }
-
-
-def write(result, arrays, out_path, o):
-    """Files and table."""
-    write_json(out_path, result)
-    if o.npz_path:
-        with dnnlib.replacing(o.npz_path) as part, open(part, 'wb') as f:
-            np.savez(f, **arrays)
-    if o.plot:
-        write_picture(o.plot, arrays['levels'], {name: arrays[f'terms_{name}'] for name in ('vb', 'x0_mse', 'eps_mse')})
-    numbers = list(result)[:list(result).index('num_images')]
-    what = ', '.join(filter(None, [o.data, o.split and f'split {o.split}', f'{result["num_images"]} images', f'seed {o.seed}']))
-    rows = [(name, f'{result[name]:.4f}') for name in numbers if result[name] is not None]
-    for name, text in [*rows, ('of', what), ('under', f'{o.network} ({o.weights})'), ('by', result['method'])]:
-        print(f'{name:<26} {text}')
-    print(f'written to {", ".join(filter(None, [out_path, o.npz_path, o.plot]))}')
-
-
-METHODS = {('ode', 'uniform'): FlowMethod, ('ode', 'gaussian'): GaussianFlowMethod, ('vlb', 'uniform'): BoundMethod}
 
 if __name__ == '__main__':
     main()

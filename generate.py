@@ -4,160 +4,48 @@
 python generate.py --network=NAME --outdir=out --seeds=0-63 --grid
 torchrun --standalone --nproc_per_node=8 generate.py --network=NAME --outdir=out --seeds=0-49999 --subdirs"""
 
-import os
-
 import click
-import torch
 
-from dnnlib import EasyDict, UserError
-from dnnlib.files import check_writable, prepare_output
-from dnnlib.progress import Progress
-from torch_utils import distributed
-from torch_utils.command_line import Command, IntList, version_option
-from training.sampling import guidance
+from dnnlib import EasyDict
+from torch_utils.command_line import Command, IntList, group, version_option
 from training.sampling import options as sampling
-from training.sampling.channels import Channels
-from training.sampling.folder import RecordedFolder, record_path
-from training.sampling.generate import check_finite, generate_images, network_device, resolution
-from training.sampling.pixels import is_picture, pictures, to_network, to_physical, to_uint8
-from training.sampling.writers import Files, Writers, read_image, write_grid
 
-GRID_IMAGES = 64
+COUNT = click.IntRange(min=1)
+IMAGES = group(
+    'Images',
+    click.option('--network', metavar='REF', required=True,
+                 help='Snapshot folder, training-state .pt, Hugging Face name, URL, or a .pkl of EDM'),
+    click.option('--outdir', help='Where to write the images', metavar='DIR', required=True),
+    click.option('--seeds', help='Which images: a list such as 0-63 or 1,2,5-10', type=IntList(), default='0-63', show_default=True),
+    click.option('--format', type=click.Choice(['png', 'npy', 'npz']), metavar='png|npy|npz',
+                 help='npy, npz: float32 [C,H,W], in network units (-1 to 1) for 8-bit data, physical for other; npz with seed and '
+                 'label  [default: png; npy where the data is no 8-bit grey or RGB]'),
+    click.option('--subdirs', help='A folder for every 1000 seeds', is_flag=True),
+    click.option('--grid', metavar='[FILE]', is_flag=False, flag_value='beside outdir',
+                 help='Also a picture of the first 64 images, FILE.png  [FILE, if left out: OUTDIR-grid.png]'),
+    click.option('--skip-existing', is_flag=True,
+                 help='Keep whole images that are there and make the others, to go on after an interruption; refused where they were '
+                 'made with other options'),
+)
+SPEED = group(
+    'Speed',
+    click.option('--batch', '--batch-size', '--max-batch-size', metavar='INT', type=COUNT, default=64, show_default=True,
+                 help='Images at a time on each rank; changes no image'),
+    click.option('--threads', metavar='INT', type=COUNT, help='CPU threads of each rank; equal pixels need equal threads'),
+    click.option('--device', metavar='DEVICE',
+                 help='Where to sample, such as cuda or cpu  [default: the GPU of the rank, if it has one]'),
+)
 
 
 @click.command(cls=Command)
-@click.option('--network', metavar='REF', required=True,
-              help='Snapshot folder, training-state .pt, Hugging Face name, URL, or a .pkl of EDM')
-@click.option('--outdir', help='Where to write the images', metavar='DIR', required=True)
-@click.option('--seeds', help='Which images: a list such as 0-63 or 1,2,5-10', type=IntList(), default='0-63', show_default=True)
-@click.option('--subdirs', help='A folder for every 1000 seeds', is_flag=True)
-@click.option('--format', type=click.Choice(['png', 'npy', 'npz']),
-              help='png; npy or npz: float32 [C,H,W], in network units (-1 to 1) for 8-bit data, physical for other; npz '
-              'with seed and label  [default: png; npy where the data is no 8-bit grey or RGB]')
-@click.option('--grid', metavar='[FILE]', is_flag=False, flag_value='beside outdir',
-              help=f'Also a picture of the first {GRID_IMAGES} images, FILE.png  [FILE, if left out: OUTDIR-grid.png]')
-@click.option('--skip-existing', is_flag=True,
-              help='Keep whole images that are there and make the others, to go on after an interruption; refused where they were made '
-              'with other options')
-@click.option('--batch', '--batch-size', '--max-batch-size', metavar='INT', type=click.IntRange(min=1), default=64, show_default=True,
-              help='Images at a time on each rank; changes no image')
+@IMAGES
 @sampling.OPTIONS
-@click.option('--threads', metavar='INT', type=click.IntRange(min=1), help='CPU threads of each rank; equal pixels need equal threads')
-@click.option('--device', metavar='DEVICE',
-              help='Where to sample, such as cuda or cpu  [default: the GPU of the rank, if it has one]')
+@SPEED
 @version_option
 def main(**options):
     """Generate images from a trained network: one file a seed, equal for every batch size and number of ranks."""
-    if options['threads']:
-        torch.set_num_threads(options['threads'])
-    distributed.init()
-    run(EasyDict(options))
-
-
-def run(o):
-    """Sets up, samples and writes this rank's share, then counts over all ranks. o: the options."""
-    seeds = list(dict.fromkeys(o.seeds))  # a seed that was named twice is one image
-    check_writable(o.outdir)
-    prepare_output(record_path(o.outdir), '--outdir')
-    grid = grid_path(o.grid, o.outdir)
-    net, pieces = sampling.prepare(o, seeds)
-    files = Files(o.outdir, pick_format(o.format, net), o.subdirs)
-    folder = RecordedFolder(files, o, net, pieces)
-    missing = distributed.from_rank0(folder.open, seeds, o.skip_existing)
-    distributed.print0(f'Generating {len(missing)} images from {o.network} to {o.outdir}'
-                       + (f', {guidance.describe(pieces["guidance"])}' if o.guidance != 1 else ''))
-    first_images = FirstImages(net, seeds[:GRID_IMAGES] if grid else [])
-    if distributed.rank() == 0:
-        first_images.read(files, set(seeds) - set(missing))
-    batches = generate_images(net, missing, batch=o.batch, rank=distributed.rank(), world=distributed.size(), **pieces)
-    channels = Channels(net, labels=o.labels, class_idx=o.class_idx, stop_sigma=o.stop_sigma, stop_variance=o.stop_variance)
-    written = write_all(net, batches, len(missing[distributed.rank()::distributed.size()]), files, first_images, channels)
-    if grid:
-        write_first_images(grid, first_images.images, net)
-    check_count(written, len(missing), files)
-    distributed.from_rank0(folder.close, seeds)
-    there = f': {len(missing)} written, {len(seeds) - len(missing)} were there already' if len(missing) < len(seeds) else ''
-    distributed.print0(f'{len(seeds)} images ({files.format}) in {files.outdir}{there}')
-    channels.report()
-
-
-class FirstImages:
-    """The images of the first few seeds, in network units, for the grid; those that other ranks have are zeros."""
-
-    def __init__(self, net, seeds):
-        self.row, self.units = {seed: i for i, seed in enumerate(seeds)}, net.units
-        self.images = torch.zeros([len(seeds), net.img_channels, *resolution(net)], device=network_device(net))
-
-    def read(self, files, seeds):
-        """Takes those of the seeds that were there already from their files."""
-        for seed in self.row.keys() & seeds:
-            self.images[self.row[seed]] = to_network(read_image(files.path(seed)), self.units)
-
-    def take(self, part):
-        """Takes what a batch has of them."""
-        for seed, image in zip(part.seeds, part.images):
-            if seed in self.row:
-                self.images[self.row[seed]] = image
-
-
-def write_all(net, batches, share, files, first_images, channels):
-    """Samples and writes this rank's images; returns how many. Raises UserError that says how many came to be."""
-    writers = Writers()
-    try:
-        with writers, Progress(share, 'rank 0' if distributed.size() > 1 else None, show=distributed.rank() == 0) as bar:
-            for part in batches:
-                check_finite(part)
-                first_images.take(part)
-                channels.take(part.images)
-                submit(writers, part, net.units, files)
-                bar.update(len(part.seeds))
-    except OSError as err:
-        whose = f' of rank {distributed.rank()}' if distributed.size() > 1 else ''
-        raise UserError(f'{err.filename}: {err.strerror}; {writers.written} of {share} images{whose} were written; '
-                        'make room, and go on with --skip-existing') from None
-    return writers.written
-
-
-def submit(writers, part, units, files):
-    """Hands one batch to the writer threads, already on the CPU."""
-    arrays = to_uint8(part.images) if files.format == 'png' else to_physical(part.images, units).float()
-    told = [None] * len(part.seeds) if part.labels is None else part.labels.cpu().numpy()
-    for seed, array, label in zip(part.seeds, arrays.cpu().numpy(), told):
-        writers.submit(files.write, seed, array, label)
-
-
-def check_count(written, missing, files):
-    """Refuses another number of images, over all ranks, than was wanted."""
-    distributed.wait_for_all('sampling')  # ranks may be of different speeds
-    written = int(distributed.all_sum(torch.tensor(written, device=distributed.device())))
-    if written != missing:
-        raise UserError(f'{written} of {missing} images were written to {files.outdir}')
-
-
-def write_first_images(path, first_images, net):
-    """The picture of the first images, each of which one rank has."""
-    first_images = distributed.all_sum(first_images.to(distributed.device()))
-    if distributed.rank() == 0:
-        write_grid(path, pictures(first_images, net.units))
-        print(f'The first {len(first_images)} images in one picture: {path}')
-
-
-def grid_path(grid, outdir):
-    """Where to write the grid: as told, or beside `outdir`, so that `outdir` holds the images and nothing else."""
-    if grid is None:
-        return None
-    path = os.path.abspath(outdir) + '-grid.png' if grid == 'beside outdir' else grid
-    prepare_output(path, '--grid', '.png')
-    return path
-
-
-def pick_format(format, net):
-    """The file format asked for, or the one that fits; refuses PNG for what is no 8-bit picture."""
-    picture = is_picture(net.img_channels, net.units)
-    if format == 'png' and not picture:
-        what = f'{net.img_channels} channels' if net.units is None else 'data that is not 8-bit'
-        raise UserError(f'--format=png: the network makes {what}, and a PNG holds 8-bit grey or RGB; use npy or npz')
-    return format or ('png' if picture else 'npy')
+    from training.sampling import generation  # here, so that --help need not wait for torch
+    generation.run(EasyDict(options))
 
 
 if __name__ == '__main__':

@@ -28,7 +28,7 @@ from torch_utils import distributed, misc, registry  # noqa: E402
 from training.data.packed import new_packed  # noqa: E402
 from training.diffusion.noise import NOISE  # noqa: E402
 from training.run.build import load_data  # noqa: E402
-from training.run.options import configure  # noqa: E402
+from training.run.configure import configure  # noqa: E402
 
 BATCH = 256  # of a rank
 NODE = 8     # ranks that the arithmetic is for

@@ -17,6 +17,7 @@ from tests.support import ROOT, launch, tiny
 from tests.training.networks.test_preconditioning import small
 from training.checkpoints.load import load_network
 from training.checkpoints.save import save_network
+from training.likelihood import evaluation
 
 QUICK = ['--rtol=1e-2', '--atol=1e-2', '--sigma-max=5']
 
@@ -74,7 +75,7 @@ def write_data(path, images, **meta):
 def test_gaussian_data_under_their_exact_denoiser(tmp_path, monkeypatch, std, mean):
     """Grey levels of a Gaussian, rounded as generate.py rounds them: 8-bit bits per dimension of the closed form, within 0.01."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(eval_nll, 'load_network', lambda *args, **kwargs: gaussian_network(std, mean))
+    monkeypatch.setattr(evaluation, 'load_network', lambda *args, **kwargs: gaussian_network(std, mean))
     x = mean + std * np.random.default_rng(3).standard_normal((400, 1, 4, 4))
     levels = np.round((x + 1) * 127.5)
     assert (levels >= 0).all() and (levels <= 255).all()
@@ -127,7 +128,7 @@ def test_a_value_depends_on_seed_and_image_alone(here):
 def test_dequantisation_fills_each_grey_level_evenly():
     """Around the level, as generate.py rounds to it; a function of seed, repeat and image."""
     levels = torch.arange(256, dtype=torch.float64).reshape(-1, 1, 1, 1).expand(256, 1, 4, 4)
-    noisy = lambda rows, seed=0, repeat=0: eval_nll.dequantised(levels[rows] / 127.5 - 1, rows, seed, repeat)
+    noisy = lambda rows, seed=0, repeat=0: evaluation.dequantised(levels[rows] / 127.5 - 1, rows, seed, repeat)
     offset = (noisy(range(256)) + 1) * 127.5 - levels
     assert offset.abs().max() <= 0.5 and abs(offset.mean()) < 4 / math.sqrt(12 * offset.numel()) and abs(offset.var() - 1 / 12) < 0.005
     assert torch.equal(noisy([5])[0], noisy(range(256))[5])
@@ -140,7 +141,7 @@ def test_float_data_have_differential_bits_in_their_own_units(tmp_path, monkeypa
     units = {'offset': 7.0, 'scale': 20.0}
     net = gaussian_network(0.5)
     net.units = units
-    monkeypatch.setattr(eval_nll, 'load_network', lambda *args, **kwargs: net)
+    monkeypatch.setattr(evaluation, 'load_network', lambda *args, **kwargs: net)
     x = 0.5 * np.random.default_rng(0).standard_normal((6, 1, 4, 4))
     write_data('data.zip', (7 + 20 * x).astype(np.float32), units=units)
     output = run('--network=exact', '--data=data.zip')
@@ -156,7 +157,7 @@ def test_channels_with_units_of_their_own(tmp_path, monkeypatch):
     units = {'offset': [7.0, -1.0], 'scale': [20.0, 0.5]}
     net = gaussian_network(0.5, channels=2)
     net.units = units
-    monkeypatch.setattr(eval_nll, 'load_network', lambda *args, **kwargs: net)
+    monkeypatch.setattr(evaluation, 'load_network', lambda *args, **kwargs: net)
     x = 0.5 * np.random.default_rng(0).standard_normal((6, 2, 4, 4))
     offset, scale = (np.reshape(units[key], [2, 1, 1]) for key in ('offset', 'scale'))
     write_data('data.zip', (x * scale + offset).astype(np.float32), units=units)
@@ -241,7 +242,7 @@ def test_the_bound_of_gaussian_data_meets_the_flow_from_above(tmp_path, monkeypa
     """Under the exact denoiser both come to the closed form: the bound from above and closer the more steps, the flow at once."""
     monkeypatch.chdir(tmp_path)
     std = 0.2
-    monkeypatch.setattr(eval_nll, 'load_network', lambda *args, **kwargs: gaussian_network(std, size=32))
+    monkeypatch.setattr(evaluation, 'load_network', lambda *args, **kwargs: gaussian_network(std, size=32))
     x = std * np.random.default_rng(3).standard_normal((8, 1, 32, 32))
     write_data('data.zip', np.round((x + 1) * 127.5).astype(np.uint8))
     closed = np.mean(0.5 * x ** 2 / std ** 2 / math.log(2)) + 0.5 * math.log2(2 * math.pi * std ** 2) + math.log2(127.5)
@@ -259,7 +260,7 @@ def test_gaussian_dequantisation_is_comparable_with_the_bound(tmp_path, monkeypa
     """Exact denoiser of Gaussian data, fixed variance: flow and bound of one diffusion agree, and say the same of it."""
     monkeypatch.chdir(tmp_path)
     std, schedule = 0.2, '--diffusion=cosine:steps=250'
-    monkeypatch.setattr(eval_nll, 'load_network', lambda *args, **kwargs: gaussian_network(std, size=32))
+    monkeypatch.setattr(evaluation, 'load_network', lambda *args, **kwargs: gaussian_network(std, size=32))
     k = np.round((std * np.random.default_rng(3).standard_normal((16, 1, 32, 32)) + 1) * 127.5)
     write_data('data.zip', k.astype(np.uint8))
     run('--network=exact', '--data=data.zip', '--method=vlb', schedule, '--npz-path=vlb.npz')

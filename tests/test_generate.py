@@ -18,7 +18,7 @@ from training.checkpoints.load import load_network
 from training.checkpoints.save import save_network
 from training.diffusion import discrete, schedules
 from training.sampling import guidance, labels, steppers
-from training.sampling import options as sampling
+from training.sampling import pieces as sampling
 from training.sampling.channels import moments, statistics
 from training.sampling.generate import ConditionedDenoiser, generate_images, noise_levels
 from training.sampling.guidance import Guidance

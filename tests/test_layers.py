@@ -14,7 +14,9 @@ FLOORS = [['dnnlib'], ['torch_utils'], ['metrics', 'training.diffusion'], ['trai
 FLOOR = {wing: floor for floor, wings in enumerate(FLOORS) for wing in wings}
 SCRIPT_FOLDERS = ('benchmarks', 'examples')
 MIRRORS = ('wandb', 'tensorboard', 'tensorboardX', 'torch.utils.tensorboard')  # for the scripts alone
-CLICK = ('torch_utils.command_line', 'training.sampling.options', 'training.run.options')  # what is about options; and the scripts
+# What is about options; and the scripts.
+CLICK = ('torch_utils.command_line', 'training.sampling.options', 'training.run.options', 'training.run.presets',
+         'training.run.published', 'training.run.launch')
 MAX_LINES, MAX_FUNCTION, MAX_LOOP = 500, 60, 150
 LONG_FUNCTIONS = {('training.run.training_loop', 'training_loop'): MAX_LOOP}
 

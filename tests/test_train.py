@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -18,8 +19,9 @@ from click.testing import CliRunner
 import train
 from dnnlib import EasyDict, UserError
 from tests.support import launch, tiny
-from torch_utils import registry
+from torch_utils import misc, registry
 from torch_utils.command_line import Spec
+from training.data import corruption, device
 from training.data.convert.writers import encode_png
 from training.data.pairs import PAIRINGS
 from training.diffusion.noise import NOISE
@@ -30,7 +32,8 @@ from training.objective.weighting import WEIGHTS
 from training.run import build
 from training.run.build import build_objective
 from training.run.config import from_json, to_json
-from training.run.options import configure
+from training.run.configure import configure
+from training.run.stopping import STOPPED
 
 SCRIPTS = ['train', 'generate', 'eval_fid', 'eval_nll', 'dataset_tool', 'examples.demo']
 NET = ['--cbase=8', '--cres=1,2', '--blocks=1', '--attn=4', '--batch=16', '--samples=0']
@@ -151,6 +154,10 @@ def refused(*args, outdir='runs'):
     (['--pairing=skip:buffer=0.5'], ['buffer=0.5', '1 or more']),
     (['--pairing=clamp:buffer=2'], ['buffer=2']),
     (['--sigma=200', '--corruption_probability=1', '--noise=loguniform'], ['--pairing=skip']),
+    (['--sigma=0.2'], ['--sigma=0.2', '--corruption-probability', 'does nothing']),
+    (['--corruption_probability=0.9'], ['--corruption-probability=0.9', '--sigma', 'does nothing']),
+    (['--expr-id=a/b'], ['--expr-id', '"a/b"', '--outdir']),
+    (['--desc=..'], ['--desc', '".."']),
     # Gradients and averages.
     (['--clip=-1'], ['--clip', '"-1"']),
     (['--gns=1'], ['--gns=1', '--batch-gpu']),
@@ -210,7 +217,7 @@ def test_refusals(here, args, words):
 
 
 def test_required_options():
-    for args, word in [([], '--outdir'), (['--outdir=runs'], '--data')]:
+    for args, word in [(['--data=good.zip'], '--outdir'), (['--outdir=runs'], '--data')]:
         result = invoke(*args)
         assert result.exit_code == 2 and result.output.splitlines() == [f"Error: Missing option '{word}'."]
 
@@ -400,15 +407,43 @@ def test_weight_decay_is_a_key_of_the_optimizer(here):
 
 # --- what it says of itself
 
-def test_help_names_every_meaning_and_choice():
-    text = CliRunner().invoke(train.main, ['--help'], terminal_width=200).output
+def test_help_is_short_and_in_groups():
+    text = CliRunner().invoke(train.main, ['--help']).output
+    assert text.count('\n') < 100 and max(map(len, text.splitlines())) <= 120
     for option in train.main.params:
-        assert option.help and option.help.split('  [')[0][:40] in ' '.join(text.split()), option.name
-        assert max(option.opts, key=len) in text
-        if isinstance(option.type, Spec):
-            assert all(name in text for name in option.type.registry)
-        if isinstance(option.type, click.Choice):
-            assert all(name in text for name in option.type.choices)
+        assert option.help and max(option.opts, key=len) in text
+        assert option.name in ('version', 'help') or option.group in text
+        row = getattr(option, 'row', option.help.split('  [')[0])
+        assert ' '.join(row.split())[:40] in ' '.join(text.split()), option.name
+    assert CliRunner().invoke(train.main, ['-h']).output == text
+
+
+@pytest.mark.parametrize('option', [param for param in train.main.params if isinstance(param.type, Spec)], ids=lambda param: param.name)
+def test_help_of_a_slot(option):
+    """Each choice with a sentence, and its keys with their defaults."""
+    result = CliRunner().invoke(train.main, [f'{option.opts[0]}=help'])
+    assert result.exit_code == 0, result.output
+    for name, text, keys in registry.listing(option.type.registry):
+        assert len(text) > 10 and name in result.output, name
+        for key, value in keys.items() if option.type._keys else ():
+            assert f'{key}={value}' in ' '.join(result.output.split()), (name, key)
+
+
+@pytest.mark.parametrize('args', [['--help'], ['--version'], ['--preset=help'], ['--nonsense']])
+def test_answers_without_torch(args):
+    """Which takes seconds to import."""
+    code = ('import sys, train\ntry: train.main(sys.argv[1:])\nexcept SystemExit: pass\n'
+            'assert not {"torch", "numpy"} & sys.modules.keys(), "imported"')
+    done = subprocess.run([sys.executable, '-c', code, *args], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_words_of_the_options_are_those_of_the_program():
+    """They are written down twice, so that --help need not import what knows them."""
+    choices = {param.name: list(param.type.choices) for param in train.main.params if isinstance(param.type, click.Choice)}
+    assert choices == {'corruption_protocol': list(corruption.PROTOCOLS), 'sigma_min_as': list(corruption.SIGMA_MIN_AS),
+                       'ambient_weight': ['none', 'inverse'], 'precision': list(misc.PRECISIONS), 'data_on': list(device.PLACES)}
+    assert f'exit with code {STOPPED}' in next(param.help for param in train.main.params if param.name == 'max_hours')
 
 
 @pytest.mark.parametrize('script', SCRIPTS)

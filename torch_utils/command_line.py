@@ -1,24 +1,45 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the scripts' command lines share: --version, underscores as hyphens, lists of whole numbers, errors in one line."""
+"""What the scripts' command lines share: groups of options, --version, NAME=help, underscores as hyphens, errors in one line.
+
+Nothing here imports torch before a command runs: --help and --version answer at once."""
 
 import contextlib
 import functools
 import math
+import os
 import re
+import sys
+import textwrap
 import time
 import traceback
 
 import click
 
 from dnnlib import UserError
-from torch_utils import distributed, misc, registry
+from dnnlib.versions import versions
+from torch_utils import registry
 from torch_utils.monitor import EXIT_LOST
 
 PATIENCE_SEC = 5  # what torchrun needs, amply, to end the other ranks after the first has failed
+WIDTH, NAMES_WIDTH = 120, 34  # of the help, and of the column of names in it
+LAUNCHED = {'WORLD_SIZE', 'SLURM_PROCID'}  # in the environment of ranks of several
+HELP = 'help'  # the value of an option that has its choices printed
+
+
+def ranks():
+    """The module torch_utils.distributed, which imports torch."""
+    from torch_utils import distributed
+    return distributed
 
 
 class Command(click.Command):
-    """A click command in which --batch_size is --batch-size, an error is one line, once for all ranks, and the ranks part at the end."""
+    """A click command in which --batch_size is --batch-size, an error is one line, once for all ranks, and the ranks part at the end.
+
+    Its help stands in groups (see group()), with the defaults in brackets."""
+
+    def __init__(self, *args, **kwargs):
+        kwargs['context_settings'] = {'help_option_names': ['-h', '--help'], **(kwargs.get('context_settings') or {})}
+        super().__init__(*args, **kwargs)
 
     def parse_args(self, ctx, args):
         with rank0_first(), one_line_errors():
@@ -31,22 +52,99 @@ class Command(click.Command):
         except click.exceptions.Exit:
             raise
         except (Exception, KeyboardInterrupt) as err:  # but not SystemExit, with which a rank ends of its own will
-            distributed.fail(f'{type(err).__name__} {err}')
+            ranks().fail(f'{type(err).__name__} {err}')
             raise
         finally:
-            distributed.shutdown()
+            ranks().shutdown()
 
     def main(self, *args, **kwargs):
         try:
             return super().main(*args, **kwargs)
         except SystemExit as end:
-            distributed.end(end.code if isinstance(end.code, int) else 1)
+            if 'torch_utils.distributed' in sys.modules:  # otherwise there are no other ranks to part from
+                ranks().end(end.code if isinstance(end.code, int) else 1)
             raise
         except Exception:
-            if distributed.has_failed():
+            if ranks().has_failed():
                 traceback.print_exc()
-            distributed.end(1)
+            ranks().end(1)
             raise
+
+    def make_context(self, info_name, args, parent=None, **extra):
+        return super().make_context(info_name, args, parent, **{'terminal_width': WIDTH, **extra})
+
+    def format_options(self, ctx, formatter):
+        """The options by their groups, each with its name, and those of one row() in a row."""
+        rows = {}  # group -> row -> [names, text]
+        for param in self.get_params(ctx):
+            record = param.get_help_record(ctx)
+            if record is None or isinstance(param, click.Argument):
+                continue
+            names, text = record
+            told = getattr(param, 'row', None)
+            row = rows.setdefault(getattr(param, 'group', 'Options'), {}).setdefault(told or names, [[], told])
+            row[0].append(max(param.opts, key=len) if told else names)
+            row[1] = told or text
+        for title, of_group in sorted(rows.items(), key=lambda item: item[0] == 'Options'):
+            formatter.write(f'\n{title}:\n')
+            for names, text in of_group.values():
+                formatter.write(help_row(', '.join(names), text))
+
+
+class Group(Command, click.Group):
+    """Commands under one name; an unknown one is refused in one line. `group.default` is the command that is meant without a name."""
+
+    default = None
+
+    def parse_args(self, ctx, args):
+        if self.default and args and args[0].startswith('-') and args[0] not in ('-h', '--help', '--version'):
+            args = [self.default, *args]
+        return super().parse_args(ctx, args)
+
+    def resolve_command(self, ctx, args):
+        if args[0] not in self.commands:
+            options = f'; options of {self.default} begin with "--"' if self.default else ''
+            raise click.UsageError(f'no command "{args[0]}"; choose from {", ".join(sorted(self.commands))}{options}', ctx)
+        return super().resolve_command(ctx, args)
+
+    def format_options(self, ctx, formatter):
+        super().format_options(ctx, formatter)
+        formatter.write('\nCommands (COMMAND --help tells their options):\n')
+        for name, command in sorted(self.commands.items()):
+            formatter.write(help_row(name, command.get_short_help_str(WIDTH)))
+
+
+def help_row(names, text):
+    """Names and text in two columns; text as told by click, but for the word "default"."""
+    text = re.sub(r'\[default: ', '[', ' '.join((text or '').split())).replace('[(', '[').replace(')]', ']')
+    bounds = r'[-\d.<>=]*x[-\d.<>=]*\]'  # which errors tell
+    text = re.sub(r' \[' + bounds, '', re.sub('; ' + bounds, ']', text))
+    lines = textwrap.wrap(text, WIDTH - NAMES_WIDTH - 4) or ['']
+    if len(names) > NAMES_WIDTH:
+        lines.insert(0, '')
+        if len(lines) == 2 and len(names) + len(lines[1]) + 6 <= WIDTH:  # a long name and a short text
+            return f'  {names}  {lines[1]}\n'
+    rest = ''.join(' ' * (NAMES_WIDTH + 4) + line + '\n' for line in lines[1:])
+    return f'  {names:<{NAMES_WIDTH}}  {lines[0]}'.rstrip() + '\n' + rest
+
+
+def group(title, *options):
+    """A decorator that adds click options to a command, in this order, under a title of its help."""
+    def decorate(command):
+        for option in reversed(options):
+            option(command)
+            command.__click_params__[-1].group = title
+        return command
+    return decorate
+
+
+def row(text, option):
+    """A click option that shares one row of the help, which says `text`, with others of the same text."""
+    def decorate(command):
+        option(command)
+        command.__click_params__[-1].row = text
+        return command
+    return decorate
 
 
 def options_of(*options):
@@ -67,11 +165,13 @@ def rank0_first():
     try:
         yield
     except click.ClickException as err:
-        distributed.fail(err.format_message())
-        if not distributed.rank():
+        if not LAUNCHED & os.environ.keys() and 'torch_utils.distributed' not in sys.modules:
+            raise  # one process: nobody else to tell
+        ranks().fail(err.format_message())
+        if not ranks().rank():
             raise
         # All ranks lose one that is gone: the first of another node speaks for its own.
-        time.sleep(PATIENCE_SEC * (2 if err.exit_code == EXIT_LOST and distributed.local_rank() else 1))
+        time.sleep(PATIENCE_SEC * (2 if err.exit_code == EXIT_LOST and ranks().local_rank() else 1))
         err.show()
         raise SystemExit(err.exit_code) from None
 
@@ -81,9 +181,13 @@ def one_line_errors():
     """Turns mistakes of the user, of usage (which click shows in three lines) and errors of the file system into one-line errors."""
     try:
         yield
+    except (click.exceptions.Exit, click.Abort):  # RuntimeErrors, as it happens
+        raise
     except UserError as err:
         raise click.ClickException(err.message) from None
     except click.UsageError as err:
+        if type(err).__name__ == 'NoArgsIsHelpError':  # a group without a command: its help
+            raise
         plain = click.ClickException(err.format_message())
         plain.exit_code = err.exit_code
         raise plain from None
@@ -92,7 +196,7 @@ def one_line_errors():
     except OSError as err:
         raise click.ClickException(f'{err.filename or "file system"}: {err.strerror or err}') from None
     except RuntimeError as err:
-        text = distributed.explain(err)
+        text = ranks().explain(err)
         if text is None:
             raise
         lost = click.ClickException(text)
@@ -105,11 +209,11 @@ def version_option(command):
 
     def show(ctx, param, value):
         if value and not ctx.resilient_parsing:
-            click.echo(', '.join(f'{name} {value}' for name, value in misc.versions().items()))
+            click.echo(', '.join(f'{name} {value}' for name, value in versions().items()))
             ctx.exit()
 
     return click.option('--version', is_flag=True, expose_value=False, is_eager=True, callback=show,
-                        help='Print version, commit, Python, torch and CUDA, and leave')(command)
+                        help='Print version, commit, Python, torch and CUDA, and exit')(command)
 
 
 class IntList(click.ParamType):
@@ -141,14 +245,22 @@ def ranges(numbers):
 
 
 class Names(click.ParamType):
-    """"fid,kid" -> ('fid', 'kid'), of the choices, in their order."""
+    """"fid,kid" -> ('fid', 'kid'), of the choices, in their order. "help" lists them.
+
+    choices: names, a registry, or "package.module:NAME", which is imported when it is needed."""
 
     name = 'NAMES'
 
     def __init__(self, choices):
-        self.choices = choices
+        self._choices = choices
+
+    @property
+    def choices(self):
+        return registry.find(self._choices) if isinstance(self._choices, str) else self._choices
 
     def convert(self, value, param, ctx):
+        if value == HELP and ctx is not None:
+            show_choices(ctx, choices_text(max(param.opts, key=len), self.choices, keys=False))
         named = value if isinstance(value, tuple) else tuple(str(value).split(','))
         unknown = [name for name in named if name not in self.choices]
         if unknown:
@@ -193,16 +305,48 @@ def groups(ctx, param, value):
 
 
 class Spec(click.ParamType):
-    """A command-line option that names a piece of a registry; checked at once, handed on as the text it is."""
+    """A command-line option that names a piece of a registry; checked at once, handed on as the text it is. "help" lists the pieces.
+
+    registry: the dict, or "package.module:NAME", which is imported when it is needed. keys: whether a piece may be given keys."""
 
     name = 'NAME[:key=value,...]'
 
-    def __init__(self, registry):
-        self.registry = registry
+    def __init__(self, registry, keys=True):
+        self._registry, self._keys = registry, keys
+
+    @property
+    def registry(self):
+        return registry.find(self._registry) if isinstance(self._registry, str) else self._registry
 
     def convert(self, value, param, ctx):
-        registry.check(value, self.registry, max(param.opts, key=len) if param else 'option')
+        name = max(param.opts, key=len) if param else 'option'
+        if value == HELP and ctx is not None:
+            show_choices(ctx, choices_text(name, self.registry, self._keys))
+        if self._keys:
+            registry.check(value, self.registry, name)
+        elif value not in self.registry:
+            raise UserError(f'{name}={value}: choose from {", ".join(self.registry)}')
         return value
 
     def get_metavar(self, param, ctx=None):
-        return '|'.join(self.registry) + '[:k=v]'
+        return 'NAME[:k=v]' if self._keys else 'NAME'
+
+
+def show_choices(ctx, text):
+    """Prints the choices of an option, once for all ranks, and ends the program well."""
+    if os.environ.get('RANK', '0') == '0':
+        click.echo(text)
+    ctx.exit()
+
+
+def choices_text(option, choices, keys=True):
+    """What --OPTION=help prints: each choice with a sentence, and its keys with their defaults."""
+    found = registry.listing(choices) if isinstance(choices, dict) else [(name, '', {}) for name in choices]
+    width = max(len(name) for name, *_ in found) + 2
+    lines = [f'{option}=NAME' + (f' or {option}=NAME:key=value,key=value' if keys and any(told for *_, told in found) else ''), '']
+    for name, text, told in found:
+        shown = textwrap.wrap(text, WIDTH - width - 2)
+        if keys and told:
+            shown += textwrap.wrap('keys: ' + ', '.join(f'{key}={value}' for key, value in told.items()), WIDTH - width - 2)
+        lines += [f'  {name if not i else "":<{width}}{line}' for i, line in enumerate(shown or [''])]
+    return '\n'.join(lines)

@@ -1,16 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random numbers that are pure functions of a key, small tensor helpers, and what `--version` prints."""
+"""Random numbers that are pure functions of a key, and small tensor helpers."""
 
 import contextlib
 import ctypes
 import hashlib
-import platform
-import subprocess
-from pathlib import Path
 
 import torch
 
 from dnnlib.files import finite
+from dnnlib.versions import VERSION, versions  # noqa: F401 (records of results call them misc.versions())
 
 PRECISIONS = {'fp32': torch.float32, 'tf32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
 DTYPES = {name: dtype for name, dtype in PRECISIONS.items() if name != 'tf32'}  # tf32 is a way to multiply float32, for training
@@ -127,25 +125,3 @@ def give_memory_back():
     """Returns to the system what was freed: glibc keeps freed arrays of up to 32 MiB, a third of what setting up a large data set takes."""
     with contextlib.suppress(OSError, AttributeError):  # other systems
         ctypes.CDLL('libc.so.6').malloc_trim(0)
-
-
-def git_commit():
-    """The short commit of this checkout, with "+" where files differ from it, or "unknown" outside a checkout."""
-    here = Path(__file__).resolve().parent.parent
-    try:
-        run = lambda *cmd: subprocess.run(cmd, cwd=here, capture_output=True, text=True, check=True).stdout.strip()
-        if Path(run('git', 'rev-parse', '--show-toplevel')).resolve() != here:
-            return 'unknown'
-        dirty = run('git', 'status', '--porcelain', '--untracked-files=no')
-        return run('git', 'rev-parse', '--short=12', 'HEAD') + ('+' if dirty else '')
-    except (OSError, subprocess.CalledProcessError):
-        return 'unknown'
-
-
-def versions():
-    """{name: version} of the program and of what decides its numbers."""
-    return dict(version=VERSION, commit=git_commit(), python=platform.python_version(), torch=str(torch.__version__),
-                cuda=torch.version.cuda or 'none')
-
-
-VERSION = '0.2.0'

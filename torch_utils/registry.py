@@ -100,6 +100,22 @@ def parameters(piece):
     return {p.name: p.default for p in found if p.default is not p.empty and not callable(p.default)}
 
 
+def find(path):
+    """The registry that "package.module:NAME" names, imported now: whoever only asks for help need not wait for torch."""
+    module, _, name = path.partition(':')
+    return getattr(importlib.import_module(module), name)
+
+
+def listing(registry):
+    """[(name, what it is, {key: default as text})] of a registry, for people; what it is: the first sentence of its docstring."""
+    found = []
+    for name, piece in registry.items():
+        text = inspect.getdoc(getattr(piece, 'network', piece)) or ''
+        keys = {key: str(_shown(value)) for key, value in parameters(piece).items()} if callable(piece) else {}
+        found.append((name, ' '.join(text.split('\n\n')[0].split()), keys))
+    return found
+
+
 def load_all(package):
     """Imports every file of a package, whose pieces enter their registries so: a new file needs no other edit."""
     for module in pkgutil.iter_modules(package.__path__):

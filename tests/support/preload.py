@@ -9,3 +9,4 @@ import eval_fid  # noqa: F401
 import eval_nll  # noqa: F401
 import generate  # noqa: F401
 import train  # noqa: F401
+import training.run.launch  # noqa: F401

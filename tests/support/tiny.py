@@ -19,8 +19,8 @@ import train
 from dnnlib import EasyDict, UserError
 from tests.support import ROOT, launch
 from training.run import training_loop
+from training.run.configure import configure
 from training.run.folder import RunFolder
-from training.run.options import configure
 
 FLAGS = ['--sigma=0.4', '--corruption-probability=0.7', '--cbase=16', '--cres=1,1', '--blocks=1', '--attn=4', '--batch=16',
          '--tick=0.08', '--dump=4', '--snap=4', '--samples=0', '--lr-rampup=0']

@@ -146,7 +146,8 @@ def test_the_option_type_checks_at_once_and_hands_the_text_on():
     assert run('--slot=power:exponent=3').output == '<power:exponent=3>\n'
     wrong = run('--slot=cube')
     assert wrong.exit_code == 1 and 'Error: --slot=cube: unknown name "cube"; choose from piece, power, listed' in wrong.output
-    assert 'piece|power|listed[:k=v]' in run('--help').output
+    assert '--slot NAME[:k=v]' in run('--help').output
+    assert all(name in run('--slot=help').output for name in PIECES) and run('--slot=help').exit_code == 0
 
 
 def test_every_registry_builds_its_pieces_by_name():

@@ -10,7 +10,7 @@ from metrics import results
 from metrics.generated import FileImages, choose_count
 from torch_utils import distributed
 from torch_utils.command_line import ranges
-from training.sampling import options as sampling
+from training.sampling import pieces as sampling
 from training.sampling import record
 from training.sampling.folder import record_of, record_path
 from training.sampling.generate import check_finite, generate_images, resolution

@@ -132,6 +132,7 @@ class RunConfig:
     desc: str | None = None
     ranks: int = 1
     versions: dict = field(default_factory=dict)
+    command: dict = field(default_factory=dict)  # the options that were given, which --config gives again
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ def _betas(beta1, beta2):
 
 
 def constant(nimg, batch):
-    """1: EDM's."""
+    """The learning rate stays as it is, as in EDM."""
     return 1.0
 
 

@@ -1,276 +1,181 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the command line says -> the Config that a run is made from; what cannot work is refused here."""
+"""The command line of train.py, in the groups of its help. Slots name a piece of a registry; configure.py makes the Config of them.
 
-import dataclasses
-import os
+Nothing here imports torch, so that --help answers at once: registries are named, and imported when a value is checked."""
 
-import torch
+import click
 
-from dnnlib import UserError
-from torch_utils import distributed, misc, registry
-from training.data.corruption import LabelCorruption
-from training.data.dataset import ImageDataset
-from training.data.identity import open_everywhere
-from training.data.pairs import with_inverse_weight
-from training.diffusion.discrete import build_diffusion
-from training.networks.interface import ARCHS, network_class
-from training.networks.preconditioning import PREDICTIONS
-from training.objective.consistency import published_spec
-from training.objective.loss import TERMS
-from training.objective.variational import terms_of
-from training.run import config
-from training.run.build import build_cep, build_corruption, build_optimizer, probe
-from training.run.optimizer import LearningRate
-from training.sampling.pixels import is_picture
+from torch_utils.command_line import Names, Number, Spec, group, groups, row
+from training.run import presets, published
 
+SHARE, POSITIVE, NOT_NEGATIVE, MINUTES = Number(least=0, most=1), Number(above=0), Number(least=0), Number(least=0.1, most=10080)
+COUNT, WHOLE = click.IntRange(min=1), click.IntRange(min=0)
+STOPPED = 75  # exit code of a run that ended early and is to be continued: sysexits.h's EX_TEMPFAIL
 DIFFUSION = 'cosine:steps=4000'  # the schedule of a discrete-time objective that is told none
 PREDICTION = 'v'  # and what its network predicts, see docs/improved_ddpm.md
-# And what its samples are made with, in fewer steps where it has fewer. What predicts eps needs a sampler that clips D.
-SAMPLING = {name: {'sampler': 'dpmpp_2m', 'steps': 18} for name in PREDICTIONS} | {'eps': {'sampler': 'ancestral', 'steps': 50}}
-
-# Noise distribution and weight that each preconditioning was published with.
-PUBLISHED = {'edm': ('lognormal', 'edm'), 'iddpm': ('iddpm_levels', 'snr'), 've': ('loguniform', 'snr'), 'vp': ('vp_uniform', 'snr')}
 
 
-def configure(o):
-    """The options of train.py, by their names -> the Config."""
-    check_batch(o)
-    if o.power_ema and not o.snap:
-        raise UserError('--power-ema stores averages at snapshots, and --snap=0 makes none; raise --snap')
-    corruption = config.CorruptionConfig(o.sigma, o.corruption_probability, o.corruption_seed, o.corruption_protocol, label_corruption(o),
-                                           o.sigma_min_as)
-    data, dataset = open_data(o, build_corruption(corruption))  # refuses values out of range
-    return config.Config(
-        data=data,
-        corruption=corruption,
-        network=config.NetworkConfig(network_arguments(o, dataset), cep=o.cep, transfer=o.transfer),
-        objective=objective(o, dataset),
-        optimizer=optimizer(o),
-        run=config.RunConfig(
-            seed=distributed.broadcast(o.seed if o.seed is not None else misc.seed_of(os.urandom(8).hex()) % 2**31),
-            batch=o.batch, batch_gpu=o.batch_gpu or o.batch // distributed.size(), duration_kimg=o.duration * 1e3, tick_kimg=o.tick,
-            snapshot_ticks=o.snap, state_ticks=o.dump, state_minutes=o.dump_minutes, keep_states=o.keep_states,
-            max_hours=o.max_hours, samples=o.samples, metrics=metrics(o, dataset), gns=o.gns,
-            precision=choose_precision(o), bench=o.bench, compile=o.compile_net, expr_id=o.expr_id, desc=o.desc,
-            ranks=distributed.size(), versions=misc.versions()))
+def number(name, kind, text, default=None, metavar='FLOAT'):
+    return click.option(name, metavar=metavar, type=kind, default=default, show_default=default is not None, help=text)
 
 
-def check_batch(o):
-    """Refuses batch sizes that do not go into equal whole parts."""
-    world = distributed.size()
-    if o.batch < world:
-        raise UserError(f'--batch={o.batch} is smaller than the {world} ranks; use at least --batch={world}, or fewer ranks')
-    if o.batch % world:
-        raise UserError(f'--batch={o.batch} is not divisible by the {world} ranks; try --batch={o.batch // world * world}')
-    part = o.batch // world
-    if o.gns and world == 1 and (o.batch_gpu or part) == part:
-        raise UserError('--gns=1 compares the gradients of parts of a batch: use several ranks, or a --batch-gpu below --batch')
-    if o.batch_gpu and part % o.batch_gpu:
-        good = max(n for n in range(1, min(o.batch_gpu, part) + 1) if part % n == 0)
-        raise UserError(f'--batch={o.batch} is not divisible by {world} ranks x --batch-gpu={o.batch_gpu}; '
-                        f'try --batch-gpu={good}')
+def count(name, text, default=None, kind=COUNT):
+    return number(name, kind, text, default, 'INT')
 
 
-def open_data(o, corruption):
-    """(DataConfig, Form) of --data and --val, which are the same on all ranks, and which the Corruption can be used with."""
-    held_out = validation(o)
-
-    def opened(path, **options):
-        dataset = ImageDataset(path, cache_dir=o.cache_dir, **options)
-        corruption.beyond_sigma_min(dataset.native_sigma, dataset.sigma_min, dataset.sigma_max)
-        if corruption.sigma_min_as == 'noise' and path == o.data and not dataset.sigma_min.any():
-            raise UserError(f'--sigma-min-as=noise: no image of --data={o.data} has a sigma_min; leave it out')
-        return dataset
-
-    openers = {f'--data={o.data}': lambda: opened(o.data, use_labels=o.cond, keep=o.dataset_keep_percentage, xflip=o.xflip)}
-    if held_out and held_out.path:
-        openers[f'--val={held_out.path}'] = lambda: opened(held_out.path, use_labels=o.cond)
-    if o.data_on == 'device' and not torch.cuda.is_available():
-        raise UserError('--data-on=device needs a GPU, and there is none here; use auto or host')
-    (form, *_), (fingerprint, *own) = open_everywhere(openers)
-    if own:
-        held_out = dataclasses.replace(held_out, fingerprint=own[0])
-    return config.DataConfig(path=o.data, use_labels=o.cond, keep=o.dataset_keep_percentage, xflip=o.xflip, augment=o.augment,
-                             validation=held_out, cache_gib=o.cache_gib if o.cache else 0.0, cache_dir=o.cache_dir, on=o.data_on,
-                             workers=o.workers, fingerprint=fingerprint), form
+def switch(name, text, default=False):
+    names = [name] if isinstance(name, str) else name
+    return click.option(*names, metavar='BOOL', type=bool, default=default, show_default=True, help=text)
 
 
-# ---- the objective
+def slot(name, registry, text, default=None, keys=True, **more):
+    return click.option(name, type=Spec(registry, keys), default=default, show_default=default is not None, help=text, **more)
 
 
-def objective(o, dataset):
-    """The ObjectiveConfig: the slots as they are named, and the terms that the options add up to."""
-    noise, weight = PUBLISHED[o.precond]
-    if o.objective:
-        check_discrete(o, dataset)
-    else:
-        for name, value in [('diffusion', o.diffusion), ('timesteps', o.timesteps), ('prediction', o.prediction)]:
-            if value is not None:
-                raise UserError(f'--{name}={value} is for discrete-time objectives: add --objective=hybrid, say')
-    inverse = o.ambient_weight == 'inverse'
-    terms = terms_of(o.objective, inverse)
-    if spec := consistency_spec(o):
-        registry.build(spec, TERMS, '--consistency', noise=None, weight=None, batch=o.batch)  # refuses what does not fit the batch
-        terms.append(spec)
-    return config.ObjectiveConfig(noise=None if o.objective else o.noise or noise, weight=o.weight or weight, penalty=o.penalty,
-                                  pairing=with_inverse_weight(o.pairing) if inverse else o.pairing, terms=[*terms, *o.term],
-                                  timesteps=o.timesteps or 'uniform')
+def word(name, choices, text, default=None):
+    return click.option(name, type=click.Choice(choices), metavar='|'.join(choices), default=default, show_default=default is not None,
+                        help=text)
 
 
-def check_discrete(o, dataset):
-    """Refuses what does not go with --objective."""
-    here, (name, _) = f'--objective={o.objective}', registry.parse(o.objective)
-    if o.precond != 'iddpm':
-        raise UserError(f'{here} has discrete timesteps, which --precond={o.precond} does not know; use --precond=iddpm')
-    if o.noise:
-        raise UserError(f'--noise={o.noise} does not go with {here}, whose levels are those of --diffusion; leave it out')
-    if name != 'simple' and dataset.units is not None:
-        raise UserError(f'{here} is about the probability of grey levels, and this data is not 8-bit; use --objective=simple')
-    own = [('weight', o.weight, None), ('penalty', o.penalty, 'squared'), ('ambient-weight', o.ambient_weight, 'none')]
-    for option, value, plain in own if name == 'vlb' else []:
-        if value != plain:
-            raise UserError(f'--{option}={value} does not go with {here}: the bound says what an error costs; '
-                            'use hybrid or simple, or leave it out')
-
-
-def consistency_spec(o):
-    """--consistency, or the published options in its form; None where the term is off."""
-    published = dict(coeff=o.consistency_coeff, batch_size=o.consistency_batch_size, samples=o.num_primes, weighted=o.with_weight,
-                     grad=o.with_grad, steps=o.num_consistency_steps and o.num_consistency_steps - 1)
-    given = {key: value for key, value in published.items() if value is not None}
-    if o.consistency and given:
-        raise UserError(f'--consistency={o.consistency} and the published options (--consistency-coeff and companions) '
-                        'exclude each other; give one form')
-    if not given.get('coeff'):
-        return o.consistency
-    if (size := given.get('batch_size', 32)) > o.batch:
-        raise UserError(f'--consistency-batch-size={size} is larger than --batch={o.batch}; use at most that')
-    return published_spec(**given)
-
-
-# ---- the network
-
-
-def network_arguments(o, dataset):
-    """config.json of the network: published constructor arguments."""
-    (height, width), prediction = dataset.resolution, o.prediction or PREDICTION
-    found = dict(img_resolution=height if height == width else [height, width], img_channels=dataset.image_shape[0],
-                 label_dim=dataset.label_dim, use_fp16=o.fp16, **architecture(o))
-    given = dict(sigma_data=o.sigma_data, augment_dim=9 if o.augment and takes(found, 'augment_dim') else None)
-    found |= {key: value for key, value in given.items() if value is not None}
-    if o.label_dropout:
-        if not o.cond:
-            raise UserError(f'--label-dropout={o.label_dropout:g} leaves out labels; train with --cond=1')
-        if not takes(found, 'label_dropout'):
-            raise UserError(f'--label-dropout={o.label_dropout:g}: --arch={o.arch} has no label dropout; leave it out')
-        found['label_dropout'] = o.label_dropout
-    if o.cep:
-        build_cep(o.cep, dataset.label_dim)
-    if o.precond != 'edm':
-        found['precond'] = o.precond
-        if o.sigma_data is not None and not (o.objective and prediction == 'edm'):
-            raise UserError(f'--sigma-data={o.sigma_data} goes with --precond=edm; --precond={o.precond} has no such constant '
-                            'but under --objective with --prediction=edm')
-    if o.objective:
-        found |= dict(diffusion=o.diffusion or DIFFUSION, prediction=prediction)
-        own = SAMPLING[prediction]
-        found['sampling'] = own | dict(steps=min(own['steps'], build_diffusion(found['diffusion']).steps))
-        if registry.parse(o.objective)[0] == 'simple':
-            found['learned_variance'] = False
-    if dataset.units is not None:
-        found['units'] = dataset.units
-    return found
-
-
-def architecture(o):
-    """What --arch and the published options that are keys of it say about the network."""
-    name, told = registry.parse(o.arch)
-    keys = dict(cbase=o.cbase, cres=o.cres, blocks=o.blocks, attn=o.attn, dropout=o.dropout)
-    keys = {key: value for key, value in keys.items() if value is not None}
-    for key, value in keys.items():
-        if key in told:
-            raise UserError(f'--{key}={value} and --arch={o.arch}: "{key}" is given twice; give one of them')
-    return registry.build(registry.unparse(name, told | keys), ARCHS, '--arch')()
-
-
-def takes(arguments, name):
-    """Whether the network's class has such a constructor argument."""
-    return name in registry.parameters(network_class(arguments['model_type']))
-
-
-# ---- optimizer, averages, run
-
-
-def optimizer(o):
-    """The OptimizerConfig."""
-    name, told = registry.parse(o.optimizer)
-    kind = o.optimizer
-    if o.weight_decay is not None:
-        if 'weight_decay' in told:
-            raise UserError(f'--weight-decay={o.weight_decay} and --optimizer={o.optimizer}: it is given twice; give one of them')
-        kind = registry.unparse(name, told | {'weight_decay': o.weight_decay}) if o.weight_decay or name != 'adam' else kind
-    found = config.OptimizerConfig(kind=kind, lr=o.lr, schedule=lr_schedule(o), rampup_kimg=o.lr_rampup * 1e3, clip=o.clip,
-                                   loss_scale=o.ls, ema_halflife_kimg=o.ema * 1e3, power_ema=o.power_ema)
-    build_optimizer(found, [torch.nn.Parameter(torch.zeros(1))])  # refuses values out of range, as the next line does
-    probe('--lr-schedule', o.lr_schedule, lambda: LearningRate(found)(0, o.batch))
-    return found
-
-
-def lr_schedule(o):
-    """--lr-schedule; where its length is that of the run, with the length, so that a longer continuation is told to be another run."""
-    name, told = registry.parse(o.lr_schedule)
-    if name == 'cosine' and not told.get('kimg'):
-        return registry.unparse(name, told | {'kimg': o.duration * 1e3})
-    return o.lr_schedule
-
-
-def label_corruption(o):
-    """The LabelConfig, or None."""
-    if not o.label_corruption:
-        if o.label_corruption_groups is not None:
-            raise UserError('--label-corruption-groups needs a --label-corruption=RATE above 0')
-        return None
-    if not o.cond:
-        raise UserError(f'--label-corruption={o.label_corruption:g} changes class labels; train with --cond=1')
-    LabelCorruption(o.label_corruption, o.corruption_seed, o.label_corruption_groups)
-    return config.LabelConfig(rate=o.label_corruption, seed=o.corruption_seed, groups=o.label_corruption_groups)
-
-
-def choose_precision(o):
-    """fp32 unless told otherwise; fp16 is for GPUs."""
-    if o.fp16 and o.precision not in (None, 'fp16'):
-        raise UserError(f'--fp16=1 and --precision={o.precision} exclude each other; give one of them')
-    precision = 'fp16' if o.fp16 else o.precision or 'fp32'
-    if precision == 'fp16' and not torch.cuda.is_available():
-        raise UserError('--precision=fp16 needs a GPU, and there is none here; use fp32 or bf16')
-    return precision
-
-
-def validation(o):
-    """The ValidationConfig, or None; without a fingerprint yet."""
-    if o.val is None:
-        return None
-    if not o.snap:
-        raise UserError(f'--val={o.val} is evaluated at snapshots, and --snap=0 makes none; raise --snap')
+def lengths(ctx, param, value):
+    """'0.05,0.10' -> [0.05, 0.1]; widths that a power-function average can have."""
+    if not value:
+        return []
+    from training.networks.ema import exponent
     try:
-        share = float(o.val)
-    except ValueError:
-        return config.ValidationConfig(path=o.val)
-    if not 0 < share < 1:
-        raise UserError(f'--val={o.val}: a share must lie between 0 and 1; or give a data set')
-    return config.ValidationConfig(share=share)
+        found = [float(item) for item in value.split(',')]
+        for sigma_rel in found:
+            exponent(sigma_rel)
+            if round(sigma_rel, 3) != sigma_rel:
+                raise ValueError(f'sigma_rel={sigma_rel} has more than the three decimals that its files are named by')
+    except ValueError as err:
+        raise click.BadParameter(f'"{value}": {err}') from None
+    return sorted(set(found))
 
 
-def metrics(o, dataset):
-    """The MetricsConfig, or None."""
-    if not o.metrics_every:
-        if o.metrics_ref is not None:
-            raise UserError(f'--metrics-ref={o.metrics_ref} is for metrics during training; add --metrics-every=TICKS')
-        return None
-    here = f'--metrics-every={o.metrics_every}'
-    if o.metrics_ref is None:
-        raise UserError(f'{here} compares with reference statistics: add --metrics-ref=NPZ, as "eval_fid.py ref" writes it')
-    if not is_picture(dataset.image_shape[0], dataset.units):
-        raise UserError(f'{here} compares 8-bit grey or RGB images, and --data={o.data} has none; use --metrics-every=0')
-    return config.MetricsConfig(every=o.metrics_every, num=o.metrics_num, ref=o.metrics_ref, names=list(o.metrics),
-                                detector=o.metrics_detector)
+def name_of_folder(ctx, param, value):
+    """A word that can stand in the name of one folder."""
+    if value is not None and (not value or value in ('.', '..') or any(c in value for c in '/\\\0')):
+        raise click.BadParameter(f'"{value}" becomes part of the name of a folder: leave "/" and "\\" out; --outdir says where it goes')
+    return value
+
+
+LABELS = 'Share of images with a wrong class [0.0]; confuse these: 0,1/3,5'
+DATA = group(
+    'Data',
+    click.option('--data', metavar='ZIP|DIR', required=True, help='Training images, as dataset_tool.py writes them'),
+    switch('--cond', 'Class-conditional, by the labels of the data'),
+    click.option('--val', metavar='DATA|SHARE', help='Held-out images: a data set, or a share of --data such as 0.05'),
+    number('--sigma', float, 'Noise std that corrupted images carry, in network units (images in [-1,1])', 0.0),
+    number('--corruption-probability', float, 'Share of the images that is corrupted; the count is exact', 0.0),
+    count('--corruption-seed', 'Decides which images are noisy, and with which noise', 0, WHOLE),
+    word('--corruption-protocol', ['fixed', 'published'], 'published: noise and choice of the ambient-laws code', 'fixed'),
+    word('--sigma-min-as', ['limit', 'noise'], 'With a sigma_min: use images above it, or add noise up to it', 'limit'),
+    row(LABELS, number('--label-corruption', SHARE, 'Share of the images that gets a wrong class; the count is exact', 0.0)),
+    row(LABELS, click.option('--label-corruption-groups', metavar='GROUPS', callback=groups, help='Classes to confuse: 0,1/3,5,7')),
+    switch('--xflip', 'Each image a second time, mirrored with its noise'),
+    number('--augment', SHARE, 'Augmentation probability; noisy images get exact symmetries only', 0.12),
+    number('--dataset-keep-percentage', float, 'Share of the images that is used at all, from 0 to 1', 1.0),
+)
+
+DISCRETE = f'Its schedule [{DIFFUSION}], network output [{PREDICTION}], timesteps [uniform]'
+OBJECTIVE = group(
+    'Objective (SLOT=help lists the choices of a slot with their keys)',
+    slot('--precond', 'training.networks.preconditioning:PRECONDS', 'Preconditioning', 'edm', keys=False),
+    slot('--noise', 'training.diffusion.noise:NOISE', 'Noise-level distribution p(sigma)  [default: as published for --precond]'),
+    slot('--weight', 'training.objective.weighting:WEIGHTS', 'Loss weight w(sigma)  [default: as published for --precond]'),
+    slot('--penalty', 'training.objective.penalty:PENALTIES', 'Penalty on the error', 'squared'),
+    slot('--pairing', 'training.data.pairs:PAIRINGS', 'How noisy images are paired with noise levels', 'skip'),
+    word('--ambient-weight', ['none', 'inverse'], 'inverse: noisy images weigh (1 - sigma_n^2/sigma^2)^-2, with a buffer', 'none'),
+    slot('--consistency', 'training.objective.consistency:CHAINS', 'Consistency loss, which reaches below sigma_n  [default: none]'),
+    slot('--term', 'training.objective.loss:TERMS', 'A further loss term; may be repeated', multiple=True),
+    number('--sigma-data', POSITIVE, 'Std of the data, for network and loss  [default: 0.5]'),
+    slot('--objective', 'training.objective.variational:OBJECTIVES', 'Discrete-time objective of --precond=iddpm  [default: none]'),
+    row(DISCRETE, slot('--diffusion', 'training.diffusion.discrete:DIFFUSIONS', 'Its schedule')),
+    row(DISCRETE, slot('--prediction', 'training.networks.preconditioning:PREDICTIONS', 'What its network predicts', keys=False)),
+    row(DISCRETE, slot('--timesteps', 'training.objective.timesteps:TIMESTEPS', 'How its timesteps are drawn for clean images')),
+)
+
+NETWORK = group(
+    'Network',
+    slot('--arch', 'training.networks.interface:ARCHS', 'Architecture, such as ddpmpp:cbase=128,cres=1|2|2', 'ddpmpp'),
+    number('--label-dropout', SHARE, 'Share of the labels that is left out, for classifier-free guidance', 0.0),
+    slot('--cep', 'training.networks.conditioning:CEP', 'Condition-embedding perturbation  [default: none]'),
+    click.option('--transfer', metavar='REF', help='Start from the weights of a network: folder, .pt state, Hugging Face name'),
+)
+
+TRAINING = group(
+    'Training',
+    number('--duration', POSITIVE, 'Training length in million images (pairs used)', 200, 'MIMG'),
+    count('--batch', 'Global batch size', 512),
+    count('--batch-gpu', 'Rows a rank works on at a time; smaller accumulates gradients  [default: all]'),
+    number('--lr', POSITIVE, 'Learning rate', 1e-3),
+    number('--lr-rampup', NOT_NEGATIVE, 'Million images over which it rises from 0', 10, 'MIMG'),
+    slot('--lr-schedule', 'training.run.optimizer:LR_SCHEDULES', 'How it falls', 'constant'),
+    slot('--optimizer', 'training.run.optimizer:OPTIMIZERS', 'Optimizer', 'adam'),
+    number('--clip', NOT_NEGATIVE, 'Largest norm of the gradient; 0: any', 0.0),
+    number('--ema', NOT_NEGATIVE, 'Half-life of the weight average, in million images', 0.5, 'MIMG'),
+    click.option('--power-ema', metavar='LIST', callback=lengths, default='',
+                 help='Widths of power-function averages to store, such as 0.05,0.10  [default: none]'),
+    switch('--gns', 'Report the gradient noise scale, from ranks or parts of a batch'),
+    count('--seed', 'Random seed  [default: a random one, printed]', kind=WHOLE),
+)
+
+SPEED = group(
+    'Speed and memory',
+    word('--precision', ['fp32', 'tf32', 'bf16', 'fp16'], 'Arithmetic of the network  [default: fp32]'),
+    number('--ls', POSITIVE, 'Loss scaling, taken out of the gradients again', 1),
+    switch('--bench', 'Let cuDNN choose its algorithms by timing them', True),
+    switch(('--compile', 'compile_net'), 'Compile the network with torch.compile'),
+    number('--cache-gib', NOT_NEGATIVE, 'Memory of a node for noisy images; beyond it they are made at each use', 8),
+    click.option('--cache-dir', metavar='DIR', type=click.Path(file_okay=False),
+                 help='Where the decoded copy of the data lies  [default: beside the data, else the user\'s cache]'),
+    word('--data-on', ['auto', 'host', 'device'], 'Where batches are put together: on the GPU where the images fit', 'auto'),
+    count('--workers', 'Threads that make noisy images; 0: one, and no batch is prepared ahead', 1, WHOLE),
+    count('--threads', 'CPU threads of each rank  [default: PyTorch\'s]'),
+    number('--timeout', MINUTES, 'Several ranks: end them all when one has been silent for so long', 10, 'MINUTES'),
+)
+
+MIRRORS = 'Also log to TensorBoard, or to a project of Weights & Biases'
+PLACE = 'Text to add to the folder\'s name, if no --expr-id; write into --outdir itself'
+OUTPUT = group(
+    'Output',
+    click.option('--outdir', metavar='DIR', required=True, help='Where runs go; this one gets the next numbered folder in it'),
+    click.option('--expr-id', metavar='STR', callback=name_of_folder, help='Name of the run\'s folder; --resume=latest looks for it'),
+    row(PLACE, click.option('--desc', metavar='STR', callback=name_of_folder, help='Text to add to the folder\'s name')),
+    row(PLACE, click.option('--nosubdir', is_flag=True, help='Write into --outdir itself')),
+    click.option('--resume', metavar='latest|PT', help='Continue exactly: this run\'s newest state under --outdir, or this state'),
+    number('--tick', POSITIVE, 'Thousand images between lines of statistics', 50, 'KIMG'),
+    number('--snap', WHOLE, 'Ticks between network snapshots; 0: none', 50, 'TICKS'),
+    number('--dump', WHOLE, 'Ticks between training states; 0: none', 500, 'TICKS'),
+    number('--dump-minutes', NOT_NEGATIVE, 'Minutes between training states, besides --dump; 0: none', 30, 'MINUTES'),
+    count('--keep-states', 'How many training states are kept, the newest; 0: all', 3, WHOLE),
+    number('--max-hours', NOT_NEGATIVE, f'Then save the state and exit with code {STOPPED}, as after SIGTERM; 0: no limit', 0, 'HOURS'),
+    count('--samples', 'Images in the grid drawn at each snapshot; 0: none', 64, WHOLE),
+    number('--metrics-every', WHOLE, 'Ticks between metrics of the weight average\'s images; 0: none', 0, 'TICKS'),
+    click.option('--metrics', metavar='NAMES', type=Names('metrics.evaluate:METRICS'), default='fid', show_default=True,
+                 help='Which; logged as Metrics/fid2k; --metrics=help lists them'),
+    count('--metrics-num', 'How many images, seeds 0 and up', 2000, click.IntRange(min=2)),
+    click.option('--metrics-ref', metavar='NPZ|URL', help='Reference statistics, as eval_fid.py ref writes them'),
+    slot('--metrics-detector', 'metrics.detectors:DETECTORS', 'Where features come from', 'inception'),
+    row(MIRRORS, click.option('--tensorboard', is_flag=True, help='Log to TensorBoard as well, in the run\'s folder')),
+    row(MIRRORS, click.option('--wandb', metavar='PROJECT', help='Log to a project of Weights & Biases as well')),
+)
+
+START = group(
+    'Options',
+    click.option('--preset', metavar='NAME', is_eager=True, expose_value=False, callback=presets.use_preset,
+                 help='Options of a published recipe; --preset=help lists them. Options given besides win'),
+    click.option('--config', metavar='JSON', is_eager=True, expose_value=False, callback=presets.use_config,
+                 help='Options of an earlier run, from its options.json. Options given besides win'),
+    click.option('-n', '--dry-run', is_flag=True, help='Print the configuration, and write nothing'),
+)
+
+GROUPS = (DATA, OBJECTIVE, NETWORK, TRAINING, SPEED, OUTPUT, published.OPTIONS, START)
+
+
+def options(command):
+    """A decorator that adds all of them."""
+    for add in reversed(GROUPS):
+        command = add(command)
+    return command

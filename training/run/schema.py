@@ -8,7 +8,7 @@ import torch
 from dnnlib import UserError
 from training.checkpoints.load import check_tensors, check_weights
 from training.run.build import build_optimizer
-from training.sampling.options import own_sampling
+from training.sampling.pieces import own_sampling
 
 MOST = 2 ** 53  # of counts: what JSON and float64 hold exactly
 PENDING = ('validate', 'snapshot', 'measure', 'state')  # what can be left to do of a tick

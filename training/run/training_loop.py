@@ -30,7 +30,7 @@ from training.run.mirrors import Mirrors
 from training.run.optimizer import LearningRate
 from training.run.states import StateWriter, on_host
 from training.run.stopping import Requests, Signals, Stop
-from training.sampling import options as sampling
+from training.sampling import pieces as sampling
 from training.sampling.generate import resolution, sample_grid
 
 GROUPS = [f'{kind}/q{quartile}' for kind in ('clean', 'noisy') for quartile in (1, 2, 3, 4)]  # losses are reported by these

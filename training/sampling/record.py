@@ -29,7 +29,7 @@ def describe(o, net, pieces):
     """How a network is sampled: network, sha256, weights, gnet..., sampler, levels, steps, sigmas, evaluations, stop_sigma, guidance...,
     labels, precision, compile, image_shape, units.
 
-    o: the options of training.sampling.options, with the network; net, pieces: what their prepare() made of them."""
+    o: the options of training.sampling.options, with the network; net, pieces: what pieces.prepare() made of them."""
     stepper, guidance = pieces['stepper'], pieces['guidance']
     sigmas = noise_levels(net, pieces['schedule'], pieces['num_steps'])
     total, of_guide = count_evaluations(net, stepper, sigmas, guidance)

@@ -23,7 +23,7 @@ from dnnlib import EasyDict, UserError
 from tests.support import tiny
 from torch_utils import distributed
 import train
-from training.run.options import configure
+from training.run.configure import configure
 distributed.init()
 try:
     config = configure(EasyDict(train.main.make_context('train', ['--outdir=.', '--data=data.zip', *tiny.FLAGS, *sys.argv[3:]]).params))

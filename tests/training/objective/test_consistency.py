@@ -18,7 +18,7 @@ from training.diffusion.noise import LogNormal, NoiseDistribution
 from training.objective import weighting
 from training.objective.consistency import CHAINS, Bridge, Euler, _levels, consistency_error, mean_square, u_statistic
 from training.objective.loss import AmbientLoss, Objective
-from training.run.options import consistency_spec
+from training.run.published import consistency as consistency_spec
 
 DATA = GOLDEN / 'losses'
 AMBIENT, CDM = load_file(DATA / 'ambient_losses.safetensors'), load_file(DATA / 'cdm_martingale.safetensors')

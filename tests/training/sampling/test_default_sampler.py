@@ -16,7 +16,7 @@ from tests.support import tiny, unets
 from training.checkpoints.load import load_network
 from training.checkpoints.save import save_network
 from training.diffusion import discrete, schedules
-from training.sampling import options as sampling
+from training.sampling import pieces as sampling
 from training.sampling import steppers
 from training.sampling.generate import noise_levels
 

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-import generate
 from dnnlib import EasyDict, UserError
 from tests.support import tiny as tiny_run
 from tests.support.tiny import make_zip
@@ -19,7 +18,8 @@ from torch_utils import misc
 from torch_utils.command_line import ranges
 from training.checkpoints.load import load_network
 from training.checkpoints.save import save_network
-from training.sampling import folder, guidance, labels, options, record, steppers
+from training.sampling import folder, generation, guidance, labels, record, steppers
+from training.sampling import pieces as sampling
 from training.sampling.generate import ConditionedDenoiser, guided, noise_levels
 
 
@@ -74,7 +74,7 @@ def test_only_what_applies_is_told(folders, tmp_path):
 def test_evaluations_are_those_of_the_network(folders, sampler, weight, limits):
     """The count without a network against the calls that sampling makes of one."""
     net = load_network(folders / 'labels')
-    pieces = options.sampler_pieces(net, steps=5, sampler=sampler)
+    pieces = sampling.sampler_pieces(net, steps=5, sampler=sampler)
     sigmas = noise_levels(net, pieces['schedule'], 5)
     denoise = guided(net, torch.tensor([1]), guidance.Guidance(weight, limits))
     pieces['stepper'](denoise, torch.ones(1, 1, 8, 8).double() * sigmas[0], sigmas, torch.ones_like)
@@ -87,7 +87,7 @@ def test_evaluations_are_those_of_the_network(folders, sampler, weight, limits):
 def test_equal_samplers_have_equal_names(folders):
     net = load_network(folders / 'a')
     def name(**given):
-        return record.spec_of(given.get('sampler') or 'heun', options.sampler_pieces(net, 4, **given)['stepper'], steppers.STEPPERS)
+        return record.spec_of(given.get('sampler') or 'heun', sampling.sampler_pieces(net, 4, **given)['stepper'], steppers.STEPPERS)
     assert name() == name(S_churn=0.0) == name(sampler='heun:alpha=1,S_noise=1') == 'heun'
     assert name(S_churn=10.0) == name(sampler='heun:S_churn=10') == name(sampler='heun:S_churn=10.0') == 'heun:S_churn=10'
     assert name(sampler='ddim:clip=true') == 'ddim:clip=true' and name(sampler='ddim:clip=false') == 'ddim'
@@ -152,7 +152,7 @@ def test_images_that_the_record_does_not_tell_of_are_made(folders, tmp_path, mon
     def kill(*args):
         raise KeyboardInterrupt
     with monkeypatch.context() as patch:  # before any image is made, but after the seed is recorded
-        patch.setattr(generate, 'generate_images', kill)
+        patch.setattr(generation, 'generate_images', kill)
         assert run(folders / 'a', tmp_path / 'out', '--seeds=0-2', '--skip-existing').exit_code
     assert read(tmp_path / 'out')['seeds'] == '0-2'
     result = run(folders / 'a', tmp_path / 'out', '--seeds=0-2', '--skip-existing')

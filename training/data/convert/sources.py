@@ -6,6 +6,7 @@ those which look closer stand before those which take any folder; `kind=NAME` pi
 for the images of any source. The other keys are the keywords of its constructor, Source(path, **options), in the types of their
 defaults; any others are refused with the choices. Of several sources, one is made."""
 
+import inspect
 import lzma
 import os
 import re
@@ -98,10 +99,15 @@ def what_is_read(word='and'):
     return f'{", ".join(first)} {word} {last}'
 
 
-def options_of_sources():
-    """The keys that each kind of source takes, in one line."""
-    taken = {name: registry.parameters(piece) for name, piece in SOURCES.items()}
-    return '; '.join(f'{name}: {", ".join(keys)}' for name, keys in taken.items() if keys)
+def describe_sources():
+    """Lines that tell what is read, and the keys of each kind of source."""
+    lines = ['--source=PATH or --source=PATH:key=value,key=value. Keys of every kind: kind, and label, sigma, sigma_min, sigma_max',
+             'of all its images. The kind is told by the name or the contents.', '']
+    for name, piece in SOURCES.items():
+        text = piece.what or (inspect.getdoc(piece) or '').splitlines()[0]
+        keys = registry.parameters(piece)
+        lines.append(f'  {name:<12}{text}' + (f'; keys: {", ".join(keys)}' if keys else ''))
+    return lines
 
 
 SOURCES = {'digits': DigitsSource, 'hf': HuggingFaceSource, 'webdataset': WebDatasetSource, 'cifar': CifarSource, 'mnist': MnistSource,

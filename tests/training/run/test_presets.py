@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""--preset and --config: what they stand for, what they give way to, what they refuse."""
+
+import json
+import zipfile
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+import train
+from dnnlib import EasyDict
+from tests.support import tiny
+from torch_utils import registry
+from training.data.convert.writers import encode_png
+from training.networks.preconditioning import build_network
+from training.run import presets
+from training.run.config import from_json, to_json
+from training.run.configure import configure
+
+FIELDS = {'reproduces', 'source', 'figure', 'mimg', 'gpu_hours', 'cost', 'unconfirmed', 'image_shape', 'classes', 'parameters', 'options'}
+
+
+def make_data(path, shape, classes):
+    """Black images [C,H,W], one of each class."""
+    count, png = max(classes, 4), encode_png(torch.zeros(shape, dtype=torch.uint8).numpy())
+    names = [f'00000/img{i:08d}.png' for i in range(count)]
+    with zipfile.ZipFile(path, 'w') as archive:
+        for name in names:
+            archive.writestr(name, png)
+        archive.writestr('dataset.json', json.dumps({'labels': [[name, i] for i, name in enumerate(names)] if classes else None}))
+    return str(path)
+
+
+def configured(*args):
+    """(Config, click context) of a command line of train.py."""
+    ctx = train.main.make_context('train', [str(arg) for arg in args])
+    return configure(EasyDict(ctx.params, command=presets.given(ctx))), ctx
+
+
+@pytest.mark.parametrize('name', presets.names())
+def test_presets(tmp_path, monkeypatch, name):
+    """Each gives its network the published number of parameters, and its options reach the configuration."""
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)  # fp16 is refused without
+    found = presets.read(name)
+    assert found.keys() <= FIELDS and FIELDS - found.keys() <= {'unconfirmed'}
+    data = make_data(tmp_path / 'data.zip', found['image_shape'], found['classes'])
+    config, _ = configured(f'--preset={name}', f'--data={data}', '--outdir=runs', '--seed=1')
+    with torch.device('meta'):
+        params = sum(p.numel() for p in build_network(config.network.arguments).parameters())
+    assert params == found['parameters'] or found['parameters'] is None and (found.get('unconfirmed') or not found['classes'])
+    plain = {**found['options'], 'seed': 1}
+    by_hand, _ = configured(*(f'--{key}={value}' for key, value in plain.items()), f'--data={data}', '--outdir=runs')
+    skip = {'command': {}}
+    same = lambda config: {**to_json(config), 'run': {**to_json(config)['run'], **skip}}
+    assert same(config) == same(by_hand)
+    if found['mimg']:
+        assert config.run.duration_kimg == found['mimg'] * 1e3
+
+
+def test_published_settings():
+    """Facts of the papers' tables, as the options of the presets have them."""
+    facts = lambda name, *keys: [presets.read(name)['options'].get(key) for key in keys]
+    assert facts('edm-imagenet64', 'duration', 'batch', 'lr', 'ema', 'dropout', 'augment', 'ls') == [2500, 4096, 1e-4, 50, 0.1, 0, 100]
+    assert facts('edm-ffhq64', 'batch', 'cres', 'lr', 'dropout', 'augment') == [256, '1,2,2,2', 2e-4, 0.05, 0.15]
+    assert facts('ambient-cifar10', 'sigma', 'corruption_probability') == [0.2, 0.9]
+    # 500,000 steps of 128 images; an average with the factor 0.9999 a step halves in ln 2 / 1e-4 steps.
+    assert facts('iddpm-cifar10-vlb', 'duration', 'ema', 'objective') == [64, 0.887, 'vlb']
+    assert registry.parse(presets.read('min-snr-imagenet64')['options']['weight']) == ('min_snr', {'gamma': 5})
+
+
+def test_dry_run_prints_the_settings_and_what_has_changed(tmp_path):
+    data = make_data(tmp_path / 'data.zip', [3, 32, 32], 10)
+    args = ['--preset=edm-cifar10-cond', f'--data={data}', f'--outdir={tmp_path}/runs', '--arch=ncsnpp', '-n']
+    result = CliRunner().invoke(train.main, args)
+    assert result.exit_code == 0, result.output
+    assert result.output.startswith('--preset=edm-cifar10-cond: EDM, class-conditional CIFAR-10 32x32; --arch=ncsnpp in place of ddpmpp\n')
+    assert '"encoder_type": "residual"' in result.output and not (tmp_path / 'runs').exists()
+
+
+def test_help_lists_every_preset():
+    result = CliRunner().invoke(train.main, ['--preset=help'])
+    assert result.exit_code == 0
+    for name in presets.names():
+        found = presets.read(name)
+        assert name in result.output and found['figure'] in result.output and found['source'] in result.output
+    assert '384 GPU hours (8 V100, about 2 days)' in result.output and 'GPU hours not published' in result.output
+
+
+@pytest.mark.parametrize('args, words', [
+    (['--preset=edm'], ['--preset=edm', 'edm-cifar10-cond']),
+    (['--preset=edm-ffhq64', '--config=RUN'], ['--preset=edm-ffhq64', '--config', 'exclude']),
+    (['--preset=ambient-cifar10', '--objective=hybrid'], ['--objective=hybrid', '--precond=edm']),
+    (['--preset=iddpm-cifar10-vlb', '--noise=cosine'], ['--noise=cosine']),
+    (['--config=nowhere.json'], ['nowhere.json', 'No such file']),
+    (['--config=FOREIGN'], ['tells no options']),
+    (['--config=OTHER'], ['unknown option "frobnicate"']),
+])
+def test_refusals(tmp_path, args, words):
+    files = {'RUN': {'run': {'command': {'lr': '0.1'}, 'seed': 1}}, 'FOREIGN': {'a': 1}, 'OTHER': {'run': {'command': {'frobnicate': 1}}}}
+    for name, content in files.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    args = [f'--config={tmp_path / arg[9:]}' if arg[9:] in files else arg for arg in args]
+    data = tiny.make_zip(tmp_path / 'data.zip')
+    result = CliRunner().invoke(train.main, [f'--data={data}', f'--outdir={tmp_path}/runs', *args])
+    assert result.exit_code != 0 and isinstance(result.exception, SystemExit), result.output
+    line = result.output.strip().splitlines()[-1]
+    assert line.startswith('Error: ') and all(word in line for word in words), line
+    assert not (tmp_path / 'runs').exists()
+
+
+def test_config_repeats_a_run(tmp_path):
+    """Every option in its own form, the seed that was drawn included; what is given besides wins."""
+    data = tiny.make_zip(tmp_path / 'data.zip')
+    flags = [f'--data={data}', f'--outdir={tmp_path}/runs', '--cond=1', '--cres=1,2', '--cbase=8', '--attn=4', '--power-ema=0.05,0.10',
+             '--term=bridge:coeff=0.2', '--label-corruption=0.1', '--label-corruption-groups=0,1/2', '--weight=min_snr:gamma=5',
+             '--batch=16', '--gns=1', '--batch-gpu=8', '--desc=first', '--metrics=fid,kid']
+    first, ctx = configured(*flags)
+    (tmp_path / 'options.json').write_text(json.dumps(to_json(first)))
+    again, ctx = configured(f'--config={tmp_path}/options.json')
+    assert to_json(again) == {**to_json(first), 'run': {**to_json(first)['run'], 'command': to_json(again)['run']['command']}}
+    assert to_json(from_json(to_json(again))) == to_json(again)
+    other, ctx = configured(f'--config={tmp_path}/options.json', '--lr=0.5', '--batch-gpu=4')
+    assert (other.optimizer.lr, other.run.batch_gpu, other.run.seed) == (0.5, 4, first.run.seed)
+    assert '--batch-gpu=4 in place of 8' in presets.told(ctx) and '--lr' not in presets.told(ctx)
+    third = configured(f'--config={tmp_path}/options.json', '--seed=3')[0]
+    (tmp_path / 'third.json').write_text(json.dumps(to_json(third)))
+    assert configured(f'--config={tmp_path}/third.json')[0].run.seed == 3

@@ -1,0 +1,258 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the command line says -> the Config that a run is made from; what cannot work is refused here."""
+
+import dataclasses
+import os
+
+import torch
+
+from dnnlib import UserError
+from torch_utils import distributed, misc, registry
+from training.data.corruption import LabelCorruption
+from training.data.dataset import ImageDataset
+from training.data.identity import open_everywhere
+from training.data.pairs import with_inverse_weight
+from training.diffusion.discrete import build_diffusion
+from training.networks.interface import ARCHS, network_class
+from training.networks.preconditioning import PREDICTIONS
+from training.objective.loss import TERMS
+from training.objective.variational import terms_of
+from training.run import config, published
+from training.run.build import build_cep, build_corruption, build_optimizer, probe
+from training.run.optimizer import LearningRate
+from training.run.options import DIFFUSION, PREDICTION
+from training.sampling.pixels import is_picture
+
+# The sampler of networks of a discrete-time objective, in fewer steps where it has fewer. What predicts eps needs one that clips D.
+SAMPLING = {name: {'sampler': 'dpmpp_2m', 'steps': 18} for name in PREDICTIONS} | {'eps': {'sampler': 'ancestral', 'steps': 50}}
+
+# Noise distribution and weight that each preconditioning was published with.
+PUBLISHED = {'edm': ('lognormal', 'edm'), 'iddpm': ('iddpm_levels', 'snr'), 've': ('loguniform', 'snr'), 'vp': ('vp_uniform', 'snr')}
+
+
+def configure(o):
+    """The options of train.py, by their names -> the Config."""
+    check_batch(o)
+    if o.power_ema and not o.snap:
+        raise UserError('--power-ema stores averages at snapshots, and --snap=0 makes none; raise --snap')
+    corruption = config.CorruptionConfig(o.sigma, o.corruption_probability, o.corruption_seed, o.corruption_protocol, label_corruption(o),
+                                           o.sigma_min_as)
+    corrupter = build_corruption(corruption)  # refuses values out of range
+    check_corruption(o)
+    data, dataset = open_data(o, corrupter)
+    return config.Config(
+        data=data,
+        corruption=corruption,
+        network=config.NetworkConfig(network_arguments(o, dataset), cep=o.cep, transfer=o.transfer),
+        objective=objective(o, dataset),
+        optimizer=optimizer(o),
+        run=config.RunConfig(
+            seed=distributed.broadcast(o.seed if o.seed is not None else misc.seed_of(os.urandom(8).hex()) % 2**31),
+            batch=o.batch, batch_gpu=o.batch_gpu or o.batch // distributed.size(), duration_kimg=o.duration * 1e3, tick_kimg=o.tick,
+            snapshot_ticks=o.snap, state_ticks=o.dump, state_minutes=o.dump_minutes, keep_states=o.keep_states,
+            max_hours=o.max_hours, samples=o.samples, metrics=metrics(o, dataset), gns=o.gns,
+            precision=choose_precision(o), bench=o.bench, compile=o.compile_net, expr_id=o.expr_id, desc=o.desc,
+            ranks=distributed.size(), versions=misc.versions(), command=o.get('command') or {}))
+
+
+def check_corruption(o):
+    """Refuses half of a corruption, which would train on clean images without a word; a 0 that was typed is meant."""
+    halves = [('sigma', 'how noisy the corrupted images are'), ('corruption_probability', 'which share of the images is corrupted')]
+    for (one, _), (other, meaning) in (halves, halves[::-1]):
+        if o[one] and not o[other] and other not in o.get('command', {}):
+            raise UserError(f'--{one.replace("_", "-")}={o[one]:g} does nothing without --{other.replace("_", "-")}, {meaning}; '
+                            f'add it (0 trains on clean images)')
+
+
+def check_batch(o):
+    """Refuses batch sizes that do not go into equal whole parts."""
+    world = distributed.size()
+    if o.batch < world:
+        raise UserError(f'--batch={o.batch} is smaller than the {world} ranks; use at least --batch={world}, or fewer ranks')
+    if o.batch % world:
+        raise UserError(f'--batch={o.batch} is not divisible by the {world} ranks; try --batch={o.batch // world * world}')
+    part = o.batch // world
+    if o.gns and world == 1 and (o.batch_gpu or part) == part:
+        raise UserError('--gns=1 compares the gradients of parts of a batch: use several ranks, or a --batch-gpu below --batch')
+    if o.batch_gpu and part % o.batch_gpu:
+        good = max(n for n in range(1, min(o.batch_gpu, part) + 1) if part % n == 0)
+        raise UserError(f'--batch={o.batch} is not divisible by {world} ranks x --batch-gpu={o.batch_gpu}; '
+                        f'try --batch-gpu={good}')
+
+
+def open_data(o, corruption):
+    """(DataConfig, Form) of --data and --val, which are the same on all ranks, and which the Corruption can be used with."""
+    held_out = validation(o)
+
+    def opened(path, **options):
+        dataset = ImageDataset(path, cache_dir=o.cache_dir, **options)
+        corruption.beyond_sigma_min(dataset.native_sigma, dataset.sigma_min, dataset.sigma_max)
+        if corruption.sigma_min_as == 'noise' and path == o.data and not dataset.sigma_min.any():
+            raise UserError(f'--sigma-min-as=noise: no image of --data={o.data} has a sigma_min; leave it out')
+        return dataset
+
+    openers = {f'--data={o.data}': lambda: opened(o.data, use_labels=o.cond, keep=o.dataset_keep_percentage, xflip=o.xflip)}
+    if held_out and held_out.path:
+        openers[f'--val={held_out.path}'] = lambda: opened(held_out.path, use_labels=o.cond)
+    if o.data_on == 'device' and not torch.cuda.is_available():
+        raise UserError('--data-on=device needs a GPU, and there is none here; use auto or host')
+    (form, *_), (fingerprint, *own) = open_everywhere(openers)
+    if own:
+        held_out = dataclasses.replace(held_out, fingerprint=own[0])
+    return config.DataConfig(path=o.data, use_labels=o.cond, keep=o.dataset_keep_percentage, xflip=o.xflip, augment=o.augment,
+                             validation=held_out, cache_gib=o.cache_gib if o.cache else 0.0, cache_dir=o.cache_dir, on=o.data_on,
+                             workers=o.workers, fingerprint=fingerprint), form
+
+
+# ---- the objective
+
+
+def objective(o, dataset):
+    """The ObjectiveConfig: the slots as they are named, and the terms that the options add up to."""
+    noise, weight = PUBLISHED[o.precond]
+    if o.objective:
+        check_discrete(o, dataset)
+    else:
+        for name, value in [('diffusion', o.diffusion), ('timesteps', o.timesteps), ('prediction', o.prediction)]:
+            if value is not None:
+                raise UserError(f'--{name}={value} is for discrete-time objectives: add --objective=hybrid, say')
+    inverse = o.ambient_weight == 'inverse'
+    terms = terms_of(o.objective, inverse)
+    if spec := published.consistency(o):
+        registry.build(spec, TERMS, '--consistency', noise=None, weight=None, batch=o.batch)  # refuses what does not fit the batch
+        terms.append(spec)
+    return config.ObjectiveConfig(noise=None if o.objective else o.noise or noise, weight=o.weight or weight, penalty=o.penalty,
+                                  pairing=with_inverse_weight(o.pairing) if inverse else o.pairing, terms=[*terms, *o.term],
+                                  timesteps=o.timesteps or 'uniform')
+
+
+def check_discrete(o, dataset):
+    """Refuses what does not go with --objective."""
+    here, (name, _) = f'--objective={o.objective}', registry.parse(o.objective)
+    if o.precond != 'iddpm':
+        raise UserError(f'{here} has discrete timesteps, which --precond={o.precond} does not know; use --precond=iddpm')
+    if o.noise:
+        raise UserError(f'--noise={o.noise} does not go with {here}, whose levels are those of --diffusion; leave it out')
+    if name != 'simple' and dataset.units is not None:
+        raise UserError(f'{here} is about the probability of grey levels, and this data is not 8-bit; use --objective=simple')
+    own = [('weight', o.weight, None), ('penalty', o.penalty, 'squared'), ('ambient-weight', o.ambient_weight, 'none')]
+    for option, value, plain in own if name == 'vlb' else []:
+        if value != plain:
+            raise UserError(f'--{option}={value} does not go with {here}: the bound says what an error costs; '
+                            'use hybrid or simple, or leave it out')
+
+
+# ---- the network
+
+
+def network_arguments(o, dataset):
+    """config.json of the network: published constructor arguments."""
+    (height, width), prediction = dataset.resolution, o.prediction or PREDICTION
+    found = dict(img_resolution=height if height == width else [height, width], img_channels=dataset.image_shape[0],
+                 label_dim=dataset.label_dim, use_fp16=o.fp16, **architecture(o))
+    given = dict(sigma_data=o.sigma_data, augment_dim=9 if o.augment and takes(found, 'augment_dim') else None)
+    found |= {key: value for key, value in given.items() if value is not None}
+    if o.label_dropout:
+        if not o.cond:
+            raise UserError(f'--label-dropout={o.label_dropout:g} leaves out labels; train with --cond=1')
+        if not takes(found, 'label_dropout'):
+            raise UserError(f'--label-dropout={o.label_dropout:g}: --arch={o.arch} has no label dropout; leave it out')
+        found['label_dropout'] = o.label_dropout
+    if o.cep:
+        build_cep(o.cep, dataset.label_dim)
+    if o.precond != 'edm':
+        found['precond'] = o.precond
+        if o.sigma_data is not None and not (o.objective and prediction == 'edm'):
+            raise UserError(f'--sigma-data={o.sigma_data} goes with --precond=edm; --precond={o.precond} has no such constant '
+                            'but under --objective with --prediction=edm')
+    if o.objective:
+        found |= dict(diffusion=o.diffusion or DIFFUSION, prediction=prediction)
+        own = SAMPLING[prediction]
+        found['sampling'] = own | dict(steps=min(own['steps'], build_diffusion(found['diffusion']).steps))
+        if registry.parse(o.objective)[0] == 'simple':
+            found['learned_variance'] = False
+    if dataset.units is not None:
+        found['units'] = dataset.units
+    return found
+
+
+def architecture(o):
+    """What --arch and the published options that are keys of it say about the network."""
+    return registry.build(published.architecture(o), ARCHS, '--arch')()
+
+
+def takes(arguments, name):
+    """Whether the network's class has such a constructor argument."""
+    return name in registry.parameters(network_class(arguments['model_type']))
+
+
+# ---- optimizer, averages, run
+
+
+def optimizer(o):
+    """The OptimizerConfig."""
+    found = config.OptimizerConfig(kind=published.optimizer(o), lr=o.lr, schedule=lr_schedule(o), rampup_kimg=o.lr_rampup * 1e3,
+                                   clip=o.clip, loss_scale=o.ls, ema_halflife_kimg=o.ema * 1e3, power_ema=o.power_ema)
+    build_optimizer(found, [torch.nn.Parameter(torch.zeros(1))])  # refuses values out of range, as the next line does
+    probe('--lr-schedule', o.lr_schedule, lambda: LearningRate(found)(0, o.batch))
+    return found
+
+
+def lr_schedule(o):
+    """--lr-schedule; where its length is that of the run, with the length, so that a longer continuation is told to be another run."""
+    name, told = registry.parse(o.lr_schedule)
+    if name == 'cosine' and not told.get('kimg'):
+        return registry.unparse(name, told | {'kimg': o.duration * 1e3})
+    return o.lr_schedule
+
+
+def label_corruption(o):
+    """The LabelConfig, or None."""
+    if not o.label_corruption:
+        if o.label_corruption_groups is not None:
+            raise UserError('--label-corruption-groups needs a --label-corruption=RATE above 0')
+        return None
+    if not o.cond:
+        raise UserError(f'--label-corruption={o.label_corruption:g} changes class labels; train with --cond=1')
+    LabelCorruption(o.label_corruption, o.corruption_seed, o.label_corruption_groups)
+    return config.LabelConfig(rate=o.label_corruption, seed=o.corruption_seed, groups=o.label_corruption_groups)
+
+
+def choose_precision(o):
+    """fp32 unless told otherwise; fp16 is for GPUs."""
+    if o.fp16 and o.precision not in (None, 'fp16'):
+        raise UserError(f'--fp16=1 and --precision={o.precision} exclude each other; give one of them')
+    precision = 'fp16' if o.fp16 else o.precision or 'fp32'
+    if precision == 'fp16' and not torch.cuda.is_available():
+        raise UserError('--precision=fp16 needs a GPU, and there is none here; use fp32 or bf16')
+    return precision
+
+
+def validation(o):
+    """The ValidationConfig, or None; without a fingerprint yet."""
+    if o.val is None:
+        return None
+    if not o.snap:
+        raise UserError(f'--val={o.val} is evaluated at snapshots, and --snap=0 makes none; raise --snap')
+    try:
+        share = float(o.val)
+    except ValueError:
+        return config.ValidationConfig(path=o.val)
+    if not 0 < share < 1:
+        raise UserError(f'--val={o.val}: a share must lie between 0 and 1; or give a data set')
+    return config.ValidationConfig(share=share)
+
+
+def metrics(o, dataset):
+    """The MetricsConfig, or None."""
+    if not o.metrics_every:
+        if o.metrics_ref is not None:
+            raise UserError(f'--metrics-ref={o.metrics_ref} is for metrics during training; add --metrics-every=TICKS')
+        return None
+    here = f'--metrics-every={o.metrics_every}'
+    if o.metrics_ref is None:
+        raise UserError(f'{here} compares with reference statistics: add --metrics-ref=NPZ, as "eval_fid.py ref" writes it')
+    if not is_picture(dataset.image_shape[0], dataset.units):
+        raise UserError(f'{here} compares 8-bit grey or RGB images, and --data={o.data} has none; use --metrics-every=0')
+    return config.MetricsConfig(every=o.metrics_every, num=o.metrics_num, ref=o.metrics_ref, names=list(o.metrics),
+                                detector=o.metrics_detector)

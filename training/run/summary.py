@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run says at its end: where the last snapshot is, the held-out loss, and what to type next."""
+
+import json
+import os
+import shlex
+from pathlib import Path
+
+from training.run.folder import STATS
+
+TAIL = 2 ** 20  # bytes of the log's end that are looked through for the last held-out loss
+
+
+def closing_lines(run_dir, duration):
+    """Lines for the console. duration: of the whole run, as people read it."""
+    snapshots = sorted(path for path in Path(run_dir).glob('network-snapshot-*') if path.is_dir())
+    lines = [f'Done: {run_dir} (trained for {duration})']
+    loss = last_held_out(os.path.join(run_dir, STATS))
+    if loss is not None:
+        lines.append(f'Held-out loss of the weight average: {loss}')
+    if snapshots:
+        network = shlex.quote(os.path.relpath(snapshots[-1]))
+        lines += [f'Last snapshot: {network}', 'Next, 64 images from it and a picture of them:',
+                  f'  python generate.py --network={network} --outdir=out --grid']
+    return lines
+
+
+def last_held_out(path):
+    """"clean 0.123, noisy 0.456" of the last validation in stats.jsonl; None where there was none."""
+    if not os.path.exists(path):
+        return None
+    with open(path, 'rb') as f:
+        f.seek(max(0, os.fstat(f.fileno()).st_size - TAIL))
+        lines = f.read().splitlines()
+    for line in reversed(lines):
+        if b'"Val/' in line:
+            fields = json.loads(line)
+            found = [(name, fields.get(f'Val/{name}')) for name in ('clean', 'noisy')]
+            return ', '.join(f'{name} {value:.5g}' for name, value in found if value is not None) or None
+    return None
