@@ -230,7 +230,8 @@ def prdc(rows, name, features):
 def dinov2(rows, images, folder):
     """A small network of random weights, its images resized by Pillow: without rounding, as EDM2's rule is, and by transformers' own."""
     import transformers
-    config = transformers.Dinov2Config(hidden_size=48, num_hidden_layers=3, num_attention_heads=3, image_size=518, patch_size=14)
+    # At 224 pixels, as it is used: from other sizes transformers interpolates positions otherwise than DINOv2's authors do.
+    config = transformers.Dinov2Config(hidden_size=48, num_hidden_layers=3, num_attention_heads=3, image_size=224, patch_size=14)
     with misc.seeded('parity'):
         net = transformers.Dinov2Model(config).eval()
     path = os.path.join(folder, 'dinov2')
