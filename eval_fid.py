@@ -4,6 +4,7 @@
 python eval_fid.py --gen_path=out --ref_stats=ref.npz
 python eval_fid.py ref --data=cifar.zip --dest=ref.npz --split=train
 python eval_fid.py nearest --gen-path=out --train=cifar.zip --held-out=cifar-test.zip
+python eval_fid.py sweep --network=NAME --ref-stats=ref.npz --outdir=sweep --guidance=1,1.5,2 --steps=9,18 --seeds=0-1999
 python eval_fid.py table runs/*/*.fid.json --sort=fid_score"""
 
 import dataclasses
@@ -14,7 +15,7 @@ import click
 import dnnlib
 from dnnlib import UserError
 from dnnlib.files import beside, file_digest, prepare_output, write_json
-from metrics import memorisation, report, results, table
+from metrics import curves, memorisation, report, results, table
 from metrics.detectors import DETECTORS
 from metrics.evaluate import METRICS, Settings, check_reference, collect, evaluate_batches, needs_features
 from metrics.generated import PROTOCOL_NUM
@@ -23,6 +24,7 @@ from metrics.statistics import load_statistics, save_statistics
 from torch_utils import command_line, distributed, registry
 from torch_utils.command_line import Spec, ranges
 from training.evaluation.images import NetworkImages, RecordedImages
+from training.evaluation.sweep import Sweep
 from training.sampling import options as sampling
 from training.sampling import record
 from training.sampling.writers import write_grid
@@ -50,9 +52,11 @@ REFERENCE = command_line.options_of(
     click.option('--ref-path', help='Reference images, in place of --ref-stats', metavar='PATH'),
     click.option('--split', help='Which part of the data set --ref-path is (train, test, ...); kept in the result', metavar='NAME'),
 )
-SAMPLING = command_line.options_of(
+NETWORK = command_line.options_of(
     click.option('--network', metavar='REF',
                  help='In place of --gen-path: a network generates in memory, as generate.py does with its options from --class on'),
+)
+SEEDS = command_line.options_of(
     click.option('--seeds', type=command_line.IntList(), default=f'0-{PROTOCOL_NUM - 1}', show_default=True,
                  help='Which images of the network'),
     click.option('--repeats', metavar='INT', type=COUNT, default=1, show_default=True,
@@ -81,7 +85,8 @@ NUMBERS = command_line.options_of(
               help=f'How many generated images, the first in sorted order  [default: all, which must be {PROTOCOL_NUM}]; '
               'under torchrun write --num-images')
 @NUMBERS
-@SAMPLING
+@NETWORK
+@SEEDS
 @sampling.OPTIONS
 @SHARED
 @command_line.version_option
@@ -95,6 +100,7 @@ def main(ctx, **options):
     python eval_fid.py --network=NAME --ref-stats=ref.npz --repeats=3 --metrics=fid,kid,is,pr,dc
     python eval_fid.py ref --data=cifar.zip --dest=ref.npz --split=train --keep-features
     python eval_fid.py nearest --gen-path=out --train=cifar.zip --held-out=cifar-test.zip
+    python eval_fid.py sweep --network=NAME --ref-stats=ref.npz --outdir=sweep --guidance=1,1.5,2 --steps=9,18 --seeds=0-1999
     python eval_fid.py table *.fid.json"""
     given = [key for key in options if ctx.get_parameter_source(key) == click.core.ParameterSource.COMMANDLINE]
     if ctx.invoked_subcommand:
@@ -137,16 +143,38 @@ def nearest(**options):
     find_nearest(dnnlib.EasyDict(options))
 
 
+@main.command('sweep', cls=command_line.Command)
+@click.option('--network', help='The network that is evaluated', metavar='REF', required=True)
+@click.option('--outdir', help='Where the result of each cell goes, and table.md, table.csv and plot.png of all; the same command again '
+              'does what is not done yet', metavar='DIR', required=True)
+@REFERENCE
+@NUMBERS
+@SEEDS
+@sampling.SWEEP
+@SHARED
+def sweep(**options):
+    """Every combination of guidance, steps, samplers and weights: a result of each, one table and one plot."""
+    check_reference_options(o := dnnlib.EasyDict(options))
+    distributed.init()
+    run_sweep(o)
+
+
 @main.command('table', cls=command_line.Command)
 @click.argument('paths', metavar='JSON...', nargs=-1, required=True)
 @click.option('--format', type=click.Choice(list(table.FORMATS)), default='markdown', show_default=True, help='How it is written')
-@click.option('--sort', metavar='METRIC', help='In the order of this metric, the lowest first  [default: in the order given]')
+@click.option('--sort', metavar='METRIC', default=table.SETTINGS, show_default=True,
+              help='In the order of this metric, the lowest first, of the settings (weights, sampler, guidance, steps ...), or as given')
 @click.option('--out-path', metavar='FILE', help='Where the table goes  [default: the console]')
-def write_table(paths, format, sort, out_path):
-    """One table of many results, from their JSON files alone."""
-    if out_path:
-        prepare_output(out_path, '--out-path')
-    text = table.FORMATS[format](*table.lay_out([results.read_result(path) for path in paths], sort))
+@click.option('--plot', metavar='PNG', help='Where a picture goes: metrics against steps, guidance or lengths of averages  [default: none]')
+def write_table(paths, format, sort, out_path, plot):
+    """One table of many results, and a picture, from their JSON files alone."""
+    for path, option in ((out_path, '--out-path'), (plot, '--plot')):
+        if path:
+            prepare_output(path, option)
+    found = [results.read_result(path) for path in paths]
+    text = table.FORMATS[format](*table.lay_out(found, sort))
+    if plot:
+        curves.draw(found, plot, '--plot')
     if not out_path:
         print(text, end='')
         return
@@ -165,14 +193,19 @@ def check_options(o, given):
     if (o.gen_path is None) == (o.network is None):
         raise UserError('--gen-path is missing: the folder, zip, npz or npy of generated images, or --network' if o.network
                         is None else 'pass one of --gen-path=PATH (images) and --network=REF, got both')
+    check_reference_options(o)
+    alone = [key for key in ('seeds', 'repeats', *sampling.NAMES, *sampling.KEYS) if key in given]
+    if alone and o.network is None:
+        raise UserError(f'{option_name(alone[0])}: goes with --network=REF')
+
+
+def check_reference_options(o):
+    """What can be refused of the reference before any work."""
     if (o.ref_stats is None) == (o.ref_path is None):
         raise UserError('pass one of --ref-stats=NPZ (statistics) and --ref-path=PATH (images), '
                         f'got {"none" if o.ref_stats is None else "both"}')
     if o.ref_stats and o.split:
         raise UserError(f'--split={o.split}: goes with --ref-path; statistics carry the split that "ref --split" gave them')
-    alone = [key for key in ('seeds', 'repeats', *sampling.NAMES, *sampling.KEYS) if key in given]
-    if alone and o.network is None:
-        raise UserError(f'{option_name(alone[0])}: goes with --network=REF')
 
 
 def evaluate(o):
@@ -182,23 +215,59 @@ def evaluate(o):
     source = NetworkImages(o) if o.network else RecordedImages(o)
     out_path = o.out_path or source.default_path(results.SUFFIX)
     prepare_output(out_path, '--out-path')
-    reference, digest = open_reference(o)
-    detector = make_detector(o)
-    detector.dim(source.shape)
-    if isinstance(reference, ImageFiles):
-        reference = dataclasses.replace(statistics_of(reference, detector, o, needs_features(o.metrics)), split=o.split)
-    where = f'--ref-path={o.ref_path}' if o.ref_path else f'--ref-stats={o.ref_stats}'
-    distributed.from_rank0(check_reference, reference, detector, source.shape, where, o.metrics)
-    settings = Settings(o.kid_subsets, o.kid_subset_size, splits=o.splits, seed=o.metric_seed)
-    values = []
-    for batches in source.repeats():
-        values.append(evaluate_batches(batches, detector, reference, o.metrics, settings, source.count))
-        source.check_unchanged()
+    reference, detector, digest = open_comparison(o, source.shape)
+    reference = make_ready(o, reference, detector, source.shape)
+    values = measure(o, source, reference, detector)
     if distributed.rank() == 0:
-        result = provenance(values, o, source, detector, reference, digest, settings)
+        result = provenance(values, o, source, detector, reference, digest)
         told = write_json(out_path, result, null=True) if o.out_path else results.write_beside(out_path, result)
         report.print_table(values, result)
         print(f'written to {out_path}{"".join(f"; {line}" for line in told or ())}')
+
+
+def open_comparison(o, shape):
+    """(reference ImageFiles or Statistics, detector, SHA-256 of the reference), for images [C,H,W]."""
+    reference, digest = open_reference(o)
+    detector = make_detector(o)
+    detector.dim(shape)
+    return reference, detector, digest
+
+
+def make_ready(o, reference, detector, shape):
+    """The Statistics that images [C,H,W] are compared with."""
+    if isinstance(reference, ImageFiles):
+        reference = dataclasses.replace(statistics_of(reference, detector, o, needs_features(o.metrics)), split=o.split)
+    where = f'--ref-path={o.ref_path}' if o.ref_path else f'--ref-stats={o.ref_stats}'
+    distributed.from_rank0(check_reference, reference, detector, shape, where, o.metrics)
+    return reference
+
+
+def settings_of(o):
+    """The Settings that the options ask for."""
+    return Settings(o.kid_subsets, o.kid_subset_size, splits=o.splits, seed=o.metric_seed)
+
+
+def measure(o, source, reference, detector):
+    """[{name: value} of each repeat]."""
+    values = []
+    for batches in source.repeats():
+        values.append(evaluate_batches(batches, detector, reference, o.metrics, settings_of(o), source.count))
+        source.check_unchanged()
+    return values
+
+
+def run_sweep(o):
+    """The `sweep` command: whatever is refused is refused before the first cell; images of a reference are looked at for cells alone."""
+    cells = Sweep(o)
+    reference, detector, digest = open_comparison(o, cells.shape)
+    facts = {'metrics': metrics_facts(o), **common_facts(o, detector), 'reference': {
+        'path': o.ref_path or o.ref_stats, 'sha256': digest, 'split': o.split if o.ref_path else reference.split,
+        'num_images': len(reference) if o.ref_path else reference.num_images}}
+    todo = cells.unfinished(facts)
+    if todo:
+        reference = make_ready(o, reference, detector, cells.shape)
+    cells.run(todo, lambda o, source: provenance(measure(o, source, reference, detector), o, source, detector, reference, digest))
+    cells.write()
 
 
 def open_reference(o):
@@ -276,7 +345,12 @@ def make_detector(o):
     return distributed.first_on_node(made, device=distributed.pick_device(o.device))
 
 
-def provenance(values, o, source, detector, reference, digest, settings):
+def metrics_facts(o):
+    """What was computed, and with what settings."""
+    return {'names': list(o.metrics), **dataclasses.asdict(settings_of(o))}
+
+
+def provenance(values, o, source, detector, reference, digest):
     """What stands in the JSON: the numbers under their published names (means over repeats), then everything that decides them."""
     means = report.summary(values)
     repeats = {'repeats': [{**label, **found} for label, found in zip(source.labels, values)]} if o.network else {}
@@ -284,7 +358,7 @@ def provenance(values, o, source, detector, reference, digest, settings):
         **{name: found['mean'] for name, found in means.items()},
         **({'summary': means} if len(values) > 1 else {}),
         **repeats,
-        'metrics': {'names': list(o.metrics), **dataclasses.asdict(settings)},
+        'metrics': metrics_facts(o),
         'num_images': source.count,
         'found_images': source.found,
         'image_shape': list(source.shape),
@@ -300,7 +374,8 @@ def provenance(values, o, source, detector, reference, digest, settings):
 def common_facts(o, detector):
     """What every result is quoted with; of the options those that were given."""
     context = click.get_current_context()
-    told = {key: value for key, value in o.items() if context.get_parameter_source(key) is click.core.ParameterSource.COMMANDLINE}
+    told = {key: value for key, value in o.items() if value is not None
+            and context.get_parameter_source(key) is click.core.ParameterSource.COMMANDLINE}
     return {
         'detector': {'name': detector.name, 'weights': detector.weights, 'sha256': detector.sha256},
         **record.machine(detector.device),

@@ -132,6 +132,20 @@ class IntList(click.ParamType):
         return numbers
 
 
+class FloatList(click.ParamType):
+    """"1,1.5,2" -> [1.0, 1.5, 2.0], finite numbers."""
+
+    name = 'LIST'
+
+    def convert(self, value, param, ctx):
+        if isinstance(value, list):
+            return value
+        found = [registry.parse_number(item.strip()) for item in str(value).split(',')]
+        if any(isinstance(item, str) or not math.isfinite(item) for item in found):
+            self.fail(f'"{value}" is not a list of numbers such as 1,1.5,2', param, ctx)
+        return [float(item) for item in found]
+
+
 def ranges(numbers):
     """Whole numbers as IntList reads them: [0, 1, 2, 5] -> "0-2,5"."""
     numbers = sorted(set(numbers))

@@ -12,7 +12,7 @@ import click
 
 from dnnlib import UserError
 from torch_utils import distributed, misc, registry
-from torch_utils.command_line import Spec, options_of
+from torch_utils.command_line import FloatList, IntList, Spec, options_of
 from training.checkpoints.load import load_network, show_recipe
 from training.diffusion import schedules
 from training.sampling import guidance, labels, steppers
@@ -22,28 +22,42 @@ SAMPLER, STEPS = 'heun', 18  # where neither the user nor the network says other
 CONFIG = 'network configuration: sampling'  # the key of config.json, in errors
 POSITIVE, COUNT = click.FloatRange(min=0), click.IntRange(min=1)
 
-OPTIONS = options_of(
+CLASSES = options_of(
     click.option('--class', 'class_idx', metavar='INT', type=click.IntRange(min=0), help='Class of all images'),
     click.option('--labels', metavar='SOURCE',
                  help='uniform: a class drawn for each seed; dataset:PATH: drawn as often as in a data set; FILE: .npy, .json or .txt, '
                  'whose row s (a class, or a vector) is for seed s  [default: uniform]'),
-    click.option('--guidance', metavar='FLOAT', type=float, default=1, show_default=True,
-                 help='Weight w of D_0 + w (D_1 - D_0), where D_0 is told no label; 1 is off'),
-    click.option('--guidance-interval', metavar='LO,HI',
-                 help='Guide at LO < sigma <= HI only; or at t:LO,HI, indices 0 to 999 of the cosine schedule  [default: 0,inf]'),
+)
+GUIDANCE = 'Weight w of D_0 + w (D_1 - D_0), where D_0 is told no label; 1 is off'
+INTERVAL = 'Guide at LO < sigma <= HI only; or at t:LO,HI, indices 0 to 999 of the cosine schedule'
+WEIGHTS = 'Which weights of a training state: ema, raw or ema:LENGTH, such as ema:0.05'
+WALKS = f'What walks down the noise levels, with its keys  [default: "sampling" of the network\'s config.json, else {SAMPLER}]'
+EVALUATES = 'Sampling steps N; heun evaluates the network 2N - 1 times, the others N times'
+# What a sweep varies: with one value each, and with several.
+ONE = options_of(
+    click.option('--guidance', metavar='FLOAT', type=float, default=1, show_default=True, help=GUIDANCE),
+    click.option('--guidance-interval', metavar='LO,HI', help=f'{INTERVAL}  [default: 0,inf]'),
+    click.option('--weights', metavar='WHICH', default='ema', show_default=True, help=WEIGHTS),
+    click.option('--sampler', '--solver', metavar='|'.join(steppers.STEPPERS) + '[:k=v]', type=Spec(steppers.STEPPERS), help=WALKS),
+    click.option('--steps', metavar='INT', type=COUNT,
+                 help=f'{EVALUATES}  [default: those of config.json with its sampler, else {STEPS}]'),
+)
+SEVERAL = options_of(
+    click.option('--guidance', metavar='LIST', type=FloatList(), default='1', show_default=True, help=f'{GUIDANCE}; such as 1,1.5,2'),
+    click.option('--guidance-interval', metavar='LO,HI', multiple=True,
+                 help=f'{INTERVAL}; given more than once, each in turn. Cells of weight 1 have none  [default: 0,inf]'),
+    click.option('--weights', metavar='WHICH', default=['ema'], show_default=True, multiple=True, help=f'{WEIGHTS}; more than once: each'),
+    click.option('--sampler', '--solver', metavar='|'.join(steppers.STEPPERS) + '[:k=v]', type=Spec(steppers.STEPPERS), multiple=True,
+                 help=WALKS.replace('  [', '; more than once: each  [')),
+    click.option('--steps', metavar='LIST', type=IntList(),
+                 help=f'{EVALUATES}; such as 5,9,18  [default: those of config.json with its sampler, else {STEPS}]'),
+)
+REST = options_of(
     click.option('--gnet', metavar='REF', help='D_0 is this network, told the same labels (autoguidance)'),
-    click.option('--weights', metavar='WHICH', default='ema', show_default=True,
-                 help='Which weights of a training state: ema, raw or ema:LENGTH, such as ema:0.05'),
-    click.option('--gnet-weights', metavar='WHICH', default='ema', show_default=True, help='The same for --gnet'),
-    click.option('--sampler', '--solver', metavar='|'.join(steppers.STEPPERS) + '[:k=v]', type=Spec(steppers.STEPPERS),
-                 help=f'What walks down the noise levels, with its keys  [default: "sampling" of the network\'s '
-                 f'config.json, else {SAMPLER}]'),
+    click.option('--gnet-weights', metavar='WHICH', default='ema', show_default=True, help='The same as --weights for --gnet'),
     click.option('--levels', '--disc', metavar='|'.join(schedules.SCHEDULES) + '[:k=v]', type=Spec(schedules.SCHEDULES),
                  help='The noise levels, with their keys, such as explicit:sigmas=80|10|1  [default: those of config.json with its '
                  'sampler; else edm, or its own timesteps where a network of --objective is sampled by ancestral or ddim]'),
-    click.option('--steps', metavar='INT', type=COUNT,
-                 help=f'Sampling steps N; heun evaluates the network 2N - 1 times, the others N times  [default: those of config.json with '
-                 f'its sampler, else {STEPS}]'),
     click.option('--sigma-min', metavar='FLOAT', type=float, help='Key of --levels: the lowest  [default: its own, or the network\'s]'),
     click.option('--sigma-max', metavar='FLOAT', type=float, help='Key of --levels: the highest  [default: its own, or the network\'s]'),
     click.option('--rho', metavar='FLOAT', type=float, help='Key of --levels=edm: their exponent  [default: 7]'),
@@ -64,23 +78,63 @@ OPTIONS = options_of(
     click.option('--compile', metavar='[BOOL]', type=bool, is_flag=False, flag_value=True, default=False, show_default=True,
                  help='Compile the U-Net (torch.compile): a minute or so at the start, faster after; changes pixels a little'),
 )
+OPTIONS, SWEEP = options_of(CLASSES, ONE, REST), options_of(CLASSES, SEVERAL, REST)
 # Parameters of these options, and the keys of --levels and of --sampler among them.
 NAMES = ('class_idx', 'labels', 'guidance', 'guidance_interval', 'gnet', 'weights', 'gnet_weights', 'sampler', 'levels', 'steps',
          'stop_sigma', 'stop_variance', 'precision', 'compile')
 KEYS = ('sigma_min', 'sigma_max', 'rho', 'S_churn', 'S_min', 'S_max', 'S_noise', 'schedule', 'scaling')
 
 
-def prepare(o, seeds):
+class Networks:
+    """The network of --network and the one of --gnet, loaded once for all that is made with them, and anew where --weights change.
+
+    One set of weights is held at a time."""
+
+    def __init__(self):
+        self._held, self._guides, self._digests, self._labels, self._told = {}, {}, {}, None, set()
+
+    def open(self, o):
+        """(network, guiding network or None) on their device. Raises UserError."""
+        load = functools.partial(open_network, device=distributed.pick_device(o.device), precision=o.precision, compile=o.compile)
+        if o.weights not in self._held:
+            self._held.clear()  # before the next ones take their memory
+            self._digests = {key: value for key, value in self._digests.items() if key in self._guides}
+            self._held[o.weights] = load(o.network, weights=o.weights)
+        if o.gnet and o.gnet not in self._guides:
+            self._guides[o.gnet] = load(o.gnet, weights=o.gnet_weights)
+        return self._held[o.weights], self._guides[o.gnet] if o.gnet else None
+
+    def labels(self, net, seeds, o):
+        """The source of labels that the options name, and that all share."""
+        self._labels = self._labels or (pick_labels(net, seeds, o.labels, o.class_idx),)
+        return self._labels[0]
+
+    def digest(self, net):
+        """misc.state_digest of one of the networks that are held."""
+        key = next((ref for ref, guide in self._guides.items() if guide is net), None)
+        if key not in self._digests:
+            self._digests[key] = misc.state_digest(net)
+        return self._digests[key]
+
+    def warn(self, text):
+        """Prints a line, once."""
+        if text not in self._told:
+            self._told.add(text)
+            distributed.print0(f'Warning: {text}')
+
+
+def prepare(o, seeds, networks=None):
     """(network on its device, arguments for generate_images) from the options above, --network and --device; o: an EasyDict of them.
 
-    Raises UserError, in one line, for whatever they or the network refuse; nothing has been sampled then."""
-    load = functools.partial(open_network, device=distributed.pick_device(o.device), precision=o.precision, compile=o.compile)
-    net = load(o.network, weights=o.weights)
-    guidance = pick_guidance(net, load(o.gnet, weights=o.gnet_weights) if o.gnet else None, o.guidance, o.guidance_interval)
+    networks: Networks, where several such calls share them. Raises UserError, in one line, for whatever they or the network refuse;
+    nothing has been sampled then."""
+    networks = networks or Networks()
+    net, gnet = networks.open(o)
+    guidance = pick_guidance(net, gnet, o.guidance, o.guidance_interval, networks.warn)
     keys = {key: o[key] for key in KEYS}
     pieces = sampler_pieces(net, o.steps, o.sampler, o.levels, o.stop_sigma, o.stop_variance, **keys)
     o.sampler, o.levels, o.steps = choose(net, o.sampler, o.levels, o.steps, o.rho)  # so that a record of the options tells what was done
-    return net, {'labels': pick_labels(net, seeds, o.labels, o.class_idx), 'guidance': guidance, **pieces}
+    return net, {'labels': networks.labels(net, seeds, o), 'guidance': guidance, **pieces}
 
 
 def open_network(ref, weights, device, precision, compile):
@@ -95,8 +149,8 @@ def open_network(ref, weights, device, precision, compile):
     return net
 
 
-def pick_guidance(net, gnet, weight, interval):
-    """The Guidance that the options ask for; refuses options that would do nothing."""
+def pick_guidance(net, gnet, weight, interval, warn):
+    """The Guidance that the options ask for; refuses options that would do nothing. warn(text): tells of what means little."""
     if weight == 1 and (gnet is not None or interval):
         option = 'gnet' if gnet is not None else 'guidance-interval'
         raise UserError(f'--{option} does nothing without a --guidance other than 1; give --guidance=2, say')
@@ -110,8 +164,8 @@ def pick_guidance(net, gnet, weight, interval):
     except ValueError as err:
         raise UserError(f'--guidance={weight:g}: {err}') from None
     if weight != 1 and gnet is None and not net.config.get('label_dropout'):
-        distributed.print0('Warning: the network was trained without label dropout, so that what it makes of no label means little; '
-                          'train with --label-dropout, or give --gnet')
+        warn('the network was trained without label dropout, so that what it makes of no label means little; '
+             'train with --label-dropout, or give --gnet')
     return found
 
 
