@@ -4,6 +4,8 @@
 To the right is what has most values: steps, guidance weights, or lengths of averages. A curve is all results that are alike in everything
 else. Where there are several samplers, steps are told as network evaluations, in which they compare."""
 
+import math
+import textwrap
 from typing import NamedTuple
 
 from dnnlib import UserError
@@ -14,8 +16,8 @@ from metrics.table import COLUMNS, NONE, best, better, guidance_words, in_order,
 
 STEPS, EVALUATIONS, GUIDANCE, LENGTH = 'sampling steps', 'network evaluations per image', 'guidance weight', 'relative EMA length'
 SPARE = ('inception_score_mean',)  # the same as the whole, in splits
-FAR = 8  # a ratio of values from which on an axis is logarithmic
-PANEL = 4.8, 3.6  # inches
+FAR = {'x': 4, 'y': 8}  # the ratios of values from which on axes are logarithmic
+PANEL, LETTERS = (4.8, 3.6), 13  # inches; letters of the title in one of them
 MARKERS, DASHES = 'osD^vPX', ('-', '--', ':', '-.')
 
 
@@ -41,12 +43,13 @@ def draw(results, path, who):
     columns, table = min(len(names), 3), lay_out(placed)
     rows, marked = -(-len(names) // columns), best(*table)
     with figure(path, who, rows, columns, (PANEL[0] * columns, PANEL[1] * rows + 0.8 + 0.2 * len(curves) / columns)) as (made, axes):
-        made.suptitle(title(placed), fontsize=9)
+        made.suptitle(textwrap.fill(title(placed), int(PANEL[0] * columns * LETTERS)), fontsize=9)
         for axis in axes.flat[len(names):]:
             axis.remove()
         for axis, name in zip(axes.flat, names):
             draw_panel(axis, name, curves, across, marked.get(table[0].index(name)))
         found = {label: handle for axis in axes.flat[:len(names)] for handle, label in zip(*axis.get_legend_handles_labels())}
+        found |= {'best': found.pop('best')} if 'best' in found else {}  # at the end
         made.legend(found.values(), found, loc='outside lower center', ncols=2 * columns, fontsize=8, frameon=False)
 
 
@@ -119,6 +122,8 @@ def _labels(keys):
 def title(results):
     """What all results have in common, of what they are quoted with."""
     told = [quoted(result) for result in results]
+    for each, result in zip(told, results) if len({each['sampler'] for each in told}) > 1 else ():
+        each['sampler'] = str(origin(result).get('sampler'))  # without steps
     same = {column: told[0][column] for column in COLUMNS if len({each[column] for each in told}) == 1 and told[0][column] != NONE}
     words = {'evaluations': '{} evaluations', 'guidance': 'guidance {}', 'images': '{} images', 'reference': 'against {}'}
     return ', '.join(words.get(column, '{}').format(value) for column, value in same.items())
@@ -146,8 +151,8 @@ def draw_panel(axis, name, curves, across, mark):
     shown = [result for curve in curves for result in curve.results]
     scale(axis, 'x', [place(result, across) for result in shown], named=True)
     scale(axis, 'y', [value for result in shown if (value := values(result).get(name)) is not None])
-    if kinds:
-        axis.set_title(f'bars: {" and ".join(sorted(kinds))}', fontsize=8)
+    told = [f'best {number(mark)}' if mark is not None else '', f'bars: {" and ".join(sorted(kinds))}' if kinds else '']
+    axis.set_title('; '.join(filter(None, told)), fontsize=8)
     axis.set_xlabel(across)
     axis.set_ylabel(f'{name} ({"lower" if better(name) is min else "higher"} is better)')
     axis.grid(alpha=0.3)
@@ -166,23 +171,31 @@ def error_bar(result, name):
 
 
 def draw_mark(axis, name, curves, across, mark):
-    """A ring and the value at the best of all results."""
+    """A ring around the best of all results."""
     result = next(result for curve in curves for result in curve.results if values(result).get(name) == mark)
-    point = place(result, across), mark
-    axis.plot(*point, linestyle='', marker='o', markersize=11, markerfacecolor='none', markeredgecolor='crimson', label='best')
-    axis.annotate(number(mark), point, textcoords='offset points', xytext=(0, 9 if better(name) is min else -16), ha='center', fontsize=8,
-                  color='crimson')
+    axis.plot(place(result, across), mark, linestyle='', marker='o', markersize=11, markerfacecolor='none', markeredgecolor='crimson',
+              label='best')
 
 
 def scale(axes, which, found, named=False):
-    """Ticks in plain numbers, and a logarithmic axis "x" or "y" where positive values are far apart. named: each value has its tick."""
+    """Ticks in plain numbers, and a logarithmic axis "x" or "y" where positive values are far apart. named: ticks at the values."""
     from matplotlib import ticker
 
     axis, places = getattr(axes, f'{which}axis'), sorted(set(found))
-    if places[0] > 0 and places[-1] >= FAR * places[0]:
+    far = places[0] > 0 and places[-1] >= FAR[which] * places[0]
+    if far:
         getattr(axes, f'set_{which}scale')('log')
         axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
         axis.set_minor_locator(ticker.NullLocator())
-    if named and len(places) <= 12:
-        axis.set_major_locator(ticker.FixedLocator(places))
+    if named:
+        axis.set_major_locator(ticker.FixedLocator(apart(places, math.log if far else float)))
     axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f'{value:.6g}'))
+
+
+def apart(places, curve, least=0.06):
+    """Of rising values those whose places on the axis, curve(value), are a share of its length apart: their names do not overlap."""
+    length, kept = curve(places[-1]) - curve(places[0]), places[:1]
+    for value in places[1:]:
+        if curve(value) - curve(kept[-1]) >= least * length:
+            kept.append(value)
+    return kept

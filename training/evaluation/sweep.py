@@ -136,12 +136,11 @@ def check_folder(path, result, cells, facts):
     """Refuses a result that is of another network of this name, or whose figures do not compare with those of the cells."""
     differs = results.incomparable(result, {**facts, **cells[0].facts()})
     made = results.origin(result)
-    for cell in cells:
-        now = cell.source.facts()
-        if path != cell.path and made.get('network') == now['network'] and made.get('weights') == now['weights'] and (
-                made.get('sha256') != now['sha256']):
-            differs.append(f'of a network {now["network"]} that had other weights ({str(made.get("sha256"))[:8]}, now {now["sha256"][:8]})')
-            break
+    here = {} if path in [cell.path for cell in cells] else {  # check_cell() tells more of those
+        tuple(cell.source.facts()[key] for key in ('network', 'weights')): cell.source.facts()['sha256'] for cell in cells}
+    now = here.get((made.get('network'), made.get('weights')))
+    if now and made.get('sha256') != now:
+        differs.append(f'of a network {made["network"]} that had other weights ({str(made.get("sha256"))[:8]}, now {now[:8]})')
     if differs:
         raise UserError(f'{path}: {", ".join(differs)}; a sweep holds what compares: choose another --outdir, or move this away')
 
