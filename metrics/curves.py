@@ -32,9 +32,9 @@ class Curve(NamedTuple):
 
 def draw(results, path, who):
     """Writes the picture as a PNG. who: what draws it, in errors. Raises UserError where there is nothing to draw."""
-    placed = [result for result in in_order(results) if None not in map(origin(result).get, ('steps', 'guidance'))]
+    placed = [result for result in in_order(results) if all(map(_finite, map(origin(result).get, ('steps', 'guidance'))))]
     names = [name for name in dict.fromkeys(name for result in placed for name in values(result)) if better(name) and name not in SPARE
-             and any(values(result).get(name) is not None for result in placed)]
+             and any(_finite(values(result).get(name)) for result in placed)]
     if not names:
         raise UserError(f'{path}: nothing to draw: of {len(results)} results {len(placed)} tell the steps and guidance of their images, '
                         'and none of these has a number')
@@ -51,6 +51,10 @@ def draw(results, path, who):
         found = {label: handle for axis in axes.flat[:len(names)] for handle, label in zip(*axis.get_legend_handles_labels())}
         found |= {'best': found.pop('best')} if 'best' in found else {}  # at the end
         made.legend(found.values(), found, loc='outside lower center', ncols=2 * columns, fontsize=8, frameon=False)
+
+
+def _finite(value):
+    return value is not None and math.isfinite(value)
 
 
 def choose_axis(results):
@@ -99,12 +103,11 @@ def _parts(result, across):
     """What makes up a curve, in words, that of the axis left out: guidance, steps, sampler, weights, network, all else."""
     made = origin(result)
     guidance = guidance_words(made, short(made.get('gnet') or ''))
-    if across == GUIDANCE:
-        guidance = guidance.partition(' ')[2] or 'at all levels'
+    guidance = f'guided {guidance.partition(" ")[2] or "at all levels"}' if across == GUIDANCE else f'guidance {guidance}'
     labels = made.get('labels')
     labels = {key: value for key, value in labels.items() if key != 'path'} if isinstance(labels, dict) else None
     digest = '' if across == LENGTH else str(made.get('sha256'))[:8]
-    return (f'guidance {guidance}', '' if across in (STEPS, EVALUATIONS) else f'{made["steps"]} steps', str(made.get('sampler')),
+    return (guidance, '' if across in (STEPS, EVALUATIONS) else f'{made["steps"]} steps', str(made.get('sampler')),
             '' if across == LENGTH else str(made.get('weights')), short(made.get('network') or ''), f'{result["num_images"]} images',
             f'labels {labels}', *(f'{key} {made.get(key)}' for key in ('levels', 'stop_sigma', 'precision', 'compile')), digest)
 
@@ -136,7 +139,7 @@ def draw_panel(axis, name, curves, across, mark):
     shades = max(curve.shade for curve in curves) + 1
     kinds = set()
     for curve in curves:
-        known = [result for result in curve.results if values(result).get(name) is not None]
+        known = [result for result in curve.results if _finite(values(result).get(name))]
         if not known:
             continue
         bars = [error_bar(result, name) for result in known]
@@ -150,7 +153,7 @@ def draw_panel(axis, name, curves, across, mark):
         draw_mark(axis, name, curves, across, mark)
     shown = [result for curve in curves for result in curve.results]
     scale(axis, 'x', [place(result, across) for result in shown], named=True)
-    scale(axis, 'y', [value for result in shown if (value := values(result).get(name)) is not None])
+    scale(axis, 'y', [value for result in shown if _finite(value := values(result).get(name))])
     told = [f'best {number(mark)}' if mark is not None else '', f'bars: {" and ".join(sorted(kinds))}' if kinds else '']
     axis.set_title('; '.join(filter(None, told)), fontsize=8)
     axis.set_xlabel(across)

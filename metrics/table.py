@@ -4,6 +4,7 @@
 import csv
 import io
 import json
+import math
 import os
 import re
 
@@ -85,7 +86,7 @@ def best(columns, rows):
     same = {(str(each['images']).split()[-1], each['detector'], each['reference']) for each in told}
     found = {}
     for place, name in enumerate(columns[len(COLUMNS):], len(COLUMNS)):
-        known = [row[place] for row in rows if row[place] is not None]
+        known = [row[place] for row in rows if row[place] is not None and math.isfinite(row[place])]
         if len(same) == 1 and len(known) > 1 and better(name):
             found[place] = better(name)(known)
     return found

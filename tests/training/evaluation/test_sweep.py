@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""eval_fid.py sweep: cells equal plain calls, what is done is not done again, what does not compare is refused, tables from the files alone."""
+"""eval_fid.py sweep: cells equal plain calls, what is done is not done again, what does not compare is refused, tables of files alone."""
 
 import importlib.util
 import json
