@@ -308,9 +308,10 @@ def _inception_scores(task):
 
 @dataclasses.dataclass(frozen=True)
 class Metric:
-    """compute: Task -> {published name: value}, once for all metrics that share it. features: of whose images it needs them ('ours' or
-    'both'). logits, spatial: what else of ours. interval: whether it has one. detector: the only one it is defined for."""
+    """what: for people. compute: Task -> {published name: value}, once for all metrics that share it. features: of whose images it needs
+    them ('ours' or 'both'). logits, spatial: what else of ours. interval: whether it has one. detector: the only one it is defined for."""
 
+    what: str
     compute: Callable
     features: str | None = None
     logits: bool = False
@@ -319,13 +320,19 @@ class Metric:
     detector: str | None = None
 
 
+REFERENCE_TOO = '; needs the features of the reference'
 METRICS = {
-    'fid': Metric(_distance, interval=True),
-    'fid_inf': Metric(_distance_at_infinity, features='ours', interval=True),
-    'sfid': Metric(_spatial_distance, spatial=True, detector='inception'),
-    'kid': Metric(_kernel_distance, features='both', interval=True),
-    'cmmd': Metric(_gaussian_kernel_distance, features='both', detector='clip'),
-    'is': Metric(_inception_scores, logits=True),
-    'pr': Metric(_manifold, features='both'),
-    'dc': Metric(_manifold, features='both'),
+    'fid': Metric('Fréchet distance of features to the reference (Heusel et al. 2017): FID by inception, FD-DINOv2 by dinov2',
+                  _distance, interval=True),
+    'fid_inf': Metric('the same, extrapolated to infinitely many generated images (Chong & Forsyth 2020)',
+                      _distance_at_infinity, features='ours', interval=True),
+    'sfid': Metric('Fréchet distance of spatial features, --detector=inception only (Nash et al. 2021)', _spatial_distance,
+                   spatial=True, detector='inception'),
+    'kid': Metric(f'kernel distance, unbiased (Bińkowski et al. 2018){REFERENCE_TOO}', _kernel_distance, features='both', interval=True),
+    'cmmd': Metric(f'maximum mean discrepancy of CLIP embeddings, --detector=clip only (Jayasumana et al. 2024){REFERENCE_TOO}',
+                   _gaussian_kernel_distance, features='both', detector='clip'),
+    'is': Metric('Inception score of the generated images, for detectors with logits (Salimans et al. 2016)', _inception_scores,
+                 logits=True),
+    'pr': Metric(f'precision and recall (Kynkäänniemi et al. 2019){REFERENCE_TOO}', _manifold, features='both'),
+    'dc': Metric(f'density and coverage (Naeem et al. 2020){REFERENCE_TOO}', _manifold, features='both'),
 }

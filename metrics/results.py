@@ -12,16 +12,17 @@ from dnnlib.files import finite, read_json, write_json
 
 SUFFIX = '.fid.json'
 PROTOCOL_NUM = 50000  # the count of generated images behind published distances, which fall as it grows
-FACTS = ('summary', 'repeats', 'intervals', 'metrics', 'num_images', 'found_images', 'image_shape', 'generated', 'reference', 'detector',
+FACTS = ('summary', 'intervals', 'repeats', 'metrics', 'num_images', 'found_images', 'image_shape', 'generated', 'reference', 'detector',
          'device', 'gpu', 'tf32', 'threads', 'ranks', 'versions', 'options')
 OTHERS = {'closest_pairs': 'eval_fid.py nearest', 'bits_per_dim': 'eval_nll.py', 'differential_bits_per_dim': 'eval_nll.py'}
-KINDS = {'': {'num_images': int, 'generated': dict, 'reference': dict, 'detector': dict, 'summary': dict, 'repeats': list,
-              'metrics': dict},
+KINDS = {'': {'num_images': int, 'generated': dict, 'reference': dict, 'detector': dict, 'summary': dict, 'intervals': dict,
+              'repeats': list, 'metrics': dict},
          'generated': {'sha256': str, 'path': str, 'record': dict},
          'reference': {'num_images': int, 'split': str, 'sha256': str, 'path': str},
          'detector': {'name': str}}
 ORIGIN = {'network': str, 'sha256': str, 'weights': str, 'sampler': str, 'steps': int, 'evaluations': int, 'guidance': (int, float),
           'guidance_interval': (list, str), 'gnet': str, 'gnet_sha256': str}
+WORDS = {'images': 'of other images', 'reference': 'against another reference', 'detector': 'with another detector'}
 MOST = 2 ** 63  # whole numbers beyond are of nothing that is counted
 
 
@@ -132,6 +133,32 @@ def _identity(result):
             'detector': [result['detector'].get('name'), result['detector'].get('sha256')]}
 
 
+def incomparable(old, new):
+    """Why the figures of two results must not stand in one table or picture: ["against another reference", ...]; [] where they may."""
+    before, now = _identity(old), _identity(new)
+    found = [words for key, words in WORDS.items() if key != 'images' and before[key] != now[key]]
+    if old.get('num_images') != new.get('num_images'):
+        found.append(f'of {old.get("num_images")} images, now {new.get("num_images")}')
+    before, now = _settings(old), _settings(new)
+    return found + [f'with {key} {before.get(key)}, now {now.get(key)}' for key in {**before, **now} if before.get(key) != now.get(key)]
+
+
+def joinable(old, new):
+    """Whether write_beside() would put the new result in the place of the old one, with all values of both, and move nothing aside."""
+    return _identity(old) == _identity(new) and (_joinable(old, new) or not {*measured(old)} - {*measured(new)})
+
+
+def measured(result):
+    """The names of the metrics that were computed, as --metrics takes them."""
+    names = (result.get('metrics') or {}).get('names')
+    return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
+
+
+def _settings(result):
+    """What metrics were computed with; switches that are off are as good as unknown, which they are in earlier results."""
+    return {key: value for key, value in (result.get('metrics') or {}).items() if key != 'names' and value is not False}
+
+
 def _seeds(repeat):
     return repeat.get('seeds') if isinstance(repeat, dict) else None
 
@@ -141,14 +168,12 @@ def _difference(old, new):
     if old is None:
         return 'which is none of eval_fid.py'
     before, now = _identity(old), _identity(new)
-    words = {'images': 'of other images', 'reference': 'against another reference', 'detector': 'with another detector'}
-    return ' and '.join(words[key] for key in words if before[key] != now[key]) or 'of other metrics with other settings or versions'
+    return ' and '.join(WORDS[key] for key in WORDS if before[key] != now[key]) or 'of other metrics with other settings or versions'
 
 
 def _joinable(old, new):
     same = lambda key: old.get(key) == new.get(key)
-    settings = [{key: value for key, value in (each.get('metrics') or {}).items() if key != 'names'} for each in (old, new)]
-    return same('versions') and same('device') and settings[0] == settings[1] and isinstance(old['metrics'].get('names'), list)
+    return same('versions') and same('device') and _settings(old) == _settings(new) and isinstance(old['metrics'].get('names'), list)
 
 
 def _joined(old, new, extra):
@@ -158,6 +183,8 @@ def _joined(old, new, extra):
     parts = {'metrics': {**new['metrics'], 'names': names}}
     if new.get('summary') and old.get('summary'):
         parts['summary'] = {**old['summary'], **new['summary']}
+    if old.get('intervals') or new.get('intervals'):
+        parts['intervals'] = {**(old.get('intervals') or {}), **(new.get('intervals') or {})}
     if new.get('repeats') and old.get('repeats'):
         parts['repeats'] = [{**before, **now} for before, now in zip(old['repeats'], new['repeats'])]
     return {**numbers, **extra, **new, **parts}

@@ -3,7 +3,10 @@
 
 import csv
 import io
+import json
+import math
 import os
+import re
 
 from dnnlib import UserError
 from metrics.report import number
@@ -11,6 +14,8 @@ from metrics.results import origin, values
 
 COLUMNS = ('network', 'weights', 'sampler', 'evaluations', 'guidance', 'images', 'detector', 'reference')
 NONE = '-'
+SETTINGS, GIVEN = 'settings', 'given'  # orders that are no metric's
+HIGHER = ('inception_score', 'inception_score_mean', 'precision', 'recall', 'density', 'coverage')
 
 
 def quoted(result):
@@ -21,13 +26,13 @@ def quoted(result):
     sampler, _, keys = str(made.get('sampler') or '').partition(':')
     split, sha256 = reference.get('split'), reference.get('sha256')
     found = {
-        'network': _short(made['network']) if made.get('network') else f'{_short(path)} (images)' if path else None,
+        'network': short(made['network']) if made.get('network') else f'{short(path)} (images)' if path else None,
         'weights': made.get('weights'),
         'sampler': sampler and f'{sampler}{made.get("steps") or ""}{keys and f":{keys}"}',
-        'evaluations': made.get('evaluations'), 'guidance': guidance_words(made, _short(made.get('gnet') or '')),
+        'evaluations': made.get('evaluations'), 'guidance': guidance_words(made, short(made.get('gnet') or '')),
         'images': f'{repeats} x {result["num_images"]}' if repeats > 1 else result.get('num_images'),
         'detector': (result.get('detector') or {}).get('name'),
-        'reference': ', '.join(filter(None, [split, sha256 and sha256[:8] or _short(reference.get('path') or '')]))}
+        'reference': ', '.join(filter(None, [split, sha256 and sha256[:8] or short(reference.get('path') or '')]))}
     return {column: NONE if value is None or value == '' else str(value) for column, value in found.items()}
 
 
@@ -41,25 +46,57 @@ def guidance_words(made, gnet):
     return ' '.join(filter(None, [f'{weight:g}', interval and f'at {interval}', gnet and f'from {gnet}']))
 
 
-def _short(path):
+def short(path):
+    """The last part of a path or name."""
     return os.path.basename(str(path).rstrip('/')) or str(path)
 
 
-def lay_out(results, sort=None):
+def in_order(results):
+    """Results by network, weights, sampler, guidance and steps: in one order, whatever that in which they are given."""
+    def key(result):
+        made = origin(result)
+        text = '\0'.join(str(made.get(name) or '') for name in ('network', 'weights', 'sampler', 'gnet', 'guidance_interval'))
+        names = [(int(part), '') if part.isdigit() else (-1, part) for part in re.split(r'(\d+)', text) if part]
+        return not made, names, made.get('guidance') or 0, made.get('steps') or 0, json.dumps(result, sort_keys=True)
+    return sorted(results, key=key)
+
+
+def better(name):
+    """min or max, whichever value of a metric is the best; None for deviations."""
+    return None if name.endswith('_std') else max if name in HIGHER else min
+
+
+def lay_out(results, sort=SETTINGS):
     """(names of the columns, [[cell of a column, ...]]): texts, and numbers or None under the metrics that any result has.
 
-    sort: the metric in whose order the rows stand, those without it last; by default they stand as given. Raises UserError."""
+    sort: "settings" as in_order() has them, "given", or the metric in whose order the rows stand, those without it last. UserError."""
+    if sort != GIVEN:
+        results = in_order(results)
     names = [*dict.fromkeys(name for result in results for name in values(result))]
-    if sort is not None and sort not in names:
-        raise UserError(f'--sort={sort}: none of the results has it; choose from {", ".join(names)}')
-    if sort:
+    if sort not in (SETTINGS, GIVEN, *names):
+        raise UserError(f'--sort={sort}: none of the results has it; choose from {", ".join([*names, SETTINGS, GIVEN])}')
+    if sort in names:
         results = sorted(results, key=lambda result: (values(result).get(sort) is None, values(result).get(sort) or 0.0))
     return [*COLUMNS, *names], [[*quoted(result).values(), *(values(result).get(name) for name in names)] for result in results]
 
 
+def best(columns, rows):
+    """{column of a metric: its best value} of rows that may be compared: of as many images, one detector and one reference."""
+    told = [dict(zip(columns, row)) for row in rows]
+    same = {(str(each['images']).split()[-1], each['detector'], each['reference']) for each in told}
+    found = {}
+    for place, name in enumerate(columns[len(COLUMNS):], len(COLUMNS)):
+        known = [row[place] for row in rows if row[place] is not None and math.isfinite(row[place])]
+        if len(same) == 1 and len(known) > 1 and better(name):
+            found[place] = better(name)(known)
+    return found
+
+
 def markdown(columns, rows):
-    """A table of Markdown; numbers as on the console."""
-    shown = [[number(cell) if not isinstance(cell, str) else escaped(cell) for cell in row] for row in rows]
+    """A table of Markdown; numbers as on the console, the best of each metric in bold where rows may be compared."""
+    marked = best(columns, rows)
+    shown = [[escaped(cell) if isinstance(cell, str) else f'**{number(cell)}**' if cell is not None and cell == marked.get(place)
+              else number(cell) for place, cell in enumerate(row)] for row in rows]
     lines = [map(escaped, columns), ['---'] * len(COLUMNS) + ['---:'] * (len(columns) - len(COLUMNS)), *shown]
     return ''.join(f'| {" | ".join(line)} |\n' for line in lines)
 

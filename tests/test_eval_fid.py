@@ -18,10 +18,12 @@ import eval_fid
 import generate
 from dnnlib import EasyDict, UserError
 from dnnlib.files import file_digest
-from metrics import report
-from metrics.detectors import Detector
+from metrics import report, results, table
+from metrics.detectors import DETECTORS, Detector
+from metrics.evaluate import Settings
 from metrics.frechet import frechet_distance
 from metrics.generated import choose_count
+from metrics.image_files import ImageFiles
 from metrics.kernel import kernel_distance
 from metrics.manifold import density_coverage, precision_recall
 from metrics.statistics import load_statistics
@@ -65,7 +67,7 @@ def inception(monkeypatch):
     def net(images):
         images = images.double().flatten(2)
         return torch.cat([images.mean(2), images.amax(2)], dim=1)
-    monkeypatch.setitem(eval_fid.DETECTORS, 'inception', lambda device: Detector('inception', net, device))
+    monkeypatch.setitem(DETECTORS, 'inception', lambda device: Detector('inception', net, device))
 
 
 @pytest.fixture
@@ -345,8 +347,8 @@ def test_a_folder_that_changes_is_refused(folders, monkeypatch):
     def slowly(self, *args):
         yield from batches(self, *args)
         PIL.Image.new('RGB', (4, 2)).save('gen/999999.png')
-    batches = eval_fid.ImageFiles.batches
-    monkeypatch.setattr(eval_fid.ImageFiles, 'batches', slowly)
+    batches = ImageFiles.batches
+    monkeypatch.setattr(ImageFiles, 'batches', slowly)
     line = refused('--gen_path=gen', '--ref_path=ref', '--num=12', PIXELS)
     assert '--gen-path=gen: changed while it was read' in line and '999999.png' in line
     assert not Path('gen.fid.json').exists()
@@ -465,3 +467,12 @@ def test_help_and_version():
     assert '--gen-path' in run('--help') and 'ref' in run('--help')
     assert '--dest' in run('ref', '--help')
     assert 'commit' in run('--version')
+
+
+def test_defaults_of_the_options_are_those_of_the_program():
+    """They are written down twice, so that --help need not import what knows them."""
+    default = {param.name: param.default for param in eval_fid.main.params}
+    plain = Settings()
+    assert (default['kid_subsets'], default['kid_subset_size'], default['splits'], default['metric_seed']) == (
+        plain.kid_subsets, plain.kid_subset_size, plain.splits, plain.seed)
+    assert (results.PROTOCOL_NUM, tuple(table.FORMATS), table.SETTINGS) == (eval_fid.PROTOCOL_NUM, eval_fid.FORMATS, eval_fid.SETTINGS)

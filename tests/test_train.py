@@ -35,7 +35,7 @@ from training.run.config import from_json, to_json
 from training.run.configure import configure
 from training.run.stopping import STOPPED
 
-SCRIPTS = ['train', 'generate', 'eval_fid', 'eval_nll', 'dataset_tool', 'examples.demo']
+SCRIPTS = ['train', 'generate', 'eval_fid', 'eval_nll', 'dataset_tool', 'checkpoint_tool', 'plot_run', 'examples.demo']
 NET = ['--cbase=8', '--cres=1,2', '--blocks=1', '--attn=4', '--batch=16', '--samples=0']
 CPU_ONLY = pytest.mark.skipif(torch.cuda.is_available(), reason='is refused without a GPU only')
 
@@ -429,13 +429,15 @@ def test_help_of_a_slot(option):
             assert f'{key}={value}' in ' '.join(result.output.split()), (name, key)
 
 
-@pytest.mark.parametrize('args', [['--help'], ['--version'], ['--preset=help'], ['--nonsense']])
-def test_answers_without_torch(args):
-    """Which takes seconds to import."""
-    code = ('import sys, train\ntry: train.main(sys.argv[1:])\nexcept SystemExit: pass\n'
+@pytest.mark.parametrize('command', [['train', '--preset=help'], *([script, flag] for script in SCRIPTS if '.' not in script
+                                                                   for flag in ('--help', '--version', '--nonsense'))], ids=' '.join)
+def test_answers_without_torch(command):
+    """Which takes seconds to import; and each help is short."""
+    code = ('import importlib, sys\ntry: importlib.import_module(sys.argv[1]).main(sys.argv[2:])\nexcept SystemExit: pass\n'
             'assert not {"torch", "numpy"} & sys.modules.keys(), "imported"')
-    done = subprocess.run([sys.executable, '-c', code, *args], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, '-c', code, *command], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert done.stdout.count('\n') < 100
 
 
 def test_words_of_the_options_are_those_of_the_program():

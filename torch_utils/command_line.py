@@ -32,6 +32,11 @@ def ranks():
     return distributed
 
 
+def alone():
+    """Whether this process is one of one: nothing has begun that other ranks take part in."""
+    return not LAUNCHED & os.environ.keys() and 'torch_utils.distributed' not in sys.modules
+
+
 class Command(click.Command):
     """A click command in which --batch_size is --batch-size, an error is one line, once for all ranks, and the ranks part at the end.
 
@@ -52,22 +57,25 @@ class Command(click.Command):
         except click.exceptions.Exit:
             raise
         except (Exception, KeyboardInterrupt) as err:  # but not SystemExit, with which a rank ends of its own will
-            ranks().fail(f'{type(err).__name__} {err}')
+            if not alone():
+                ranks().fail(f'{type(err).__name__} {err}')
             raise
         finally:
-            ranks().shutdown()
+            if not alone():
+                ranks().shutdown()
 
     def main(self, *args, **kwargs):
         try:
             return super().main(*args, **kwargs)
         except SystemExit as end:
-            if 'torch_utils.distributed' in sys.modules:  # otherwise there are no other ranks to part from
+            if not alone():
                 ranks().end(end.code if isinstance(end.code, int) else 1)
             raise
         except Exception:
-            if ranks().has_failed():
-                traceback.print_exc()
-            ranks().end(1)
+            if not alone():
+                if ranks().has_failed():
+                    traceback.print_exc()
+                ranks().end(1)
             raise
 
     def make_context(self, info_name, args, parent=None, **extra):
@@ -165,8 +173,8 @@ def rank0_first():
     try:
         yield
     except click.ClickException as err:
-        if not LAUNCHED & os.environ.keys() and 'torch_utils.distributed' not in sys.modules:
-            raise  # one process: nobody else to tell
+        if alone():
+            raise
         ranks().fail(err.format_message())
         if not ranks().rank():
             raise
@@ -234,6 +242,20 @@ class IntList(click.ParamType):
                 self.fail(f'the range "{item.strip()}" in "{value}" runs backwards; write {last}-{first}', param, ctx)
             numbers.extend(range(first, last + 1))
         return numbers
+
+
+class FloatList(click.ParamType):
+    """"1,1.5,2" -> [1.0, 1.5, 2.0], finite numbers."""
+
+    name = 'LIST'
+
+    def convert(self, value, param, ctx):
+        if isinstance(value, list):
+            return value
+        found = [registry.parse_number(item.strip()) for item in str(value).split(',')]
+        if any(isinstance(item, str) or not math.isfinite(item) for item in found):
+            self.fail(f'"{value}" is not a list of numbers such as 1,1.5,2', param, ctx)
+        return [float(item) for item in found]
 
 
 def ranges(numbers):

@@ -107,10 +107,11 @@ def find(path):
 
 
 def listing(registry):
-    """[(name, what it is, {key: default as text})] of a registry, for people; what it is: the first sentence of its docstring."""
+    """[(name, what it is, {key: default as text})] of a registry, for people; what it is: its attribute `what`, or
+    the first paragraph of its docstring."""
     found = []
     for name, piece in registry.items():
-        text = inspect.getdoc(getattr(piece, 'network', piece)) or ''
+        text = getattr(piece, 'what', None) or inspect.getdoc(getattr(piece, 'network', piece)) or ''
         keys = {key: str(_shown(value)) for key, value in parameters(piece).items()} if callable(piece) else {}
         found.append((name, ' '.join(text.split('\n\n')[0].split()), keys))
     return found

@@ -46,13 +46,13 @@ def test_all_else_stands_in_six_digits():
     assert moved[0] == moved[1]
 
 
-def test_a_table_in_the_order_given_or_of_a_metric(tmp_path):
+def test_a_table_in_the_order_given_of_settings_or_of_a_metric(tmp_path):
     a = write(tmp_path / 'a.json', generated={'path': 'out', 'sha256': '34' * 32, 'record': {**FACTS, 'sampler': 'heun:S_churn=5'}})
     b = write(tmp_path / 'b.json', generated={**FACTS, 'steps': 6, 'evaluations': 22, 'guidance': 1.5, 'guidance_interval': [0.5, None]},
               fid_score=1.5, kid=0.00123, num_images=2000, repeats=[{'seeds': '0-1999'}, {'seeds': '2000-3999'}])
     c = write(tmp_path / 'c.json', generated={'path': 'pictures|x', 'sha256': None}, fid_score=3.0,
               reference={'path': '/data/ref.npz', 'sha256': None})
-    assert table(a, b, c) == (
+    assert table(a, b, c, '--sort=given') == (
         '| network | weights | sampler | evaluations | guidance | images | detector | reference | fid_score | inception_score | kid |\n'
         '| --- | --- | --- | --- | --- | --- | --- | --- | ---: | ---: | ---: |\n'
         '| network-snapshot-200000 | ema | heun18:S_churn=5 | 35 | 1 | 50000 | inception | train, 12121212 | 2.1250 | - | - |\n'
@@ -63,6 +63,9 @@ def test_a_table_in_the_order_given_or_of_a_metric(tmp_path):
     assert output == f'3 results in {tmp_path / "new" / "table.csv"}\n'
     rows = list(csv.DictReader((tmp_path / 'new' / 'table.csv').open()))
     assert [row['fid_score'] for row in rows] == ['1.5', '2.125', '3.0'] and [row['kid'] for row in rows] == ['0.00123', '', '']
+    rows = table(a, b, c, '--sort=given').splitlines()
+    for given in ((a, b, c), (c, a, b), (b, c, a)):
+        assert table(*given).splitlines() == [*rows[:2], rows[3], rows[2], rows[4]]
     assert [line.split(' | ')[0] for line in table(a, b, c, '--sort=kid').splitlines()[2:]] == [
         '| network-snapshot-200000', '| network-snapshot-200000', '| pictures\\|x (images)']
 

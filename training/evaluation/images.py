@@ -25,21 +25,23 @@ def uint8_batches(net, seeds, batch, who, **pieces):
 
 
 class NetworkImages:
-    """--network: images made in memory, and rounded to 8 bits as their PNGs would be; each repeat takes the seeds that follow."""
+    """--network: images made in memory, and rounded to 8 bits as their PNGs would be; each repeat takes the seeds that follow.
 
-    def __init__(self, o):
-        self._o = o
+    networks: Networks, where several such sources share them; the network is loaded anew where another's weights took its place."""
+
+    def __init__(self, o, networks=None):
+        self._o, self._networks = o, networks or sampling.Networks()
         self.found = len(set(o.seeds))
         self.count = choose_count(o, self.found, f'--seeds={ranges(o.seeds)}: names {self.found} images')
         span = max(o.seeds) - min(o.seeds) + 1
         seeds = list(dict.fromkeys(o.seeds))[:self.count]
         self._seeds = [[seed + i * span for seed in seeds] for i in range(o.repeats)]
-        self._net, self._pieces = sampling.prepare(o, [seed for part in self._seeds for seed in part])
-        if not is_picture(self._net.img_channels, self._net.units):
+        net, self._pieces = sampling.prepare(o, [seed for part in self._seeds for seed in part], self._networks)
+        if not is_picture(net.img_channels, net.units):
             raise UserError(f'--network={o.network}: makes no 8-bit grey or RGB images, which detectors compare')
-        self.shape = self._net.img_channels, *resolution(self._net)
+        self.shape = net.img_channels, *resolution(net)
         self.labels = [{'seeds': ranges(seeds)} for seeds in self._seeds]
-        self._facts = distributed.from_rank0(record.describe, o, self._net, self._pieces)
+        self._facts = distributed.from_rank0(record.describe, o, net, self._pieces, self._networks.digest)
 
     def facts(self):
         """The same in the same form as the record of a folder of such images."""
@@ -52,9 +54,12 @@ class NetworkImages:
         return beside(o.network, f'.{tag}{suffix}')
 
     def repeats(self):
-        """Yields the batches of each repeat."""
+        """Yields the batches of each repeat. Raises UserError where the network is no longer what it was."""
+        net, _ = self._networks.open(self._o)
+        if distributed.from_rank0(self._networks.digest, net) != self._facts['sha256']:
+            raise UserError(f'--network={self._o.network}: has other weights than when this began; start again')
         for seeds in self._seeds:
-            yield uint8_batches(self._net, seeds, self._o.batch_size, f'--network={self._o.network}', **self._pieces)
+            yield uint8_batches(net, seeds, self._o.batch_size, f'--network={self._o.network}', **self._pieces)
 
     def check_unchanged(self):
         """A network in memory stays as it is."""

@@ -3,7 +3,7 @@
 
 import click
 
-from torch_utils.command_line import Spec, group
+from torch_utils.command_line import FloatList, IntList, Spec, group
 
 SAMPLER, STEPS = 'heun', 18  # where neither the user nor the network says otherwise
 POSITIVE, COUNT = click.FloatRange(min=0), click.IntRange(min=1)
@@ -17,29 +17,46 @@ def _word(name, choices, text):
     return click.option(name, type=click.Choice(choices), metavar='|'.join(choices), help=text)
 
 
+# What `eval_fid.py sweep` takes several values of.
+GUIDANCE = 'Weight w of D_0 + w (D_1 - D_0), D_0 being the unconditional prediction; 1 is off'
+INTERVAL = 'Guide at LO < sigma <= HI only; or at t:LO,HI, indices 0 to 999 of the cosine schedule'
+WEIGHTS = 'Which weights of a training state: ema, raw or ema:LENGTH, such as ema:0.05'
+SOLVER = 'Solver; --sampler=help lists them'
+SOLVER_DEFAULT = f'  [default: "sampling" of the network\'s config.json, else {SAMPLER}]'
+EVALUATES = 'Sampling steps N; heun takes 2N - 1 network evaluations, the others N'
+STEPS_DEFAULT = f'  [default: those of config.json with its sampler, else {STEPS}]'
+STEPPERS = Spec('training.sampling.steppers:STEPPERS')
+
 CONDITIONS = group(
     'Labels and guidance',
     click.option('--class', 'class_idx', metavar='INT', type=click.IntRange(min=0), help='Class of all images'),
     click.option('--labels', metavar='SOURCE', help='uniform: a class drawn for each seed; dataset:PATH: as often as in a data set; FILE: '
                  '.npy, .json or .txt, whose row s (a class, or a vector) is for seed s  [default: uniform]'),
-    click.option('--guidance', metavar='FLOAT', type=float, default=1, show_default=True,
-                 help='Weight w of D_0 + w (D_1 - D_0), D_0 being the unconditional prediction; 1 is off'),
-    click.option('--guidance-interval', metavar='LO,HI',
-                 help='Guide at LO < sigma <= HI only; or at t:LO,HI, indices 0 to 999 of the cosine schedule  [default: 0,inf]'),
     click.option('--gnet', metavar='REF', help='Take D_0 from this network, with the same labels (autoguidance)'),
     click.option('--gnet-weights', metavar='WHICH', default='ema', show_default=True, help='--weights of that network'),
 )
-SAMPLING = group(
+ONE = group(
     'Sampler',
-    click.option('--weights', metavar='WHICH', default='ema', show_default=True,
-                 help='Which weights of a training state: ema, raw or ema:LENGTH, such as ema:0.05'),
-    click.option('--sampler', '--solver', type=Spec('training.sampling.steppers:STEPPERS'),
-                 help=f'Solver; --sampler=help lists them  [default: "sampling" of the network\'s config.json, else {SAMPLER}]'),
+    click.option('--guidance', metavar='FLOAT', type=float, default=1, show_default=True, help=GUIDANCE),
+    click.option('--guidance-interval', metavar='LO,HI', help=f'{INTERVAL}  [default: 0,inf]'),
+    click.option('--weights', metavar='WHICH', default='ema', show_default=True, help=WEIGHTS),
+    click.option('--sampler', '--solver', type=STEPPERS, help=SOLVER + SOLVER_DEFAULT),
+    _number('--steps', EVALUATES + STEPS_DEFAULT, COUNT, 'INT'),
+)
+SEVERAL = group(
+    'Cells of the sweep: every combination of',
+    click.option('--guidance', metavar='LIST', type=FloatList(), default='1', show_default=True, help=f'{GUIDANCE}; such as 1,1.5,2'),
+    click.option('--guidance-interval', metavar='LO,HI', multiple=True,
+                 help=f'{INTERVAL}; may be repeated. Cells of weight 1 have none  [default: 0,inf]'),
+    click.option('--weights', metavar='WHICH', default=['ema'], show_default=True, multiple=True, help=f'{WEIGHTS}; may be repeated'),
+    click.option('--sampler', '--solver', type=STEPPERS, multiple=True, help=f'{SOLVER}; may be repeated{SOLVER_DEFAULT}'),
+    click.option('--steps', metavar='LIST', type=IntList(), help=f'{EVALUATES}; such as 5,9,18{STEPS_DEFAULT}'),
+)
+REST = group(
+    'Sampler',
     click.option('--levels', '--disc', type=Spec('training.diffusion.schedules:SCHEDULES'),
                  help='Noise levels, such as explicit:sigmas=80|10|1; --levels=help lists them  [default: those of config.json with its '
                  'sampler; else edm, or the network\'s own timesteps for ancestral and ddim]'),
-    _number('--steps', f'Sampling steps N; heun takes 2N - 1 network evaluations, the others N  [default: those of config.json with its '
-            f'sampler, else {STEPS}]', COUNT, 'INT'),
     _number('--sigma-min', 'Key of --levels: the lowest  [default: its own, or the network\'s]'),
     _number('--sigma-max', 'Key of --levels: the highest  [default: its own, or the network\'s]'),
     _number('--rho', 'Key of --levels=edm: their exponent  [default: 7]'),
@@ -63,7 +80,12 @@ SPEED = group(
 
 def OPTIONS(command):
     """A decorator that adds all of them to a command."""
-    return CONDITIONS(SAMPLING(SPEED(command)))
+    return CONDITIONS(ONE(REST(SPEED(command))))
+
+
+def SWEEP(command):
+    """The same with lists of guidance weights, intervals, weights, samplers and step counts."""
+    return CONDITIONS(SEVERAL(REST(SPEED(command))))
 
 
 # Parameters of these options, and the keys of --levels and of --sampler among them.

@@ -19,17 +19,56 @@ from training.sampling.options import KEYS, SAMPLER, STEPS
 CONFIG = 'network configuration: sampling'  # the key of config.json, in errors
 
 
-def prepare(o, seeds):
+class Networks:
+    """The network of --network and the one of --gnet, loaded once for all that is made with them, and anew where --weights change.
+
+    One set of weights is held at a time."""
+
+    def __init__(self):
+        self._held, self._guides, self._digests, self._labels, self._told = {}, {}, {}, None, set()
+
+    def open(self, o):
+        """(network, guiding network or None) on their device. Raises UserError."""
+        load = functools.partial(open_network, device=distributed.pick_device(o.device), precision=o.precision, compile=o.compile)
+        if o.weights not in self._held:
+            self._held.clear()  # before the next ones take their memory
+            self._digests = {key: value for key, value in self._digests.items() if key in self._guides}
+            self._held[o.weights] = load(o.network, weights=o.weights)
+        if o.gnet and o.gnet not in self._guides:
+            self._guides[o.gnet] = load(o.gnet, weights=o.gnet_weights)
+        return self._held[o.weights], self._guides[o.gnet] if o.gnet else None
+
+    def labels(self, net, seeds, o):
+        """The source of labels that the options name, and that all share."""
+        self._labels = self._labels or (pick_labels(net, seeds, o.labels, o.class_idx),)
+        return self._labels[0]
+
+    def digest(self, net):
+        """misc.state_digest of one of the networks that are held."""
+        key = next((ref for ref, guide in self._guides.items() if guide is net), None)
+        if key not in self._digests:
+            self._digests[key] = misc.state_digest(net)
+        return self._digests[key]
+
+    def warn(self, text):
+        """Prints a line, once."""
+        if text not in self._told:
+            self._told.add(text)
+            distributed.print0(f'Warning: {text}')
+
+
+def prepare(o, seeds, networks=None):
     """(network on its device, arguments for generate_images) from the options above, --network and --device; o: an EasyDict of them.
 
-    Raises UserError, in one line, for whatever they or the network refuse; nothing has been sampled then."""
-    load = functools.partial(open_network, device=distributed.pick_device(o.device), precision=o.precision, compile=o.compile)
-    net = load(o.network, weights=o.weights)
-    guidance = pick_guidance(net, load(o.gnet, weights=o.gnet_weights) if o.gnet else None, o.guidance, o.guidance_interval)
+    networks: Networks, where several such calls share them. Raises UserError, in one line, for whatever they or the network refuse;
+    nothing has been sampled then."""
+    networks = networks or Networks()
+    net, gnet = networks.open(o)
+    guidance = pick_guidance(net, gnet, o.guidance, o.guidance_interval, networks.warn)
     keys = {key: o[key] for key in KEYS}
     pieces = sampler_pieces(net, o.steps, o.sampler, o.levels, o.stop_sigma, o.stop_variance, **keys)
     o.sampler, o.levels, o.steps = choose(net, o.sampler, o.levels, o.steps, o.rho)  # so that a record of the options tells what was done
-    return net, {'labels': pick_labels(net, seeds, o.labels, o.class_idx), 'guidance': guidance, **pieces}
+    return net, {'labels': networks.labels(net, seeds, o), 'guidance': guidance, **pieces}
 
 
 def open_network(ref, weights, device, precision, compile):
@@ -44,8 +83,8 @@ def open_network(ref, weights, device, precision, compile):
     return net
 
 
-def pick_guidance(net, gnet, weight, interval):
-    """The Guidance that the options ask for; refuses options that would do nothing."""
+def pick_guidance(net, gnet, weight, interval, warn):
+    """The Guidance that the options ask for; refuses options that would do nothing. warn(text): tells of what means little."""
     if weight == 1 and (gnet is not None or interval):
         option = 'gnet' if gnet is not None else 'guidance-interval'
         raise UserError(f'--{option} does nothing without a --guidance other than 1; give --guidance=2, say')
@@ -59,8 +98,8 @@ def pick_guidance(net, gnet, weight, interval):
     except ValueError as err:
         raise UserError(f'--guidance={weight:g}: {err}') from None
     if weight != 1 and gnet is None and not net.config.get('label_dropout'):
-        distributed.print0('Warning: the network was trained without label dropout, so that what it makes of no label means little; '
-                          'train with --label-dropout, or give --gnet')
+        warn('the network was trained without label dropout, so that what it makes of no label means little; '
+             'train with --label-dropout, or give --gnet')
     return found
 
 

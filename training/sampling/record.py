@@ -25,11 +25,12 @@ DECIDES = {'sha256': '--network', 'gnet_sha256': '--gnet', 'sampler': '--sampler
            'format': '--format', 'subdirs': '--subdirs'}
 
 
-def describe(o, net, pieces):
+def describe(o, net, pieces, digest=misc.state_digest):
     """How a network is sampled: network, sha256, weights, gnet..., sampler, levels, steps, sigmas, evaluations, stop_sigma, guidance...,
     labels, precision, compile, image_shape, units.
 
-    o: the options of training.sampling.options, with the network; net, pieces: what pieces.prepare() made of them."""
+    o: the options of training.sampling.options, with the network; net, pieces: what pieces.prepare() made of them. digest(net): the
+    digest of a network."""
     stepper, guidance = pieces['stepper'], pieces['guidance']
     sigmas = noise_levels(net, pieces['schedule'], pieces['num_steps'])
     total, of_guide = count_evaluations(net, stepper, sigmas, guidance)
@@ -37,8 +38,8 @@ def describe(o, net, pieces):
     led = guidance.weight != 1
     limited = led and guidance.interval != (0.0, math.inf)
     found = {
-        'network': str(o.network), 'sha256': misc.state_digest(net), 'weights': o.weights,
-        **({'gnet': str(o.gnet), 'gnet_sha256': misc.state_digest(guidance.net), 'gnet_weights': o.gnet_weights} if guidance.net else {}),
+        'network': str(o.network), 'sha256': digest(net), 'weights': o.weights,
+        **({'gnet': str(o.gnet), 'gnet_sha256': digest(guidance.net), 'gnet_weights': o.gnet_weights} if guidance.net else {}),
         'sampler': spec_of(o.sampler, stepper, steppers.STEPPERS), 'levels': spec_of(o.levels, pieces['schedule'], schedules.SCHEDULES),
         'steps': len(sigmas) - 1, 'sigmas': sigmas.tolist(), 'evaluations': total,
         **({'stop_sigma': stop_sigma} if stop_sigma > 0 else {}),
