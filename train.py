@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trains a diffusion model on images of which each knows how noisy it already is.
+"""Trains a diffusion model on images with a known noise level per image.
 
 python train.py --outdir=runs --data=cifar.zip --sigma=0.2 --corruption_probability=0.9
 torchrun --standalone --nproc_per_node=8 train.py --outdir=runs --data=cifar.zip --sigma=0.2 --corruption_probability=0.9"""
@@ -27,7 +27,7 @@ from training.run.options import options
 @version_option
 @click.pass_context
 def main(ctx, **given):
-    """Train a diffusion model on clean and noisy images.
+    """Train a diffusion model on clean and noisy images, each with its known noise level.
 
     \b
     python train.py --outdir=runs --data=cifar.zip --sigma=0.2 --corruption_probability=0.9
@@ -39,14 +39,14 @@ def main(ctx, **given):
 
 
 def check_mirrors(o):
-    """Refuses mirrors of the statistics whose packages are not there."""
+    """Refuses --tensorboard and --wandb where their packages are not installed."""
     for package, wanted in [('tensorboard', o.tensorboard), ('wandb', o.wandb)]:
         if wanted and importlib.util.find_spec(package) is None:
             raise UserError(f'--{package} needs the package {package}: pip install {package}')
 
 
 def open_mirrors(o, run_dir, config, nimg):
-    """The Mirrors that the options ask for. nimg: where the run stands, 0 at its start. Nothing is opened before the first line."""
+    """The Mirrors that the options ask for. nimg: progress of the run, 0 at its start. Nothing is opened before something is logged."""
     from training.run.mirrors import Mirrors
     mirrors = {}
     if o.tensorboard:
@@ -59,7 +59,7 @@ def open_mirrors(o, run_dir, config, nimg):
 class TensorBoard:
     """Event files in the run's folder: one curve, however often the run was continued.
 
-    nimg: where the run stands: what an earlier process wrote of later steps is dropped when the files are read."""
+    nimg: progress of the run; readers of the files drop what an earlier process wrote about later steps."""
 
     def __init__(self, run_dir, nimg):
         self.run_dir, self.first, self._board = run_dir, nimg + 1, None
@@ -80,7 +80,7 @@ class TensorBoard:
             self._board = None
 
     def _write(self, nimg, write):
-        """Writes and flushes; after an error a new file is begun the next time, because the old one may end in the middle of a record."""
+        """Writes and flushes. After an error the next call begins a new file, because the old one may end in the middle of a record."""
         try:
             if self._board is None:
                 from torch.utils.tensorboard import SummaryWriter
@@ -97,7 +97,7 @@ class TensorBoard:
 
 
 def hush_tensorboard():
-    """Its thread prints a traceback when it cannot write; the next call raises the same error, which is told in one line."""
+    """Silences TensorBoard's writer thread, which prints a traceback when it cannot write: the next call raises the same error anyway."""
     show = threading.excepthook
     if not getattr(show, 'is_hushed', False):
         def hushed(args):
@@ -108,10 +108,10 @@ def hush_tensorboard():
 
 
 class WeightsAndBiases:
-    """A run of this project, whose id is kept in the run's folder: a continued run continues it. The x axis is nimg.
+    """A run of a Weights & Biases project, whose id is kept in the run's folder so that a continued run continues it. The x axis is nimg.
 
-    nimg: where the run stands. Lines up to where the server is already, of a process that came farther, are passed over: its steps can
-    only grow, and those lines are the same."""
+    nimg: progress of the run. Where an earlier process got farther, lines up to the server's last step are skipped: its steps can only
+    grow, and those lines are the same."""
 
     ID = 'wandb.json'
 
@@ -140,7 +140,7 @@ class WeightsAndBiases:
         run.log({**fields, 'nimg': nimg}, step=max(nimg, self._start))
 
     def _open(self):
-        """The run on the server; None where an earlier attempt failed: each may take minutes."""
+        """The run on the server; None where an earlier attempt failed, because each attempt may take minutes."""
         if self._tried:
             return self._run
         self._tried = True
@@ -149,7 +149,7 @@ class WeightsAndBiases:
                          config=dataclasses.asdict(self.config), allow_val_change=True)
         run.define_metric('nimg')
         run.define_metric('*', step_metric='nimg')
-        self._start = int(getattr(run, 'starting_step', 0) or 0)  # the first step that the server takes
+        self._start = int(getattr(run, 'starting_step', 0) or 0)  # the first step that the server accepts
         self._run = run
         return run
 

@@ -106,7 +106,7 @@ class Diffusion:
 
 
 class Linear(Diffusion):
-    """beta_t from 0.1 / T to 20 / T in equal steps: Ho et al.'s 1e-4 to 0.02 at any T."""
+    """Linear schedule: beta_t rises linearly from 0.1 / T to 20 / T, which for T = 1000 is 1e-4 to 0.02 (Ho et al. 2020)."""
 
     def __init__(self, steps=1000):
         if steps <= 20:
@@ -115,7 +115,8 @@ class Linear(Diffusion):
 
 
 class Cosine(Diffusion):
-    """abar(t) = f(t) / f(0), f(t) = cos^2(pi/2 (t/T + s) / (1 + s)), and no beta above `largest` (equation 17)."""
+    """Cosine schedule: abar(t) = f(t) / f(0) with f(t) = cos^2(pi/2 (t/T + s) / (1 + s)), and every beta limited to `largest` (Nichol &
+    Dhariwal 2021, equation 17)."""
 
     def __init__(self, steps=1000, s=0.008, largest=0.999):
         if steps < 2:

@@ -102,10 +102,11 @@ def stratify(u):
 
 
 class Cosine(NoiseDistribution):
-    """sigma = tan(pi t / 2) with t uniform: the density of ln sigma is sech(ln sigma) / pi.
+    """Cosine schedule in continuous time: sigma = tan(pi t / 2) with uniform t, so that ln sigma has the density sech(ln sigma) / pi
+    (Salimans & Ho 2022).
 
-    It is the cosine schedule alpha = cos(pi t / 2) in continuous time (Salimans & Ho 2022). min, max: where the law is cut off; the
-    defaults leave out 0.006 % at each end. IDDPM's offset s = 0.008 is min = tan(pi/2 s / (1 + s)) = 0.0125."""
+    Their schedule is alpha = cos(pi t / 2). min, max: where the distribution is truncated; the defaults cut off 0.006 % at each end.
+    IDDPM's offset s = 0.008 corresponds to min = tan(pi/2 s / (1 + s)) = 0.0125."""
 
     def __init__(self, min=1e-4, max=1e4, stratified=False):
         super().__init__(stratified)
@@ -134,7 +135,7 @@ class Cosine(NoiseDistribution):
 
 
 class LogNormal(NoiseDistribution):
-    """ln sigma ~ N(mean, std^2), EDM's law (Karras et al. 2022, table 1)."""
+    """EDM's log-normal distribution: ln sigma ~ N(mean, std^2) (Karras et al. 2022, table 1)."""
 
     def __init__(self, mean=-1.2, std=1.2, stratified=False):
         super().__init__(stratified)
@@ -156,16 +157,17 @@ class LogNormal(NoiseDistribution):
 
 
 class LogitNormal(LogNormal):
-    """t = sigmoid(z), z ~ N(mean, std^2), in the convention x_t = (1 - t) x_0 + t noise of rectified flow (Esser et al. 2024).
+    """Logit-normal times of rectified flow: t = sigmoid(z) with z ~ N(mean, std^2), for x_t = (1 - t) x_0 + t noise (Esser et al. 2024).
 
-    There sigma = t / (1 - t) = exp(z), so this is the log-normal law under the parameters of that paper, whose best are 0 and 1."""
+    In that convention sigma = t / (1 - t) = exp(z), so this is the log-normal distribution in the parameters of that paper, whose best
+    values are mean 0 and std 1."""
 
     def __init__(self, mean=0.0, std=1.0, stratified=False):
         super().__init__(mean, std, stratified)
 
 
 class LogUniform(NoiseDistribution):
-    """ln sigma uniform between ln min and ln max, the VE law."""
+    """The VE distribution: ln sigma uniform between ln min and ln max (Song et al. 2021; Karras et al. 2022, table 1)."""
 
     def __init__(self, min=0.02, max=100.0, stratified=False):
         super().__init__(stratified)
@@ -180,7 +182,8 @@ class LogUniform(NoiseDistribution):
 
 
 class VPUniform(NoiseDistribution):
-    """sigma(t) = sqrt(exp(beta_d t^2 / 2 + beta_min t) - 1) with t uniform between eps_t and 1, the VP law."""
+    """The VP distribution: sigma(t) = sqrt(exp(beta_d t^2 / 2 + beta_min t) - 1) with t uniform between eps_t and 1 (Song et al. 2021;
+    Karras et al. 2022, table 1)."""
 
     def __init__(self, beta_d=19.9, beta_min=0.1, eps_t=1e-5, stratified=False):
         super().__init__(stratified)
@@ -200,9 +203,9 @@ class VPUniform(NoiseDistribution):
 
 
 class Levels(NoiseDistribution):
-    """Uniform over given levels; one that is given twice is twice as likely.
+    """Uniform over a list of noise levels, such as sigmas=0.1|0.2|0.5; a level that is listed twice is twice as likely.
 
-    sigmas: such as 0.1|0.2|0.5 on the command line, or numbers. None: NCSN's ten, geometric from 0.01 to 1 (Song & Ermon 2019)."""
+    sigmas: text as on the command line, or numbers. None: NCSN's ten levels, geometric from 0.01 to 1 (Song & Ermon 2019)."""
 
     def __init__(self, sigmas=None, stratified=False):
         super().__init__(stratified)
@@ -250,7 +253,7 @@ def _read_levels(sigmas):
 
 
 class IDDPMLevels(Levels):
-    """Uniform over the `steps` noise levels of IDDPM's cosine schedule, in EDM's form (Karras et al. 2022, appendix C.3.4).
+    """Uniform over the `steps` noise levels of IDDPM's cosine schedule, in EDM's formulation (Karras et al. 2022, appendix C.3.4).
 
     1 + u_j^2 = product over i = j+1 .. steps of 1 / max(abar(i-1) / abar(i), c1), abar(i) = sin^2(pi i / (2 steps (c2 + 1)))."""
 

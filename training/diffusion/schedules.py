@@ -74,7 +74,7 @@ class VP:
 
 
 def edm(num_steps, *, sigma_min=0.002, sigma_max=80.0, rho=7.0):
-    """EDM's levels: sigma^(1/rho) falls linearly from sigma_max to sigma_min. Karras et al. 2022, equation 5.
+    """EDM's levels: sigma^(1/rho) falls linearly from sigma_max^(1/rho) to sigma_min^(1/rho) (Karras et al. 2022, equation 5).
 
     num_steps: T >= 1. Returns float64 [T+1]. Raises ValueError for values that give no falling levels."""
     check_range(sigma_min, sigma_max)
@@ -84,32 +84,33 @@ def edm(num_steps, *, sigma_min=0.002, sigma_max=80.0, rho=7.0):
 
 
 def log_linear(num_steps, *, sigma_min=0.002, sigma_max=80.0):
-    """ln sigma falls linearly: every step divides the level by the same number."""
+    """Levels in geometric progression: ln sigma falls linearly, and every step divides sigma by the same factor."""
     check_range(sigma_min, sigma_max)
     return _ending_in_zero(sigma_max * (sigma_min / sigma_max) ** _ramp(num_steps))
 
 
 def ve(num_steps, *, sigma_min=0.02, sigma_max=100.0):
-    """The levels of VE: sigma^2 is a geometric sequence. Karras et al. 2022, table 1: log_linear, over the range of that model."""
+    """The levels of VE sampling: log_linear over the range of the VE models (Song et al. 2021; Karras et al. 2022, table 1)."""
     return log_linear(num_steps, sigma_min=sigma_min, sigma_max=sigma_max)
 
 
 def vp(num_steps, *, sigma_min=VP_MIN, sigma_max=VP_MAX, epsilon_s=EPSILON_S):
-    """The levels of VP: the time falls linearly from 1 to epsilon_s, and sigma(t) is that of the class VP."""
+    """The levels of VP sampling: sigma(t) = sqrt(exp(beta_d t^2 / 2 + beta_min t) - 1), with t falling linearly from 1 to epsilon_s
+    (Karras et al. 2022, table 1)."""
     return _ending_in_zero(VP(sigma_min, sigma_max, epsilon_s).sigma(1 + _ramp(num_steps) * (epsilon_s - 1)))
 
 
 def cosine(num_steps, *, sigma_min=0.002, sigma_max=80.0):
-    """sigma = tan(pi t / 2) with t falling linearly: the cosine schedule alpha = cos(pi t / 2) of Salimans & Ho 2022."""
+    """The cosine schedule alpha = cos(pi t / 2) in continuous time: sigma = tan(pi t / 2), with t falling linearly (Salimans & Ho 2022)."""
     check_range(sigma_min, sigma_max)
     first, last = math.atan(sigma_max), math.atan(sigma_min)
     return _ending_in_zero((first + _ramp(num_steps) * (last - first)).tan())
 
 
 def iddpm(num_steps, *, sigma_min=0.002, sigma_max=81.0, C_1=0.001, C_2=0.008, M=1000):
-    """Evenly spaced ones of IDDPM's M levels, those from sigma_max down to sigma_min. Karras et al. 2022, appendix C.3.4.
+    """Evenly spaced levels among those of IDDPM's M levels that lie between sigma_max and sigma_min (Karras et al. 2022, appendix C.3.4).
 
-    Raises ValueError also where fewer than num_steps of them lie in that range."""
+    Also raises ValueError where fewer than num_steps of them lie in that range."""
     check_range(sigma_min, sigma_max)
     levels = IDDPMLevels(M, C_1, C_2).levels.flip(0)
     levels = levels[(levels >= sigma_min) & (levels <= sigma_max)]
@@ -120,10 +121,11 @@ def iddpm(num_steps, *, sigma_min=0.002, sigma_max=81.0, C_1=0.001, C_2=0.008, M
 
 
 def respaced(num_steps, *, diffusion='cosine:steps=1000', spacing='even', sigma_min=0.0, sigma_max=math.inf):
-    """Some timesteps of a discrete diffusion, of those whose level is in the range; see discrete.kept_steps.
+    """A subset of the timesteps of a discrete diffusion: evenly spaced (Nichol & Dhariwal 2021), or with spacing=ddim every k-th one (Song
+    et al. 2020).
 
-    diffusion: a piece of discrete.DIFFUSIONS, with | in place of commas. spacing: even, from the
-    first to the last (Nichol & Dhariwal 2021), or ddim, by whole strides from the first (Song et al. 2020)."""
+    Only timesteps whose level lies between sigma_min and sigma_max count. diffusion: a piece of discrete.DIFFUSIONS, with | in place of
+    commas. spacing: even, from the first to the last, or ddim, with a constant whole stride from the first; see discrete.kept_steps."""
     misc.require(spacing in ('even', 'ddim'), f'spacing={spacing}: choose from even, ddim')
     levels = build_diffusion(diffusion.replace('|', ','), 'diffusion').levels
     levels = levels[(levels >= sigma_min) & (levels <= sigma_max)]
@@ -136,9 +138,10 @@ def respaced(num_steps, *, diffusion='cosine:steps=1000', spacing='even', sigma_
 
 
 def explicit(num_steps, *, sigmas=None, sigma_min=0.0, sigma_max=math.inf):
-    """The levels that are given: such as 80|10|1|0.1 on the command line, or numbers; the 0 at the end is added.
+    """Levels listed one by one, such as sigmas=80|10|1|0.1, with the final 0 left out.
 
-    num_steps: None or their count. Raises ValueError where they do not fall or leave the range [sigma_min, sigma_max]."""
+    sigmas: text as on the command line, or numbers. num_steps: None or their count. Raises ValueError where they do not fall or leave the
+    range [sigma_min, sigma_max]."""
     items = sigmas.split('|') if isinstance(sigmas, str) else sigmas if isinstance(sigmas, (list, tuple)) else [sigmas]
     try:
         levels = torch.tensor([float(item) for item in items], dtype=torch.float64)

@@ -34,15 +34,17 @@ class LabelEmbedding(Linear):
 
 
 def uniform(embedding, draws, gamma=1.0):
-    """CEP-U: adds U(-gamma / sqrt(d), gamma / sqrt(d)) to each of the d coordinates of [N, d]; their variance is gamma^2 / (3d)."""
+    """CEP-U (Chen et al. 2024): adds U(-gamma / sqrt(d), gamma / sqrt(d)), of variance gamma^2 / (3d), to each of the d coordinates of the
+    label embedding [N, d]."""
     reach = _checked(gamma) / math.sqrt(embedding.shape[1])
     return embedding + reach * (2 * draws.uniform('perturbation', embedding) - 1)
 
 
 def gaussian(embedding, draws, gamma=1.0, literal=False):
-    """CEP-G: adds N(0, gamma^2 / d) to each of the d coordinates of [N, d], so that delta is about gamma long whatever d is.
+    """CEP-G (Chen et al. 2024): adds N(0, gamma^2 / d) to each of the d coordinates of the label embedding [N, d], a perturbation of
+    norm about gamma for every d.
 
-    literal: the variance gamma / sqrt(d) that the paper's formula has, taken by the letter."""
+    literal: use the variance gamma / sqrt(d), which is what the formula in the paper says when it is read literally."""
     std = _checked(gamma) / math.sqrt(embedding.shape[1])
     return embedding + (math.sqrt(std) if literal else std) * draws.normal('perturbation', embedding)
 

@@ -83,7 +83,8 @@ class Precond(nn.Module):
 
 
 class EDMPrecond(Precond):
-    """c_* that keep the network's input and its target at unit variance for data of std sigma_data."""
+    """EDM: c_skip, c_out and c_in give the network's input and training target unit variance for data of std sigma_data (Karras et al.
+    2022, table 1)."""
 
     options = {'sigma_min': 0.0, 'sigma_max': math.inf, 'sigma_data': 0.5}
     model_type = 'DhariwalUNet'
@@ -93,7 +94,8 @@ class EDMPrecond(Precond):
 
 
 class VPPrecond(Precond):
-    """Variance-preserving: the network predicts the noise; times t in [epsilon_t, 1], scaled to [0, M - 1], label it."""
+    """Variance-preserving (Song et al. 2021): the network predicts the noise and is conditioned on the time t in [epsilon_t, 1], scaled by
+    M - 1."""
 
     options = {'beta_d': 19.9, 'beta_min': 0.1, 'M': 1000, 'epsilon_t': 1e-5}
 
@@ -114,7 +116,8 @@ class VPPrecond(Precond):
 
 
 class VEPrecond(Precond):
-    """Variance-exploding: the network predicts the noise at the image's own scale."""
+    """Variance-exploding (Song et al. 2021): the network sees the unscaled image, predicts the noise, and is conditioned on
+    ln(sigma / 2)."""
 
     options = {'sigma_min': 0.02, 'sigma_max': 100.0}
 
@@ -123,11 +126,13 @@ class VEPrecond(Precond):
 
 
 class iDDPMPrecond(Precond):
-    """Discrete noise levels u_0 > ... > u_M = 0; F also gives C channels for a variance, see outputs().
+    """Improved DDPM (Nichol & Dhariwal 2021): discrete noise levels u_0 > ... > u_M = 0, and C further output channels for the variance
+    of the reverse step.
 
-    By default the published cosine schedule, whose timesteps are M - 1 - j. diffusion: one of discrete.py, such as "cosine:steps=4000",
-    whose T levels these are then, and whose timesteps t = T - 1 - j the network is told as t * 1000 / T. learned_variance: whether the
-    channels for the variance are there. prediction: what F is, one of PREDICTIONS; as published, the noise."""
+    By default the published cosine schedule, whose timesteps are M - 1 - j. diffusion: a schedule of discrete.py, such as
+    "cosine:steps=4000", whose T levels are then used; the network is conditioned on its timestep t = T - 1 - j as t * 1000 / T.
+    learned_variance: whether there are channels for the variance. prediction: what F predicts, one of PREDICTIONS; by default the noise,
+    as published. outputs() returns D and the channels for the variance."""
 
     options = {'C_1': 0.001, 'C_2': 0.008, 'M': 1000, 'diffusion': None, 'learned_variance': True, 'prediction': 'eps', 'sigma_data': 0.5}
     model_type = 'DhariwalUNet'
@@ -172,22 +177,27 @@ class iDDPMPrecond(Precond):
 
 
 def predict_edm(sigma, sigma_data):
-    """c_skip, c_out, c_in that keep input and target of F at unit variance for data of std sigma_data (Karras et al. 2022, appendix B.6).
+    """EDM's preconditioning, which gives the network's input and target unit variance for data of std sigma_data (Karras et al. 2022,
+    appendix B.6).
 
-    sigma: [N,1,1,1], as are the three. As sigma grows, D becomes sigma_data F: bounded, where that of predict_eps is not."""
+    sigma: [N,1,1,1]. Returns c_skip, c_out, c_in of that shape. As sigma grows, D tends to sigma_data F, which is bounded; D of
+    predict_eps is not."""
     total = sigma ** 2 + sigma_data ** 2  # variance of x
     return sigma_data ** 2 / total, sigma * sigma_data / total.sqrt(), 1 / total.sqrt()
 
 
 def predict_eps(sigma, sigma_data):
-    """c_skip, c_out, c_in of F = eps, D = x - sigma F (Ho et al. 2020): what F errs by at high levels is multiplied by sigma."""
+    """The noise eps, with D = x - sigma F (Ho et al. 2020): D has sigma times the error of the network.
+
+    Returns c_skip, c_out, c_in."""
     return 1, -sigma, 1 / (sigma ** 2 + 1).sqrt()
 
 
 def predict_v(sigma, sigma_data):
-    """c_skip, c_out, c_in of F = v = sqrt(abar) eps - sqrt(1 - abar) x_0, abar = 1 / (1 + sigma^2) (Salimans & Ho 2022).
+    """The velocity v = sqrt(abar) eps - sqrt(1 - abar) x_0, where abar = 1 / (1 + sigma^2) (Salimans & Ho 2022).
 
-    D = sqrt(abar) x_t - sqrt(1 - abar) F with x_t = sqrt(abar) x. With the other sign of F it is predict_edm at sigma_data = 1."""
+    D = sqrt(abar) x_t - sqrt(1 - abar) F with x_t = sqrt(abar) x; with F negated this is predict_edm at sigma_data = 1.
+    Returns c_skip, c_out, c_in."""
     c_in = 1 / (sigma ** 2 + 1).sqrt()
     return c_in ** 2, -sigma * c_in, c_in
 

@@ -193,10 +193,11 @@ def level_sizes(img_resolution, levels):
 
 
 class SongUNet(UNet):
-    """DDPM++ (positional embedding, standard paths, filter [1,1]) and NCSN++ (fourier, residual encoder, filter [1,3,3,1]).
+    """U-Net of Song et al. 2021: ddpmpp is DDPM++ (positional noise embedding, standard encoder, filter 1|1), and ncsnpp is NCSN++
+    (Fourier embedding, residual encoder, filter 1|3|3|1).
 
-    embedding_type: positional | fourier. encoder_type: standard | skip | residual, how the shrunken image enters each level.
-    decoder_type: standard | skip, where skip sums an image of each level. Inputs and outputs: see the module's docstring."""
+    embedding_type: positional | fourier. encoder_type: standard | skip | residual, how the downsampled image enters each level.
+    decoder_type: standard | skip, where skip sums an output image of each level. Inputs and outputs: see the module's docstring."""
 
     def __init__(self, img_resolution, in_channels, out_channels, label_dim=0, augment_dim=0, model_channels=128,
                  channel_mult=(1, 2, 2, 2), channel_mult_emb=4, num_blocks=4, attn_resolutions=(16,), dropout=0.10,
@@ -270,7 +271,8 @@ class SongUNet(UNet):
 
 
 class DhariwalUNet(UNet):
-    """ADM: attention at several levels with 64 channels a head, the embedding as scale and shift.
+    """U-Net of Dhariwal & Nichol 2021 (ADM): attention at several resolutions with 64 channels per head, and an adaptive scale and shift
+    by the embedding.
 
     Inputs and outputs: see the module's docstring."""
 

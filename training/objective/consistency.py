@@ -123,13 +123,13 @@ class ConsistencyTerm(Term):
 
 
 class Bridge(ConsistencyTerm):
-    """Brownian-bridge steps: exact for linear denoisers in any number of steps."""
+    """Consistency loss whose chains take Brownian-bridge steps, which are exact for linear denoisers at any number of steps."""
 
     step = staticmethod(ambient.bridge_step)
 
 
 class Euler(ConsistencyTerm):
-    """Euler-Maruyama steps of the reverse-time diffusion."""
+    """Consistency loss whose chains take Euler-Maruyama steps of the reverse-time diffusion, as in the published code."""
 
     step = staticmethod(ambient.reverse_step)
 

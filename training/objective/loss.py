@@ -48,11 +48,12 @@ class Term(torch.nn.Module):
 
 
 class AmbientLoss(Term):
-    """Denoising score matching against the image as it is, at its own level sigma_n (Daras et al. 2024, 2025).
+    """Ambient denoising score matching: predicts each image at its own noise level sigma_n, which for clean images is the usual denoising
+    loss (Daras et al. 2024, 2025).
 
-    weight: (sigma) -> w; penalty: (error, sigma) -> rho. With sigma_n = 0 this is the plain EDM, VP or VE loss.
-    inverse: multiply by (1 - r)^-2, r = sigma_n^2 / sigma^2, so that w weighs the squared x_0 error of noisy images as it does that of
-    clean ones (Ambient Omni, Daras et al. 2025). It is without bound near sigma_n: pairs.with_inverse_weight keeps a distance."""
+    weight: (sigma) -> w; penalty: (error, sigma) -> rho. With sigma_n = 0 this is the standard EDM, VP or VE loss.
+    inverse: multiply by (1 - r)^-2, r = sigma_n^2 / sigma^2, so that w weights the squared x_0 error of noisy images as it does that of
+    clean ones (Ambient Omni, Daras et al. 2025). The factor is unbounded near sigma_n: pairs.with_inverse_weight keeps a distance."""
 
     name = 'denoise'
 

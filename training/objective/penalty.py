@@ -12,31 +12,36 @@ import torch
 
 
 def squared(error, sigma):
-    """e^2, whose minimiser is the conditional mean. error: [N,C,H,W]; sigma: [N,1,1,1], which this penalty does not need."""
+    """Squared error e^2, whose minimiser is the conditional mean.
+
+    error: [N,C,H,W]; sigma: [N,1,1,1], which this penalty does not need."""
     return error.square()
 
 
 def pseudo_huber(error, sigma, c=0.1, schedule='snr', sigma_data=0.5):
-    """s^2 H_c(e / s), elementwise: outlying pixels pull at most like 2c s (Khrapov et al. 2024, scaled to tend to e^2).
+    """Pseudo-Huber penalty of each value: s^2 H_c(e / s), H_c(e) = 2c (sqrt(e^2 + c^2) - c), which limits the pull of outlying pixels to
+    2c s (Khrapov et al. 2024, scaled to e^2 for small e).
 
-    c, schedule: see threshold()."""
+    s = c_out(sigma). c, schedule: see threshold()."""
     knee = threshold(sigma, c, schedule) * residual_scale(sigma, sigma_data)
     return _huber(error.square(), knee)
 
 
 def smooth(error, sigma, c=0.1, schedule='snr', sigma_data=0.5):
-    """s^2 H_c(e / s) / c, elementwise: the published "smooth" loss, e^2 / c near 0 and 2s|e| far out (smooth_l1 of diffusers).
+    """Smooth L1 penalty of each value, the "smooth" loss of diffusers: s^2 H_c(e / s) / c, which is e^2 / c for small and about 2s|e| for
+    large errors.
 
-    The levels of a schedule weigh differently here, because small errors cost 1 / c; pseudo_huber does not have that."""
+    A schedule of c also changes the weights of the noise levels, because small errors cost e^2 / c; pseudo_huber avoids that."""
     bend = threshold(sigma, c, schedule)
     return _huber(error.square(), bend * residual_scale(sigma, sigma_data)) / bend
 
 
 def pseudo_huber_norm(error, sigma, c=0.00054, schedule='constant', sigma_data=0.5):
-    """s^2 H_C(||e|| / s) of the whole image, C = c sqrt(its size): [N,1,1,1]; it is images that are outliers here, not pixels.
+    """Pseudo-Huber penalty of the norm of each image's error: s^2 H_C(||e|| / s) with C = c sqrt(C H W), for outlying images rather than
+    pixels (Song & Dhariwal 2024).
 
-    Improved consistency training (Song & Dhariwal 2024) has this c, and H without its factor 2c, which an optimizer like Adam
-    does not notice; with it the form tends to the squared error, and its levels keep their shares under a schedule."""
+    Returns [N,1,1,1]. Improved consistency training uses this c, and H without its factor 2c, to which an optimizer such as Adam is
+    invariant; with the factor the penalty tends to the squared error, and a schedule of c leaves the weights of the levels as they are."""
     size = math.prod(error.shape[1:])
     knee = threshold(sigma, c, schedule) * math.sqrt(size) * residual_scale(sigma, sigma_data)
     return _huber(error.square().flatten(1).sum(1).reshape(knee.shape), knee)

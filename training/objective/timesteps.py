@@ -9,7 +9,7 @@ from torch_utils import distributed
 
 
 class Uniform(torch.nn.Module):
-    """Every timestep alike, as the pairs have them: nothing is drawn anew, weighed or remembered."""
+    """Uniform timesteps: every timestep of the diffusion is equally likely, without importance weights."""
 
     def over(self, levels):
         """This, for the noise levels of a diffusion, ascending."""
@@ -28,11 +28,13 @@ class Uniform(torch.nn.Module):
 
 
 class SecondMoment(Uniform):
-    """Draws t with p_t ~ sqrt(E[L_t^2]), over the last losses of each t, and weighs by 1 / (T p_t): unbiased, with less variance.
+    """Importance sampling: draws t with p_t proportional to sqrt(E[L_t^2]), estimated from the latest losses of each t, and weights the
+    loss by 1 / (T p_t), which keeps it unbiased and lowers its variance (Nichol & Dhariwal 2021).
 
-    history: losses of each t that count; until every t has so many, all are drawn alike. uniform: share of plain uniform draws, which
-    keeps every p_t above 0. The last losses are the state, equal on all ranks; nothing here waits for the device.
-    Only clean images are drawn anew (and noted): the level of a noisy one is a matter of its sigma_n, and stays as the pairs have it."""
+    history: how many losses of each t are kept; until every t has that many, the draws are uniform. uniform: share of uniform draws, which
+    keeps every p_t above 0. The kept losses are the state, equal on all ranks; nothing here waits for the device.
+    Only the timesteps of clean images are redrawn and recorded: the level of a noisy image depends on its sigma_n, and stays that of its
+    pair."""
 
     def __init__(self, history=10, uniform=0.001):
         super().__init__()

@@ -12,11 +12,12 @@ from training.objective.loss import TERMS, Term, evaluate
 
 
 class Bound(Term):
-    """coeff L_vlb, by its term of the timestep at which an image is seen, times T, in bits: {'bound': [N]}, summed over C, H, W.
+    """Variational bound: coeff L_vlb in bits, estimated as T times its term at the timestep of each image (Nichol & Dhariwal 2021).
 
-    The network gives a variance beside D (see Diffusion.log_variance). frozen: the term teaches the variance alone, and D passes for a
-    constant. Only clean images have a bound, for it needs x_0. Where D is to be learned from it, noisy ones give what it says of D:
-    their error at sigma_n, as heavy as that of x_0 is in the divergence of clean ones; otherwise they give 0."""
+    forward() returns {'bound': [N]}, sums over C, H, W. The network predicts a variance beside D (see Diffusion.log_variance). frozen:
+    the term trains the variance only, and D is treated as a constant. The bound needs x_0, so only clean images have one. With
+    frozen=False noisy images contribute their squared error at sigma_n, weighted as the x_0 error of clean images is in the divergence;
+    otherwise they contribute 0."""
 
     name = 'bound'
     needs_outputs = True
@@ -47,21 +48,24 @@ class Bound(Term):
 
 
 def simple():
-    """The squared error of the predicted noise, at timesteps drawn alike: the denoising term with the weight snr = 1 / sigma^2."""
+    """L_simple: the squared error of the predicted noise at uniform timesteps, that is the denoising term with the weight 1 / sigma^2 (Ho
+    et al. 2020)."""
     return ['denoise']
 
 
 def hybrid(coeff=0.001):
-    """L_simple + coeff L_vlb, L_vlb = T times the mean term over t; the bound teaches the variance, and L_simple the mean.
+    """L_hybrid = L_simple + coeff L_vlb, where L_simple trains the mean and L_vlb only the variance (Nichol & Dhariwal 2021).
 
-    coeff=1/T is the published code without "rescale_learned_sigmas"."""
+    L_vlb is T times the mean of the bound's terms over t; coeff=1/T is the published code without "rescale_learned_sigmas"."""
     if not 0 < coeff < math.inf:
         raise ValueError(f'coeff={coeff} must be positive; --objective=simple has no bound')
     return ['denoise', registry.unparse('bound', {'coeff': coeff})]
 
 
 def vlb():
-    """L_vlb alone, T times the mean term over t, which teaches mean and variance."""
+    """L_vlb: the variational bound alone, which trains both mean and variance (Nichol & Dhariwal 2021).
+
+    L_vlb is T times the mean of the bound's terms over t."""
     return ['bound:frozen=False']
 
 

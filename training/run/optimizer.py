@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Optimizers and learning-rate schedules.
 
-An optimizer is called as (params, lr) and its keys; a schedule as (nimg, batch) and its keys, and gives the factor of --lr when nimg
-images came before the step. Every schedule is multiplied by the ramp-up."""
+An optimizer is called as (params, lr) with its keys; a schedule as (nimg, batch) with its keys, and returns the factor of --lr for the
+step after nimg images. Every schedule is multiplied by the ramp-up."""
 
 import math
 
@@ -12,12 +12,12 @@ from torch_utils import registry
 
 
 def adam(params, lr, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0):
-    """Adam (Kingma & Ba 2015); weight_decay is an L2 penalty, part of the gradient, as in the published code."""
+    """Adam (Kingma & Ba 2015), whose weight_decay is an L2 penalty added to the gradient, as in the published code."""
     return torch.optim.Adam(params, lr=lr, betas=_betas(beta1, beta2), eps=eps, weight_decay=weight_decay, fused=True)
 
 
 def adamw(params, lr, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.01):
-    """AdamW (Loshchilov & Hutter 2019): every step takes lr weight_decay off each weight, whatever its gradient."""
+    """AdamW (Loshchilov & Hutter 2019): Adam with decoupled weight decay, every step multiplying each weight by 1 - lr weight_decay."""
     return torch.optim.AdamW(params, lr=lr, betas=_betas(beta1, beta2), eps=eps, weight_decay=weight_decay, fused=True)
 
 
@@ -29,21 +29,24 @@ def _betas(beta1, beta2):
 
 
 def constant(nimg, batch):
-    """The learning rate stays as it is, as in EDM."""
+    """Constant learning rate, as in EDM (Karras et al. 2022)."""
     return 1.0
 
 
 def inverse_sqrt(nimg, batch, ref=70000):
-    """1 / sqrt(max(t / ref, 1)) after t steps (Karras et al. 2024, equation 67). ref: steps before it falls; 0: never."""
+    """Inverse square root decay: 1 / sqrt(max(t / ref, 1)) after t steps, constant for the first `ref` of them (Karras et al. 2024,
+    equation 67).
+
+    ref=0: constant throughout."""
     if not 0 <= ref < math.inf:
         raise ValueError(f'ref={ref} must be 0 or more steps')
     return 1 / math.sqrt(max(nimg / (ref * batch), 1)) if ref else 1.0
 
 
 def cosine(nimg, batch, kimg=0.0, least=0.0):
-    """From 1 down to `least` on half a cosine (Loshchilov & Hutter 2017) over kimg thousand images; 0: those of --duration.
+    """Cosine decay from 1 to `least` over `kimg` thousand images, by default the whole of --duration (Loshchilov & Hutter 2017).
 
-    The length stays that of the run's first command: a curve that changes on the way would be another run."""
+    kimg=0 stands for --duration of the run's first command; a run that is continued with a longer --duration keeps its curve."""
     if not (0 < kimg < math.inf and 0 <= least <= 1):
         raise ValueError(f'kimg={kimg} must be above 0, and least={least} from 0 to 1')
     return least + (1 - least) * (1 + math.cos(math.pi * min(nimg / (kimg * 1e3), 1))) / 2

@@ -84,7 +84,9 @@ class Flow:
 
 def euler(denoise, x, sigmas, randn_like, *, S_churn=0.0, S_min=0.0, S_max=math.inf, S_noise=1.0, schedule='linear', scaling='none',
           stop_sigma=0.0):
-    """First-order steps of the probability-flow ODE, T evaluations; the keys are those of heun."""
+    """Euler's method on the probability-flow ODE, with optional churn: first order, T evaluations (Karras et al. 2022).
+
+    The keys are those of heun."""
     flow = Flow(denoise, schedule, scaling)
     step = lambda state, t, end: state + (end - t) * flow.slope(state, t)
     return _walk(flow, step, x, sigmas, randn_like, Churn(S_churn, S_min, S_max, S_noise), stop_sigma)
@@ -92,14 +94,15 @@ def euler(denoise, x, sigmas, randn_like, *, S_churn=0.0, S_min=0.0, S_max=math.
 
 def heun(denoise, x, sigmas, randn_like, *, S_churn=0.0, S_min=0.0, S_max=math.inf, S_noise=1.0, alpha=1.0, schedule='linear',
          scaling='none', stop_sigma=0.0):
-    """Second-order steps of the probability-flow ODE, with optional churn. EDM, Algorithms 1 to 3.
+    """Heun's method on the probability-flow ODE, with optional churn: second order, 2T - 1 evaluations (Karras et al. 2022, algorithms 1 to
+    3).
 
-    S_churn, S_min, S_max, S_noise: how much noise is added on the way, between which levels, and its scale.
-    alpha: where in a step the second slope is taken; 1 is Heun's method, 2/3 Ralston's and 1/2 the midpoint's.
+    S_churn, S_min, S_max, S_noise: how much noise is added along the path, between which levels, and its scale.
+    alpha: where in a step the second slope is taken; 1 is Heun's method, 2/3 Ralston's and 1/2 the midpoint method.
     schedule, scaling: pieces of schedules.TIMES and SCALINGS or their names: the coordinates in which a step is straight. By
-    default dx/dsigma = (x - D) / sigma. In others the step to 0 is Euler's too, as published, so it ends beside D; with stop_sigma
-    it ends at D.
-    2T - 1 evaluations where sigmas[-1] is 0: the slope has no value there, so no correction."""
+    default dx/dsigma = (x - D) / sigma. In others the step to 0 is an Euler step too, as published, so it does not end exactly at D; with
+    stop_sigma it does.
+    2T - 1 evaluations where sigmas[-1] is 0: the slope is undefined there, so the last step has no correction."""
     if not 0 < alpha <= 1:
         raise ValueError(f'alpha must be above 0 and at most 1, got {alpha:g}')
     flow = Flow(denoise, schedule, scaling)
@@ -134,10 +137,11 @@ def _walk(flow, step, x, sigmas, randn_like, churn, stop_sigma):
 
 
 def dpmpp_2m(denoise, x, sigmas, randn_like, *, stop_sigma=0.0):
-    """DPM-Solver++(2M): second order from T evaluations, by the D of the step before. Lu et al. 2022, algorithm 2.
+    """DPM-Solver++(2M): second-order multistep method that reuses the D of the previous step, T evaluations, deterministic (Lu et al. 2022,
+    algorithm 2).
 
     A step solves d(x / sigma) = D d(1 / sigma) with one D, extrapolated in lambda = -ln sigma to the middle of the step. The first
-    step is of first order, and so is the one to 0, where lambda has no value. Draws no noise."""
+    step is of first order, and so is the one to 0, where lambda is infinite. Draws no noise."""
     sigmas = truncate(sigmas, stop_sigma)
     before, length_before = None, 0.0
     for start, end in _steps(denoise, sigmas):
@@ -152,9 +156,9 @@ def dpmpp_2m(denoise, x, sigmas, randn_like, *, stop_sigma=0.0):
 
 
 def sde(denoise, x, sigmas, randn_like, *, stop_sigma=0.0):
-    """Euler-Maruyama steps of the reverse-time VE diffusion (Song et al. 2021); T evaluations, T draws.
+    """Euler-Maruyama on the reverse-time VE SDE: stochastic, T evaluations (Song et al. 2021).
 
-    The step to 0 goes to D, not to the 2 D - x that the rule would give there."""
+    Draws noise T times. The step to 0 goes to D, not to the 2 D - x that the formula would give there."""
     sigmas = truncate(sigmas, stop_sigma)
     for start, end in _steps(denoise, sigmas):
         D, noise = _mean(denoise, x, start), randn_like(x)
@@ -163,10 +167,11 @@ def sde(denoise, x, sigmas, randn_like, *, stop_sigma=0.0):
 
 
 def ddim(denoise, x, sigmas, randn_like, *, eta=0.0, clip=False, stop_sigma=0.0):
-    """DDIM on x = x_vp sqrt(1 + sigma^2), alpha_bar = 1 / (1 + sigma^2): Song et al. 2020, equation 12. T evaluations.
+    """DDIM: deterministic for eta=0, with the noise of DDPM for eta=1; T evaluations (Song et al. 2020, equation 12).
 
+    On x = x_vp sqrt(1 + sigma^2) with alpha_bar = 1 / (1 + sigma^2):
     x' = D + sqrt(sigma'^2 - tau^2) (x - D) / sigma + tau noise, with tau = eta sigma' sqrt(1 - sigma'^2 / sigma^2).
-    eta: 0 draws no noise and is Euler's method in sigma, which may also walk up (encoding); 1 is `ancestral` with the small
+    eta: 0 draws no noise and is Euler's method in sigma, which may also go up (encoding); 1 is `ancestral` with the small
     variance. clip: D to [-1,1]."""
     if not 0 <= eta <= 1:
         raise ValueError(f'eta must be between 0 and 1, got {eta:g}')
@@ -181,13 +186,14 @@ def ddim(denoise, x, sigmas, randn_like, *, eta=0.0, clip=False, stop_sigma=0.0)
 
 
 def ancestral(denoise, x, sigmas, randn_like, *, variance='auto', clip=False, stop_sigma=0.0):
-    """DDPM's sampler on x = x_vp sqrt(1 + sigma^2): x' = D + (sigma' / sigma)^2 (x - D) + std noise. T evaluations, T draws.
+    """DDPM's ancestral sampler, with fixed or learned variance: stochastic, T evaluations (Ho et al. 2020; Nichol & Dhariwal 2021).
 
-    variance: small, that of the posterior given x_0 = D ("beta tilde"); large ("beta"); learned, between both as the network says:
-    exp(v ln large + (1 - v) ln small), v = (output + 1) / 2 (Nichol & Dhariwal 2021, equation 15), for which denoise needs a
-    method outputs(x, sigma) -> (D, output [N,C,H,W]); auto, learned where such an output is there and was trained to be that
-    (denoise.gives_variance, True where it does not say), small elsewhere.
-    clip: D to [-1,1], as DDPM does for pictures. Raises ValueError where there is no output to learn from."""
+    On x = x_vp sqrt(1 + sigma^2): x' = D + (sigma' / sigma)^2 (x - D) + std noise; draws noise T times.
+    variance: small, that of the posterior given x_0 = D ("beta tilde"); large ("beta"); learned, predicted by the network between the two:
+    exp(v ln large + (1 - v) ln small), v = (output + 1) / 2 (Nichol & Dhariwal 2021, equation 15), which needs a method
+    denoise.outputs(x, sigma) -> (D, output [N,C,H,W]); auto: learned where there is such an output and it was trained to be the variance
+    (denoise.gives_variance, True by default), small elsewhere.
+    clip: D to [-1,1], as DDPM does for pictures. Raises ValueError for learned where there is no such output."""
     if variance not in VARIANCES:
         raise ValueError(f'variance={variance}: choose from {", ".join(VARIANCES)}')
     sigmas = truncate(sigmas, stop_sigma)
