@@ -234,7 +234,7 @@ def test_a_run_is_not_overwritten(here):
     assert invoke(*args).exit_code == 0
     before = (here / 'stats.jsonl').read_bytes()
     result = invoke(*args)
-    assert result.exit_code == 1 and 'holds a run already' in result.output.splitlines()[-1]
+    assert result.exit_code == 1 and 'already holds a run' in result.output.splitlines()[-1]
     assert (here / 'stats.jsonl').read_bytes() == before
 
 

@@ -200,7 +200,7 @@ def optimizer(o):
 
 
 def lr_schedule(o):
-    """--lr-schedule; a length that defaults to that of the run is written out, so that a longer continuation does not change it unnoticed."""
+    """--lr-schedule; where its length is that of the run, it is written out, so that a longer continuation does not change it unnoticed."""
     name, given = registry.parse(o.lr_schedule)
     if name == 'cosine' and not given.get('kimg'):
         return registry.unparse(name, given | {'kimg': o.duration * 1e3})

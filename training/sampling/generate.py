@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Seeds to images: one random generator a seed, so that an image is a function of its seed and of nothing else in the batch."""
+"""From seeds to images: one random generator per seed, so that an image depends on its seed and not on the rest of the batch."""
 
 import functools
 import math
@@ -17,7 +17,7 @@ from training.sampling.pixels import pictures
 from training.sampling.writers import write_grid
 
 NO_GUIDANCE = Guidance()
-GRID_BATCH = 16  # of a training's samples: between two of them it can be stopped
+GRID_BATCH = 16  # batch size of sample_grid(), which can be stopped between two batches
 
 
 class Samples(NamedTuple):
@@ -29,7 +29,7 @@ class Samples(NamedTuple):
 
 
 class SeededDraws:
-    """Random tensors whose row i comes from a generator of its own, seeded with seeds[i] mod 2^32."""
+    """Random tensors whose row i comes from its own generator, seeded with seeds[i] mod 2^32."""
 
     def __init__(self, seeds, device='cpu'):
         self.device = torch.device(device)
@@ -55,8 +55,8 @@ def generate_images(net, seeds, *, schedule=schedules.edm, stepper=steppers.heun
 
     net: a denoiser in eval mode. schedule(num_steps) -> levels, and stepper: pieces with their options bound.
     labels: a source of labels.py; None draws a class for each seed. guidance: a Guidance. device: where to sample, by default
-    where the network is. rank, world: this process takes every world-th seed. The images depend on neither of these nor on
-    `batch`: bit for bit on the CPU at equal threads, to rounding of the network on a GPU. No autograd graph is kept.
+    where the network is. rank, world: this process takes every world-th seed. The images do not depend on rank, world or `batch`:
+    bit for bit on the CPU with equal threads, up to rounding of the network on a GPU. No autograd graph is kept.
     Raises ValueError for guidance that the network does not allow and for levels that the schedule refuses."""
     assert not getattr(net, 'training', False), 'sampling needs the network in eval mode'
     assert batch >= 1, f'batch must be 1 or more, got {batch}'
@@ -71,7 +71,7 @@ def generate_images(net, seeds, *, schedule=schedules.edm, stepper=steppers.heun
 
 
 def _sample(net, seeds, sigmas, stepper, source, guidance, device, rows):
-    # The order of the draws is the published one: latents, class, then one draw a step.
+    # The order of the draws is the published one: latents, class, then one draw per step.
     draws = SeededDraws(seeds, device)
     latents = draws.randn([net.img_channels, *resolution(net)])
     labels = source(draws, seeds) if source else None
@@ -81,7 +81,7 @@ def _sample(net, seeds, sigmas, stepper, source, guidance, device, rows):
 
 
 def guided(net, labels=None, guidance=NO_GUIDANCE, rows=misc.CPU_CHUNK):
-    """The denoiser that a stepper walks: the network with its labels, led away from what the guidance says."""
+    """The denoiser that a stepper calls: the network with its labels, and with guidance where its weight is not 1."""
     denoise = ConditionedDenoiser(net, labels, rows)
     if guidance.weight == 1:
         return denoise
@@ -132,21 +132,21 @@ class ConditionedDenoiser:
 
 
 def noise_levels(net, schedule, num_steps):
-    """The schedule's levels within the network's range, rounded to levels that it knows; float64 [T + 1], ending in 0."""
+    """The schedule's levels within the network's range, rounded to the network's own levels; float64 [T + 1], ending in 0."""
     levels = schedule(num_steps, **sigma_range(net, schedule))
     return torch.cat([ConditionedDenoiser(net).round_sigma(levels[:-1]), levels[-1:]])
 
 
 def sigma_range(net, schedule):
-    """{sigma_min, sigma_max} of a schedule (those that it has), cut to the network's."""
+    """{sigma_min, sigma_max} of a schedule (those that it has), limited to the network's range."""
     chosen, cut = registry.parameters(schedule), {'sigma_min': max, 'sigma_max': min}
     return {key: limit(chosen[key], getattr(net, key)) for key, limit in cut.items() if key in chosen}
 
 
 def with_time(net, schedule, stepper, sigmas):
-    """The stepper, its sigma(t) fitted to the schedule's range where it has one by name, and to the levels where that has no bounds.
+    """The stepper; where its sigma(t) is given by name, the curve is fitted to the schedule's range, or to the levels if that is unbounded.
 
-    Raises ValueError for a range that the curve does not join."""
+    Raises ValueError for a range that no such curve has."""
     name = stepper.keywords.get('schedule')
     if name is None:
         return stepper
@@ -157,11 +157,11 @@ def with_time(net, schedule, stepper, sigmas):
 
 
 def check_finite(part, who=''):
-    """Refuses Samples that are no numbers, which would become black pictures. who: what errors call the network."""
+    """Raises UserError for Samples that are not finite, which would become black pictures. who: what errors call the network."""
     bad = (~part.images.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
     if bad:
         raise UserError(f'{who and f"{who}: "}the image of seed {part.seeds[bad[0]]} is not finite ({len(bad)} of {len(part.seeds)} in '
-                        'its batch are not); the weights are broken, or too large for --precision=fp16')
+                        'its batch are not); the weights are broken, or overflow in --precision=fp16')
 
 
 def resolution(net):
@@ -176,8 +176,8 @@ def network_device(net):
 
 
 def sample_grid(net, count, path, stop=lambda: False, **options):
-    """Writes one picture of the images of seeds 0 .. count - 1, and returns them, [count,C,H,W] in network units; none of both, but None,
-    where stop() says so between two batches.
+    """Writes one picture of the images of seeds 0 .. count - 1, and returns them, [count,C,H,W] in network units. Writes nothing and
+    returns None if stop() is true after a batch.
 
     options: those of generate_images, on one rank."""
     parts = []

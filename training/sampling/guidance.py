@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Guidance: a denoiser led away from a worse one, D_0 + w (D_1 - D_0), at the noise levels of an interval or at all."""
+"""Guidance: a denoiser extrapolated away from a worse one, D_0 + w (D_1 - D_0), at all noise levels or those of an interval."""
 
 import math
 from typing import NamedTuple
@@ -11,19 +11,20 @@ OFFSET = 0.008  # s of that schedule
 
 
 class Guidance(NamedTuple):
-    """What generate_images needs to know of guidance; the default is none."""
+    """The guidance of generate_images; the default is none."""
 
     weight: float = 1.0  # w; 1 is the conditional network alone
     interval: tuple = (0.0, math.inf)  # (lo, hi]: the levels sigma at which it acts
-    net: object = None  # D_0 of autoguidance, told the same labels; None is D_1's own network, told no label
+    net: object = None  # D_0 of autoguidance, with the same labels; None: D_0 is the unconditional prediction of D_1's network
 
 
 class Guided:
     """(x, sigma) -> D_0 + w (D_1 - D_0) inside the interval, and D_1 from a single call outside of it.
 
-    denoise, guide: (x, sigma) -> D_1, D_0. Ho & Salimans 2022 with w = 1 + their w: D_0 has no label; Karras et al. 2024a: D_0 is a
-    worse network. interval: (lo, hi] in sigma, Kynkäänniemi et al. 2024. Where a stepper says with begin_step at which level its
-    step starts, that decides for all evaluations of the step; otherwise the level of each call does. w = 1 calls no guide."""
+    denoise, guide: (x, sigma) -> D_1, D_0. D_0 is the unconditional prediction in Ho & Salimans 2022, with w = 1 + their w, and a worse
+    network in Karras et al. 2024a. interval: (lo, hi] in sigma, Kynkäänniemi et al. 2024. Where a stepper announces with begin_step the
+    level at which its step starts, that level decides for all evaluations of the step; otherwise that of each call does. With w = 1 the
+    guide is not called."""
 
     def __init__(self, denoise, guide, weight, interval=(0.0, math.inf)):
         self.denoise, self.guide, self.weight, self.interval = denoise, guide, weight, interval
@@ -65,12 +66,11 @@ def check(net, guidance):
         raise ValueError(f'the weight must be 0 or more, got {weight:g}')
     if guide is None:
         if weight != 1 and not net.label_dim:
-            raise ValueError('the network is unconditional, so that there is no label to leave out; give a worse network to lead '
-                             'away from (--gnet)')
+            raise ValueError('the network is unconditional, so it has no label to drop; guide with a worse network instead (--gnet)')
         return
     for what, of in (('images', _shape), ('label_dim', lambda net: net.label_dim), ('units', lambda net: getattr(net, 'units', None))):
         if of(guide) != of(net):
-            raise ValueError(f'the guiding network has {what} {of(guide)}, the network {of(net)}; they must be equal')
+            raise ValueError(f'the guiding network has {what} {of(guide)}, and the network has {of(net)}; they must be equal')
 
 
 def _shape(net):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a network is sampled, as the options of a command line (options.py) or its own config.json say it: the pieces that they name.
+"""How a network is sampled: the pieces that the options of a command line (options.py) or its own config.json name.
 
-Training, whose grids and metrics are told nothing, has default_pieces()."""
+Grids and metrics during training use default_pieces()."""
 
 import contextlib
 import functools
@@ -20,26 +20,26 @@ CONFIG = 'network configuration: sampling'  # the key of config.json, in errors
 
 
 def prepare(o, seeds):
-    """(network on its device, arguments for generate_images) from the options above, --network and --device; o: an EasyDict of them.
+    """(network on its device, arguments for generate_images) from those options, --network and --device; o: an EasyDict of them.
 
-    Raises UserError, in one line, for whatever they or the network refuse; nothing has been sampled then."""
+    Raises UserError, in one line, for whatever they or the network refuse, before anything is sampled."""
     load = functools.partial(open_network, device=distributed.pick_device(o.device), precision=o.precision, compile=o.compile)
     net = load(o.network, weights=o.weights)
     guidance = pick_guidance(net, load(o.gnet, weights=o.gnet_weights) if o.gnet else None, o.guidance, o.guidance_interval)
     keys = {key: o[key] for key in KEYS}
     pieces = sampler_pieces(net, o.steps, o.sampler, o.levels, o.stop_sigma, o.stop_variance, **keys)
-    o.sampler, o.levels, o.steps = choose(net, o.sampler, o.levels, o.steps, o.rho)  # so that a record of the options tells what was done
+    o.sampler, o.levels, o.steps = choose(net, o.sampler, o.levels, o.steps, o.rho)  # so that records of the options hold what was used
     return net, {'labels': pick_labels(net, seeds, o.labels, o.class_idx), 'guidance': guidance, **pieces}
 
 
 def open_network(ref, weights, device, precision, compile):
-    """The network, as it is to run."""
+    """Loads the network, with the precision and compilation that are asked for."""
     net = load_network(ref, device=device, weights=weights)
     show_recipe(ref)
     if precision:
         net.compute_dtype = misc.DTYPES[precision]
     if compile:
-        # The U-Net alone: what is around it is in float32 and costs little, and some samplers ask for more than D.
+        # Only the U-Net: the preconditioning around it is cheap and in float32, and some samplers call outputs().
         net.model.compile(dynamic=False)
     return net
 
@@ -48,7 +48,7 @@ def pick_guidance(net, gnet, weight, interval):
     """The Guidance that the options ask for; refuses options that would do nothing."""
     if weight == 1 and (gnet is not None or interval):
         option = 'gnet' if gnet is not None else 'guidance-interval'
-        raise UserError(f'--{option} does nothing without a --guidance other than 1; give --guidance=2, say')
+        raise UserError(f'--{option} has no effect without a --guidance other than 1, such as --guidance=2')
     try:
         limits = guidance.interval(interval) if interval else (0.0, math.inf)
     except ValueError as err:
@@ -59,8 +59,8 @@ def pick_guidance(net, gnet, weight, interval):
     except ValueError as err:
         raise UserError(f'--guidance={weight:g}: {err}') from None
     if weight != 1 and gnet is None and not net.config.get('label_dropout'):
-        distributed.print0('Warning: the network was trained without label dropout, so that what it makes of no label means little; '
-                          'train with --label-dropout, or give --gnet')
+        distributed.print0('Warning: the network was trained without label dropout, so its unconditional prediction is not meaningful; '
+                           'train with --label-dropout, or use --gnet')
     return found
 
 
@@ -74,9 +74,9 @@ def pick_labels(net, seeds, spec, class_idx):
 
 def sampler_pieces(net, steps=None, sampler=None, levels=None, stop_sigma=None, stop_variance=None, sigma_min=None, sigma_max=None,
                    rho=None, **keys):
-    """{schedule, num_steps, stepper} with their options bound; what they or the network refuse is found before any file is written."""
+    """{schedule, num_steps, stepper} with their options bound. Raises UserError for what they or the network refuse."""
     if stop_sigma is not None and stop_variance is not None:
-        raise UserError('--stop-sigma and --stop-variance are the same option, as a level and as its square; give one of them')
+        raise UserError('--stop-sigma and --stop-variance are the same option, given as a level or as its square; give one of them')
     keys['stop_sigma'] = stop_sigma if stop_variance is None else math.sqrt(stop_variance)
     by_config = own_sampling(net) and (steps, sampler, levels) == (None, None, None)
     sampler, levels, steps = choose(net, sampler, levels, steps, rho)
@@ -95,20 +95,20 @@ def sampler_pieces(net, steps=None, sampler=None, levels=None, stop_sigma=None, 
         except ValueError as err:
             raise UserError(f'--sampler={sampler} with its keys: {err}') from None
         if stepper.keywords.get('variance') == 'learned' and net.output_multiple < 2:
-            raise UserError(f'--sampler={sampler}: the network gives no variance; choose variance=small or large')
+            raise UserError(f'--sampler={sampler}: the network does not predict a variance; choose variance=small or large')
     return {'schedule': schedule, 'num_steps': steps, 'stepper': stepper}
 
 
 def default_pieces(net):
-    """The same where a user says nothing: what grids and metrics during training, and plain commands, sample a network with."""
+    """sampler_pieces() without any option, as for grids and metrics during training."""
     return sampler_pieces(net)
 
 
 def choose(net, sampler=None, levels=None, steps=None, rho=None):
-    """(sampler, levels, steps) that are meant: what is given, else what the network's config.json says, else EDM's.
+    """(sampler, levels, steps): what is given, else what the network's config.json says, else EDM's.
 
-    The network's levels and steps are those of its sampler, and do not count where another is named; its keys go where any is named.
-    rho asks for EDM's levels. steps: None where the levels are told one by one."""
+    The levels and steps of config.json belong to its sampler and do not apply to another one; the keys of its sampler are dropped where
+    --sampler is given. rho selects EDM's levels. steps: None where the levels are listed one by one."""
     own = own_sampling(net)
     if sampler and own and registry.parse(sampler)[0] != registry.parse(own['sampler'])[0]:
         own = {}
@@ -119,13 +119,13 @@ def choose(net, sampler=None, levels=None, steps=None, rho=None):
 
 
 def own_sampling(net):
-    """{"sampler", and "levels", "steps" where they are told} of the network's config.json, checked; {} where that says nothing."""
+    """The checked "sampling" of the network's config.json, {"sampler": ...} with optional "levels" and "steps"; {} where there is none."""
     found = getattr(net, 'sampling', None)
     if found is None:
         return {}
     shown = f'{CONFIG}={json.dumps(found)}'
     if not isinstance(found, dict) or 'sampler' not in found or found.keys() - {'sampler', 'levels', 'steps'}:
-        raise UserError(f'{shown}: expected such as {{"sampler": "ancestral", "steps": 50}}, and "levels" where need be')
+        raise UserError(f'{shown}: expected an object such as {{"sampler": "ancestral", "steps": 50}}, optionally with "levels"')
     for key, pieces in (('sampler', steppers.STEPPERS), ('levels', schedules.SCHEDULES)):
         if key in found:
             registry.build(found[key], pieces, f'{CONFIG}: {key}')
@@ -137,7 +137,7 @@ def own_sampling(net):
 
 @contextlib.contextmanager
 def _said_by(whose):
-    """Errors inside say who asked, where that was not the command line."""
+    """Puts `whose` before errors raised inside, where it is not None: the sampler was not chosen on the command line."""
     try:
         yield
     except UserError as err:
@@ -145,28 +145,28 @@ def _said_by(whose):
 
 
 def has_timesteps_for(net, sampler):
-    """Whether the network was trained on timesteps such as the sampler was made for, which is one that can clip D."""
+    """Whether the network was trained on discrete timesteps, and the sampler is made for them (those are the samplers that can clip D)."""
     return bool(getattr(net, 'diffusion', None)) and 'clip' in registry.parameters(steppers.STEPPERS[registry.parse(sampler)[0]])
 
 
 def default_levels(net, sampler, rho):
-    """The --levels that are meant where none are given: the network's own timesteps for such samplers, EDM's otherwise."""
+    """The default of --levels: the network's own timesteps for samplers of discrete timesteps, EDM's levels otherwise."""
     own = rho is None and has_timesteps_for(net, sampler)
     return f'respaced:diffusion={net.diffusion.replace(",", "|")}' if own else 'edm'
 
 
 def combine(slot, spec, pieces, keys):
-    """The piece that --slot=SPEC names, with keys that have an option of their own; refuses what it does not take or was told twice."""
-    name, told = registry.parse(spec)
+    """The piece that --slot=SPEC names, with keys that have their own options; refuses keys that are unknown or given twice."""
+    name, given = registry.parse(spec)
     accepted = registry.parameters(pieces[name])
     keys = {key: value for key, value in keys.items() if value is not None}
     for key, value in keys.items():
         option = f'--{key.replace("_", "-")}={value}'
         if key not in accepted:
-            raise UserError(f'{option} is no key of --{slot}={name}, which takes {", ".join(accepted)}')
-        if key in told:
+            raise UserError(f'{option} is not a key of --{slot}={name}, which takes {", ".join(accepted)}')
+        if key in given:
             raise UserError(f'{option} and --{slot}={spec}: "{key}" is given twice')
-    for key, value in {**told, **keys}.items():
+    for key, value in {**given, **keys}.items():
         if value != value:
             raise UserError(f'--{slot}={name}: "{key}" is nan; give a number')
     return functools.partial(registry.build(spec, pieces, f'--{slot}'), **keys)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images in network units, as 8-bit pictures, in physical units, and many in one picture."""
+"""Conversions between network units, 8-bit pictures and physical units, and grids of images."""
 
 import math
 
@@ -8,18 +8,18 @@ import torch
 
 from training.data.dataset import UNITS_8BIT
 
-GRID_CELL = 64  # images smaller than this are enlarged in grids by a whole factor, so that single pixels can be seen
+GRID_CELL = 64  # grids enlarge images smaller than this by a whole factor, so that single pixels can be seen
 GRID_GAP = 2  # pixels between the images of a grid
 GRID_BACKGROUND = 255
 
 
 def is_picture(channels, units=None):
-    """True where images can be PNGs: 8-bit data (no units), grey or RGB."""
+    """Whether images can be written as PNG: 8-bit data (no units), grey or RGB."""
     return channels in (1, 3) and units is None
 
 
 def grid(images, columns=None):
-    """One picture of many, row by row, as square as it gets unless `columns` is given.
+    """Many images in one picture, row by row, as nearly square as possible unless `columns` is given.
 
     images: uint8 [N,C,H,W], C = 1 or 3. Returns uint8 [C,H',W']; small images are enlarged."""
     images = np.asarray(images)
@@ -48,7 +48,7 @@ def to_uint8(images):
 
 
 def to_physical(images, units):
-    """Network units to the data's own, x * scale + offset; as they are where units is None.
+    """Network units to the data's own, x * scale + offset; unchanged where units is None.
 
     images: [N,C,H,W]. units: {"scale", "offset"}, each a number or one per channel."""
     if units is None:
@@ -58,7 +58,7 @@ def to_physical(images, units):
 
 
 def to_network(image, units):
-    """An image as it lies in its file back in network units, float64 [C,H,W]: to_uint8 and to_physical undone, within their rounding.
+    """The image of a file in network units, float64 [C,H,W]: inverts to_uint8 and to_physical, up to rounding.
 
     image: an array [C,H,W]; uint8 for pictures."""
     image = torch.as_tensor(image, dtype=torch.float64)
@@ -68,7 +68,7 @@ def to_network(image, units):
 
 
 def pictures(batch, units=None):
-    """Images in network units as pictures, uint8 [N,1 or 3,H,W] in NumPy: data that is not 8-bit shows its first channel."""
+    """Images in network units as pictures, NumPy uint8 [N,1 or 3,H,W]; of data that is not 8-bit the first channel is shown."""
     if is_picture(batch.shape[1], units):
         return to_uint8(batch).cpu().numpy()
     return as_pictures(batch.cpu().numpy())

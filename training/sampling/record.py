@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What made images: all that decides their pixels, in a form that can be written down, compared and quoted.
+"""Records of how images were generated: everything that their pixels depend on, to be saved, compared and quoted.
 
-A record is a dict of JSON values, which lists only what applies: no key of the sampler that has its default, no guidance interval
-where nothing is guided, no labels where the network takes none."""
+A record is a dict of JSON values that holds only what applies: no key of the sampler that has its default, no guidance interval
+without guidance, no labels for unconditional networks."""
 
 import hashlib
 import math
@@ -17,8 +17,8 @@ from training.sampling.generate import ConditionedDenoiser, noise_levels, resolu
 from training.sampling.guidance import Guided
 from training.sampling.labels import DATASET
 
-# Of two records: the keys that decide pixels, each with the option that sets it. Levels count as numbers, "sigmas", and labels without
-# their path; device, threads, ranks, batch and seeds do not count.
+# The keys that are compared between two records, because pixels depend on them, each with the option that sets it. Levels are compared as
+# numbers, "sigmas", and labels without their path; device, threads, ranks, batch size and seeds are not compared.
 DECIDES = {'sha256': '--network', 'gnet_sha256': '--gnet', 'sampler': '--sampler', 'steps': '--steps', 'sigmas': '--levels',
            'stop_sigma': '--stop-sigma', 'guidance': '--guidance', 'guidance_interval': '--guidance-interval', 'labels': '--labels',
            'precision': '--precision', 'compile': '--compile', 'image_shape': '--network', 'units': '--network',
@@ -53,15 +53,15 @@ def describe(o, net, pieces):
 
 
 def precision(net):
-    """The name of the type that a network works in."""
+    """Name of the dtype in which a network computes."""
     dtype = getattr(net, 'compute_dtype', torch.float32)
     return next((name for name, known in misc.DTYPES.items() if known == dtype), str(dtype).removeprefix('torch.'))
 
 
 def spec_of(spec, piece, pieces):
-    """"name:key=value" of a piece with bound options: every way of giving the same keys comes to the same text, defaults left out.
+    """"name:key=value" of a piece with bound options, without defaults: the same text however the keys were given.
 
-    stop_sigma, which all steppers have, is told apart."""
+    stop_sigma, which all steppers have, is recorded separately."""
     name, defaults = registry.parse(spec)[0], registry.parameters(pieces[registry.parse(spec)[0]])
     keys = {key: _plain(value) for key, value in piece.keywords.items() if key != 'stop_sigma' and key in defaults}
     other = {key: keys[key] for key in defaults if key in keys and keys[key] != _plain(defaults[key])}
@@ -69,7 +69,7 @@ def spec_of(spec, piece, pieces):
 
 
 def _plain(value):
-    """A key's value as it is written: numbers alike whether whole or not, true and false, curves sigma(t) by their names."""
+    """A key's value in a uniform notation: whole floats as integers, true and false, curves sigma(t) by name."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, float) and value.is_integer():
@@ -78,7 +78,7 @@ def _plain(value):
 
 
 def describe_labels(o, source):
-    """Where labels come from; a table by its digest."""
+    """Where the labels come from; a table is identified by its digest."""
     if o.class_idx is not None:
         return {'source': 'class', 'class': o.class_idx}
     table = getattr(source, 'table', None)
@@ -90,7 +90,7 @@ def describe_labels(o, source):
 
 
 class _Counter:
-    """A denoiser of nothing that counts how often it is asked."""
+    """A denoiser that returns zeros and counts its calls."""
 
     gives_variance = True
 
@@ -106,7 +106,7 @@ class _Counter:
 
 
 def count_evaluations(net, stepper, sigmas, guidance):
-    """(network evaluations an image, how many of them are D_0's): counted, by walking the levels with a denoiser that does nothing."""
+    """(network evaluations per image, how many of them are D_0's), counted by sampling with a denoiser that returns zeros."""
     denoise, guide = (_Counter(ConditionedDenoiser(net).round_sigma) for _ in range(2))
     led = Guided(denoise, guide, guidance.weight, guidance.interval)
     with torch.no_grad():
@@ -115,7 +115,7 @@ def count_evaluations(net, stepper, sigmas, guidance):
 
 
 def machine(device):
-    """On what something was computed: device, GPU and whether it multiplies float32 as TF32, CPU threads, ranks, versions."""
+    """What something was computed on: device, GPU and its TF32 settings, CPU threads, ranks, versions."""
     device = torch.device(device)
     on_gpu = {}
     if device.type == 'cuda':
@@ -126,7 +126,7 @@ def machine(device):
 
 
 def differences(old, new):
-    """["--steps: 18, now 6", ...]: what of two records decides pixels and is not the same; [] for images of one set."""
+    """["--steps: 18, now 6", ...]: differences between two records that affect pixels; [] where the images belong together."""
     changed = [key for key in DECIDES if not _same(key, old.get(key), new.get(key))]
     if {'sha256', 'sampler', 'steps'} & {*changed} and old.get('levels') == new.get('levels'):
         changed = [key for key in changed if key != 'sigmas']  # which follow from those
@@ -136,7 +136,7 @@ def differences(old, new):
 
 
 def _same(key, old, new):
-    """Whether two values of a key stand for the same; levels may differ by rounding, which is not equal on all machines."""
+    """Whether two values of a key mean the same; levels may differ by rounding, which varies between machines."""
     if key == 'labels' and isinstance(old, dict) and isinstance(new, dict):
         return {**old, 'path': None} == {**new, 'path': None}
     if key == 'sigmas' and isinstance(old, list) and isinstance(new, list):
@@ -145,7 +145,7 @@ def _same(key, old, new):
 
 
 def _shown(record, key):
-    """A value in a line for people."""
+    """A value as text for messages."""
     value = record.get(key)
     if value is None:
         return 'none'

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sampling is a schedule times a stepper: a stepper walks x down any falling noise levels, by calling a denoiser.
+"""Sampling combines a schedule and a stepper: a stepper takes x down a sequence of falling noise levels, by calling a denoiser.
 
 A stepper is called as (denoise, x, sigmas, randn_like, *, stop_sigma, and its own keys) and returns x at sigmas[-1]:
 denoise(x, sigma) -> D = E[x_0 | x] in any float dtype, for a 0-dim float64 sigma on the CPU. Where it has them, its methods
 round_sigma(sigma), outputs(x, sigma) and begin_step(sigma), at the level where each step starts, are called.
 x: [N,C,H,W], float64: x_0 + sigma * noise at sigma = sigmas[0]. sigmas: float64 [T+1] on the CPU, falling, as a rule to 0.
-randn_like(x) -> unit normal noise. stop_sigma cuts the levels below it (see schedules.truncate). The step to 0 arrives at D,
-other coordinates of euler and heun aside.
+randn_like(x) -> standard normal noise. stop_sigma drops the levels below it (see schedules.truncate). The step to 0 arrives at D,
+except in other coordinates of euler and heun.
 Keys out of range raise ValueError, and unknown names UserError, before anything is evaluated: check() does only that."""
 
 import math
@@ -18,12 +18,12 @@ from torch_utils import registry
 from training.diffusion import ambient
 from training.diffusion.schedules import TIMES, truncate
 
-MAX_CHURN = math.sqrt(2) - 1  # a step never adds more than it takes to double the variance
+MAX_CHURN = math.sqrt(2) - 1  # a step at most doubles the variance
 VARIANCES = ('auto', 'learned', 'small', 'large')
 
 
 class Churn(NamedTuple):
-    """What a step adds in noise before it goes down. EDM, Algorithm 2."""
+    """Noise that a step adds before it goes down (Karras et al. 2022, algorithm 2)."""
 
     S_churn: float
     S_min: float
@@ -32,7 +32,7 @@ class Churn(NamedTuple):
 
 
 def churn_factor(sigma, num_steps, S_churn, S_min=0.0, S_max=math.inf):
-    """gamma: by which share a step raises its level before it goes down. EDM, Algorithm 2, line 4."""
+    """gamma: the relative increase of the noise level before a step goes down (Karras et al. 2022, algorithm 2, line 4)."""
     return min(S_churn / num_steps, MAX_CHURN) if S_min <= sigma <= S_max else 0.0
 
 
@@ -48,7 +48,7 @@ def variance_preserving(sigma):
 
 
 class Flow:
-    """The probability-flow ODE of the state s(t) x at level sigma(t). Karras et al. 2022, equation 4.
+    """The probability-flow ODE of the state s(t) x at level sigma(t) (Karras et al. 2022, equation 4).
 
     schedule: a piece of schedules.TIMES, or its name. scaling: a function of SCALINGS, or its name."""
 
@@ -118,7 +118,7 @@ def heun(denoise, x, sigmas, randn_like, *, S_churn=0.0, S_min=0.0, S_max=math.i
 
 
 def _walk(flow, step, x, sigmas, randn_like, churn, stop_sigma):
-    """Takes x down the levels with step(state, t, next t), in the coordinates of the flow."""
+    """Integrates x over the levels with step(state, t, next t), in the coordinates of the flow."""
     for name, value in churn._asdict().items():
         if not value >= 0:
             raise ValueError(f'{name} must not be negative, got {value:g}')
@@ -218,7 +218,7 @@ def _mean_and_share(denoise, x, sigma, variance):
     if output.shape == x.shape:
         return D.to(x.dtype), (output.to(x.dtype) + 1) / 2
     if variance == 'learned':
-        raise ValueError('variance=learned: the network gives no variance; choose small or large')
+        raise ValueError('variance=learned: the network does not predict a variance; choose small or large')
     return D.to(x.dtype), 0.0
 
 

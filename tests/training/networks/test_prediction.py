@@ -157,7 +157,7 @@ def test_option(tmp_path):
 
 
 @pytest.mark.parametrize('flags, words', [
-    (['--prediction=v'], '--prediction=v is for discrete-time objectives: add --objective=hybrid, say'),
+    (['--prediction=v'], '--prediction=v is for discrete-time objectives: such as --objective=hybrid'),
     (['--prediction=eps', '--precond=iddpm'], '--prediction=eps is for discrete-time objectives'),
     ([*IDDPM, '--prediction=v', '--sigma-data=0.3'], '--sigma-data=0.3 goes with'),
     (['--precond=iddpm', '--sigma-data=0.3'], '--sigma-data=0.3 goes with')])

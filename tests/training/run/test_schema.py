@@ -32,7 +32,7 @@ def refused(found, change):
     state = copy.deepcopy(state)
     before = tiny.digest([run.net.state_dict(), run.ema.state_dict(), run.optimizer.state_dict(), dict(run.progress)])
     change(state)
-    with pytest.raises(UserError, match='^here.pt: cannot be continued from: .*; is it damaged?') as error:
+    with pytest.raises(UserError, match='^here.pt: cannot resume from this state: .*; is it damaged?') as error:
         schema.checked(state, run, 'here.pt')
     assert tiny.digest([run.net.state_dict(), run.ema.state_dict(), run.optimizer.state_dict(), dict(run.progress)]) == before
     assert error.value.message.isprintable()
@@ -112,7 +112,7 @@ def test_counts(found, name, value):
     (put('progress', 'tick_nimg', value='x'), '"progress.tick_nimg" must be a whole number'),
     (put('progress', 'pending', value=['state', 'exec']), '"progress.pending" must be a list of validate, snapshot, measure, state'),
     (put('stats', value={}), '"stats" must be a list'),
-    (put('stats', value=[{'sums': {'x': torch.zeros(3)}, 'tables': {}}]), '"stats" holds other things than sums and tables'),
+    (put('stats', value=[{'sums': {'x': torch.zeros(3)}, 'tables': {}}]), '"stats" must hold sums and tables'),
     (put('stats', value=[{'sums': {}, 'tables': {'x': [['a'], torch.zeros(2, 3).double()]}}]), '"stats" holds other things'),
     (put('net', value=3), '"net": expected a state dict'),
     (put('net', 'extra', value=torch.zeros(1)), '"net": the weights do not fit the config: extra is unknown'),

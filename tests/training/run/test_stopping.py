@@ -88,7 +88,7 @@ def test_stopped_and_continued_equals_straight(tmp_path, data, straight, monkeyp
     if place == 'state':  # of the last tick: there is nothing left to stop
         assert code is None and 'Done: ' in output
     else:
-        assert code == STOPPED and 'Stopped: SIGTERM; the state is written' in output
+        assert code == STOPPED and 'Stopped: SIGTERM; the state is saved' in output
         assert 'Stopped: SIGTERM' in (folder / 'log.txt').read_text()
         assert tiny.read_state(checkpoint.states(folder)[0])['progress']['pending'] == pending
     assert tiny.call(*flags(data, tmp_path)) is None

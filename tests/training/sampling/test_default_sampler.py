@@ -153,10 +153,10 @@ def test_what_train_writes(tmp_path):
 
 
 @pytest.mark.parametrize('value, words', [
-    ('ancestral', 'expected such as {"sampler": "ancestral", "steps": 50}'),
-    ({}, 'expected such as'),
-    ({'steps': 3}, 'expected such as'),
-    ({'sampler': 'ddim', 'solver': 'heun'}, 'expected such as'),
+    ('ancestral', 'expected an object such as {"sampler": "ancestral", "steps": 50}'),
+    ({}, 'expected an object such as'),
+    ({'steps': 3}, 'expected an object such as'),
+    ({'sampler': 'ddim', 'solver': 'heun'}, 'expected an object such as'),
     ({'sampler': 'odd'}, 'sampler=odd: unknown name "odd"; choose from ancestral, ddim'),
     ({'sampler': 3}, 'unknown name "3"'),
     ({'sampler': 'ddim:order=3'}, 'has no key "order"'),

@@ -234,7 +234,7 @@ def test_a_killed_run_leaves_a_record_that_says_so(folders, tmp_path):
 
 
 @pytest.mark.parametrize('text, words', [
-    ('[]', 'expected a JSON object'), ('{"a": 1}', 'is no record of generated images, whose place it takes'),
+    ('[]', 'expected a JSON object'), ('{"a": 1}', 'is not a record of generated images, which has to go there'),
     ('{"kind": "generated images", "format": "png", "subdirs": false, "seeds": "1-"}', '"seeds" must be ranges'),
     ('{"kind": "generated images", "format": "png", "subdirs": false, "seeds": "0-999999999999"}', 'names more than'),
     ('{"kind": "generated images", "format": "png", "subdirs": false}', '"seeds" must be ranges')])
