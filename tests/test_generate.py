@@ -245,7 +245,7 @@ def test_compiled_images_are_close(folders, tmp_path, how):
     ('rgb', ['--guidance-interval=0,1'], '--guidance-interval does nothing without a --guidance other than 1'),
     ('rgb', ['--gnet=worse'], '--gnet does nothing without'),
     ('rgb', ['--guidance=2', '--guidance-interval=1,0'], '--guidance-interval=1,0: give lo,hi'),
-    ('rgb', ['--guidance=2', '--gnet=grey'], 'the guiding network has images [1, 8, 8], the network [3, 8, 8]'),
+    ('rgb', ['--guidance=2', '--gnet=grey'], 'the guiding network has images [1, 8, 8], and the network has [3, 8, 8]'),
     ('rgb', ['--guidance=2', '--gnet=nowhere'], 'nowhere: no such file or folder'),
     ('rgb', ['--class=1', '--labels=uniform'], '--class=1: one class for all images and a source of labels exclude each other'),
     ('rgb', ['--labels=classes.npy'], '--labels=classes.npy: no such file; choose uniform'),
@@ -287,5 +287,5 @@ def test_dark_images_raise_the_alarm_and_good_ones_do_not(tmp_path):
     make = lambda name, *options: run(tmp_path / name, tmp_path / f'{name}-out', '--seeds=0-23', '--steps=3', *options).output
     assert 'Warning' not in make('good') and 'Warning' not in make('old')
     line, = [line for line in make('dark').splitlines() if line.startswith('Warning')]
-    assert 'the colours of 24 samples are not those of the data' in line and 'has the mean -' in line
+    assert 'the colours of 24 samples differ from those of the data' in line and 'has mean -' in line
     assert 'Warning' not in make('dark', '--stop-sigma=0.5')

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Generated images, for metrics: those that a network makes in memory, and those in files, both with what made them."""
+"""Generated images for metrics, sampled from a network in memory or read from files, with a record of how they were generated."""
 
 import os
 import sys
@@ -25,7 +25,7 @@ def uint8_batches(net, seeds, batch, who, **pieces):
 
 
 class NetworkImages:
-    """--network: images made in memory, and rounded to 8 bits as their PNGs would be; each repeat takes the seeds that follow."""
+    """--network: images sampled in memory and rounded to 8 bits as in a PNG; each repeat uses the next seeds."""
 
     def __init__(self, o):
         self._o = o
@@ -36,17 +36,17 @@ class NetworkImages:
         self._seeds = [[seed + i * span for seed in seeds] for i in range(o.repeats)]
         self._net, self._pieces = sampling.prepare(o, [seed for part in self._seeds for seed in part])
         if not is_picture(self._net.img_channels, self._net.units):
-            raise UserError(f'--network={o.network}: makes no 8-bit grey or RGB images, which detectors compare')
+            raise UserError(f'--network={o.network}: does not generate 8-bit grey or RGB images, which detectors need')
         self.shape = self._net.img_channels, *resolution(self._net)
         self.labels = [{'seeds': ranges(seeds)} for seeds in self._seeds]
         self._facts = distributed.from_rank0(record.describe, o, self._net, self._pieces)
 
     def facts(self):
-        """The same in the same form as the record of a folder of such images."""
+        """How the images are generated, in the form of the record of a folder."""
         return {**self._facts, 'seeds': ranges(self._seeds[0])}
 
     def default_path(self, suffix):
-        """NETWORK, what tells its results apart, and the suffix."""
+        """Path of the result: NETWORK, a tag that distinguishes its results, and the suffix."""
         o, seeds = self._o, ranges(self._seeds[0])
         tag = results.tag(self._facts, self.count, o.repeats, o.detector, seeds=None if seeds == ranges(range(self.count)) else seeds)
         return beside(o.network, f'.{tag}{suffix}')
@@ -57,11 +57,11 @@ class NetworkImages:
             yield uint8_batches(self._net, seeds, self._o.batch_size, f'--network={self._o.network}', **self._pieces)
 
     def check_unchanged(self):
-        """A network in memory stays as it is."""
+        """Nothing to check: a network in memory does not change."""
 
 
 class RecordedImages(FileImages):
-    """--gen-path: images in files, with the record of a folder where that is of exactly these images."""
+    """--gen-path: images in files, with the record of their folder if it describes exactly these images."""
 
     def __init__(self, o):
         super().__init__(o)
@@ -69,13 +69,13 @@ class RecordedImages(FileImages):
 
     def _find_record(self):
         if not os.path.isdir(self.files.path):
-            return None, 'not a folder of images, which alone has a record'
+            return None, 'not a folder of images; only folders have a record'
         names = [self.files.name(i) for i in range(len(self.files))]
         found, why = record_of(self.files.path, names, self.shape)
         if why and os.path.lexists(record_path(self.files.path)):
-            print(f'Warning: --gen-path={self._o.gen_path}: {why}; the result does not say what made the images', file=sys.stderr)
+            print(f'Warning: --gen-path={self._o.gen_path}: {why}; the result does not say how the images were generated', file=sys.stderr)
         return found, why
 
     def facts(self):
-        """Path, digest, and the record: or null, and why there is none."""
+        """Path, digest, and the record, or null with the reason."""
         return {**super().facts(), 'record': self._record, **({} if self._record else {'record_missing': self._missing})}

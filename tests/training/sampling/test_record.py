@@ -140,7 +140,7 @@ def test_images_without_a_record_are_no_set_to_go_on_with(folders, tmp_path):
     generated(folders / 'a', tmp_path / 'out', '--seeds=0-1')
     (tmp_path / 'out.json').unlink()
     line = refused(run(folders / 'a', tmp_path / 'out', '--seeds=0-3', '--skip-existing'))
-    assert f'holds 2 images of which no record {tmp_path / "out.json"} tells; leave --skip-existing out' in line
+    assert f'holds 2 images without a record {tmp_path / "out.json"}; leave --skip-existing out' in line
     assert generated(folders / 'a', tmp_path / 'out', '--seeds=0-3')['num_images'] == 4
 
 
