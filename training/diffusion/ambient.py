@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Closed forms of diffusion on images that already carry noise of level sigma_n (Daras et al. 2024); x = x_0 + sigma * noise.
+"""Closed-form expressions for diffusion of images that already have noise of level sigma_n (Daras et al. 2024); x = x_0 + sigma * noise.
 
 Levels are noise stds in network units: numbers, [N] or [N,1,1,1]; results have the dtype of the images."""
 
@@ -11,14 +11,14 @@ from torch_utils import misc
 
 
 def column(level, like):
-    """A level as [N,1,1,1] (or [1,1,1,1]) of the images' dtype and device: whatever its shape, it scales its own image only."""
+    """A level as [N,1,1,1] (or [1,1,1,1]) with the images' dtype and device, so that each level scales its own image only."""
     return misc.batched(torch.as_tensor(level, dtype=like.dtype, device=like.device))
 
 
 def add_noise(y, sigma_n, sigma, noise):
-    """Takes images from level sigma_n up to sigma: y + sqrt(sigma^2 - sigma_n^2) noise.
+    """Adds noise to images, from level sigma_n up to sigma: y + sqrt(sigma^2 - sigma_n^2) noise.
 
-    y, noise: [N,C,H,W]; sigma >= sigma_n. The difference of squares is factored, so that nothing cancels near sigma_n."""
+    y, noise: [N,C,H,W]; sigma >= sigma_n. The difference of squares is factored, to avoid cancellation near sigma_n."""
     sigma_n, sigma = column(sigma_n, y), column(sigma, y)
     return y + ((sigma - sigma_n) * (sigma + sigma_n)).sqrt() * noise
 
@@ -42,10 +42,10 @@ def reverse_step(x, D, sigma, sigma_next, noise):
 
 
 def bridge_step(x, D, sigma, sigma_next, noise):
-    """One step from sigma down to sigma_next on the Brownian bridge between x and D, as if x_0 were D for certain.
+    """One step from sigma down to sigma_next on the Brownian bridge between x and D, as if x_0 were equal to D.
 
     x' = D + (sigma_next / sigma)^2 (x - D) + sigma_next sqrt(1 - (sigma_next / sigma)^2) noise; x, D, noise: [N,C,H,W].
-    Its mean is that of the reverse process for every step length; its variance lacks what x_0 varies by given x."""
+    Its mean is that of the reverse process for every step length; its variance lacks that of x_0 given x."""
     sigma, sigma_next = column(sigma, x), column(sigma_next, x)
     keep = sigma_next / sigma
     fresh = (((sigma - sigma_next) / sigma) * ((sigma + sigma_next) / sigma)).clamp(min=0)  # 1 - keep^2 without cancellation

@@ -9,7 +9,7 @@ import torch
 
 from torch_utils import misc
 
-TINY = 2.0 ** -54  # what stands for a uniform of exactly 0, so that no draw is minus infinity
+TINY = 2.0 ** -54  # replaces a uniform draw of exactly 0, so that no normal draw is minus infinity
 
 
 def normal_cdf(z):
@@ -18,9 +18,9 @@ def normal_cdf(z):
 
 
 class NoiseDistribution:
-    """A law p(sigma). A piece needs cdf and icdf; sf and isf are worth giving where 1 - cdf would lose the upper tail.
+    """A distribution p(sigma). A piece defines cdf and icdf, and also sf and isf where 1 - cdf would lose precision in the upper tail.
 
-    stratified: the stream of pairs is to spread its uniforms with stratify(), so that every batch covers the law evenly.
+    stratified: the stream of pairs spreads its uniform draws with stratify(), so that every batch covers the distribution evenly.
     All methods take and return tensors of any shape, elementwise, in the dtype and on the device of the input."""
 
     def __init__(self, stratified=False):
@@ -58,12 +58,12 @@ class NoiseDistribution:
         return torch.minimum(self.icdf(self.cdf(limit) * u), sigma)
 
     def mass(self, low, high):
-        """P(low < level <= high), 0 where low >= high; from the tail that has kept its digits."""
+        """P(low < level <= high), 0 where low >= high; computed in the tail with the higher precision."""
         below = self.cdf(high)
         return torch.where(below < 0.5, below - self.cdf(low), self.sf(low) - self.sf(high)).clamp(min=0) * (low < high)
 
     def between(self, low, high, u):
-        """p(sigma | low < sigma <= high) by inverse cdf: uniforms u in (0, 1) -> levels in there, where mass(low, high) > 0.
+        """p(sigma | low < sigma <= high) by inverse cdf: uniforms u in (0, 1) -> levels in that range, where mass(low, high) > 0.
 
         With high = inf this is above(low, u)."""
         below, beyond = self.cdf(high), self.sf(high)
@@ -86,11 +86,11 @@ def _uniform(shape, generator):
 
 
 def stratify(u):
-    """Independent uniforms [n], n a power of two -> uniforms that are each as before, and together evenly spread.
+    """Independent uniforms [n], n a power of two -> uniforms that are evenly spread together, and each still uniform.
 
-    Every run of 2^k entries that starts at a multiple of 2^k has exactly one in each interval of length 2^-k, and every other run
-    is nearly as even: so batches of any size are stratified, and the sequence does not depend on their size. It is van der
-    Corput's (the binary digits of the place, mirrored), shifted at random in all digits and jittered within its finest interval."""
+    Every block of 2^k entries that starts at a multiple of 2^k has exactly one in each interval of length 2^-k, and other blocks
+    are nearly as even: so batches of any size are stratified, and the sequence does not depend on their size. It is the van der
+    Corput sequence (the binary digits of the index, reversed), with a random digital shift and jitter within its finest interval."""
     n = len(u)
     assert n & (n - 1) == 0, f'{n} uniforms are no power of two'
     place, mirrored = torch.arange(n, device=u.device), torch.zeros(n, dtype=torch.int64, device=u.device)
@@ -128,7 +128,7 @@ class Cosine(NoiseDistribution):
         return self._level(1 - q, q)
 
     def _level(self, u, q):
-        """The level with cdf u and sf q, from the smaller of the two, which has kept its digits."""
+        """The level with cdf u and sf q, from the smaller of the two, which is more precise."""
         lower = (math.pi / 2) * (self._below + u * self._kept)
         upper = (math.pi / 2) * (self._beyond + q * self._kept)
         return torch.where(lower < upper, lower.tan(), upper.tan().reciprocal()).clamp(self.min, self.max)
@@ -231,7 +231,7 @@ class Levels(NoiseDistribution):
         return self._levels(like)[place.clamp(max=len(self.levels) - 1)]
 
     def _levels(self, like):
-        """The levels in the dtype and on the device of `like`; kept, because a copy to the device waits for it."""
+        """The levels in the dtype and on the device of `like`; cached, because a copy to the device waits for it."""
         key = like.dtype, like.device
         if key not in self._copies:
             self._copies[key] = self.levels.to(like)
@@ -239,7 +239,7 @@ class Levels(NoiseDistribution):
 
 
 def _read_levels(sigmas):
-    """Levels as the user gives them -> float64 [n], ascending."""
+    """Levels as given by the user -> float64 [n], ascending."""
     if sigmas is None:
         return torch.logspace(-2, 0, 10, dtype=torch.float64)
     items = sigmas.split('|') if isinstance(sigmas, str) else sigmas if isinstance(sigmas, (list, tuple)) else [sigmas]
@@ -248,7 +248,7 @@ def _read_levels(sigmas):
     except ValueError:
         levels = torch.zeros(0)
     fine = len(levels) and bool(((levels > 0) & levels.isfinite()).all())
-    misc.require(fine, f'sigmas={sigmas} must be positive numbers with | between them, such as 0.1|0.2|0.5')
+    misc.require(fine, f'sigmas={sigmas} must be positive numbers separated by |, such as 0.1|0.2|0.5')
     return levels.sort().values
 
 

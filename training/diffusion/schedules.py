@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Schedules: noise levels, float64 [T+1] on the CPU, falling, that end in 0; and sigma(t), the time that a solver may step in.
+"""Schedules: falling noise levels that end in 0, float64 [T+1] on the CPU; and curves sigma(t), in whose time t a solver may step.
 
-A schedule is called as (num_steps, *, sigma_min, sigma_max, and its own keys); T = 1 goes from its highest level straight to 0."""
+A schedule is called as (num_steps, *, sigma_min, sigma_max, and its own keys); T = 1 goes from its highest level directly to 0."""
 
 import math
 
@@ -16,7 +16,7 @@ VP_MIN, VP_MAX = (math.sqrt(math.expm1(19.9 / 2 * t ** 2 + 0.1 * t)) for t in (E
 
 
 class Linear:
-    """sigma(t) = t, EDM's."""
+    """sigma(t) = t, as in EDM."""
 
     def sigma(self, t):
         """The level at time t; tensors of any shape, as in rate() and time()."""
@@ -47,8 +47,8 @@ class VE:
 class VP:
     """sigma(t) = sqrt(exp(beta_d t^2 / 2 + beta_min t) - 1), variance-preserving.
 
-    beta_d and beta_min are such that sigma(epsilon_s) = sigma_min and sigma(1) = sigma_max; by default they are 19.9 and 0.1.
-    Raises ValueError for ranges that no such rising curve joins. Karras et al. 2022, appendix C.1."""
+    beta_d and beta_min follow from sigma(epsilon_s) = sigma_min and sigma(1) = sigma_max; by default they are 19.9 and 0.1.
+    Raises ValueError for ranges without such a rising curve (Karras et al. 2022, appendix C.1)."""
 
     def __init__(self, sigma_min=VP_MIN, sigma_max=VP_MAX, epsilon_s=EPSILON_S):
         check_range(sigma_min, sigma_max)
@@ -69,7 +69,7 @@ class VP:
     def time(self, sigma):
         height = sigma.square().log1p()
         root = (self.beta_min ** 2 + 2 * self.beta_d * height).sqrt()
-        # A fitted beta_min may be negative; the curve then meets 0 at two times, of which t = 0 is meant.
+        # A fitted beta_min may be negative; the curve is then 0 at two times, of which t = 0 is meant.
         return torch.where(sigma > 0, 2 * height / (self.beta_min + root), 0.0)
 
 
@@ -132,7 +132,7 @@ def respaced(num_steps, *, diffusion='cosine:steps=1000', spacing='even', sigma_
     misc.require(num_steps >= 1, f'the number of steps must be 1 or more, got {num_steps}')
     misc.require(len(levels) > 0, f'no level of {diffusion} lies between sigma_min={sigma_min:g} and sigma_max={sigma_max:g}')
     if num_steps == 1:
-        return _ending_in_zero(levels[-1:])  # from the top: the published lists of one step keep the lowest
+        return _ending_in_zero(levels[-1:])  # the highest level, whereas published lists of one step keep the lowest
     kept = kept_steps(len(levels), f'{"ddim" if spacing == "ddim" else ""}{num_steps}')
     return _ending_in_zero(levels[kept].flip(0))
 
@@ -148,7 +148,7 @@ def explicit(num_steps, *, sigmas=None, sigma_min=0.0, sigma_max=math.inf):
     except (TypeError, ValueError):
         levels = torch.zeros(0, dtype=torch.float64)
     falling = len(levels) > 0 and bool((levels[1:] < levels[:-1]).all()) and 0 < levels[-1] <= levels[0] < math.inf
-    misc.require(falling, f'sigmas={sigmas} must be positive, falling numbers with | between them, such as 80|10|1|0.1')
+    misc.require(falling, f'sigmas={sigmas} must be positive, falling numbers separated by |, such as 80|10|1|0.1')
     misc.require(sigma_min <= levels[-1] and levels[0] <= sigma_max,
                  f'sigmas={sigmas} must lie between sigma_min={sigma_min:g} and sigma_max={sigma_max:g}')
     misc.require(num_steps in (None, len(levels)), f'sigmas={sigmas} are {len(levels)} steps, but {num_steps} are asked for')
@@ -156,10 +156,10 @@ def explicit(num_steps, *, sigmas=None, sigma_min=0.0, sigma_max=math.inf):
 
 
 def truncate(sigmas, stop_sigma):
-    """The levels from stop_sigma up, and then 0, where a sampler arrives at D of the last of them: truncated sampling.
+    """Truncated sampling: the levels from stop_sigma up, followed by 0, so that a sampler ends with D at the last of them.
 
-    The published --stop_variance is stop_sigma^2. Where no level is below stop_sigma (0 itself aside), the result is `sigmas`.
-    Raises ValueError where every level is below."""
+    The published --stop_variance is stop_sigma^2. Where no level is below stop_sigma, except 0 itself, the result is `sigmas`.
+    Raises ValueError where every level is below stop_sigma."""
     misc.require(0 <= stop_sigma <= sigmas[0], f'stop_sigma={stop_sigma:g} must be between 0 and the highest level, {sigmas[0]:g}')
     kept = sigmas[sigmas >= stop_sigma]
     return sigmas if len(kept) == len(sigmas) else _ending_in_zero(kept)
@@ -177,7 +177,7 @@ def _count(num_steps):
 
 
 def _ramp(num_steps):
-    """From 0 to 1 in T numbers; a single one is 0."""
+    """T evenly spaced numbers from 0 to 1; for T = 1 just 0."""
     return _count(num_steps) / max(num_steps - 1, 1)
 
 

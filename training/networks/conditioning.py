@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a network is told of the image: the embedding of its class label, and what training does to it."""
+"""The embedding of class labels, and its dropout and perturbation in training."""
 
 import math
 
@@ -10,10 +10,10 @@ from training.networks.rows import RowLayer
 class LabelEmbedding(Linear):
     """Class labels [N, label_dim], one-hot, an all-zero row meaning "no label" -> condition embedding [N, channels].
 
-    dropout: in training, the share of rows that are replaced by "no label" (for classifier-free guidance).
-    scale: factor on the labels, sqrt(label_dim) where a one-hot vector should have unit variance.
-    Attribute perturb: None, or a piece of CEP that training applies to the embedding. It is set from outside, and neither in the
-    state dict nor in the network's configuration, so that a network which was trained with it is sampled like any other."""
+    dropout: in training, the probability that a row is replaced by "no label" (for classifier-free guidance).
+    scale: factor of the labels, sqrt(label_dim) where a one-hot vector should have unit variance.
+    Attribute perturb: None, or a piece of CEP that is applied to the embedding in training. It is set from outside, and is neither in
+    the state dict nor in the network's configuration, so that a network trained with it is sampled like any other."""
 
     def __init__(self, label_dim, channels, dropout=0, scale=1, **init):
         super().__init__(label_dim, channels, **init)
@@ -28,9 +28,9 @@ class LabelEmbedding(Linear):
         return self.perturb(embedding, self.draws) if self.training and self.perturb is not None else embedding
 
 
-# Condition-embedding perturbation (Chen et al. 2024): c(y) + delta for every image in every step of the training. It comes after the
-# dropout decision, and the embedding of "no label" is perturbed like any other: the paper says "every sample" and excepts none.
-# draws: a rows.RowLayer, which gives each row of the global batch numbers of its own.
+# Condition-embedding perturbation (Chen et al. 2024): c(y) + delta for every image in every training step. It is applied after label
+# dropout, also to the embedding of "no label": the paper says "every sample" without exception.
+# draws: a rows.RowLayer, which gives each row of the global batch its own random numbers.
 
 
 def uniform(embedding, draws, gamma=1.0):

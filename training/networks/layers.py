@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layers with the published initialisers, and the embeddings of numbers; parameters are cast where they are used."""
+"""Layers with the published initialisers, and embeddings of noise levels; parameters are cast where they are used."""
 
 import math
 
@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 
 def initial(shape, mode, fan_in, fan_out, gain=1.0):
-    """A parameter of the shape, drawn by one of the published initialisers (the caller sets the random state).
+    """A parameter of the given shape, drawn by one of the published initialisers (the caller sets the random state).
 
     xavier_uniform: variance 2 / (fan_in + fan_out); kaiming_uniform, kaiming_normal: variance 1 / fan_in; each times gain^2."""
     variance = 2 / (fan_in + fan_out) if mode == 'xavier_uniform' else 1 / fan_in
@@ -82,7 +82,7 @@ class Conv2d(nn.Module):
         taps = torch.tensor(list(resample_filter), dtype=torch.float32)
         self.register_buffer('resample_filter', torch.outer(taps, taps)[None, None] / taps.sum() ** 2 if up or down else None)
         self.is_box = len(taps) == 2 and resample_filter[0] == resample_filter[1]
-        self.margin = (len(taps) - 1) // 2  # what the filter reaches over the edge of the image
+        self.margin = (len(taps) - 1) // 2  # how far the filter extends beyond the edge of the image
 
     def forward(self, x):
         if not self.kernel:
@@ -106,7 +106,7 @@ class Conv2d(nn.Module):
     def _enlarge(self, x, crop):
         if self.is_box:
             return F.interpolate(x, scale_factor=2, mode='nearest')
-        # Zeros between the pixels take away three quarters of the brightness, hence the 4.
+        # The factor 4 compensates for the zeros between the pixels.
         kernel = (4 * self.resample_filter).to(x.dtype).expand(x.shape[1], -1, -1, -1)
         return F.conv_transpose2d(x, kernel, stride=2, padding=crop, groups=x.shape[1])
 
@@ -134,9 +134,9 @@ class GroupNorm(nn.Module):
 
 
 def silu(x, training):
-    """SiLU of [N,...]; outside training, several CPU threads work on a row at a time, so that its bits do not depend on its place.
+    """SiLU of [N,...]; in evaluation on several CPU threads row by row, so that the result of a row does not depend on its place.
 
-    They cut a tensor into equal parts, and what is left of a part beyond whole vectors is computed by another exp."""
+    The threads split a tensor into equal parts, and the elements of a part beyond whole vectors are computed by another exp."""
     if training or not x.is_cpu or torch.compiler.is_compiling() or torch.get_num_threads() == 1:
         return F.silu(x)
     return torch.stack([F.silu(row) for row in x])

@@ -25,11 +25,11 @@ class Precond(nn.Module):
     A preconditioner defines `options`, prepare() and coefficients()."""
 
     options = {}                # its own constructor arguments, with their defaults; each becomes an attribute
-    model_type = 'SongUNet'     # the network where none is named
-    output_multiple = 1         # channels of F for each channel of the image
-    gives_variance = False      # whether the others have been trained to be the variance of a sampling step, see discrete.py
-    sigma_data = 0.5            # std of the data, for the pieces of the objective that ask for it
-    row_draws = None            # of a training run: see rows.attach_row_draws()
+    model_type = 'SongUNet'     # the default network
+    output_multiple = 1         # output channels of F per channel of the image
+    gives_variance = False      # whether the further channels were trained as the variance of a sampling step, see discrete.py
+    sigma_data = 0.5            # std of the data, for pieces of the objective that need it
+    row_draws = None            # in a training run: see rows.attach_row_draws()
 
     def __init__(self, img_resolution, img_channels, label_dim=0, use_fp16=False, model_type=None, **kwargs):
         super().__init__()
@@ -44,21 +44,21 @@ class Precond(nn.Module):
         self.units = self.sampling = None
 
     def prepare(self):
-        """Sets what follows from `options`, before the network is made."""
+        """Sets attributes that follow from `options`, before the network is built."""
 
     def coefficients(self, sigma):
         """sigma [N,1,1,1] -> c_skip, c_out, c_in, c_noise."""
         raise NotImplementedError
 
     def round_sigma(self, sigma):
-        """The nearest noise level that the network knows; any level, here."""
+        """The nearest noise level of the network; sigma itself, where all levels are allowed."""
         return torch.as_tensor(sigma)
 
     def forward(self, x, sigma, class_labels=None, augment_labels=None):
         return self.outputs(x, sigma, class_labels, augment_labels)[0]
 
     def outputs(self, x, sigma, class_labels=None, augment_labels=None):
-        """(D [N,C,H,W], what else F gives [N, (output_multiple - 1) C, H, W]), both float32."""
+        """(D [N,C,H,W], further channels of F [N, (output_multiple - 1) C, H, W]), both float32."""
         if self.training and self.row_draws is not None:
             self.row_draws.next_call()
         x = x.float()
@@ -74,7 +74,7 @@ class Precond(nn.Module):
         if not self.label_dim:
             return None
         if class_labels is None:
-            # Training draws for each row of its own: dropped labels, perturbations.
+            # One row per image in training, where each row has its own draws of label dropout and perturbation.
             return torch.zeros([len(x) if self.training else 1, self.label_dim], device=x.device)
         if class_labels.shape[-1] != self.label_dim:
             raise ValueError(f'class_labels of shape {list(class_labels.shape)}: this network has label_dim={self.label_dim}, '
@@ -148,7 +148,7 @@ class iDDPMPrecond(Precond):
             diffusion = discrete.build_diffusion(self.diffusion, 'network configuration: diffusion')
             u, self.M = np.append(diffusion.levels.flip(0).numpy(), 0.0), diffusion.steps
             self.time_scale = discrete.TRAINED_TIMES / diffusion.steps
-        # Levels that follow from the configuration are not among the weights, which may go to a network of another diffusion.
+        # Levels that follow from `diffusion` are not saved with the weights, which may be used in a network with another diffusion.
         self.register_buffer('u', torch.tensor(u, dtype=torch.float32), persistent=self.diffusion is None)
         self.sigma_min, self.sigma_max = float(u[self.M - 1]), float(u[0])
 
@@ -203,12 +203,12 @@ def predict_v(sigma, sigma_data):
 
 
 def build_network(config):
-    """The network that a configuration describes, with fresh weights (drawn from torch's random state: see misc.seeded).
+    """The network of a configuration, with initial weights drawn from torch's random state (see misc.seeded).
 
-    config: the published constructor arguments (see Precond), "precond" where it is not edm, "units" ({"offset", "scale"}) where the
-    data is not 8-bit, and "sampling" where the default sampler is not EDM's (see sampling/options.py). The result's `config` equals it, in
-    JSON types and without infinities: no bound is the default.
-    Raises UserError in one line for unknown names and for values that the network refuses."""
+    config: the published constructor arguments (see Precond), "precond" if it is not edm, "units" ({"offset", "scale"}) if the data is
+    not 8-bit, and "sampling" if the default sampler is not EDM's (see sampling/options.py). The attribute `config` of the result equals
+    it, in JSON types and without infinities, which are the defaults.
+    Raises UserError, in one line, for unknown names and for values that the network refuses."""
     config = {key: value for key, value in json.loads(json.dumps(config)).items() if value not in (math.inf, -math.inf)}
     kwargs = dict(config)
     name, units, sampling = kwargs.pop('precond', 'edm'), kwargs.pop('units', None), kwargs.pop('sampling', None)
@@ -239,6 +239,6 @@ def _check(what, name, choices):
         raise UserError(f'network configuration: unknown {what} "{name}"; choose from {", ".join(choices)}')
 
 
-# What F of discrete timesteps stands for: (sigma [N,1,1,1], sigma_data) -> c_skip, c_out, c_in.
+# What F predicts with discrete timesteps: (sigma [N,1,1,1], sigma_data) -> c_skip, c_out, c_in.
 PREDICTIONS = {'edm': predict_edm, 'eps': predict_eps, 'v': predict_v}
 PRECONDS = {'edm': EDMPrecond, 'iddpm': iDDPMPrecond, 've': VEPrecond, 'vp': VPPrecond}

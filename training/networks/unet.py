@@ -72,7 +72,7 @@ class UNetBlock(nn.Module):
 
 
 class UNet(Network):
-    """The path both networks share: an encoder that leaves skips, and a decoder that takes them back in reverse order.
+    """Base class of both networks: an encoder whose activations are kept as skips, and a decoder that uses them in reverse order.
 
     img_resolution: one int or [H, W]; channels: of each level, finest first; attn_resolutions: heights of levels with attention;
     attend_always: every decoder block of such a level attends, not the last alone; block: keyword arguments of all blocks.
@@ -173,7 +173,7 @@ class UNet(Network):
 
 
 def check_sizes(channels, num_blocks, dropout):
-    """ValueError, with the key of --arch beside the constructor argument, for levels, blocks and dropout that no network has."""
+    """Raises ValueError, with the key of --arch beside the constructor argument, for impossible levels, blocks and dropout."""
     if num_blocks < 1:
         raise ValueError(f'num_blocks={num_blocks} (blocks) must be 1 or more')
     if not channels or min(channels) < 1:
@@ -183,7 +183,7 @@ def check_sizes(channels, num_blocks, dropout):
 
 
 def level_sizes(img_resolution, levels):
-    """[(H, W) of each level], finest first; ValueError where a side is not a multiple of 2^(levels - 1)."""
+    """[(H, W) of each level], finest first; raises ValueError where a side is not a multiple of 2^(levels - 1)."""
     height, width = misc.height_width(img_resolution)
     unit = 2 ** (levels - 1)
     if height % unit or width % unit or min(height, width) < 1:

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Penalties rho(e): what an error [N,C,H,W] costs, before the weight and the sum over an image; sigma [N,1,1,1] is its noise level.
+"""Penalties rho(e) of an error [N,C,H,W], before the weight and the sum over an image; sigma [N,1,1,1] is its noise level.
 
-Only `squared` is least at the conditional mean. The others are robust: they aim between mean and median, wherever the two differ.
+Only `squared` has its minimum at the conditional mean. The others are robust: their minimum lies between mean and median.
 
 Their c is in units of the network's residual: rho = s^2 H_c(e / s), s = c_out(sigma) of EDM, which equals H_{cs}(e) because
-H_c(e) = 2c (sqrt(e^2 + c^2) - c) has the degree 2 in (e, c). H_c is e^2 for |e| << c and 2c|e| far out; its slope stays below 2c."""
+H_c(e) = 2c (sqrt(e^2 + c^2) - c) is homogeneous of degree 2 in (e, c). H_c is e^2 for |e| << c and about 2c|e| for |e| >> c; its slope
+stays below 2c."""
 
 import math
 
@@ -48,21 +49,21 @@ def pseudo_huber_norm(error, sigma, c=0.00054, schedule='constant', sigma_data=0
 
 
 def _huber(squares, knee):
-    """2c (sqrt(e^2 + c^2) - c) of e^2, in the form that does not cancel."""
+    """2c (sqrt(e^2 + c^2) - c) from e^2, in a form without cancellation."""
     return 2 * knee * squares / ((squares + knee.square()).sqrt() + knee)
 
 
 def residual_scale(sigma, sigma_data):
-    """s = c_out(sigma) = sigma sigma_data / sqrt(sigma^2 + sigma_data^2): what a residual of 1 of EDM's network is in x_0."""
+    """s = c_out(sigma) = sigma sigma_data / sqrt(sigma^2 + sigma_data^2): the x_0 error for an error of 1 of EDM's network."""
     if not 0 < sigma_data < math.inf:
         raise ValueError(f'sigma_data={sigma_data} must be positive')
     return sigma * (sigma_data / (sigma.square() + sigma_data ** 2).sqrt())
 
 
 def threshold(sigma, c, schedule):
-    """c at each level, of the shape of sigma. constant: c. Otherwise 1 at sigma = 0, like a squared error, and c at infinity.
+    """c at each level, of the shape of sigma. constant: c. The others go from 1 at sigma = 0, nearly a squared error, to c at infinity.
 
-    snr: (1 - c) / (1 + sigma)^2 + c. exponential: c^t, t = (2 / pi) atan(sigma) being the time of the cosine schedule."""
+    snr: (1 - c) / (1 + sigma)^2 + c. exponential: c^t, where t = (2 / pi) atan(sigma) is the time of the cosine schedule."""
     if not 0 < c < math.inf:
         raise ValueError(f'c={c} must be positive')
     if schedule not in SCHEDULES:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which timesteps a discrete-time objective looks at: all alike, or more of those whose loss is large (Nichol & Dhariwal 2021)."""
+"""How a discrete-time objective samples timesteps: uniformly, or more often where the loss is large (Nichol & Dhariwal 2021)."""
 
 import math
 
@@ -12,19 +12,19 @@ class Uniform(torch.nn.Module):
     """Uniform timesteps: every timestep of the diffusion is equally likely, without importance weights."""
 
     def over(self, levels):
-        """This, for the noise levels of a diffusion, ascending."""
+        """Prepares for the noise levels of a diffusion, ascending; returns itself."""
         return self
 
     def redraw(self, batch, randn):
-        """The batch, with the levels to look at."""
+        """The batch, with the levels to train at."""
         return batch
 
     def weigh(self, terms, batch):
-        """The terms {name: [N]}, so that their mean is the one over uniform timesteps."""
+        """The terms {name: [N]}, weighted so that their mean is that over uniform timesteps."""
         return terms
 
     def update(self):
-        """After the step: what it has taught about the timesteps."""
+        """Called after each step, to update the estimates."""
 
 
 class SecondMoment(Uniform):
@@ -48,13 +48,13 @@ class SecondMoment(Uniform):
     def over(self, levels):
         steps = len(levels)
         self.register_buffer('levels', levels.float(), persistent=False)
-        # Rings: loss number n of a t, counted from 0, lies at n % history.
+        # Ring buffers: loss number n of a t, counted from 0, is stored at n % history.
         self.register_buffer('losses', torch.zeros(steps, self.history, dtype=torch.float64, device='cpu'))
         self.register_buffer('counts', torch.zeros(steps, dtype=torch.int64, device='cpu'))  # losses seen of each t
         return self
 
     def redraw(self, batch, randn):
-        """Draws the levels of the clean images by the losses so far. Batch.factor holds the importance weights."""
+        """Redraws the levels of the clean images according to the losses so far. Batch.factor holds the importance weights."""
         u = torch.special.erfc(randn('timestep', [len(batch.images)]).double() * -math.sqrt(0.5)) / 2  # uniform, from normal draws
         t, weight = self.draw(u)
         clean = batch.sigma_n.flatten() == 0
@@ -62,7 +62,7 @@ class SecondMoment(Uniform):
         return batch._replace(sigma=sigma, factor=weight.float().where(clean, 1))
 
     def weigh(self, terms, batch):
-        """Multiplies by the importance weights; remembers the losses of the clean images, without these, for update()."""
+        """Multiplies by the importance weights; records the unweighted losses of the clean images for update()."""
         t = torch.searchsorted(self.levels, batch.sigma.flatten())
         self.note(t, sum(terms.values()), batch.sigma_n.flatten() == 0)
         return {name: values * batch.factor for name, values in terms.items()}
@@ -82,22 +82,22 @@ class SecondMoment(Uniform):
         return t, 1 / (len(p) * p[t])
 
     def note(self, t, losses, counts):
-        """Remembers losses [N] at t int64 [N] for the next update(), where `counts` holds, bool [N], and they are finite."""
+        """Records losses [N] at t int64 [N] for the next update(), where `counts`, bool [N], is true and they are finite."""
         fine = counts & losses.isfinite()
         self._noted.append((t.where(fine, len(self.counts)), losses.detach().double().where(fine, 0)))
 
     def update(self):
-        """Moves what all ranks noted since the last call into the state, in the order of the global batch."""
+        """Moves what all ranks recorded since the last call into the state, in the order of the global batch."""
         t, losses = (distributed.all_rows(torch.cat(column)) for column in zip(*self._noted, strict=True))
         self._noted.clear()
-        # Sorted by t and otherwise in order, so that each loss knows its place in the ring, and whether a later one will take it.
+        # Sorted by t, stably, so that each loss's place in the ring buffer follows, and whether a later one overwrites it.
         order = t.argsort(stable=True)
         t, losses = t[order], losses[order]
         place, steps = torch.arange(len(t), device=t.device), len(self.counts)
         earlier = place - torch.searchsorted(t, t)
         later = torch.searchsorted(t, t, right=True) - place - 1
         slot = t * self.history + (torch.cat([self.counts, self.counts.new_zeros(1)])[t] + earlier) % self.history
-        slot = slot.where((t < steps) & (later < self.history), steps * self.history)  # what is not kept goes behind the end
+        slot = slot.where((t < steps) & (later < self.history), steps * self.history)  # losses that are not kept go past the end
         rings = torch.cat([self.losses.flatten(), losses.new_zeros(1)]).scatter(0, slot, losses)
         self.losses.copy_(rings[:-1].reshape(self.losses.shape))
         self.counts += torch.zeros(steps + 1, dtype=torch.int64, device=t.device).index_add_(0, t, torch.ones_like(t))[:-1]

@@ -25,13 +25,13 @@ class Bound(Term):
     def __init__(self, diffusion, coeff=1.0, frozen=True):
         super().__init__()
         if diffusion is None:
-            raise ValueError('the bound is one over timesteps: use --precond=iddpm with an --objective')
+            raise ValueError('the variational bound needs discrete timesteps: use --precond=iddpm with an --objective')
         if not 0 < coeff < math.inf:
             raise ValueError(f'coeff={coeff} must be positive')
         self.diffusion, self.factor, self.frozen = diffusion, coeff * diffusion.steps, frozen
 
     def forward(self, net, batch, randn=None, seen=None):
-        """seen: the Evaluation, with the network's channels for the variance, where there is one. Draws nothing from randn."""
+        """{'bound': [N]}. seen: the Evaluation with the network's channels for the variance, if there is one. Draws nothing from randn."""
         x, D, rest = seen or evaluate(net, batch, outputs=True)
         D = D.detach() if self.frozen else D
         t = self.diffusion.timestep(batch.sigma.flatten())
@@ -42,7 +42,7 @@ class Bound(Term):
         return {'bound': self.factor / math.log(2) * nats.flatten(1).sum(1)}
 
     def _error(self, batch, x, D, t, log_variance):
-        """(from_x0 error)^2 / (2 variance), what an error of D costs in the divergence, with the error of an image at sigma_n."""
+        """(from_x0 error)^2 / (2 variance), the cost of an error of D in the divergence, with the error of an image at sigma_n."""
         error = ambient.predict_at(D, x, batch.sigma, level=batch.sigma_n) - batch.images
         return (self.diffusion.at('from_x0', t, x) * error).square() * (-log_variance).exp() / 2
 

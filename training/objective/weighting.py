@@ -13,7 +13,7 @@ GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 
 def edm(sigma, sigma_data=0.5):
     """EDM's weight: (sigma^2 + sigma_data^2) / (sigma sigma_data)^2 = 1 / c_out^2 (Karras et al. 2022, table 1)."""
-    # Written as a sum of two inverse squares, which neither overflows nor cancels.
+    # Written as a sum of two inverse squares, which avoids overflow and cancellation.
     return sigma ** -2 + _positive('sigma_data', sigma_data) ** -2
 
 
