@@ -85,7 +85,7 @@ OUTPUT = group(
 @OUTPUT
 @version_option
 @click.pass_context
-def main(ctx, **options):
+def main(ctx: click.Context, **options) -> None:
     """Likelihood of images under a network, in bits per dimension: -log2 p / (C H W) of 8-bit images.
 
     The ODE dequantises 8-bit images with uniform noise, which costs bits; --dequantise=gaussian bounds the bits of the 8-bit values
@@ -97,7 +97,7 @@ def main(ctx, **options):
     evaluation.run(o)
 
 
-def check_options(ctx, o):
+def check_options(ctx: click.Context, o: EasyDict) -> None:
     """Refuses options that do not apply to the method."""
     chosen = f'--method={o.method}' + (' --dequantise=gaussian' if (o.method, o.dequantise) == ('ode', 'gaussian') else '')
     for key in sorted(set().union(*OWN_OPTIONS.values()) - OWN_OPTIONS[chosen]):

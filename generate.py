@@ -42,7 +42,7 @@ SPEED = group(
 @sampling.OPTIONS
 @SPEED
 @version_option
-def main(**options):
+def main(**options) -> None:
     """Generate images from a trained network: one file per seed, the same for every batch size and number of ranks."""
     from training.sampling import generation  # here, so that --help need not wait for torch
     generation.run(EasyDict(options))

@@ -26,7 +26,7 @@ from training.run.options import options
 @options
 @version_option
 @click.pass_context
-def main(ctx, **given):
+def main(ctx: click.Context, **given) -> None:
     """Train a diffusion model on clean and noisy images, each with its known noise level.
 
     \b
@@ -38,14 +38,14 @@ def main(ctx, **given):
     launch.run(o, open_mirrors)
 
 
-def check_mirrors(o):
+def check_mirrors(o: EasyDict) -> None:
     """Refuses --tensorboard and --wandb where their packages are not installed."""
     for package, wanted in [('tensorboard', o.tensorboard), ('wandb', o.wandb)]:
         if wanted and importlib.util.find_spec(package) is None:
             raise UserError(f'--{package} needs the package {package}: pip install {package}')
 
 
-def open_mirrors(o, run_dir, config, nimg):
+def open_mirrors(o: EasyDict, run_dir: str, config, nimg: int):
     """The Mirrors that the options ask for. nimg: progress of the run, 0 at its start. Nothing is opened before something is logged."""
     from training.run.mirrors import Mirrors
     mirrors = {}
@@ -61,20 +61,20 @@ class TensorBoard:
 
     nimg: progress of the run; readers of the files drop what an earlier process wrote about later steps."""
 
-    def __init__(self, run_dir, nimg):
+    def __init__(self, run_dir: str, nimg: int) -> None:
         self.run_dir, self.first, self._board = run_dir, nimg + 1, None
 
-    def scalars(self, fields, nimg):
+    def scalars(self, fields: dict, nimg: int) -> None:
         self._write(nimg, lambda board: [board.add_scalar(name, value, nimg) for name, value in fields.items()])
 
-    def picture(self, path, nimg):
+    def picture(self, path: str | os.PathLike, nimg: int) -> None:
         import numpy as np
         import PIL.Image
         with PIL.Image.open(path) as picture:
             pixels = np.array(picture)
         self._write(nimg, lambda board: board.add_image('samples', pixels, nimg, dataformats='HW' if pixels.ndim == 2 else 'HWC'))
 
-    def close(self):
+    def close(self) -> None:
         if self._board is not None:
             self._board.close()
             self._board = None
@@ -96,7 +96,7 @@ class TensorBoard:
             raise
 
 
-def hush_tensorboard():
+def hush_tensorboard() -> None:
     """Silences TensorBoard's writer thread, which prints a traceback when it cannot write: the next call raises the same error anyway."""
     show = threading.excepthook
     if not getattr(show, 'is_hushed', False):
@@ -115,17 +115,17 @@ class WeightsAndBiases:
 
     ID = 'wandb.json'
 
-    def __init__(self, project, run_dir, config, nimg):
+    def __init__(self, project: str, run_dir: str, config, nimg: int) -> None:
         self.project, self.run_dir, self.config, self.nimg = project, run_dir, config, nimg
         self._run, self._tried = None, False
 
-    def scalars(self, fields, nimg):
+    def scalars(self, fields: dict, nimg: int) -> None:
         self._log(fields, nimg)
 
-    def picture(self, path, nimg):
+    def picture(self, path: str | os.PathLike, nimg: int) -> None:
         self._log({'samples': str(path)}, nimg, pictures=True)
 
-    def close(self):
+    def close(self) -> None:
         if self._run is not None:
             run, self._run = self._run, None
             run.finish()

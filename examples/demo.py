@@ -29,14 +29,14 @@ TRAIN = ['--sigma=0.4', '--corruption_probability=0.9', '--cbase=32', '--cres=1,
          '--dropout=0.05', '--batch=256', '--lr=2e-3', '--lr-rampup=0.01', '--ema=0.012', '--tick=8', '--snap=4', '--dump=4']
 
 
-def run(*command):
+def run(*command: str) -> None:
     """Prints a command of the project as a user would type it, and runs it."""
     print(f'\n$ python {" ".join(command)}', flush=True)
     if subprocess.run([sys.executable, *command], cwd=ROOT).returncode:
         raise UserError(f'{command[0]} failed; see its message above')
 
 
-def distance(outdir, name, images):
+def distance(outdir: str, name: str, images: str) -> float:
     """Fréchet distance in pixel space between `images` and the reference half."""
     result = os.path.join(outdir, f'distance-{name}.json')
     run('eval_fid.py', f'--gen_path={images}', f'--ref_stats={os.path.join(outdir, "reference.npz")}', '--detector=pixels',
@@ -44,7 +44,7 @@ def distance(outdir, name, images):
     return read_json(result)['fid_score']
 
 
-def write_noisy(data, config, dest):
+def write_noisy(data: str, config, dest: str) -> None:
     """Writes the training images as the network saw them, as 8-bit images: all that is there before training."""
     dataset, corruption = ImageDataset(data), build_corruption(dataclasses.replace(config.corruption, probability=1.0))
     levels = corruption.levels(dataset.raw_idx, dataset.native_sigma, dataset.image_shape)
@@ -57,7 +57,7 @@ def write_noisy(data, config, dest):
 @click.option('--seed', default=0, show_default=True, metavar='INT', help='Seed of the training run')
 @click.option('--duration', default=0.14, show_default=True, metavar='MIMG', help='Training length in million images')
 @version_option
-def main(outdir, seed, duration):
+def main(outdir: str, seed: int, duration: float) -> None:
     """Train on 898 digits, 90 % of them noisy at sigma 0.4, and compare samples of the model with the other half."""
     start = time.time()
     outdir = os.path.abspath(outdir)

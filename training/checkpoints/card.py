@@ -3,6 +3,7 @@
 
 import json
 import re
+from collections.abc import Iterable
 
 from dnnlib import UserError
 from metrics import table
@@ -19,7 +20,8 @@ LICENCES = ('afl-3.0', 'agpl-3.0', 'apache-2.0', 'artistic-2.0', 'bigscience-ope
             'lgpl-3.0', 'mit', 'mpl-2.0', 'openrail', 'unknown', 'unlicense', 'wtfpl', 'zlib')
 
 
-def model_card(config, options=None, kimg=None, metrics=(), samples=None, license='unknown', code=None):
+def model_card(config: dict, options: dict | None = None, kimg: float | None = None, metrics: Iterable[dict] = (),
+               samples: str | None = None, license: str = 'unknown', code: str | None = None) -> str:
     """Markdown for a network's folder: what the network generates, how it was trained, its metrics, and how to use it.
 
     config: of the network. options: a run's options.json, if known. kimg: thousands of images that it was trained on.
@@ -41,7 +43,7 @@ def model_card(config, options=None, kimg=None, metrics=(), samples=None, licens
         table='\n'.join(f'| {name} | {value} |' for name, value in rows.items()), training=training, picture=picture)
 
 
-def public(options):
+def public(options: dict) -> dict:
     """The part of a run's options that PUBLIC names."""
     return {key: options[key] if names is None else {name: options[key][name] for name in names if name in options[key]}
             for key, names in PUBLIC.items() if key in options}

@@ -20,7 +20,7 @@ OUTER = {'map_layer0': 'time_embedding.linear_1', 'map_layer1': 'time_embedding.
          'out_conv': 'conv_out'}
 
 
-def difference(net):
+def difference(net: torch.nn.Module) -> str | None:
     """Why UNet2DModel and EDMEulerScheduler cannot represent this network exactly; None where they can."""
     config, unet = net.config, net.model
     if type(unet).__name__ != 'DhariwalUNet':
@@ -38,7 +38,7 @@ def difference(net):
     return None
 
 
-def unet_config(net):
+def unet_config(net: torch.nn.Module) -> dict:
     """config.json of the UNet2DModel."""
     unet = net.model
     down = ['AttnDownBlock2D' if attends else 'ResnetDownsampleBlock2D' for attends in unet.attends]
@@ -51,7 +51,7 @@ def unet_config(net):
             'resnet_time_scale_shift': 'scale_shift', 'num_class_embeds': net.label_dim + 1 if net.label_dim else None}
 
 
-def unet_state(net):
+def unet_state(net: torch.nn.Module) -> dict[str, torch.Tensor]:
     """State dict of the UNet2DModel."""
     found = {}
     for key, value in net.model.state_dict().items():
@@ -92,7 +92,7 @@ def _block_tensors(unet, path, leaf, value):
     return {f'{attention}.to_{name}.{leaf}': heads[:, :, i].flatten(0, 1) for i, name in enumerate('qkv')}
 
 
-def write_diffusers(net, folder):
+def write_diffusers(net: torch.nn.Module, folder: str | os.PathLike) -> None:
     """Fills an empty folder: unet/, scheduler/, and README.md with a sampling loop.
 
     Raises UserError, in one line, for networks that diffusers cannot represent."""

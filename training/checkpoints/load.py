@@ -30,7 +30,7 @@ RECIPE = re.compile(r'ambient_laws_(?P<data>.+?)_sigma_(?P<sigma>\d*\.?\d+)_corr
                     r'_keep_(?P<dataset_keep_percentage>\d*\.?\d+)')
 
 
-def load_network(ref, device='cpu', weights='ema'):
+def load_network(ref: str | os.PathLike, device: str | torch.device = 'cpu', weights: str = 'ema') -> preconditioning.Precond:
     """Loads the network that `ref` names, on `device`, in eval mode and without gradients.
 
     ref: an existing folder or file, a URL (which may end in #sha256=DIGEST), or a Hugging Face name; a folder takes precedence over a
@@ -48,7 +48,7 @@ def load_network(ref, device='cpu', weights='ema'):
     return net.to(device).eval().requires_grad_(False)
 
 
-def non_finite(module):
+def non_finite(module: torch.nn.Module) -> str | None:
     """Text about the tensors of a module that have non-finite values; None where all are finite."""
     state = module.state_dict()
     bad = {name: int((~value.isfinite()).sum()) for name, value in state.items() if not value.isfinite().all()}
@@ -56,13 +56,13 @@ def non_finite(module):
     return f'{len(bad)} of {len(state)} tensors: {shown}{", ..." if len(bad) > 3 else ""}' if bad else None
 
 
-def recipe(ref):
+def recipe(ref: str | os.PathLike) -> dict | None:
     """How a network of Daras et al. 2025 was trained, from its name: {"data": "celeba", "sigma": 0.05, ...}; None for other names."""
     found = RECIPE.search(str(ref))
     return found and {key: value if key == 'data' else float(value) for key, value in found.groupdict().items()}
 
 
-def show_recipe(ref):
+def show_recipe(ref: str | os.PathLike) -> None:
     """Prints the recipe that a name holds, if any."""
     if found := recipe(ref):
         distributed.print0('According to its name trained on {data}: --sigma={sigma:g} --corruption_probability={corruption_probability:g} '
@@ -89,7 +89,7 @@ def _build(config, state, ref):
     return net
 
 
-def check_tensors(state):
+def check_tensors(state: dict) -> None:
     """Refuses what is not a state dict of real tensors."""
     if not isinstance(state, dict):
         raise UserError(f'expected a state dict (name: tensor), got {type(state).__name__}')
@@ -167,7 +167,7 @@ def _words(default):
     return 'a number' if isinstance(default, (int, float)) else 'a list of numbers' if isinstance(default, (list, tuple)) else 'text'
 
 
-def load_weights(net, state, ref):
+def load_weights(net: torch.nn.Module, state: dict, ref: str | os.PathLike) -> None:
     """Copies a state dict into a network. Raises UserError with `ref` and the first differences, and leaves the network unchanged then."""
     try:
         check_tensors(state)
@@ -177,7 +177,7 @@ def load_weights(net, state, ref):
     net.load_state_dict(state)
 
 
-def check_weights(net, state):
+def check_weights(net: torch.nn.Module, state: dict) -> None:
     """Refuses a state dict whose names or shapes are not those of a module; the error lists the first differences."""
     own = net.state_dict()
     wrong = [f'{key} is missing' for key in own if key not in state]
@@ -189,7 +189,7 @@ def check_weights(net, state):
         raise UserError(f'the weights do not fit the config: {"; ".join(wrong[:3])}{more}')
 
 
-def read(ref, weights='ema'):
+def read(ref: str, weights: str = 'ema') -> tuple[dict, dict]:
     """(config, state dict) of a reference of any kind; `config` holds the arguments of preconditioning.build_network.
 
     weights: which weights of a training state, see load_network; other kinds hold one set. Raises UserError."""
@@ -209,7 +209,7 @@ def read(ref, weights='ema'):
     raise UserError(f'{ref}: no such file or folder; a network is {READS}')
 
 
-def check_choice(weights):
+def check_choice(weights: str) -> None:
     """Refuses a --weights that cannot name weights of a training state."""
     if not re.fullmatch(r'ema|raw|ema:\d*\.?\d+', weights):
         raise UserError(f'--weights={weights}: choose ema, raw, or a stored power-function average by its width, such as ema:0.05')

@@ -17,7 +17,7 @@ from training.networks import ema
 PATTERN = re.compile(r'ema-snapshot-[\d.]+-(\d\.\d{3})\.safetensors')
 
 
-def write_average(path, average, nimg):
+def write_average(path: str | os.PathLike, average: ema.PowerFunctionEMA, nimg: int) -> None:
     """Writes a PowerFunctionEMA after nimg images, in float32, because the factors of a reconstruction can be large."""
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in average.state_dict().items()}
     header = {'nimg': str(nimg), 'sigma_rel': repr(average.sigma_rel)}
@@ -25,7 +25,7 @@ def write_average(path, average, nimg):
         f.write(safetensors.torch.save(state, metadata=header))
 
 
-def stored_averages(run):
+def stored_averages(run: str | os.PathLike) -> list[tuple[str, int, float]]:
     """[(path, nimg, sigma_rel), ...] of a run's folder, oldest first. Raises UserError where there are none."""
     paths = sorted(os.path.join(run, name) for name in os.listdir(run) if PATTERN.fullmatch(name))
     if not paths:
@@ -45,7 +45,7 @@ def stored_averages(run):
     return sorted(found, key=lambda item: item[1])
 
 
-def reconstruct(run, sigma_rel, nimg=None):
+def reconstruct(run: str | os.PathLike, sigma_rel: float, nimg: int | None = None) -> tuple:
     """(network, sources, error): the average of length sigma_rel at nimg images (default: the last), in eval mode.
 
     sources: [(file name, factor), ...] of the averages used. error: ema.profile_error, the relative error of their profile.

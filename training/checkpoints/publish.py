@@ -4,6 +4,7 @@
 import os
 import re
 import shutil
+from collections.abc import Iterable
 
 from dnnlib import UserError, hub
 from dnnlib.files import new_folder, read_json
@@ -17,7 +18,7 @@ from training.checkpoints.save import write_files
 SAMPLES = 'samples.png'
 
 
-def export(ref, dest, weights='ema', format='folder'):
+def export(ref: str | os.PathLike, dest: str | os.PathLike, weights: str = 'ema', format: str = 'folder') -> dict | None:
     """Writes the network that `ref` names as the new folder `dest`: "folder" (config.json + model.safetensors) or "diffusers".
 
     Returns the result of fill(); None for diffusers."""
@@ -29,7 +30,8 @@ def export(ref, dest, weights='ema', format='folder'):
         return fill(part, net, ref)
 
 
-def fill(folder, net, ref, metrics=(), samples=None, license='unknown', code=None):
+def fill(folder: str | os.PathLike, net, ref: str | os.PathLike, metrics: Iterable[str] = (), samples: str | None = None,
+         license: str = 'unknown', code: str | None = None) -> dict:
     """Fills an empty folder with a network, a model card and, where the run has one, a picture of samples.
 
     metrics: paths of results of eval_fid.py, samples: path of a PNG, both in addition to what is found beside the network; license, code:
@@ -63,7 +65,7 @@ def _not_of(result, digest):
     return f'is of another network, {origin(result).get("network")} (sha256 {recorded[:12]}, here {digest[:12]})'
 
 
-def beside(ref):
+def beside(ref: str | os.PathLike) -> dict:
     """What a run's folder holds about its snapshot or state `ref`: options, kimg, metrics (*.fid.json) and samples (samples-KIMG.png)."""
     found = {'options': {}, 'kimg': None, 'metrics': [], 'samples': None}
     if not os.path.exists(ref):
@@ -81,7 +83,7 @@ def beside(ref):
     return found
 
 
-def read_options(path):
+def read_options(path: str | os.PathLike) -> dict:
     """The content of a run's options.json. Raises UserError where a part that a model card shows is not an object."""
     found = read_json(path)
     for key, names in PUBLIC.items():
@@ -90,7 +92,7 @@ def read_options(path):
     return found
 
 
-def push(folder, name, private=False, revision=None):
+def push(folder: str | os.PathLike, name: str, private: bool = False, revision: str | None = None) -> str:
     """Uploads a folder as the repository owner/name of the Hub, which is created if necessary; returns the URL of the commit."""
     import huggingface_hub  # slow to import, and needed for the Hub alone
 

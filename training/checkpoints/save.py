@@ -14,7 +14,7 @@ from training.checkpoints.load import CONFIG, STATISTICS, WEIGHTS
 CARD = 'README.md'
 
 
-def save_network(net, folder, card=None):
+def save_network(net: torch.nn.Module, folder: str | os.PathLike, card: str | None = None) -> None:
     """Writes a folder ready for the Hub: config.json (net.config), model.safetensors (float32), README.md.
 
     card: Markdown of the model card, in place of the default text. The folder appears complete or not at all; an existing one is
@@ -23,7 +23,7 @@ def save_network(net, folder, card=None):
         write_files(net, part, card)
 
 
-def write_files(net, folder, card=None):
+def write_files(net: torch.nn.Module, folder: str | os.PathLike, card: str | None = None) -> None:
     """Fills an empty folder with the three files of save_network.
 
     Statistics of the training data, net.data_statistics, become metadata of the weights: config.json holds constructor arguments only."""

@@ -18,15 +18,15 @@ VP_MIN, VP_MAX = (math.sqrt(math.expm1(19.9 / 2 * t ** 2 + 0.1 * t)) for t in (E
 class Linear:
     """sigma(t) = t, as in EDM."""
 
-    def sigma(self, t):
+    def sigma(self, t: torch.Tensor) -> torch.Tensor:
         """The level at time t; tensors of any shape, as in rate() and time()."""
         return t
 
-    def rate(self, t):
+    def rate(self, t: torch.Tensor) -> torch.Tensor:
         """d sigma / d t at t > 0."""
         return torch.ones_like(t)
 
-    def time(self, sigma):
+    def time(self, sigma: torch.Tensor) -> torch.Tensor:
         """The t with sigma(t) = sigma >= 0."""
         return sigma
 
@@ -34,13 +34,13 @@ class Linear:
 class VE:
     """sigma(t) = sqrt(t), variance-exploding."""
 
-    def sigma(self, t):
+    def sigma(self, t: torch.Tensor) -> torch.Tensor:
         return t.sqrt()
 
-    def rate(self, t):
+    def rate(self, t: torch.Tensor) -> torch.Tensor:
         return 0.5 / t.sqrt()
 
-    def time(self, sigma):
+    def time(self, sigma: torch.Tensor) -> torch.Tensor:
         return sigma.square()
 
 
@@ -50,7 +50,7 @@ class VP:
     beta_d and beta_min follow from sigma(epsilon_s) = sigma_min and sigma(1) = sigma_max; by default they are 19.9 and 0.1.
     Raises ValueError for ranges without such a rising curve (Karras et al. 2022, appendix C.1)."""
 
-    def __init__(self, sigma_min=VP_MIN, sigma_max=VP_MAX, epsilon_s=EPSILON_S):
+    def __init__(self, sigma_min: float = VP_MIN, sigma_max: float = VP_MAX, epsilon_s: float = EPSILON_S) -> None:
         check_range(sigma_min, sigma_max)
         misc.require(0 < epsilon_s < 1, f'epsilon_s must be between 0 and 1, got {epsilon_s:g}')
         low, high = math.log1p(sigma_min ** 2), math.log1p(sigma_max ** 2)
@@ -59,21 +59,21 @@ class VP:
         misc.require(self.beta_d + self.beta_min > 0, f'no VP schedule rises from sigma_min={sigma_min:g} at t={epsilon_s:g} to '
                      f'sigma_max={sigma_max:g} at t=1; lower sigma_min or raise sigma_max')
 
-    def sigma(self, t):
+    def sigma(self, t: torch.Tensor) -> torch.Tensor:
         return (t * (self.beta_d / 2 * t + self.beta_min)).expm1().sqrt()
 
-    def rate(self, t):
+    def rate(self, t: torch.Tensor) -> torch.Tensor:
         sigma = self.sigma(t)
         return (self.beta_d * t + self.beta_min) * (sigma + 1 / sigma) / 2
 
-    def time(self, sigma):
+    def time(self, sigma: torch.Tensor) -> torch.Tensor:
         height = sigma.square().log1p()
         root = (self.beta_min ** 2 + 2 * self.beta_d * height).sqrt()
         # A fitted beta_min may be negative; the curve is then 0 at two times, of which t = 0 is meant.
         return torch.where(sigma > 0, 2 * height / (self.beta_min + root), 0.0)
 
 
-def edm(num_steps, *, sigma_min=0.002, sigma_max=80.0, rho=7.0):
+def edm(num_steps: int, *, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> torch.Tensor:
     """EDM's levels: sigma^(1/rho) falls linearly from sigma_max^(1/rho) to sigma_min^(1/rho) (Karras et al. 2022, equation 5).
 
     num_steps: T >= 1. Returns float64 [T+1]. Raises ValueError for values that give no falling levels."""
@@ -83,31 +83,32 @@ def edm(num_steps, *, sigma_min=0.002, sigma_max=80.0, rho=7.0):
     return _ending_in_zero((first + _ramp(num_steps) * (last - first)) ** rho)
 
 
-def log_linear(num_steps, *, sigma_min=0.002, sigma_max=80.0):
+def log_linear(num_steps: int, *, sigma_min: float = 0.002, sigma_max: float = 80.0) -> torch.Tensor:
     """Levels in geometric progression: ln sigma falls linearly, and every step divides sigma by the same factor."""
     check_range(sigma_min, sigma_max)
     return _ending_in_zero(sigma_max * (sigma_min / sigma_max) ** _ramp(num_steps))
 
 
-def ve(num_steps, *, sigma_min=0.02, sigma_max=100.0):
+def ve(num_steps: int, *, sigma_min: float = 0.02, sigma_max: float = 100.0) -> torch.Tensor:
     """The levels of VE sampling: log_linear over the range of the VE models (Song et al. 2021; Karras et al. 2022, table 1)."""
     return log_linear(num_steps, sigma_min=sigma_min, sigma_max=sigma_max)
 
 
-def vp(num_steps, *, sigma_min=VP_MIN, sigma_max=VP_MAX, epsilon_s=EPSILON_S):
+def vp(num_steps: int, *, sigma_min: float = VP_MIN, sigma_max: float = VP_MAX, epsilon_s: float = EPSILON_S) -> torch.Tensor:
     """The levels of VP sampling: sigma(t) = sqrt(exp(beta_d t^2 / 2 + beta_min t) - 1), with t falling linearly from 1 to epsilon_s
     (Karras et al. 2022, table 1)."""
     return _ending_in_zero(VP(sigma_min, sigma_max, epsilon_s).sigma(1 + _ramp(num_steps) * (epsilon_s - 1)))
 
 
-def cosine(num_steps, *, sigma_min=0.002, sigma_max=80.0):
+def cosine(num_steps: int, *, sigma_min: float = 0.002, sigma_max: float = 80.0) -> torch.Tensor:
     """The cosine schedule alpha = cos(pi t / 2) in continuous time: sigma = tan(pi t / 2), with t falling linearly (Salimans & Ho 2022)."""
     check_range(sigma_min, sigma_max)
     first, last = math.atan(sigma_max), math.atan(sigma_min)
     return _ending_in_zero((first + _ramp(num_steps) * (last - first)).tan())
 
 
-def iddpm(num_steps, *, sigma_min=0.002, sigma_max=81.0, C_1=0.001, C_2=0.008, M=1000):
+def iddpm(num_steps: int, *, sigma_min: float = 0.002, sigma_max: float = 81.0, C_1: float = 0.001, C_2: float = 0.008,
+          M: int = 1000) -> torch.Tensor:
     """Evenly spaced levels among those of IDDPM's M levels that lie between sigma_max and sigma_min (Karras et al. 2022, appendix C.3.4).
 
     Also raises ValueError where fewer than num_steps of them lie in that range."""
@@ -120,7 +121,8 @@ def iddpm(num_steps, *, sigma_min=0.002, sigma_max=81.0, C_1=0.001, C_2=0.008, M
     return _ending_in_zero(levels[places.round().long()])
 
 
-def respaced(num_steps, *, diffusion='cosine:steps=1000', spacing='even', sigma_min=0.0, sigma_max=math.inf):
+def respaced(num_steps: int, *, diffusion: str = 'cosine:steps=1000', spacing: str = 'even', sigma_min: float = 0.0,
+             sigma_max: float = math.inf) -> torch.Tensor:
     """A subset of the timesteps of a discrete diffusion: evenly spaced (Nichol & Dhariwal 2021), or with spacing=ddim every k-th one (Song
     et al. 2020).
 
@@ -137,7 +139,8 @@ def respaced(num_steps, *, diffusion='cosine:steps=1000', spacing='even', sigma_
     return _ending_in_zero(levels[kept].flip(0))
 
 
-def explicit(num_steps, *, sigmas=None, sigma_min=0.0, sigma_max=math.inf):
+def explicit(num_steps: int | None, *, sigmas: str | float | list | tuple | None = None, sigma_min: float = 0.0,
+             sigma_max: float = math.inf) -> torch.Tensor:
     """Levels listed one by one, such as sigmas=80|10|1|0.1, with the final 0 left out.
 
     sigmas: text as on the command line, or numbers. num_steps: None or their count. Raises ValueError where they do not fall or leave the
@@ -155,7 +158,7 @@ def explicit(num_steps, *, sigmas=None, sigma_min=0.0, sigma_max=math.inf):
     return _ending_in_zero(levels)
 
 
-def truncate(sigmas, stop_sigma):
+def truncate(sigmas: torch.Tensor, stop_sigma: float) -> torch.Tensor:
     """Truncated sampling: the levels from stop_sigma up, followed by 0, so that a sampler ends with D at the last of them.
 
     The published --stop_variance is stop_sigma^2. Where no level is below stop_sigma, except 0 itself, the result is `sigmas`.
@@ -165,7 +168,7 @@ def truncate(sigmas, stop_sigma):
     return sigmas if len(kept) == len(sigmas) else _ending_in_zero(kept)
 
 
-def check_range(sigma_min, sigma_max):
+def check_range(sigma_min: float, sigma_max: float) -> None:
     """Raises ValueError where the levels cannot fall from sigma_max to sigma_min."""
     misc.require(0 < sigma_min < sigma_max < math.inf, f'0 < sigma_min < sigma_max is needed, got sigma_min={sigma_min:g}, '
                  f'sigma_max={sigma_max:g}')

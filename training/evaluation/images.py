@@ -3,8 +3,9 @@
 
 import os
 import sys
+from collections.abc import Iterable, Iterator
 
-from dnnlib import UserError
+from dnnlib import EasyDict, UserError
 from dnnlib.files import beside
 from metrics import results
 from metrics.generated import FileImages, choose_count
@@ -17,7 +18,7 @@ from training.sampling.generate import check_finite, generate_images, resolution
 from training.sampling.pixels import is_picture, to_uint8
 
 
-def uint8_batches(net, seeds, batch, who, **pieces):
+def uint8_batches(net, seeds: Iterable[int], batch: int, who: str, **pieces) -> Iterator:
     """Yields this rank's images of the seeds, uint8 [n,C,H,W]. pieces: as for generate_images; who: what errors call the network."""
     for part in generate_images(net, seeds, batch=batch, rank=distributed.rank(), world=distributed.size(), **pieces):
         check_finite(part, who)
@@ -27,7 +28,7 @@ def uint8_batches(net, seeds, batch, who, **pieces):
 class NetworkImages:
     """--network: images sampled in memory and rounded to 8 bits as in a PNG; each repeat uses the next seeds."""
 
-    def __init__(self, o):
+    def __init__(self, o: EasyDict) -> None:
         self._o = o
         self.found = len(set(o.seeds))
         self.count = choose_count(o, self.found, f'--seeds={ranges(o.seeds)}: names {self.found} images')
@@ -41,29 +42,29 @@ class NetworkImages:
         self.labels = [{'seeds': ranges(seeds)} for seeds in self._seeds]
         self._facts = distributed.from_rank0(record.describe, o, self._net, self._pieces)
 
-    def facts(self):
+    def facts(self) -> dict:
         """How the images are generated, in the form of the record of a folder."""
         return {**self._facts, 'seeds': ranges(self._seeds[0])}
 
-    def default_path(self, suffix):
+    def default_path(self, suffix: str) -> str:
         """Path of the result: NETWORK, a tag that distinguishes its results, and the suffix."""
         o, seeds = self._o, ranges(self._seeds[0])
         tag = results.tag(self._facts, self.count, o.repeats, o.detector, seeds=None if seeds == ranges(range(self.count)) else seeds)
         return beside(o.network, f'.{tag}{suffix}')
 
-    def repeats(self):
+    def repeats(self) -> Iterator:
         """Yields the batches of each repeat."""
         for seeds in self._seeds:
             yield uint8_batches(self._net, seeds, self._o.batch_size, f'--network={self._o.network}', **self._pieces)
 
-    def check_unchanged(self):
+    def check_unchanged(self) -> None:
         """Nothing to check: a network in memory does not change."""
 
 
 class RecordedImages(FileImages):
     """--gen-path: images in files, with the record of their folder if it describes exactly these images."""
 
-    def __init__(self, o):
+    def __init__(self, o: EasyDict) -> None:
         super().__init__(o)
         self._record, self._missing = distributed.from_rank0(self._find_record)
 
@@ -76,6 +77,6 @@ class RecordedImages(FileImages):
             print(f'Warning: --gen-path={self._o.gen_path}: {why}; the result does not say how the images were generated', file=sys.stderr)
         return found, why
 
-    def facts(self):
+    def facts(self) -> dict:
         """Path, digest, and the record, or null with the reason."""
         return {**super().facts(), 'record': self._record, **({} if self._record else {'record_missing': self._missing})}

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The variational bound of images under a denoiser, term by term (Nichol & Dhariwal 2021, equations 4 to 7), and its plot."""
 
+import os
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -20,7 +22,9 @@ class Bound(NamedTuple):
     eps_mse: torch.Tensor  # [N,T], the same in units of the noise
 
 
-def variational_bound(net, diffusion, x0, noise, *, class_labels=None, variance='large', progress=None):
+def variational_bound(net: Callable, diffusion, x0: torch.Tensor, noise: Callable[[int], torch.Tensor], *,
+                      class_labels: torch.Tensor | None = None, variance: str = 'large',
+                      progress: Callable[[float], object] | None = None) -> Bound:
     """Evaluates every term of the bound once, each with independent noise.
 
     net(x, sigma [n,1,1,1], class_labels) -> D, called at the levels of the `diffusion` (a Diffusion); any denoiser gives a bound, a
@@ -39,7 +43,8 @@ def variational_bound(net, diffusion, x0, noise, *, class_labels=None, variance=
     return Bound(prior + torch.stack([row.sum() for row in vb]), prior, vb, x0_mse, eps_mse)
 
 
-def step_terms(net, diffusion, x0, x, t, class_labels=None, variance='large'):
+def step_terms(net: Callable, diffusion, x0: torch.Tensor, x: torch.Tensor, t: int, class_labels: torch.Tensor | None = None,
+               variance: str = 'large') -> torch.Tensor:
     """vb, x0_mse and eps_mse of step t, float64 [3,N], from images x at its level; other arguments as in variational_bound."""
     parts = [_terms(net, diffusion, x0[rows], x[rows], t, None if class_labels is None else class_labels[rows], variance)[:, :count]
              for rows, count in misc.chunks(len(x0), x0.device)]
@@ -59,7 +64,7 @@ def _terms(net, diffusion, x0, x, t, class_labels, variance):
     return torch.stack(bound_terms(diffusion, x0, D.double(), when, fixed=variance))
 
 
-def write_picture(path, levels, terms):
+def write_picture(path: str | os.PathLike, levels: Sequence[float], terms: dict) -> None:
     """Writes a PNG of the terms against the noise level: bits per dimension of each step, and the two mean squared errors.
 
     levels: [T]. terms: {"vb", "x0_mse", "eps_mse"}: [T]. Needs matplotlib."""

@@ -2,6 +2,7 @@
 """Dequantisation, from the density of the flow to the probability of 8-bit values: uniform noise, or Gaussian noise and a decoder."""
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from training.likelihood.flow import log_likelihood
 GREY = 127.5  # grey levels per unit of [-1,1]
 
 
-def uniform(x0, u):
+def uniform(x0: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
     """Grey levels k / 127.5 - 1 spread uniformly over [k - 1/2, k + 1/2], the interval that rounds to k; u in [0,1), of x0's shape."""
     return x0 + (u - 0.5) / GREY
 
@@ -28,7 +29,8 @@ class GreyLevels(NamedTuple):
     evaluations: torch.Tensor  # int64, calls of the denoiser by the flow
 
 
-def grey_levels(net, diffusion, x0, noise, *, class_labels=None, variance='large', **flow):
+def grey_levels(net: Callable, diffusion, x0: torch.Tensor, noise: torch.Tensor, *, class_labels: torch.Tensor | None = None,
+                variance: str = 'large', **flow) -> GreyLevels:
     """Upper bound on the bits of grey levels: the probability flow above the level sigma_1, and the first step of the variational bound
     below it.
 

@@ -2,12 +2,13 @@
 """The work of eval_nll.py: evaluates images with a method, over all ranks, and writes the numbers with everything they depend on."""
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
 
 import dnnlib
-from dnnlib import UserError
+from dnnlib import EasyDict, UserError
 from dnnlib.files import beside, file_digest, prepare_output, write_json
 from dnnlib.progress import Progress
 from torch_utils import distributed, misc
@@ -23,7 +24,7 @@ DIFFUSION = 'cosine:steps=1000'
 BAR = '{desc}{percentage:3.0f}%|{bar}| {n:.0f}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}]'  # the bound counts fractions of images
 
 
-def run(o):
+def run(o: EasyDict) -> None:
     """Reads, measures, prints, and writes the files."""
     if o.threads:
         torch.set_num_threads(o.threads)
@@ -49,17 +50,18 @@ class FlowMethod:
 
     columns, terms = ('bits_per_dim', 'evaluations'), (0, 0)
 
-    def __init__(self, net, dataset, o):
+    def __init__(self, net, dataset: ImageDataset, o: EasyDict) -> None:
         self.net, self.o, self.is_float = net, o, dataset.is_float
         scales = np.atleast_1d(dataset.units['scale'] if dataset.is_float else 127.5)  # of all channels, or of each
         self.offset = sum(map(math.log2, scales)) / len(scales)
         self.flow = self.pick_flow()
 
-    def pick_flow(self):
+    def pick_flow(self) -> dict:
         """The options of log_likelihood."""
         return flow_options(self.net, self.o)
 
-    def __call__(self, images, raw_idx, repeat, class_labels, progress):
+    def __call__(self, images: torch.Tensor, raw_idx: np.ndarray, repeat: int, class_labels: torch.Tensor | None,
+                 progress: Callable) -> tuple[dict, torch.Tensor]:
         if not self.is_float:
             images = dequantised(images, raw_idx, self.o.seed, repeat)
         found = log_likelihood(self.net, images, probes=self.probes(images, raw_idx, repeat), class_labels=class_labels,
@@ -67,20 +69,20 @@ class FlowMethod:
         bits = -found.log_p / (images[0].numel() * math.log(2)) + self.offset
         return {'bits_per_dim': bits, 'evaluations': found.evaluations}, torch.zeros(self.terms)
 
-    def probes(self, images, raw_idx, repeat):
+    def probes(self, images: torch.Tensor, raw_idx: np.ndarray, repeat: int) -> torch.Tensor | None:
         """Probes for the trace, [n,K,C,H,W]; None where it is exact."""
         if self.o.trace == 'exact':
             return None
         draw = lambda source: torch.randint(2, [self.o.probes, *images.shape[1:]], generator=source, dtype=torch.int8) * 2 - 1
         return keyed(draw, raw_idx, self.o.seed, 'probes', repeat).to(images.device)
 
-    def facts(self):
+    def facts(self) -> dict:
         """What the result tells of the method."""
         return {'method': 'probability-flow ODE, Dormand-Prince 5(4)',
                 'dequantisation': 'none' if self.is_float else '(u + U[0,1) - 1/2) / 127.5 - 1', 'offset_bits': self.offset,
                 'prior_variance': self.flow['sigma_max'] ** 2 + self.flow['sigma_data'] ** 2, 'flow': self.flow}
 
-    def tables(self, terms):
+    def tables(self, terms: np.ndarray) -> dict:
         """No arrays besides those per image."""
         return {}
 
@@ -90,14 +92,14 @@ class GaussianFlowMethod(FlowMethod):
 
     columns = 'bits_per_dim', 'flow_bits_per_dim', 'decoder_bits_per_dim', 'noise_bits_per_dim', 'evaluations'
 
-    def __init__(self, net, dataset, o):
+    def __init__(self, net, dataset: ImageDataset, o: EasyDict) -> None:
         if dataset.is_float:
             raise UserError(f'--dequantise=gaussian is for 8-bit images, and --data={o.data} holds others, which need no '
                             'dequantisation; leave it out')
         self.diffusion, self.variance = pick_diffusion(net, o), pick_variance(net, o)
         super().__init__(net, dataset, o)
 
-    def pick_flow(self):
+    def pick_flow(self) -> dict:
         """The options of log_likelihood, with the lowest level of the diffusion."""
         low = float(self.diffusion.levels[0])
         if low < self.net.sigma_min * (1 - 1e-5):  # networks keep levels in float32
@@ -105,14 +107,15 @@ class GaussianFlowMethod(FlowMethod):
                             f'network, {self.net.sigma_min:g} to {self.net.sigma_max:g}; a schedule of fewer steps starts higher')
         return flow_options(self.net, dnnlib.EasyDict(self.o, sigma_min=max(low, self.net.sigma_min))) | {'sigma_min': low}
 
-    def __call__(self, images, raw_idx, repeat, class_labels, progress):
+    def __call__(self, images: torch.Tensor, raw_idx: np.ndarray, repeat: int, class_labels: torch.Tensor | None,
+                 progress: Callable) -> tuple[dict, torch.Tensor]:
         noise = bound_noise(images, raw_idx, self.o.seed, repeat, 0)  # so that the decoder's term equals that of the bound
         options = {key: value for key, value in self.flow.items() if key != 'sigma_min'}
         found = dequantisation.grey_levels(self.net, self.diffusion, images, noise, class_labels=class_labels, variance=self.variance,
                                            probes=self.probes(images, raw_idx, repeat), progress=progress, **options)
         return dict(zip(self.columns, found)), torch.zeros(self.terms)
 
-    def facts(self):
+    def facts(self) -> dict:
         """What the result tells of the method."""
         return {**super().facts(), 'dequantisation': 'x_0 + sigma_1 N(0, 1), decoder of the bound', 'offset_bits': 0.0,
                 'sigma_1': float(self.diffusion.levels[0]), 'steps': self.diffusion.steps,
@@ -124,32 +127,33 @@ class BoundMethod:
 
     columns = ('bits_per_dim', 'prior_bits_per_dim', 'decoder_bits_per_dim', 'x0_mse', 'eps_mse')
 
-    def __init__(self, net, dataset, o):
+    def __init__(self, net, dataset: ImageDataset, o: EasyDict) -> None:
         if dataset.is_float:
             raise UserError(f'--method=vlb is a bound for 8-bit images, and --data={o.data} holds others; use --method=ode')
         self.net, self.o = net, o
         self.diffusion, self.variance = pick_diffusion(net, o), pick_variance(net, o)
         self.terms = 3, self.diffusion.steps
 
-    def __call__(self, images, raw_idx, repeat, class_labels, progress):
+    def __call__(self, images: torch.Tensor, raw_idx: np.ndarray, repeat: int, class_labels: torch.Tensor | None,
+                 progress: Callable) -> tuple[dict, torch.Tensor]:
         noise = lambda t: bound_noise(images, raw_idx, self.o.seed, repeat, t)
         found = variational_bound(self.net, self.diffusion, images, noise, class_labels=class_labels, variance=self.variance,
                                   progress=progress)
         values = found.total, found.prior, found.vb[:, 0], found.x0_mse.mean(dim=1), found.eps_mse.mean(dim=1)
         return dict(zip(self.columns, values)), torch.stack([part.sum(dim=0).cpu() for part in found[2:]])
 
-    def facts(self):
+    def facts(self) -> dict:
         """What the result tells of the method."""
         return {'method': 'variational bound', 'steps': self.diffusion.steps, 'trained_steps': self.diffusion.trained_steps,
                 'variance': self.variance, 'sigma_range': [float(self.diffusion.levels[0]), float(self.diffusion.levels[-1])]}
 
-    def tables(self, terms):
+    def tables(self, terms: np.ndarray) -> dict:
         """The mean terms of each step [T], and the steps."""
         return {**{f'terms_{name}': part for name, part in zip(('vb', 'x0_mse', 'eps_mse'), terms)},
                 'levels': self.diffusion.levels.numpy(), 'timesteps': self.diffusion.timesteps}
 
 
-def pick_diffusion(net, o):
+def pick_diffusion(net, o: EasyDict):
     """The Diffusion whose levels the bound visits: that of the network, or the one asked for, respaced by --steps."""
     own = hasattr(net, 'own_diffusion')
     if own and o.diffusion:
@@ -161,7 +165,7 @@ def pick_diffusion(net, o):
         raise UserError(f'--steps={o.steps}: {err}') from None
 
 
-def pick_variance(net, o):
+def pick_variance(net, o: EasyDict):
     """Of the bound's reverse steps: what --variance asks for; auto: learned where the network was trained to give it, else large."""
     if o.variance == 'learned' and not getattr(net, 'output_multiple', 1) > 1:
         raise UserError('--variance=learned: the network has no channels for the variance; choose large or small')
@@ -169,7 +173,7 @@ def pick_variance(net, o):
     return ('learned' if trained else 'large') if o.variance == 'auto' else o.variance
 
 
-def open_data(net, o):
+def open_data(net, o: EasyDict) -> tuple[ImageDataset, bool]:
     """(ImageDataset, whether the network is given its labels), of the network's shape and units."""
     conditional = bool(net.label_dim) if o.cond is None else o.cond
     if conditional and not net.label_dim:
@@ -188,7 +192,7 @@ def open_data(net, o):
     return dataset, conditional
 
 
-def choose_items(dataset, o):
+def choose_items(dataset: ImageDataset, o: EasyDict) -> np.ndarray:
     """The items to evaluate, int64: the first --num of the clean ones."""
     clean = np.flatnonzero(dataset.native_sigma == 0)
     if not len(clean):
@@ -203,7 +207,7 @@ def choose_items(dataset, o):
     return clean[:o.num]
 
 
-def flow_options(net, o):
+def flow_options(net, o: EasyDict) -> dict:
     """The levels and tolerances of log_likelihood; the range lies within the network's."""
     sigma_min = o.sigma_min or max(SIGMA_MIN, net.sigma_min)
     sigma_max = o.sigma_max or min(SIGMA_MAX, net.sigma_max)
@@ -214,7 +218,7 @@ def flow_options(net, o):
                 rtol=o.rtol, atol=o.atol, max_steps=o.max_steps)
 
 
-def measure(net, dataset, items, conditional, method, o):
+def measure(net, dataset: ImageDataset, items: np.ndarray, conditional: bool, method, o: EasyDict) -> tuple[dict, np.ndarray]:
     """On every rank: ({column: [repeats, N]}, the mean of the method's terms over images and repeats)."""
     found = {name: torch.zeros([o.repeats, len(items)], dtype=torch.float64) for name in method.columns}
     terms = torch.zeros(method.terms, dtype=torch.float64)
@@ -238,7 +242,7 @@ def measure(net, dataset, items, conditional, method, o):
     return {name: gather(values) for name, values in found.items()}, gather(terms) / (o.repeats * len(items))
 
 
-def read_batch(net, dataset, items, conditional, o):
+def read_batch(net, dataset: ImageDataset, items: np.ndarray, conditional: bool, o: EasyDict) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(images [n,C,H,W] float64 in network units, class_labels or None) of items, on the device."""
     device = distributed.pick_device(o.device)
     images = dataset.to_network(np.stack([dataset.decode(i) for i in dataset.raw_idx[items]])).double()
@@ -249,24 +253,24 @@ def read_batch(net, dataset, items, conditional, o):
     return images.to(device), labels.to(device)
 
 
-def keyed(draw, raw_idx, *key):
+def keyed(draw: Callable, raw_idx: np.ndarray, *key) -> torch.Tensor:
     """draw(generator) of each image, stacked: depends on the key and on its index in the archive, not on the batch or the rank."""
     return torch.stack([draw(misc.generator(*key, i)) for i in raw_idx])
 
 
-def dequantised(images, raw_idx, seed, repeat):
+def dequantised(images: torch.Tensor, raw_idx: np.ndarray, seed: int, repeat: int) -> torch.Tensor:
     """Images in network units, dequantised with uniform noise."""
     draw = lambda source: torch.rand(images.shape[1:], generator=source, dtype=torch.float64)
     return dequantisation.uniform(images, keyed(draw, raw_idx, seed, 'dequantisation', repeat).to(images.device))
 
 
-def bound_noise(images, raw_idx, seed, repeat, t):
+def bound_noise(images: torch.Tensor, raw_idx: np.ndarray, seed: int, repeat: int, t: int) -> torch.Tensor:
     """Standard normal noise of step t of the bound, of the shape of images."""
     draw = lambda source: torch.randn(images.shape[1:], generator=source, dtype=torch.float64)
     return keyed(draw, raw_idx, seed, 'bound', repeat, t).to(images.device)
 
 
-def summary(found, dataset):
+def summary(found: dict, dataset: ImageDataset) -> dict:
     """The numbers of the result: means over images, their standard error, and the std of the means over repeats."""
     values = found['bits_per_dim']
     means, images = values.mean(axis=1), values.mean(axis=0)
@@ -277,7 +281,7 @@ def summary(found, dataset):
             **{key: misc.as_float(column.mean()) for key, column in found.items() if key != 'bits_per_dim'}}
 
 
-def provenance(net, dataset, items, conditional, o):
+def provenance(net, dataset: ImageDataset, items: np.ndarray, conditional: bool, o: EasyDict) -> dict:
     """What the numbers depend on, for every method."""
     return {
         'num_images': len(items),
@@ -293,7 +297,7 @@ def provenance(net, dataset, items, conditional, o):
     }
 
 
-def write(result, arrays, out_path, o):
+def write(result: dict, arrays: dict, out_path: str, o: EasyDict) -> None:
     """Writes the files and prints the table."""
     write_json(out_path, result)
     if o.npz_path:

@@ -5,6 +5,7 @@ The flow dx/dsigma = (x - D) / sigma transports p(x; sigma) between levels, and 
 (C H W - tr dD/dx) / sigma (Song et al. 2021, section 4.3; Karras et al. 2022, equation 1)."""
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -32,8 +33,9 @@ class Likelihood(NamedTuple):
     evaluations: torch.Tensor  # int64 [N], calls of the denoiser
 
 
-def log_likelihood(net, x, *, probes=None, class_labels=None, sigma_min=0.002, sigma_max=80.0, sigma_data=0.5, rtol=1e-5, atol=1e-5,
-                   max_steps=1000, progress=None):
+def log_likelihood(net: Callable, x: torch.Tensor, *, probes: torch.Tensor | None = None, class_labels: torch.Tensor | None = None,
+                   sigma_min: float = 0.002, sigma_max: float = 80.0, sigma_data: float = 0.5, rtol: float = 1e-5, atol: float = 1e-5,
+                   max_steps: int = 1000, progress: Callable[[int], object] | None = None) -> Likelihood:
     """log p(x; sigma_min) under the denoiser's probability flow, whose end at sigma_max is N(0, sigma_max^2 + sigma_data^2).
 
     Levels below sigma_min are left out: for an exact denoiser this costs KL(p(.; 0) | p(.; sigma_min)) nats per image on average.
@@ -106,7 +108,8 @@ class _Flow:
         return z.view_as(D)
 
 
-def integrate(field, state, start, end, *, rtol, atol, first_step, max_steps=1000, progress=None):
+def integrate(field: Callable, state: torch.Tensor, start: float, end: float, *, rtol: float, atol: float, first_step: float,
+              max_steps: int = 1000, progress: Callable[[int], object] | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Solves d state / dt = field(t [n], state [n,K], rows [n]) from t = start to end > start, with a separate step size per row.
 
     state: float64 [N,K]. field gets the rows that are not finished, and their indices among the N (int64). A step is accepted where

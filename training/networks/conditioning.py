@@ -3,6 +3,8 @@
 
 import math
 
+import torch
+
 from training.networks.layers import Linear
 from training.networks.rows import RowLayer
 
@@ -15,13 +17,13 @@ class LabelEmbedding(Linear):
     Attribute perturb: None, or a piece of CEP that is applied to the embedding in training. It is set from outside, and is neither in
     the state dict nor in the network's configuration, so that a network trained with it is sampled like any other."""
 
-    def __init__(self, label_dim, channels, dropout=0, scale=1, **init):
+    def __init__(self, label_dim: int, channels: int, dropout: float = 0, scale: float = 1, **init) -> None:
         super().__init__(label_dim, channels, **init)
         self.dropout, self.scale = dropout, scale
         self.perturb = None
         self.draws = RowLayer()
 
-    def forward(self, labels):
+    def forward(self, labels: torch.Tensor) -> torch.Tensor:
         if self.training and self.dropout:
             labels = labels * self.draws.keep('label', [len(labels), 1], self.dropout, labels.device)
         embedding = super().forward(labels * self.scale)
@@ -33,14 +35,14 @@ class LabelEmbedding(Linear):
 # draws: a rows.RowLayer, which gives each row of the global batch its own random numbers.
 
 
-def uniform(embedding, draws, gamma=1.0):
+def uniform(embedding: torch.Tensor, draws: RowLayer, gamma: float = 1.0) -> torch.Tensor:
     """CEP-U (Chen et al. 2024): adds U(-gamma / sqrt(d), gamma / sqrt(d)), of variance gamma^2 / (3d), to each of the d coordinates of the
     label embedding [N, d]."""
     reach = _checked(gamma) / math.sqrt(embedding.shape[1])
     return embedding + reach * (2 * draws.uniform('perturbation', embedding) - 1)
 
 
-def gaussian(embedding, draws, gamma=1.0, literal=False):
+def gaussian(embedding: torch.Tensor, draws: RowLayer, gamma: float = 1.0, literal: bool = False) -> torch.Tensor:
     """CEP-G (Chen et al. 2024): adds N(0, gamma^2 / d) to each of the d coordinates of the label embedding [N, d], a perturbation of
     norm about gamma for every d.
 

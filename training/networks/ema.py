@@ -3,6 +3,7 @@
 
 import copy
 import math
+from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -13,15 +14,15 @@ class Average:
 
     Attribute module: the averaged network, in eval mode and without gradients."""
 
-    def __init__(self, net):
+    def __init__(self, net: torch.nn.Module) -> None:
         self.module = copy.deepcopy(net).eval().requires_grad_(False)
 
-    def beta(self, nimg, batch):
+    def beta(self, nimg: int, batch: int) -> float:
         """The factor by which an update with `batch` images, after nimg images, multiplies the average."""
         raise NotImplementedError
 
     @torch.no_grad()
-    def update(self, net, nimg, batch):
+    def update(self, net: torch.nn.Module, nimg: int, batch: int) -> None:
         """Moves the average towards net, of the same structure; nimg: images before this batch. Does not wait for the device.
 
         Buffers are copied: running statistics are averages already, and constants stay constant."""
@@ -30,11 +31,11 @@ class Average:
         for own, new in zip(self.module.buffers(), net.buffers(), strict=True):
             own.copy_(new)
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, torch.Tensor]:
         """Parameters and buffers of the averaged network."""
         return self.module.state_dict()
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         """Restores an average from state_dict()."""
         self.module.load_state_dict(state)
 
@@ -44,7 +45,7 @@ class HalfLifeEMA(Average):
 
     rampup_ratio: the half-life is at most this fraction of the images so far, so that the initial weights soon fade; None: no ramp."""
 
-    def __init__(self, net, halflife_kimg=500, rampup_ratio=0.05):
+    def __init__(self, net: torch.nn.Module, halflife_kimg: float = 500, rampup_ratio: float | None = 0.05) -> None:
         if not halflife_kimg >= 0:
             raise ValueError(f'halflife_kimg={halflife_kimg} must be 0 or more')
         if rampup_ratio is not None and not rampup_ratio > 0:
@@ -52,7 +53,7 @@ class HalfLifeEMA(Average):
         super().__init__(net)
         self.halflife_kimg, self.rampup_ratio = halflife_kimg, rampup_ratio
 
-    def beta(self, nimg, batch):
+    def beta(self, nimg: int, batch: int) -> float:
         """As Average.beta."""
         halflife = self.halflife_kimg * 1e3
         if self.rampup_ratio is not None:
@@ -66,16 +67,16 @@ class PowerFunctionEMA(Average):
 
     sigma_rel: the width of that profile relative to the run; others can be reconstructed from 0.05 and 0.10 afterwards."""
 
-    def __init__(self, net, sigma_rel=0.05):
+    def __init__(self, net: torch.nn.Module, sigma_rel: float = 0.05) -> None:
         self.sigma_rel, self.gamma = sigma_rel, exponent(sigma_rel)
         super().__init__(net)
 
-    def beta(self, nimg, batch):
+    def beta(self, nimg: int, batch: int) -> float:
         """As Average.beta: (1 - batch / (nimg + batch))^(gamma + 1), so that the first update copies the network."""
         return (nimg / (nimg + batch)) ** (self.gamma + 1)
 
 
-def exponent(sigma_rel):
+def exponent(sigma_rel: float) -> float:
     """gamma >= 0 of the power function tau^gamma whose relative width is sigma_rel (Karras et al. 2024, appendix C.1)."""
     if not 0 < sigma_rel <= width(0.0):
         raise ValueError(f'sigma_rel={sigma_rel} must lie above 0 and at most at {width(0.0):.4f}, the width of the plain mean')
@@ -84,12 +85,13 @@ def exponent(sigma_rel):
     return max(np.roots([1, 7, 16 - inverse, 12 - inverse]).real.max(), 0.0)
 
 
-def width(gamma):
+def width(gamma: float) -> float:
     """sigma_rel = sqrt((gamma + 1) / ((gamma + 2)^2 (gamma + 3))): the std of the profile tau^gamma on [0, 1]."""
     return math.sqrt((gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3)))
 
 
-def inner_product(t_a, gamma_a, t_b, gamma_b):
+def inner_product(t_a: np.ndarray | float, gamma_a: np.ndarray | float, t_b: np.ndarray | float,
+                  gamma_b: np.ndarray | float) -> np.ndarray | float:
     """Integral of the product of two profiles (gamma + 1) tau^gamma / t^(gamma + 1) on [0, t]; NumPy arrays broadcast."""
     first = np.minimum(t_a, t_b)
     # (first / t)^(gamma + 1) / first each, one of which has the base 1; written so that no large power overflows.
@@ -97,7 +99,7 @@ def inner_product(t_a, gamma_a, t_b, gamma_b):
     return (gamma_a + 1) * (gamma_b + 1) / (gamma_a + gamma_b + 1) * shared
 
 
-def reconstruction(stored, target):
+def reconstruction(stored: list[tuple[int, float]], target: tuple[int, float]) -> np.ndarray:
     """Factors of stored averages whose sum approximates another average, float64 [K] with the sum 1 (Karras et al. 2024, appendix C.3).
 
     stored: K pairs (nimg, sigma_rel) of PowerFunctionEMAs. target: such a pair, of any width, at the time of one of them; between
@@ -118,7 +120,7 @@ def reconstruction(stored, target):
     return factors
 
 
-def profile_error(stored, target, factors):
+def profile_error(stored: list[tuple[int, float]], target: tuple[int, float], factors: np.ndarray) -> float:
     """Relative error of the reconstructed profile: the norm of its difference to the wanted one over the norm of the latter.
 
     0.003 for widths between 0.05 and 0.12 from 16 even snapshots of (0.05, 0.10); more for widths far outside, or few snapshots."""
@@ -137,7 +139,7 @@ def _profiles(averages):
 
 
 @torch.no_grad()
-def combine(states, factors):
+def combine(states: Iterable[dict], factors: Iterable[float]) -> dict[str, torch.Tensor]:
     """The sum of factor times state dict, computed in float64 and returned in the dtypes of the states.
 
     states: iterable of K state dicts, of which one at a time is in memory. Integers are taken from the last of them."""

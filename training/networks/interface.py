@@ -5,6 +5,7 @@ A new network is a file in this folder (or elsewhere, if it is imported) with a 
 ARCHS['name'] = Arch(TheClass) at its end. Then --arch=name:key=value trains it, and config.json's model_type names the class."""
 
 import inspect
+from collections.abc import Iterable
 
 from torch import nn
 
@@ -35,7 +36,7 @@ class Arch:
 
     GIVEN = ('img_resolution', 'in_channels', 'out_channels', 'label_dim', 'augment_dim', 'label_dropout')  # by other options
 
-    def __init__(self, network, **preset):
+    def __init__(self, network: type[Network], **preset) -> None:
         self.network, self.preset = network, preset
         found = {p.name: p.default for p in inspect.signature(network).parameters.values()
                  if p.default is not p.empty and p.name not in self.GIVEN}
@@ -44,12 +45,12 @@ class Arch:
         self.__signature__ = inspect.Signature([inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=default)
                                                 for key, default in defaults.items()])
 
-    def __call__(self, **keys):
+    def __call__(self, **keys) -> dict:
         """{"model_type": ..., constructor arguments}."""
         return {'model_type': self.network.__name__, **self.preset, **{self.arguments[key]: value for key, value in keys.items()}}
 
 
-def network_class(model_type):
+def network_class(model_type: str) -> type[Network]:
     """The class that config.json names. Raises UserError."""
     known = {arch.network.__name__: arch.network for arch in ARCHS.values()}
     if model_type not in known:
@@ -57,7 +58,7 @@ def network_class(model_type):
     return known[model_type]
 
 
-def check_choice(name, value, choices):
+def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
     """Raises ValueError, in one line, where value is not one of the choices."""
     if value not in choices:
         raise ValueError(f'{name}={value} is unknown; choose from {", ".join(choices)}')

@@ -4,6 +4,7 @@
 import inspect
 import json
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -31,7 +32,8 @@ class Precond(nn.Module):
     sigma_data = 0.5            # std of the data, for pieces of the objective that need it
     row_draws = None            # in a training run: see rows.attach_row_draws()
 
-    def __init__(self, img_resolution, img_channels, label_dim=0, use_fp16=False, model_type=None, **kwargs):
+    def __init__(self, img_resolution: int | Sequence[int], img_channels: int, label_dim: int = 0, use_fp16: bool = False,
+                 model_type: str | None = None, **kwargs) -> None:
         super().__init__()
         self.img_resolution, self.img_channels, self.label_dim = img_resolution, img_channels, label_dim
         self.compute_dtype = torch.float16 if use_fp16 else torch.float32
@@ -43,21 +45,23 @@ class Precond(nn.Module):
         self.augment_dim = self.model.augment_dim
         self.units = self.sampling = None
 
-    def prepare(self):
+    def prepare(self) -> None:
         """Sets attributes that follow from `options`, before the network is built."""
 
-    def coefficients(self, sigma):
+    def coefficients(self, sigma: torch.Tensor) -> tuple:
         """sigma [N,1,1,1] -> c_skip, c_out, c_in, c_noise."""
         raise NotImplementedError
 
-    def round_sigma(self, sigma):
+    def round_sigma(self, sigma: torch.Tensor | float) -> torch.Tensor:
         """The nearest noise level of the network; sigma itself, where all levels are allowed."""
         return torch.as_tensor(sigma)
 
-    def forward(self, x, sigma, class_labels=None, augment_labels=None):
+    def forward(self, x: torch.Tensor, sigma: torch.Tensor | float, class_labels: torch.Tensor | None = None,
+                augment_labels: torch.Tensor | None = None) -> torch.Tensor:
         return self.outputs(x, sigma, class_labels, augment_labels)[0]
 
-    def outputs(self, x, sigma, class_labels=None, augment_labels=None):
+    def outputs(self, x: torch.Tensor, sigma: torch.Tensor | float, class_labels: torch.Tensor | None = None,
+                augment_labels: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """(D [N,C,H,W], further channels of F [N, (output_multiple - 1) C, H, W]), both float32."""
         if self.training and self.row_draws is not None:
             self.row_draws.next_call()
@@ -89,7 +93,7 @@ class EDMPrecond(Precond):
     options = {'sigma_min': 0.0, 'sigma_max': math.inf, 'sigma_data': 0.5}
     model_type = 'DhariwalUNet'
 
-    def coefficients(self, sigma):
+    def coefficients(self, sigma: torch.Tensor) -> tuple:
         return *predict_edm(sigma, self.sigma_data), sigma.log() / 4
 
 
@@ -99,19 +103,19 @@ class VPPrecond(Precond):
 
     options = {'beta_d': 19.9, 'beta_min': 0.1, 'M': 1000, 'epsilon_t': 1e-5}
 
-    def prepare(self):
+    def prepare(self) -> None:
         self.sigma_min, self.sigma_max = (float(self.sigma(torch.tensor(t, dtype=torch.float64, device='cpu')))
                                           for t in (self.epsilon_t, 1.0))
 
-    def sigma(self, t):
+    def sigma(self, t: torch.Tensor) -> torch.Tensor:
         """Noise level at time t: sqrt(exp(beta_d t^2 / 2 + beta_min t) - 1)."""
         return torch.expm1(self.beta_d * t ** 2 / 2 + self.beta_min * t).sqrt()
 
-    def sigma_inv(self, sigma):
+    def sigma_inv(self, sigma: torch.Tensor) -> torch.Tensor:
         """The time at which the noise level is sigma."""
         return ((self.beta_min ** 2 + 2 * self.beta_d * torch.log1p(sigma ** 2)).sqrt() - self.beta_min) / self.beta_d
 
-    def coefficients(self, sigma):
+    def coefficients(self, sigma: torch.Tensor) -> tuple:
         return 1, -sigma, 1 / (sigma ** 2 + 1).sqrt(), (self.M - 1) * self.sigma_inv(sigma)
 
 
@@ -121,7 +125,7 @@ class VEPrecond(Precond):
 
     options = {'sigma_min': 0.02, 'sigma_max': 100.0}
 
-    def coefficients(self, sigma):
+    def coefficients(self, sigma: torch.Tensor) -> tuple:
         return 1, sigma, 1, (sigma / 2).log()
 
 
@@ -137,7 +141,7 @@ class iDDPMPrecond(Precond):
     options = {'C_1': 0.001, 'C_2': 0.008, 'M': 1000, 'diffusion': None, 'learned_variance': True, 'prediction': 'eps', 'sigma_data': 0.5}
     model_type = 'DhariwalUNet'
 
-    def prepare(self):
+    def prepare(self) -> None:
         _check('prediction', self.prediction, PREDICTIONS)
         self.output_multiple = 2 if self.learned_variance else 1
         self.gives_variance = self.learned_variance and self.diffusion is not None
@@ -152,7 +156,7 @@ class iDDPMPrecond(Precond):
         self.register_buffer('u', torch.tensor(u, dtype=torch.float32), persistent=self.diffusion is None)
         self.sigma_min, self.sigma_max = float(u[self.M - 1]), float(u[0])
 
-    def own_diffusion(self):
+    def own_diffusion(self) -> discrete.Diffusion:
         """The Diffusion whose levels these are."""
         if self.diffusion is not None:
             return discrete.build_diffusion(self.diffusion)
@@ -165,18 +169,18 @@ class iDDPMPrecond(Precond):
             u[j - 1] = math.sqrt((u[j] ** 2 + 1) / max(alpha_bar[j - 1] / alpha_bar[j], self.C_1) - 1)
         return u
 
-    def round_sigma(self, sigma, return_index=False):
+    def round_sigma(self, sigma: torch.Tensor | float, return_index: bool = False) -> torch.Tensor:
         """The nearest level of u, with sigma's shape and dtype, or its index."""
         sigma = torch.as_tensor(sigma)
         index = (self.u - sigma.to(self.u).reshape(-1, 1)).abs().argmin(dim=1).reshape(sigma.shape)
         return index if return_index else self.u[index].to(sigma.dtype)
 
-    def coefficients(self, sigma):
+    def coefficients(self, sigma: torch.Tensor) -> tuple:
         t = self.M - 1 - self.round_sigma(sigma, return_index=True).float()
         return *PREDICTIONS[self.prediction](sigma, self.sigma_data), t * self.time_scale
 
 
-def predict_edm(sigma, sigma_data):
+def predict_edm(sigma: torch.Tensor, sigma_data: float) -> tuple:
     """EDM's preconditioning, which gives the network's input and target unit variance for data of std sigma_data (Karras et al. 2022,
     appendix B.6).
 
@@ -186,14 +190,14 @@ def predict_edm(sigma, sigma_data):
     return sigma_data ** 2 / total, sigma * sigma_data / total.sqrt(), 1 / total.sqrt()
 
 
-def predict_eps(sigma, sigma_data):
+def predict_eps(sigma: torch.Tensor, sigma_data: float) -> tuple:
     """The noise eps, with D = x - sigma F (Ho et al. 2020): D has sigma times the error of the network.
 
     Returns c_skip, c_out, c_in."""
     return 1, -sigma, 1 / (sigma ** 2 + 1).sqrt()
 
 
-def predict_v(sigma, sigma_data):
+def predict_v(sigma: torch.Tensor, sigma_data: float) -> tuple:
     """The velocity v = sqrt(abar) eps - sqrt(1 - abar) x_0, where abar = 1 / (1 + sigma^2) (Salimans & Ho 2022).
 
     D = sqrt(abar) x_t - sqrt(1 - abar) F with x_t = sqrt(abar) x; with F negated this is predict_edm at sigma_data = 1.
@@ -202,7 +206,7 @@ def predict_v(sigma, sigma_data):
     return c_in ** 2, -sigma * c_in, c_in
 
 
-def build_network(config):
+def build_network(config: dict) -> Precond:
     """The network of a configuration, with initial weights drawn from torch's random state (see misc.seeded).
 
     config: the published constructor arguments (see Precond), "precond" if it is not edm, "units" ({"offset", "scale"}) if the data is

@@ -24,14 +24,14 @@ class RowDraws:
     micro-batch. It is replaced, never modified, so that a call keeps its own; compiled code takes it as an input, not as a constant.
     A copy of a network does not have it, because nothing would update it there."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.key = torch.tensor([0, 0, 0, 1], device='cpu')
 
-    def begin(self, draws, rows):
+    def begin(self, draws: misc.Draws, rows: int) -> None:
         """Begins a micro-batch with this number of rows. draws: its misc.Draws."""
         self.key = torch.tensor([misc.seed_of(draws.seed, draws.step, 'network'), 0, draws.first_row, rows], device='cpu')
 
-    def next_call(self):
+    def next_call(self) -> None:
         """Begins a call of the network, whose draws are independent of those of earlier calls."""
         self.key = self.key + torch.tensor([0, 1, 0, 0], device='cpu')
 
@@ -48,17 +48,17 @@ class RowLayer(nn.Module):
 
     rows, index = None, 0
 
-    def keep(self, name, shape, p, device):
+    def keep(self, name: str, shape: list[int], p: float, device: torch.device) -> torch.Tensor:
         """bool of the shape: False with probability p."""
         if self.rows is None:
             return torch.rand(shape, device=device) >= p
         return self._draw(name, 'keep', p, shape, device)
 
-    def uniform(self, name, like):
+    def uniform(self, name: str, like: torch.Tensor) -> torch.Tensor:
         """U(0, 1), of shape, type and device of `like`."""
         return torch.rand_like(like) if self.rows is None else self._draw(name, 'uniform', 0.0, like.shape, like.device).to(like.dtype)
 
-    def normal(self, name, like):
+    def normal(self, name: str, like: torch.Tensor) -> torch.Tensor:
         """N(0, 1), of shape, type and device of `like`."""
         return torch.randn_like(like) if self.rows is None else self._draw(name, 'normal', 0.0, like.shape, like.device).to(like.dtype)
 
@@ -71,12 +71,12 @@ class RowLayer(nn.Module):
 class Dropout(RowLayer):
     """Like F.dropout, in training: values of [N,...] are set to 0 with probability p, and multiplied by 1 / (1 - p) otherwise."""
 
-    def __init__(self, p):
+    def __init__(self, p: float) -> None:
         super().__init__()
         misc.require(0 <= p < 1, f'p={p} of a dropout must be 0 or more and below 1')
         self.p = p
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not (self.training and self.p):
             return x
         if self.rows is None:
@@ -86,7 +86,7 @@ class Dropout(RowLayer):
         return x * (kept.to(x.dtype) * scale) if x.is_cpu else x * kept * scale
 
 
-def attach_row_draws(net):
+def attach_row_draws(net: nn.Module) -> RowDraws:
     """Connects each RowLayer of a preconditioned network to new RowDraws, and returns these, to begin() each micro-batch with."""
     net.row_draws = RowDraws()
     for index, layer in enumerate(module for module in net.modules() if isinstance(module, RowLayer)):

@@ -5,6 +5,7 @@ For noisy images it is the only training signal below sigma_n. How x' is drawn (
 estimated are chosen separately; docs/consistency.md has the bias of each combination."""
 
 import math
+from collections.abc import Callable
 
 import torch
 
@@ -13,12 +14,12 @@ from training.diffusion.noise import normal_cdf
 from training.objective.loss import TERMS, Term, evaluate
 
 
-def mean_square(error):
+def mean_square(error: torch.Tensor) -> torch.Tensor:
     """(mean over K)^2 of errors [n,K,C,H,W]: never negative, and biased up by their variance / K."""
     return error.mean(1).square()
 
 
-def u_statistic(error):
+def u_statistic(error: torch.Tensor) -> torch.Tensor:
     """Mean of the products of two different errors, K >= 2, [n,K,C,H,W] -> [n,C,H,W]: unbiased, and possibly negative.
 
     It equals mean_square minus (variance over K) / K, with the unbiased variance; for K = 2 it is the product of the two."""
@@ -43,8 +44,9 @@ class ConsistencyTerm(Term):
 
     name = 'consistency'
 
-    def __init__(self, noise, weight, batch, *, estimator='u', steps=20, samples=2, coeff=0.1, below='sigma', stop='upper',
-                 teacher='net', grad=False, weighted=False, batch_size=32, rampup=0.0, every=1):
+    def __init__(self, noise, weight: Callable, batch: int, *, estimator: str = 'u', steps: int = 20, samples: int = 2, coeff: float = 0.1,
+                 below: str = 'sigma', stop: str = 'upper', teacher: str = 'net', grad: bool = False, weighted: bool = False,
+                 batch_size: int = 32, rampup: float = 0.0, every: int = 1) -> None:
         super().__init__()
         words = dict(estimator=estimator, stop=stop, teacher=teacher, below=below)
         for key, value in words.items():
@@ -67,7 +69,7 @@ class ConsistencyTerm(Term):
         # A chain calls the network once per step, and once more for the lower prediction; a teacher makes its own upper prediction.
         self.evaluations = self.fraction * (samples * (steps + 1) + self.needs_teacher) / every
 
-    def forward(self, net, batch, randn, seen=None):
+    def forward(self, net: torch.nn.Module, batch, randn: Callable, seen=None) -> dict[str, torch.Tensor]:
         """{'consistency': [N]}, zero on the rows that are not used.
 
         randn.step: number of global batches before this one. seen: the Evaluation, if there is one already."""
@@ -134,8 +136,10 @@ class Euler(ConsistencyTerm):
     step = staticmethod(ambient.reverse_step)
 
 
-def consistency_error(net, x, sigma, sigma_prime, D, chain_noise, *, step=ambient.reverse_step, guide=None, grad=True,
-                      class_labels=None, augment_labels=None):
+def consistency_error(net: torch.nn.Module, x: torch.Tensor, sigma: torch.Tensor, sigma_prime: torch.Tensor, D: torch.Tensor,
+                      chain_noise: list[torch.Tensor], *, step: Callable = ambient.reverse_step, guide: torch.nn.Module | None = None,
+                      grad: bool = True, class_labels: torch.Tensor | None = None,
+                      augment_labels: torch.Tensor | None = None) -> torch.Tensor:
     """D(x', sigma') - D of K chains per image: [N,K,C,H,W], zero in expectation for the true denoiser and the true process.
 
     x, D: [N,C,H,W]; sigma, sigma_prime: [N,1,1,1]; chain_noise: one [N,K,C,H,W] per step. step: the chain's kernel; guide: the
@@ -165,7 +169,7 @@ def _take(labels, rows):
     return None if labels is None else labels[rows]
 
 
-def published_spec(**given):
+def published_spec(**given) -> str:
     """The published consistency term as a --consistency spec; `given` replaces some of its keys."""
     published = dict(estimator='mean', steps=5, samples=6, batch_size=32, weighted=False, stop='no', grad=True)
     return 'euler:' + ','.join(f'{key}={value}' for key, value in (published | given).items())

@@ -3,6 +3,7 @@
 
 Terms are sums over C, H, W; the caller takes the mean over the batch. Everything is computed in the dtype of the images."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -21,7 +22,7 @@ class Evaluation(NamedTuple):
     rest: torch.Tensor | None = None  # [N,K,H,W], further channels of the network, where they were asked for
 
 
-def evaluate(net, batch, outputs=False):
+def evaluate(net: torch.nn.Module, batch, outputs: bool = False) -> Evaluation:
     """Adds noise to the images, from sigma_n up to sigma, and calls the denoiser once. outputs: also its further channels, see
     Precond.outputs()."""
     x = ambient.add_noise(batch.images, batch.sigma_n, batch.sigma, batch.noise)
@@ -43,7 +44,7 @@ class Term(torch.nn.Module):
     every = 1              # it is evaluated only in every n-th step, and is 0 in the others
     evaluations = 0.0      # network evaluations per image and step, on average, in addition to the shared one
 
-    def set_teacher(self, net):
+    def set_teacher(self, net: torch.nn.Module) -> None:
         """Stores the averaged network, for needs_teacher, in a tuple, so that it is not trained, moved or saved with this module."""
         self.teacher = (net,)
 
@@ -58,11 +59,12 @@ class AmbientLoss(Term):
 
     name = 'denoise'
 
-    def __init__(self, weight, penalty=penalty.squared, inverse=False):
+    def __init__(self, weight: Callable, penalty: Callable = penalty.squared, inverse: bool = False) -> None:
         super().__init__()
         self.weight, self.penalty, self.inverse = weight, penalty, inverse
 
-    def forward(self, net, batch, randn=None, seen=None):
+    def forward(self, net: torch.nn.Module, batch, randn: Callable | None = None,
+                seen: Evaluation | None = None) -> dict[str, torch.Tensor]:
         """{'denoise': [N]}, and 'log_weight' where the weight is learned.
 
         seen: the Evaluation, if there is one already. Draws nothing from randn."""
@@ -86,7 +88,7 @@ class Objective(torch.nn.Module):
     levels; the caller calls its redraw() for each batch before, and its update() after the last micro-batch of a step.
     Raises ValueError for two terms with the same name."""
 
-    def __init__(self, terms, timesteps=None):
+    def __init__(self, terms: list[Term], timesteps: Uniform | None = None) -> None:
         super().__init__()
         names = [term.name for term in terms]
         if len(set(names)) < len(names):
@@ -96,22 +98,22 @@ class Objective(torch.nn.Module):
         self.terms, self.timesteps = torch.nn.ModuleDict(zip(names, terms)), timesteps or Uniform()
 
     @property
-    def first(self):
+    def first(self) -> Term:
         """The main term, which is used for validation."""
         return next(iter(self.terms.values()))
 
     @property
-    def evaluations(self):
+    def evaluations(self) -> float:
         """Network evaluations (forward passes of one image) per image and step, on average."""
         return 1 + sum(term.evaluations for term in self.terms.values())
 
-    def set_teacher(self, net):
+    def set_teacher(self, net: torch.nn.Module) -> None:
         """Gives the averaged network to the terms that need it."""
         for term in self.terms.values():
             if term.needs_teacher:
                 term.set_teacher(net)
 
-    def forward(self, net, batch, randn):
+    def forward(self, net: torch.nn.Module, batch, randn: Callable) -> dict[str, torch.Tensor]:
         """{term name: [N]} of all terms; they are not summed, so that each can be reported separately."""
         due = {name: randn.step % term.every == 0 for name, term in self.terms.items()}
         seen = evaluate(net, batch, outputs=any(term.needs_outputs for name, term in self.terms.items() if due[name]))
@@ -125,7 +127,7 @@ class Objective(torch.nn.Module):
         return seen.x.new_zeros(len(seen.x)) + sum(0 * p.sum() for p in term.parameters() if p.requires_grad)
 
 
-def build_terms(specs, **context):
+def build_terms(specs: list[str], **context) -> list[Term]:
     """The Terms that specs of TERMS name, such as "denoise:inverse=true"; context: the arguments that Term supplies. Raises UserError."""
     return [registry.build(spec, TERMS, '--term', **context) for spec in specs]
 

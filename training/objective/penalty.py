@@ -12,14 +12,14 @@ import math
 import torch
 
 
-def squared(error, sigma):
+def squared(error: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
     """Squared error e^2, whose minimiser is the conditional mean.
 
     error: [N,C,H,W]; sigma: [N,1,1,1], which this penalty does not need."""
     return error.square()
 
 
-def pseudo_huber(error, sigma, c=0.1, schedule='snr', sigma_data=0.5):
+def pseudo_huber(error: torch.Tensor, sigma: torch.Tensor, c: float = 0.1, schedule: str = 'snr', sigma_data: float = 0.5) -> torch.Tensor:
     """Pseudo-Huber penalty of each value: s^2 H_c(e / s), H_c(e) = 2c (sqrt(e^2 + c^2) - c), which limits the pull of outlying pixels to
     2c s (Khrapov et al. 2024, scaled to e^2 for small e).
 
@@ -28,7 +28,7 @@ def pseudo_huber(error, sigma, c=0.1, schedule='snr', sigma_data=0.5):
     return _huber(error.square(), knee)
 
 
-def smooth(error, sigma, c=0.1, schedule='snr', sigma_data=0.5):
+def smooth(error: torch.Tensor, sigma: torch.Tensor, c: float = 0.1, schedule: str = 'snr', sigma_data: float = 0.5) -> torch.Tensor:
     """Smooth L1 penalty of each value, the "smooth" loss of diffusers: s^2 H_c(e / s) / c, which is e^2 / c for small and about 2s|e| for
     large errors.
 
@@ -37,7 +37,8 @@ def smooth(error, sigma, c=0.1, schedule='snr', sigma_data=0.5):
     return _huber(error.square(), bend * residual_scale(sigma, sigma_data)) / bend
 
 
-def pseudo_huber_norm(error, sigma, c=0.00054, schedule='constant', sigma_data=0.5):
+def pseudo_huber_norm(error: torch.Tensor, sigma: torch.Tensor, c: float = 0.00054, schedule: str = 'constant',
+                      sigma_data: float = 0.5) -> torch.Tensor:
     """Pseudo-Huber penalty of the norm of each image's error: s^2 H_C(||e|| / s) with C = c sqrt(C H W), for outlying images rather than
     pixels (Song & Dhariwal 2024).
 
@@ -53,14 +54,14 @@ def _huber(squares, knee):
     return 2 * knee * squares / ((squares + knee.square()).sqrt() + knee)
 
 
-def residual_scale(sigma, sigma_data):
+def residual_scale(sigma: torch.Tensor, sigma_data: float) -> torch.Tensor:
     """s = c_out(sigma) = sigma sigma_data / sqrt(sigma^2 + sigma_data^2): the x_0 error for an error of 1 of EDM's network."""
     if not 0 < sigma_data < math.inf:
         raise ValueError(f'sigma_data={sigma_data} must be positive')
     return sigma * (sigma_data / (sigma.square() + sigma_data ** 2).sqrt())
 
 
-def threshold(sigma, c, schedule):
+def threshold(sigma: torch.Tensor, c: float, schedule: str) -> torch.Tensor:
     """c at each level, of the shape of sigma. constant: c. The others go from 1 at sigma = 0, nearly a squared error, to c at infinity.
 
     snr: (1 - c) / (1 + sigma)^2 + c. exponential: c^t, where t = (2 / pi) atan(sigma) is the time of the cosine schedule."""

@@ -2,6 +2,7 @@
 """How a discrete-time objective samples timesteps: uniformly, or more often where the loss is large (Nichol & Dhariwal 2021)."""
 
 import math
+from collections.abc import Callable
 
 import torch
 
@@ -11,19 +12,19 @@ from torch_utils import distributed
 class Uniform(torch.nn.Module):
     """Uniform timesteps: every timestep of the diffusion is equally likely, without importance weights."""
 
-    def over(self, levels):
+    def over(self, levels: torch.Tensor) -> 'Uniform':
         """Prepares for the noise levels of a diffusion, ascending; returns itself."""
         return self
 
-    def redraw(self, batch, randn):
+    def redraw(self, batch, randn: Callable):
         """The batch, with the levels to train at."""
         return batch
 
-    def weigh(self, terms, batch):
+    def weigh(self, terms: dict[str, torch.Tensor], batch) -> dict[str, torch.Tensor]:
         """The terms {name: [N]}, weighted so that their mean is that over uniform timesteps."""
         return terms
 
-    def update(self):
+    def update(self) -> None:
         """Called after each step, to update the estimates."""
 
 
@@ -36,7 +37,7 @@ class SecondMoment(Uniform):
     Only the timesteps of clean images are redrawn and recorded: the level of a noisy image depends on its sigma_n, and stays that of its
     pair."""
 
-    def __init__(self, history=10, uniform=0.001):
+    def __init__(self, history: int = 10, uniform: float = 0.001) -> None:
         super().__init__()
         if history < 1:
             raise ValueError(f'history={history} must be at least 1')
@@ -45,7 +46,7 @@ class SecondMoment(Uniform):
         self.history, self.uniform = history, uniform
         self._noted = []
 
-    def over(self, levels):
+    def over(self, levels: torch.Tensor) -> 'Uniform':
         steps = len(levels)
         self.register_buffer('levels', levels.float(), persistent=False)
         # Ring buffers: loss number n of a t, counted from 0, is stored at n % history.
@@ -53,7 +54,7 @@ class SecondMoment(Uniform):
         self.register_buffer('counts', torch.zeros(steps, dtype=torch.int64, device='cpu'))  # losses seen of each t
         return self
 
-    def redraw(self, batch, randn):
+    def redraw(self, batch, randn: Callable):
         """Redraws the levels of the clean images according to the losses so far. Batch.factor holds the importance weights."""
         u = torch.special.erfc(randn('timestep', [len(batch.images)]).double() * -math.sqrt(0.5)) / 2  # uniform, from normal draws
         t, weight = self.draw(u)
@@ -61,32 +62,32 @@ class SecondMoment(Uniform):
         sigma = self.levels[t].where(clean, batch.sigma.flatten()).reshape(batch.sigma.shape)
         return batch._replace(sigma=sigma, factor=weight.float().where(clean, 1))
 
-    def weigh(self, terms, batch):
+    def weigh(self, terms: dict[str, torch.Tensor], batch) -> dict[str, torch.Tensor]:
         """Multiplies by the importance weights; records the unweighted losses of the clean images for update()."""
         t = torch.searchsorted(self.levels, batch.sigma.flatten())
         self.note(t, sum(terms.values()), batch.sigma_n.flatten() == 0)
         return {name: values * batch.factor for name, values in terms.items()}
 
-    def probabilities(self):
+    def probabilities(self) -> torch.Tensor:
         """p_t, float64 [T]."""
         steps = len(self.counts)
         size = self.losses.square().mean(1).sqrt()
         p = (1 - self.uniform) * size / size.sum() + self.uniform / steps
         return p.where((self.counts >= self.history).all() & (size.sum() > 0), 1 / steps)
 
-    def draw(self, u):
+    def draw(self, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Uniforms u in (0, 1), [N] -> (t int64 [N], importance weights 1 / (T p_t), float64 [N])."""
         p = self.probabilities()
         ends = p.cumsum(0)
         t = torch.searchsorted(ends, u * ends[-1], right=True).clamp(max=len(p) - 1)
         return t, 1 / (len(p) * p[t])
 
-    def note(self, t, losses, counts):
+    def note(self, t: torch.Tensor, losses: torch.Tensor, counts: torch.Tensor) -> None:
         """Records losses [N] at t int64 [N] for the next update(), where `counts`, bool [N], is true and they are finite."""
         fine = counts & losses.isfinite()
         self._noted.append((t.where(fine, len(self.counts)), losses.detach().double().where(fine, 0)))
 
-    def update(self):
+    def update(self) -> None:
         """Moves what all ranks recorded since the last call into the state, in the order of the global batch."""
         t, losses = (distributed.all_rows(torch.cat(column)) for column in zip(*self._noted, strict=True))
         self._noted.clear()

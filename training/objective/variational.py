@@ -2,6 +2,7 @@
 """Discrete-time objectives (Nichol & Dhariwal 2021): L_simple, the variational bound L_vlb, and L_hybrid = L_simple + coeff L_vlb."""
 
 import math
+from collections.abc import Callable
 
 import torch
 
@@ -22,7 +23,7 @@ class Bound(Term):
     name = 'bound'
     needs_outputs = True
 
-    def __init__(self, diffusion, coeff=1.0, frozen=True):
+    def __init__(self, diffusion: discrete.Diffusion | None, coeff: float = 1.0, frozen: bool = True) -> None:
         super().__init__()
         if diffusion is None:
             raise ValueError('the variational bound needs discrete timesteps: use --precond=iddpm with an --objective')
@@ -30,7 +31,7 @@ class Bound(Term):
             raise ValueError(f'coeff={coeff} must be positive')
         self.diffusion, self.factor, self.frozen = diffusion, coeff * diffusion.steps, frozen
 
-    def forward(self, net, batch, randn=None, seen=None):
+    def forward(self, net: torch.nn.Module, batch, randn: Callable | None = None, seen=None) -> dict[str, torch.Tensor]:
         """{'bound': [N]}. seen: the Evaluation with the network's channels for the variance, if there is one. Draws nothing from randn."""
         x, D, rest = seen or evaluate(net, batch, outputs=True)
         D = D.detach() if self.frozen else D
@@ -47,13 +48,13 @@ class Bound(Term):
         return (self.diffusion.at('from_x0', t, x) * error).square() * (-log_variance).exp() / 2
 
 
-def simple():
+def simple() -> list[str]:
     """L_simple: the squared error of the predicted noise at uniform timesteps, that is the denoising term with the weight 1 / sigma^2 (Ho
     et al. 2020)."""
     return ['denoise']
 
 
-def hybrid(coeff=0.001):
+def hybrid(coeff: float = 0.001) -> list[str]:
     """L_hybrid = L_simple + coeff L_vlb, where L_simple trains the mean and L_vlb only the variance (Nichol & Dhariwal 2021).
 
     L_vlb is T times the mean of the bound's terms over t; coeff=1/T is the published code without "rescale_learned_sigmas"."""
@@ -62,14 +63,14 @@ def hybrid(coeff=0.001):
     return ['denoise', registry.unparse('bound', {'coeff': coeff})]
 
 
-def vlb():
+def vlb() -> list[str]:
     """L_vlb: the variational bound alone, which trains both mean and variance (Nichol & Dhariwal 2021).
 
     L_vlb is T times the mean of the bound's terms over t."""
     return ['bound:frozen=False']
 
 
-def terms_of(kind=None, inverse=False, slot='--objective'):
+def terms_of(kind: str | None = None, inverse: bool = False, slot: str = '--objective') -> list[str]:
     """The terms, as specs of TERMS, of a piece of OBJECTIVES; None: the denoising term alone. inverse: see AmbientLoss."""
     try:
         terms = registry.build(kind, OBJECTIVES, slot)() if kind else ['denoise']

@@ -11,37 +11,37 @@ import torch
 GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 
 
-def edm(sigma, sigma_data=0.5):
+def edm(sigma: torch.Tensor, sigma_data: float = 0.5) -> torch.Tensor:
     """EDM's weight: (sigma^2 + sigma_data^2) / (sigma sigma_data)^2 = 1 / c_out^2 (Karras et al. 2022, table 1)."""
     # Written as a sum of two inverse squares, which avoids overflow and cancellation.
     return sigma ** -2 + _positive('sigma_data', sigma_data) ** -2
 
 
-def snr(sigma, signal=1.0):
+def snr(sigma: torch.Tensor, signal: float = 1.0) -> torch.Tensor:
     """Signal-to-noise ratio: signal^2 / sigma^2; with signal=1 this is the weight of the published VP and VE losses."""
     return (_positive('signal', signal) / sigma).square()
 
 
-def min_snr(sigma, gamma=5.0, signal=1.0):
+def min_snr(sigma: torch.Tensor, gamma: float = 5.0, signal: float = 1.0) -> torch.Tensor:
     """Min-SNR: min(snr, gamma) with snr = signal^2 / sigma^2 (Hang et al. 2023, with snr = 1 / sigma^2 and gamma = 5).
 
     The same threshold in EDM's convention is gamma sigma_data^2, up to a constant factor: gamma=1.25,signal=0.5."""
     return snr(sigma, signal).clamp(max=_positive('gamma', gamma))
 
 
-def soft_min_snr(sigma, gamma=4.0, signal=1.0):
+def soft_min_snr(sigma: torch.Tensor, gamma: float = 4.0, signal: float = 1.0) -> torch.Tensor:
     """Soft Min-SNR: snr gamma / (snr + gamma) with snr = signal^2 / sigma^2, a smooth version of min_snr (Crowson et al. 2024).
 
     The paper's gamma = 4 is 1 / sigma_data^2, which makes this 1 / (sigma^2 + sigma_data^2)."""
     return 1 / ((sigma / _positive('signal', signal)).square() + 1 / _positive('gamma', gamma))
 
 
-def truncated_snr(sigma, signal=1.0):
+def truncated_snr(sigma: torch.Tensor, signal: float = 1.0) -> torch.Tensor:
     """Truncated SNR: max(snr, 1) with snr = signal^2 / sigma^2, so that the weight never falls below 1 (Salimans & Ho 2022)."""
     return snr(sigma, signal).clamp(min=1)
 
 
-def p2(sigma, k=1.0, gamma=1.0, signal=1.0):
+def p2(sigma: torch.Tensor, k: float = 1.0, gamma: float = 1.0, signal: float = 1.0) -> torch.Tensor:
     """P2 weighting: snr / (k + snr)^gamma with snr = signal^2 / sigma^2 (Choi et al. 2022, with k = 1 and gamma = 0.5 or 1)."""
     if not (0 <= gamma < math.inf):
         raise ValueError(f'gamma={gamma} must be 0 or more')
@@ -49,7 +49,7 @@ def p2(sigma, k=1.0, gamma=1.0, signal=1.0):
     return ratio * (_positive('k', k) + ratio) ** -gamma
 
 
-def uniform(sigma):
+def uniform(sigma: torch.Tensor) -> torch.Tensor:
     """Uniform weight: 1 at every noise level."""
     return torch.ones_like(sigma)
 
@@ -64,7 +64,7 @@ class LearnedWeight(torch.nn.Module):
     linear map at 1 instead. Only the linear map is learned: frequencies (normal quantiles) and phases (multiples of the golden ratio) are
     fixed."""
 
-    def __init__(self, sigma_data=0.5, channels=128):
+    def __init__(self, sigma_data: float = 0.5, channels: int = 128) -> None:
         super().__init__()
         self.sigma_data = _positive('sigma_data', sigma_data)
         if channels < 1:
@@ -74,13 +74,13 @@ class LearnedWeight(torch.nn.Module):
         self.register_buffer('phases', (place * GOLDEN_RATIO).frac().float(), persistent=False)
         self.linear = torch.nn.Parameter(torch.zeros(channels))
 
-    def offset(self, sigma):
+    def offset(self, sigma: torch.Tensor) -> torch.Tensor:
         """u(sigma), of the shape of sigma."""
         c_noise = (sigma.log() / 4).unsqueeze(-1).to(self.linear.dtype)
         waves = (2 * math.pi * (c_noise * self.frequencies + self.phases)).cos()  # [..., channels], variance 1/2
         return (waves @ self.linear * math.sqrt(2 / len(self.linear))).to(sigma.dtype)
 
-    def forward(self, sigma):
+    def forward(self, sigma: torch.Tensor) -> torch.Tensor:
         """lambda(sigma) / exp(u(sigma))."""
         return edm(sigma, self.sigma_data) * (-self.offset(sigma)).exp()
 

@@ -3,6 +3,8 @@
 
 They do not influence the training: a warning is a line on the console, and its numbers are in stats.jsonl."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
@@ -20,14 +22,14 @@ RATIO = 1 / 3        # a sample with d1 / d2 below this is a copy, as in metrics
 LIMIT = 0.1          # share of copies that is tolerated, beyond that among real images
 
 
-def pick(items, shape, seed, name):
+def pick(items: np.ndarray, shape: Sequence[int], seed: int, name: str) -> np.ndarray:
     """A random subset of the items within MOST_IMAGES and MOST_VALUES, int64, ascending; depends on the seed only."""
     most = min(MOST_IMAGES, MOST_VALUES // int(np.prod(shape)))
     generator = np.random.Generator(np.random.Philox(key=misc.seed_of(seed, name)))
     return np.sort(generator.permutation(items)[:most])
 
 
-def data_statistics(store, dataset, sigma_n, items, seed):
+def data_statistics(store, dataset, sigma_n: np.ndarray, items: np.ndarray, seed: int) -> dict | None:
     """Statistics (sampling/channels.py) of the training items, or None for fewer than FEWEST.
 
     Only clean images where there are ENOUGH_CLEAN of them, otherwise noisy ones too: their noise does not change the mean, and adds
@@ -53,13 +55,13 @@ class Copies:
     held-out ones, or else training images, each compared with the others. Near-duplicates in the training set make d2 as small as d1, so
     that their copies are not found. Costs 2 (samples + REAL) queries among at most MOST_IMAGES images with MOST_VALUES numbers in all."""
 
-    def __init__(self, store, train, held_out, xflip):
+    def __init__(self, store, train: np.ndarray, held_out: tuple | None, xflip: bool) -> None:
         """store: an ImageStore. train: clean items; held_out: (store, items), or None."""
         self.store, self.train, self.xflip = store, train, xflip
         self.real = held_out
         self._real_share = None
 
-    def __call__(self, images):
+    def __call__(self, images: torch.Tensor) -> tuple[float, float, np.ndarray]:
         """(share of copies among images [n,C,H,W], that among real images, index of the nearest item of each [n])."""
         points = self._gather(self.store, self.train)
         if self._real_share is None:
@@ -98,18 +100,18 @@ class Alarms:
 
     found: Inspection of the training data. net: the weight average that is sampled; gets the statistics, for its snapshots."""
 
-    def __init__(self, found, net):
+    def __init__(self, found: 'Inspection', net: torch.nn.Module) -> None:
         self.net, self.copies = net, found.copies
         net.data_statistics = found.statistics
 
-    def look(self, images, fields):
+    def look(self, images: torch.Tensor, fields: dict) -> None:
         """Adds what is measured on sampled images [n,C,H,W] to `fields`, {name: number}, and prints warnings."""
         found, warnings = self.judge(images)
         fields |= found
         for warning in warnings:
             print(f'Warning: {warning}', flush=True)
 
-    def judge(self, images):
+    def judge(self, images: torch.Tensor) -> tuple[dict, list[str]]:
         """({name: number}, [warnings]) of sampled images [n,C,H,W]."""
         bad = int((~images.isfinite().flatten(1).all(1)).sum())
         if bad:
@@ -129,11 +131,11 @@ class Alarms:
 class Inspection:
     """What the checks need of the training data: statistics or None, and copies, a Copies or None. Both are None except on rank 0."""
 
-    def __init__(self, statistics=None, copies=None):
+    def __init__(self, statistics: dict | None = None, copies: Copies | None = None) -> None:
         self.statistics, self.copies = statistics, copies
 
 
-def inspect(store, dataset, sigma_n, train, validation, seed):
+def inspect(store, dataset, sigma_n: np.ndarray, train: np.ndarray, validation, seed: int) -> Inspection:
     """The Inspection of the training items; validation: a Validation with held-out items, or None.
 
     Copies are searched for where there are at least FEWEST clean images, and all of them are within MOST_IMAGES and MOST_VALUES."""
@@ -148,7 +150,7 @@ def inspect(store, dataset, sigma_n, train, validation, seed):
     return Inspection(statistics, Copies(store, clean, held_out, bool(dataset.flip.any())))
 
 
-def broken(averages):
+def broken(averages: dict) -> dict[str, str]:
     """Which of {name: weight average} are not finite: {name: description}."""
     found = {name: non_finite(average.module) for name, average in averages.items()}
     return {name: words for name, words in found.items() if words}

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """From a configuration to the objects of a run: network, objective, optimizer, averages, data. Equal configurations give equal objects."""
 
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -29,7 +30,7 @@ from training.run import alarms, validation
 from training.run.optimizer import OPTIMIZERS
 
 
-def build_net(config, device='cpu', *, seed=0, precision='fp32'):
+def build_net(config, device: torch.device | str = 'cpu', *, seed: int = 0, precision: str = 'fp32') -> torch.nn.Module:
     """The network of a NetworkConfig in training mode, with initial weights that depend on the seed."""
     with misc.seeded(seed, 'init'):
         net = build_network(config.arguments)
@@ -41,7 +42,7 @@ def build_net(config, device='cpu', *, seed=0, precision='fp32'):
     return net.to(device).train()
 
 
-def build_cep(spec, label_dim):
+def build_cep(spec: str, label_dim: int) -> Callable:
     """The perturbation that --cep names; refused for unconditional networks."""
     if not label_dim:
         raise UserError(f'--cep={spec} perturbs the embedding of a class label; train with --cond=1')
@@ -51,7 +52,7 @@ def build_cep(spec, label_dim):
     return perturb
 
 
-def build_objective(config, net, batch):
+def build_objective(config, net: torch.nn.Module, batch: int) -> tuple:
     """(noise distribution, Objective) of an ObjectiveConfig for this network. batch: images of a global batch."""
     diffusion = net.own_diffusion() if config.noise is None else None
     noise = Levels(diffusion.levels.tolist()) if diffusion else registry.build(config.noise, NOISE, '--noise')
@@ -68,7 +69,7 @@ def build_objective(config, net, batch):
         raise UserError(f'--term={",".join(config.terms)}: {err}') from None
 
 
-def probe(slot, spec, call):
+def probe(slot: str, spec: str, call: Callable) -> None:
     """Calls a function once, early, because functions check their options when they are called; its ValueError becomes a UserError."""
     try:
         call()
@@ -76,7 +77,7 @@ def probe(slot, spec, call):
         raise UserError(f'{slot}={spec}: {err}') from None
 
 
-def build_optimizer(config, params):
+def build_optimizer(config, params: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
     """The optimizer of an OptimizerConfig. It must be fused: such an optimizer skips an update on the device where found_inf is set."""
     try:
         made = registry.build(config.kind, OPTIMIZERS, '--optimizer')(params, config.lr)
@@ -87,13 +88,13 @@ def build_optimizer(config, params):
     return made
 
 
-def build_averages(config, net):
+def build_averages(config, net: torch.nn.Module) -> dict:
     """{name: average} of the network's weights: "halflife", which snapshots hold, and one "power_..." for each length of --power-ema."""
     lengths = {f'power_{sigma_rel:.3f}': PowerFunctionEMA(net, sigma_rel) for sigma_rel in config.power_ema}
     return {'halflife': HalfLifeEMA(net, config.ema_halflife_kimg, config.ema_rampup_ratio), **lengths}
 
 
-def transfer_weights(ref, net):
+def transfer_weights(ref: str, net: torch.nn.Module) -> None:
     """Copies every tensor of another network that has the same name and shape; prints which keep their initial values."""
     other, own = load_network(ref), net.state_dict()
     fitting = {name: tensor for name, tensor in other.state_dict().items() if name in own and own[name].shape == tensor.shape}
@@ -110,7 +111,7 @@ def transfer_weights(ref, net):
     distributed.print0(f'{few}Transferred {len(fitting)} of {len(own)} tensors from {ref}{rest}')
 
 
-def build_corruption(config):
+def build_corruption(config) -> Corruption:
     """The Corruption of a CorruptionConfig."""
     return Corruption(config.sigma, config.probability, config.seed, config.protocol, config.sigma_min_as)
 
@@ -125,7 +126,7 @@ class Data(NamedTuple):
     inspection: alarms.Inspection  # empty except on rank 0
 
 
-def load_data(config, net, noise, rows, device):
+def load_data(config, net: torch.nn.Module, noise, rows: slice, device: torch.device | str) -> Data:
     """Opens, decodes and corrupts the data of a run (Config). rows: this rank's slice of the global batch."""
     data, run = config.data, config.run
     corruption = build_corruption(config.corruption)
@@ -153,7 +154,7 @@ def load_data(config, net, noise, rows, device):
     return Data(stream, feed, checker, describe(config.objective, dataset, store, stream, sigma_n[train]), found)
 
 
-def describe(objective, dataset, store, stream, sigma_n):
+def describe(objective, dataset: ImageDataset, store, stream: PairStream, sigma_n) -> str:
     """One line, or two, about the images that a run trains on."""
     noisy, count = int((sigma_n > 0).sum()), len(sigma_n)
     limited = f', {stream.limited} with a sigma_min or sigma_max' if stream.limited else ''
@@ -166,7 +167,7 @@ def describe(objective, dataset, store, stream, sigma_n):
     return line
 
 
-def check_timesteps(spec, stream):
+def check_timesteps(spec: str, stream: PairStream) -> None:
     """Refuses timesteps that redraw the levels of clean images where these may not have every level, or where no image is clean."""
     if registry.parse(spec)[0] == 'uniform':
         return
@@ -179,7 +180,7 @@ def check_timesteps(spec, stream):
         raise UserError(f'{here}, and some images have a sigma_min or sigma_max; use uniform')
 
 
-def corrupt_labels(config, dataset, labels, train):
+def corrupt_labels(config, dataset: ImageDataset, labels: torch.Tensor, train) -> torch.Tensor:
     """Labels with wrong classes for the fraction of the training images that a LabelConfig says; held-out images keep theirs."""
     if dataset.classes is None:
         raise UserError('--label-corruption needs classes: train with --cond=1 on labels that are classes, not vectors')

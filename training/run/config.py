@@ -147,12 +147,12 @@ class Config:
     run: RunConfig
 
 
-def to_json(config):
+def to_json(config: Config) -> dict:
     """The tree as nested dicts of JSON types."""
     return dataclasses.asdict(config)
 
 
-def from_json(values, kind=Config, where=''):
+def from_json(values: object, kind: type = Config, where: str = ''):
     """The tree from the result of to_json(), of this version or of 0.1.0. Raises UserError for unknown or missing keys."""
     if not isinstance(values, dict):
         raise UserError(f'configuration: "{where.rstrip(".") or "it"}" must be an object, got {type(values).__name__}')
@@ -200,7 +200,7 @@ def _is_json(value):
 # ---- options of version 0.1.0: one flat dict with a few dicts in it
 
 
-def of_version_0_1(o):
+def of_version_0_1(o: dict) -> dict:
     """The nested dict that this version would have written for a run of version 0.1.0."""
     optimizer, objective = dict(o['optimizer']), dict(o['objective'])
     take = lambda *names: {name: o[name] for name in names}

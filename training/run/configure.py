@@ -6,7 +6,7 @@ import os
 
 import torch
 
-from dnnlib import UserError
+from dnnlib import EasyDict, UserError
 from torch_utils import distributed, misc, registry
 from training.data.corruption import LabelCorruption
 from training.data.dataset import ImageDataset
@@ -30,7 +30,7 @@ SAMPLING = {name: {'sampler': 'dpmpp_2m', 'steps': 18} for name in PREDICTIONS} 
 PUBLISHED = {'edm': ('lognormal', 'edm'), 'iddpm': ('iddpm_levels', 'snr'), 've': ('loguniform', 'snr'), 'vp': ('vp_uniform', 'snr')}
 
 
-def configure(o):
+def configure(o: EasyDict) -> config.Config:
     """The options of train.py, by their names -> the Config."""
     check_batch(o)
     if o.power_ema and not o.snap:
@@ -55,7 +55,7 @@ def configure(o):
             ranks=distributed.size(), versions=misc.versions(), command=o.get('command') or {}))
 
 
-def check_corruption(o):
+def check_corruption(o: EasyDict) -> None:
     """Refuses one of --sigma and --corruption-probability without the other, which would silently train on clean images; an explicit 0 is
     accepted."""
     halves = [('sigma', 'how noisy the corrupted images are'), ('corruption_probability', 'which fraction of the images is corrupted')]
@@ -65,7 +65,7 @@ def check_corruption(o):
                             f'add it (0: train on clean images)')
 
 
-def check_batch(o):
+def check_batch(o: EasyDict) -> None:
     """Refuses batch sizes that cannot be divided evenly."""
     world = distributed.size()
     if o.batch < world:
@@ -81,7 +81,7 @@ def check_batch(o):
                         f'try --batch-gpu={good}')
 
 
-def open_data(o, corruption):
+def open_data(o: EasyDict, corruption):
     """(DataConfig, Form) of --data and --val, after checking that they are the same on all ranks and fit the Corruption."""
     held_out = validation(o)
 
@@ -108,7 +108,7 @@ def open_data(o, corruption):
 # ---- the objective
 
 
-def objective(o, dataset):
+def objective(o: EasyDict, dataset) -> config.ObjectiveConfig:
     """The ObjectiveConfig: the chosen pieces, and the loss terms that the options amount to."""
     noise, weight = PUBLISHED[o.precond]
     if o.objective:
@@ -127,7 +127,7 @@ def objective(o, dataset):
                                   timesteps=o.timesteps or 'uniform')
 
 
-def check_discrete(o, dataset):
+def check_discrete(o: EasyDict, dataset) -> None:
     """Refuses what does not go with --objective."""
     here, (name, _) = f'--objective={o.objective}', registry.parse(o.objective)
     if o.precond != 'iddpm':
@@ -146,7 +146,7 @@ def check_discrete(o, dataset):
 # ---- the network
 
 
-def network_arguments(o, dataset):
+def network_arguments(o: EasyDict, dataset) -> dict:
     """config.json of the network: published constructor arguments."""
     (height, width), prediction = dataset.resolution, o.prediction or PREDICTION
     found = dict(img_resolution=height if height == width else [height, width], img_channels=dataset.image_shape[0],
@@ -177,12 +177,12 @@ def network_arguments(o, dataset):
     return found
 
 
-def architecture(o):
+def architecture(o: EasyDict) -> dict:
     """The network's part of config.json, from --arch and the published options that are keys of it."""
     return registry.build(published.architecture(o), ARCHS, '--arch')()
 
 
-def takes(arguments, name):
+def takes(arguments: dict, name: str) -> bool:
     """Whether the network's class has such a constructor argument."""
     return name in registry.parameters(network_class(arguments['model_type']))
 
@@ -190,7 +190,7 @@ def takes(arguments, name):
 # ---- optimizer, averages, run
 
 
-def optimizer(o):
+def optimizer(o: EasyDict) -> config.OptimizerConfig:
     """The OptimizerConfig."""
     found = config.OptimizerConfig(kind=published.optimizer(o), lr=o.lr, schedule=lr_schedule(o), rampup_kimg=o.lr_rampup * 1e3,
                                    clip=o.clip, loss_scale=o.ls, ema_halflife_kimg=o.ema * 1e3, power_ema=o.power_ema)
@@ -199,7 +199,7 @@ def optimizer(o):
     return found
 
 
-def lr_schedule(o):
+def lr_schedule(o: EasyDict) -> str:
     """--lr-schedule; where its length is that of the run, it is written out, so that a longer continuation does not change it unnoticed."""
     name, given = registry.parse(o.lr_schedule)
     if name == 'cosine' and not given.get('kimg'):
@@ -207,7 +207,7 @@ def lr_schedule(o):
     return o.lr_schedule
 
 
-def label_corruption(o):
+def label_corruption(o: EasyDict) -> config.LabelConfig | None:
     """The LabelConfig, or None."""
     if not o.label_corruption:
         if o.label_corruption_groups is not None:
@@ -219,7 +219,7 @@ def label_corruption(o):
     return config.LabelConfig(rate=o.label_corruption, seed=o.corruption_seed, groups=o.label_corruption_groups)
 
 
-def choose_precision(o):
+def choose_precision(o: EasyDict) -> str:
     """The precision, by default fp32; fp16 needs a GPU."""
     if o.fp16 and o.precision not in (None, 'fp16'):
         raise UserError(f'--fp16=1 and --precision={o.precision} exclude each other; give one of them')
@@ -229,7 +229,7 @@ def choose_precision(o):
     return precision
 
 
-def validation(o):
+def validation(o: EasyDict) -> config.ValidationConfig | None:
     """The ValidationConfig, still without a fingerprint, or None."""
     if o.val is None:
         return None
@@ -244,7 +244,7 @@ def validation(o):
     return config.ValidationConfig(share=share)
 
 
-def metrics(o, dataset):
+def metrics(o: EasyDict, dataset) -> config.MetricsConfig | None:
     """The MetricsConfig, or None."""
     if not o.metrics_every:
         if o.metrics_ref is not None:

@@ -13,7 +13,7 @@ from dnnlib.files import write_json
 from dnnlib.lock import FolderLock
 from dnnlib.util import append_line
 from torch_utils import checkpoint, distributed
-from training.run.config import to_json
+from training.run.config import Config, to_json
 
 OPTIONS, STATS, LOG = 'options.json', 'stats.jsonl', 'log.txt'
 NUMBERED = re.compile(r'(\d{5})(?:-(.*))?')  # 00000-name, in --outdir
@@ -23,23 +23,23 @@ LOCK_WAIT_SEC = 5  # wait for the previous writer to end: a worker whose launche
 class RunFolder:
     """stats.jsonl, options.json and file names of one run. Only rank 0 writes; a worker whose launcher has died does not."""
 
-    def __init__(self, path, fractional):
+    def __init__(self, path: str | os.PathLike, fractional: bool) -> None:
         self.path, self.fractional = str(path), fractional
         self.log_bytes = 0  # size of stats.jsonl on the disk
         self._lines = []    # lines of stats.jsonl that could not be written yet
 
-    def file(self, name):
+    def file(self, name: str) -> str:
         return os.path.join(self.path, name)
 
-    def numbered(self, stem, kimg, ending=''):
+    def numbered(self, stem: str, kimg: float, ending: str = '') -> str:
         """"stem-000500.ending"; three decimals where the run's tick is fractional."""
         return self.file(f'{stem}-{kimg:010.3f}{ending}' if self.fractional else f'{stem}-{int(kimg):06d}{ending}')
 
-    def write_options(self, config):
+    def write_options(self, config: Config) -> None:
         """options.json: the Config."""
         write_json(self.file(OPTIONS), to_json(config))
 
-    def log(self, fields):
+    def log(self, fields: dict) -> None:
         """Appends one line to stats.jsonl and syncs it to the disk. If that fails, the line is kept and written with the next one."""
         stop_if_orphan()
         self._lines.append(json.dumps(fields, allow_nan=False).encode() + b'\n')
@@ -48,7 +48,7 @@ class RunFolder:
         except OSError as err:
             cannot_write(self.file(STATS), err, 'and these lines will be written with the next ones')
 
-    def flush_log(self):
+    def flush_log(self) -> None:
         """Writes the lines that failed attempts left, all or none. Raises OSError."""
         if not self._lines:
             return
@@ -65,7 +65,7 @@ class RunFolder:
         self.log_bytes += len(data)
         self._lines.clear()
 
-    def rewind_log(self, log_bytes):
+    def rewind_log(self, log_bytes: int) -> None:
         """Drops the lines that were written after the state from which the run continues (0 bytes: all lines)."""
         path = self.file(STATS)
         with contextlib.suppress(FileNotFoundError):
@@ -73,18 +73,18 @@ class RunFolder:
         self.log_bytes = os.path.getsize(path) if os.path.exists(path) else 0
 
 
-def cannot_write(path, err, rest):
+def cannot_write(path: str | os.PathLike, err: OSError, rest: str) -> None:
     """Warns that a file could not be written, and says what happens next; the training continues."""
     distributed.print0(f'Warning: {path} could not be written ({err.strerror or err}); the training continues, {rest}')
 
 
-def stop_if_orphan():
+def stop_if_orphan() -> None:
     """Ends a worker whose launcher has died, before it writes anything into a folder that another run may own by now."""
     if distributed.is_orphan():
         raise SystemExit(f'{distributed.ORPHAN}: stopping without writing')
 
 
-def note_end(folder, text, shown=True):
+def note_end(folder: str, text: str, shown: bool = True) -> None:
     """Notes in log.txt why a run ended, from any rank and thread; shown: print it as well."""
     who = f'rank {distributed.rank()}: ' if distributed.rank() else ''
     if shown:
@@ -94,7 +94,7 @@ def note_end(folder, text, shown=True):
         append_line(path, f'{who}{text.rstrip()}')
 
 
-def create(outdir, name):
+def create(outdir: str, name: str) -> str:
     """Creates the next numbered folder 00000-name under outdir; returns its path."""
     os.makedirs(outdir, exist_ok=True)
     taken = [int(path.name[:5]) for path in os.scandir(outdir) if NUMBERED.fullmatch(path.name)]
@@ -108,7 +108,7 @@ def create(outdir, name):
             number += 1
 
 
-def runs(outdir):
+def runs(outdir: str) -> list[str]:
     """Paths of the folders under outdir that may hold runs: itself, then the numbered ones, newest number first."""
     if not os.path.isdir(outdir):
         return []
@@ -116,13 +116,13 @@ def runs(outdir):
     return [outdir, *sorted(filter(os.path.isdir, numbered), reverse=True)]
 
 
-def name_of(folder):
+def name_of(folder: str) -> str | None:
     """"name" of a folder 00000-name; None for other folders."""
     match = NUMBERED.fullmatch(os.path.basename(folder))
     return match and match[2]
 
 
-def lock(folder):
+def lock(folder: str) -> FolderLock:
     """Makes this process the only writer of a run's folder, and removes what killed writers left. Returns the FolderLock."""
     found = FolderLock(folder)
     owner = found.acquire(LOCK_WAIT_SEC)
@@ -135,7 +135,7 @@ def lock(folder):
     return found
 
 
-def clear(folder):
+def clear(folder: str) -> None:
     """Removes unfinished files and folders of killed writers; one that was about to be replaced gets its name back."""
     for name in os.listdir(folder):
         path = os.path.join(folder, name)
@@ -149,7 +149,7 @@ def clear(folder):
             os.unlink(path)
 
 
-def take_back(folder):
+def take_back(folder: str) -> None:
     """Removes the folder of a run that was refused before training began (when its data were read), so that it can be started again."""
     names = os.listdir(folder)
     if STATS in names or any(map(checkpoint.PATTERN.fullmatch, names)):

@@ -6,23 +6,24 @@ import functools
 import json
 import os
 import traceback
+from collections.abc import Callable
 
 import click
 import torch
 
-from dnnlib import Logger, UserError, format_time
+from dnnlib import EasyDict, Logger, UserError, format_time
 from torch_utils import checkpoint, distributed, registry
 from training.networks.preconditioning import build_network
 from training.run import folder, states
 from training.run.build import build_objective
-from training.run.config import from_json, to_json
+from training.run.config import Config, from_json, to_json
 from training.run.configure import configure
 from training.run.stopping import STOPPED, Requests, Signals, Stop
 from training.run.summary import closing_lines
 from training.run.training_loop import training_loop
 
 
-def run(o, open_mirrors):
+def run(o: EasyDict, open_mirrors: Callable) -> None:
     """Trains as the options `o` say. open_mirrors(o, folder, config, nimg) -> Mirrors of the statistics."""
     if o.threads:
         torch.set_num_threads(o.threads)
@@ -38,7 +39,7 @@ def run(o, open_mirrors):
         launch(config, o, place, open_mirrors)
 
 
-def print_config(config, o):
+def print_config(config: Config, o: EasyDict) -> None:
     """Prints, on rank 0, what will be trained: the configuration, the size of the network, and the network evaluations per image."""
     with torch.device('meta'):
         net = build_network(config.network.arguments)
@@ -50,7 +51,7 @@ def print_config(config, o):
                        f'{objective.evaluations:.3g} network evaluations per image and step; seed {config.run.seed}')
 
 
-def find_run(config, o):
+def find_run(config: Config, o: EasyDict) -> tuple[Config, tuple[str, str] | None]:
     """(Config, where to resume): ("file", state), ("latest", folder) or None for a fresh start; the same on every rank."""
     if o.resume is None:
         return config, None
@@ -69,7 +70,7 @@ def find_run(config, o):
     return (states.adopt(config, from_json(stored)), place) if stored else (config, None)
 
 
-def launch(config, o, place, open_mirrors):
+def launch(config: Config, o: EasyDict, place: tuple[str, str] | None, open_mirrors: Callable) -> None:
     """Creates or finds the run's folder, and trains in it. Only rank 0 reads the state and holds the lock of the folder."""
     held = []  # on rank 0: lock, content of the state
     run_dir, state_path = distributed.from_rank0(open_folder, config, o, place, held)
@@ -99,7 +100,8 @@ def launch(config, o, place, open_mirrors):
             lock.release()
 
 
-def train_in(run_dir, config, o, state, state_path, requests, open_mirrors):
+def train_in(run_dir: str, config: Config, o: EasyDict, state: dict | None, state_path: str | None, requests: Requests,
+             open_mirrors: Callable) -> None:
     """training_loop, with a log on rank 0."""
     if distributed.rank() != 0:
         training_loop(config, run_dir, distributed.device(), None, None, state_path, requests)
@@ -110,7 +112,7 @@ def train_in(run_dir, config, o, state, state_path, requests, open_mirrors):
         print('\n'.join(closing_lines(run_dir, format_time(run.seconds()))), flush=True)
 
 
-def open_folder(config, o, place, held):
+def open_folder(config: Config, o: EasyDict, place: tuple[str, str] | None, held: list) -> tuple[str, str | None]:
     """(folder, path of the state or None). Locks the folder and reads the state, and appends lock and state to `held`."""
     kind, where = place or (None, None)
     if kind is None:
@@ -132,7 +134,7 @@ def open_folder(config, o, place, held):
     return run_dir, path
 
 
-def new_folder(config, o):
+def new_folder(config: Config, o: EasyDict) -> str:
     """Creates the folder of a new run."""
     if not o.nosubdir:
         return folder.create(o.outdir, folder_name(config, o))
@@ -142,7 +144,7 @@ def new_folder(config, o):
     return o.outdir
 
 
-def folder_name(config, o):
+def folder_name(config: Config, o: EasyDict) -> str:
     """Name of a new run's folder, after its number."""
     kind = 'cond' if o.cond else 'uncond'
     stem = os.path.splitext(os.path.basename(os.path.normpath(o.data)))[0]

@@ -2,6 +2,7 @@
 """Metrics of samples of the weight average during training, every --metrics-every ticks, against reference statistics."""
 
 import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 
@@ -31,7 +32,7 @@ class PeriodicMetrics:
     num: images over all ranks. ref: .npz or URL of Statistics. names: of evaluate.METRICS. detector: a spec of DETECTORS.
     shape: (C,H,W) of the images. Raises UserError, on all ranks, for everything that would fail later."""
 
-    def __init__(self, num, ref, names, detector, shape, device):
+    def __init__(self, num: int, ref: str, names: Iterable[str], detector: str, shape: Sequence[int], device: torch.device) -> None:
         self.num, self.names = num, tuple(names)
         with _as_train_says():
             path = distributed.first_on_node(fetch, ref, '--metrics-ref')
@@ -67,7 +68,7 @@ class PeriodicMetrics:
         plain = Settings()
         return Settings(kid_subset_size=min(plain.kid_subset_size, self.num, rows), splits=min(plain.splits, self.num))
 
-    def __call__(self, net, stop=lambda: False, **pieces):
+    def __call__(self, net: torch.nn.Module, stop: Callable[[], bool] = lambda: False, **pieces) -> dict[str, float | None]:
         """{'Metrics/fid2k': value, ...} of a network in eval mode, on every rank; {} and a warning where they cannot be computed.
 
         stop(): whether this rank should stop early, which makes the result {}.
@@ -82,7 +83,7 @@ class PeriodicMetrics:
                 for name, value in values.items()}
 
 
-def until(stop, batches):
+def until(stop: Callable[[], bool], batches: Iterable) -> Iterator:
     """The batches; raises UserError, which the metrics pass on to every rank, as soon as stop() is true."""
     for batch in batches:
         if stop():
@@ -102,6 +103,6 @@ def _as_train_says():
         raise UserError(message) from None
 
 
-def short(num):
+def short(num: int) -> str:
     """Number of images in a metric's name: 2000 -> "2k", 512 -> "512"."""
     return f'{num // 1000}k' if num % 1000 == 0 else str(num)

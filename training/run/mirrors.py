@@ -15,20 +15,20 @@ class Mirrors:
 
     Only rank 0 has mirrors."""
 
-    def __init__(self, mirrors=None):
+    def __init__(self, mirrors: dict | None = None) -> None:
         self._mirrors, self._reported = mirrors or {}, set()
 
-    def scalars(self, fields, nimg):
+    def scalars(self, fields: dict, nimg: int) -> None:
         """A line of stats.jsonl: {name: number or None}. Several lines may have the same nimg."""
         fine = lambda value: isinstance(value, int | float) and math.isfinite(value)
         numbers = {name: value for name, value in fields.items() if fine(value) and name != 'nimg'}
         self._each('scalars', numbers, nimg)
 
-    def picture(self, path, nimg):
+    def picture(self, path: str | os.PathLike, nimg: int) -> None:
         """A PNG of samples."""
         self._each('picture', path, nimg)
 
-    def close(self):
+    def close(self) -> None:
         """Closes all mirrors."""
         self._each('close')
 
@@ -42,7 +42,7 @@ class Mirrors:
                 self._reported.add(option)
 
 
-def reason(err):
+def reason(err: Exception) -> str:
     """What an error was, and where. The text of another program's error is not shown: it may hold addresses, hosts and keys."""
     if isinstance(err, UserError):
         return err.message

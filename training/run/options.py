@@ -3,6 +3,8 @@
 
 Nothing here imports torch, so that --help answers at once: registries are given by name, and imported when a value is checked."""
 
+from collections.abc import Callable
+
 import click
 
 from torch_utils.command_line import Names, Number, Spec, group, groups, row
@@ -15,29 +17,29 @@ DIFFUSION = 'cosine:steps=4000'  # default schedule of a discrete-time objective
 PREDICTION = 'v'  # default prediction of its network, see docs/improved_ddpm.md
 
 
-def number(name, kind, text, default=None, metavar='FLOAT'):
+def number(name: str, kind, text: str, default=None, metavar: str = 'FLOAT') -> Callable:
     return click.option(name, metavar=metavar, type=kind, default=default, show_default=default is not None, help=text)
 
 
-def count(name, text, default=None, kind=COUNT):
+def count(name: str, text: str, default=None, kind=COUNT) -> Callable:
     return number(name, kind, text, default, 'INT')
 
 
-def switch(name, text, default=False):
+def switch(name: str | tuple, text: str, default=False) -> Callable:
     names = [name] if isinstance(name, str) else name
     return click.option(*names, metavar='BOOL', type=bool, default=default, show_default=True, help=text)
 
 
-def slot(name, registry, text, default=None, keys=True, **more):
+def slot(name: str, registry: str, text: str, default=None, keys: bool = True, **more) -> Callable:
     return click.option(name, type=Spec(registry, keys), default=default, show_default=default is not None, help=text, **more)
 
 
-def word(name, choices, text, default=None):
+def word(name: str, choices: list[str], text: str, default=None) -> Callable:
     return click.option(name, type=click.Choice(choices), metavar='|'.join(choices), default=default, show_default=default is not None,
                         help=text)
 
 
-def lengths(ctx, param, value):
+def lengths(ctx: click.Context, param: click.Parameter, value: str | None) -> list[float]:
     """'0.05,0.10' -> [0.05, 0.1]: widths that a power-function average can have."""
     if not value:
         return []
@@ -53,7 +55,7 @@ def lengths(ctx, param, value):
     return sorted(set(found))
 
 
-def name_of_folder(ctx, param, value):
+def name_of_folder(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
     """Text that can be part of a folder's name."""
     if value is not None and (not value or value in ('.', '..') or any(c in value for c in '/\\\0')):
         raise click.BadParameter(f'"{value}" becomes part of a folder\'s name and must not contain "/" or "\\"; --outdir chooses the place')
@@ -176,7 +178,7 @@ START = group(
 GROUPS = (DATA, OBJECTIVE, NETWORK, TRAINING, SPEED, OUTPUT, published.OPTIONS, START)
 
 
-def options(command):
+def options(command: Callable) -> Callable:
     """Decorator that adds all options of train.py to a command."""
     for add in reversed(GROUPS):
         command = add(command)

@@ -16,19 +16,19 @@ FOLDER = Path(__file__).resolve().parent.parent / 'presets'
 NOT_REPEATED = ('resume', 'dry_run', 'nosubdir')  # options that concern a single start of a run
 
 
-def names():
+def names() -> list[str]:
     """Names of all presets, sorted."""
     return sorted(path.stem for path in FOLDER.glob('*.json'))
 
 
-def read(name):
+def read(name: str) -> dict:
     """The content of a preset. Raises UserError."""
     if name not in names():
         raise UserError(f'--preset={name}: unknown; choose from {", ".join(names())}')
     return read_json(FOLDER / f'{name}.json')
 
 
-def use_preset(ctx, param, value):
+def use_preset(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
     """click's callback of --preset."""
     if value == HELP:
         show_choices(ctx, listing())
@@ -38,7 +38,7 @@ def use_preset(ctx, param, value):
         _under(ctx, f'--preset={value}', options, found['reproduces'])
 
 
-def use_config(ctx, param, value):
+def use_config(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
     """click's callback of --config."""
     if value is None:
         return
@@ -60,14 +60,14 @@ def _under(ctx, where, options, what):
     ctx.meta[KEY] = {'where': where, 'options': options, 'what': what}
 
 
-def given(ctx):
+def given(ctx: click.Context) -> dict:
     """{option: value} from the command line and from --preset or --config, as JSON types: what --config repeats."""
     explicit = (click.core.ParameterSource.COMMANDLINE, click.core.ParameterSource.DEFAULT_MAP)
     return {param.name: text(ctx.params[param.name], getattr(param, 'multiple', False)) for param in ctx.command.params
             if param.name in ctx.params and param.name not in NOT_REPEATED and ctx.get_parameter_source(param.name) in explicit}
 
 
-def text(value, multiple=False):
+def text(value: object, multiple: bool = False) -> str | bool | list:
     """A value as it is written on the command line; a list of those where the option may be repeated."""
     if multiple:
         return list(value)
@@ -77,7 +77,7 @@ def text(value, multiple=False):
     return value if isinstance(value, bool) else str(value)
 
 
-def told(ctx):
+def told(ctx: click.Context) -> str | None:
     """A line about the --preset or --config in use, and which of its options the command line overrides; None where there is neither."""
     used = ctx.meta.get(KEY)
     if used is None:
@@ -88,7 +88,7 @@ def told(ctx):
     return f'{used["where"]}: {used["what"]}' + (f'; {", ".join(changed)}' if changed else '')
 
 
-def listing():
+def listing() -> str:
     """What --preset=help prints."""
     lines = ['--preset=NAME, together with --data and --outdir', '']
     for name in names():

@@ -3,7 +3,7 @@
 
 import click
 
-from dnnlib import UserError
+from dnnlib import EasyDict, UserError
 from torch_utils import registry
 from torch_utils.command_line import Number, group, ints, row
 
@@ -36,7 +36,7 @@ OPTIONS = group(
 )
 
 
-def consistency(o):
+def consistency(o: EasyDict) -> str | None:
     """The --consistency that is meant, also where the published options give it; None where the term is off."""
     given = dict(coeff=o.consistency_coeff, batch_size=o.consistency_batch_size, samples=o.num_primes, weighted=o.with_weight,
                  grad=o.with_grad, steps=o.num_consistency_steps and o.num_consistency_steps - 1)
@@ -52,7 +52,7 @@ def consistency(o):
     return published_spec(**given)
 
 
-def architecture(o):
+def architecture(o: EasyDict) -> str:
     """--arch, with the published options that are keys of it."""
     name, given = registry.parse(o.arch)
     keys = {key: o[key] for key in ('cbase', 'cres', 'blocks', 'attn', 'dropout') if o[key] is not None}
@@ -62,7 +62,7 @@ def architecture(o):
     return registry.unparse(name, given | keys)
 
 
-def optimizer(o):
+def optimizer(o: EasyDict) -> str:
     """--optimizer, with the published option that is a key of it."""
     name, given = registry.parse(o.optimizer)
     if o.weight_decay is None:

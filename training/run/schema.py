@@ -14,7 +14,7 @@ MOST = 2 ** 53  # upper limit of counts: what JSON and float64 hold exactly
 PENDING = ('validate', 'snapshot', 'measure', 'state')  # what may still have to be done at the end of a tick
 
 
-def checked(state, run, path):
+def checked(state: dict, run, path: str) -> dict:
     """The content of a state file (checkpoint.load), checked for a Run with the same configuration; changes nothing.
 
     Its optimizer gets the hyperparameters of this run, which are those of its configuration, and the file's moments. Raises UserError,
@@ -37,7 +37,7 @@ def checked(state, run, path):
     return {**state, 'optimizer': {'state': state['optimizer']['state'], 'param_groups': groups}}
 
 
-def check_progress(progress, batch):
+def check_progress(progress: dict, batch: int) -> None:
     """Refuses counts that are impossible for a run with this global batch size."""
     _check_dict(progress, 'progress')
     for name in ('nimg', 'step', 'tick', 'log_bytes'):
@@ -65,7 +65,7 @@ def check_progress(progress, batch):
                         f'{stream["cursor"]} drawn, loss scale {scale[0]}')
 
 
-def check_module(module, found, where):
+def check_module(module: torch.nn.Module, found: object, where: str) -> None:
     """Refuses a state dict whose names, shapes or dtypes are not those of the module."""
     try:
         check_tensors(found)
@@ -77,7 +77,7 @@ def check_module(module, found, where):
             raise UserError(f'"{where}": {name} is {_shown(found[name].dtype)}, and must be {_shown(own.dtype)}')
 
 
-def check_optimizer(found, run):
+def check_optimizer(found: object, run) -> None:
     """Refuses a state that does not belong to the run's kind of optimizer and its parameters."""
     _check_dict(found, 'optimizer')
     _check_dict(found.get('state'), 'optimizer.state')
@@ -98,7 +98,7 @@ def check_optimizer(found, run):
             _check_moment(entry.get(name), value, like, f'{where}.{name}')
 
 
-def check_stats(stats):
+def check_stats(stats: object) -> None:
     """Refuses what cannot be a list of training_stats.Collector.state() results, one per rank."""
     if not isinstance(stats, list):
         raise UserError(f'"stats" must be a list, got {_shown(stats)}')
@@ -112,7 +112,7 @@ def check_stats(stats):
             raise UserError('"stats" must hold sums and tables of reported values only')
 
 
-def example(config):
+def example(config) -> tuple[dict, torch.nn.Parameter]:
     """({name: value} that the optimizer of an OptimizerConfig keeps for a parameter, that parameter)."""
     param = torch.nn.Parameter(torch.zeros(2, 3, 5, 7))  # a shape that nothing else has by chance
     param.grad = torch.zeros_like(param)

@@ -4,6 +4,7 @@
 import dataclasses
 import os
 import threading
+from collections.abc import Iterable
 
 import torch
 
@@ -11,7 +12,7 @@ from dnnlib import UserError
 from dnnlib.files import read_json
 from dnnlib.fingerprint import data_differences
 from torch_utils import checkpoint, distributed
-from training.run.config import from_json, to_json
+from training.run.config import Config, from_json, to_json
 from training.run.folder import OPTIONS, name_of, runs
 
 # What may change when a run is continued; any other difference is refused by name.
@@ -25,7 +26,7 @@ SAME = 'give the same options, or start a new run from its weights with --transf
 # Which state
 
 
-def changes(stored, config, free=()):
+def changes(stored: Config, config: Config, free: Iterable[str] = ()) -> list[str]:
     """Differences between the Config of a run and that of a command line, one string each, except MAY_CHANGE and the keys in `free`.
 
     Data are compared by their fingerprints, wherever they are; runs of version 0.2.0 or older have none, and are compared by path."""
@@ -45,7 +46,7 @@ def _data_changes(old, new, option):
     return [f'{option}={here}: {phrase}' for phrase in data_differences(before, now)]
 
 
-def told_by(path):
+def told_by(path: str) -> Config:
     """The Config that a state file was written with."""
     try:
         return from_json(checkpoint.peek(path)['options'])
@@ -55,7 +56,7 @@ def told_by(path):
         raise UserError(f'{path}: its options were not written by this program ({err})') from None
 
 
-def check(path, config, free=()):
+def check(path: str, config: Config, free: Iterable[str] = ()) -> Config:
     """The Config of a state file. Raises UserError unless it equals `config` except for what may change."""
     stored = told_by(path)
     found = changes(stored, config, free)
@@ -64,7 +65,7 @@ def check(path, config, free=()):
     return stored
 
 
-def find(outdir, config, name, free=()):
+def find(outdir: str, config: Config, name: str, free: Iterable[str] = ()) -> tuple[str, Config] | None:
     """(folder, Config) of the run under outdir with this Config that has got farthest; None where no run has that name.
 
     name: what a new run's folder would be called. The runs' Configs are read from their options.json, without opening
@@ -113,7 +114,7 @@ def _progress(folder):
     return max((count for count, _ in by_progress(folder)), default=-1)
 
 
-def by_progress(folder):
+def by_progress(folder: str) -> list[tuple[int, str]]:
     """[(images, path)] of the states in a folder, farthest first, as read from the files; -1 for those that cannot be read."""
     found = []
     for path in checkpoint.states(folder):
@@ -124,7 +125,7 @@ def by_progress(folder):
     return sorted(found, reverse=True)
 
 
-def load_latest(folder, config, free=()):
+def load_latest(folder: str, config: Config, free: Iterable[str] = ()) -> tuple[str | None, dict | None]:
     """(path, content) of the farthest complete state in the folder; (None, None) where there are no states.
 
     Damaged ones are skipped, with a message. Raises UserError where all of them are damaged."""
@@ -142,7 +143,7 @@ def load_latest(folder, config, free=()):
     return None, None
 
 
-def adopt(config, stored):
+def adopt(config: Config, stored: Config) -> Config:
     """`config`, with the seed and network of the stored Config: the run's first command line may have had other defaults."""
     return dataclasses.replace(config, run=dataclasses.replace(config.run, seed=stored.run.seed),
                                network=dataclasses.replace(config.network, arguments=stored.network.arguments))
@@ -152,7 +153,7 @@ def adopt(config, stored):
 # Writing
 
 
-def on_host(value):
+def on_host(value: object) -> object:
     """A nested structure with copies of its tensors in host memory."""
     if isinstance(value, torch.Tensor):
         return value.detach().to('cpu', copy=True)
@@ -167,31 +168,31 @@ class StateWriter:
     keep: how many a folder keeps, farthest first; 0: all. States that are farther than the new one, as after resuming from an earlier
     state, are left alone."""
 
-    def __init__(self, keep=0):
+    def __init__(self, keep: int = 0) -> None:
         self.keep, self._thread, self._error = keep, None, None
 
-    def write(self, path, state):
+    def write(self, path: str, state: dict) -> None:
         """Starts to write a state, which must not be changed any more; waits for the previous one."""
         self.wait()
         self._thread = threading.Thread(target=self._write, args=(path, state), name='state')
         self._thread.start()
 
-    def failed(self, path, error):
+    def failed(self, path: str, error: OSError) -> None:
         """Notes that a state could not be written."""
         self._error = path, error
 
     @property
-    def busy(self):
+    def busy(self) -> bool:
         """Whether a state is being written."""
         return self._thread is not None and self._thread.is_alive()
 
-    def finish(self):
+    def finish(self) -> tuple[str, OSError] | None:
         """Waits for the state that is being written; (path, OSError) where the last one failed, reported once, else None."""
         self.wait()
         found, self._error = self._error, None
         return found
 
-    def wait(self):
+    def wait(self) -> None:
         """Waits for the state that is being written."""
         if self._thread is not None:
             self._thread.join()

@@ -6,6 +6,7 @@ import signal
 import socket
 import threading
 import time
+from collections.abc import Callable
 
 from torch_utils import distributed
 
@@ -17,7 +18,7 @@ SAME_SEC = 0.2  # two signals closer than this are one request: timeout(1), for 
 class Stop(Exception):
     """The run ends here, and its state is to be saved. reason: text for the user."""
 
-    def __init__(self, reason):
+    def __init__(self, reason: str) -> None:
         super().__init__(reason)
         self.reason = reason
 
@@ -29,7 +30,7 @@ class Signals:
     set, when there is something to finish, the first one ends the process, too. on_exit(text): called before the process ends.
     Attribute name: of the first signal, or None. Outside the main thread, where Python allows no handlers, signals are not handled."""
 
-    def __init__(self, on_exit=lambda text: None):
+    def __init__(self, on_exit: Callable[[str], None] = lambda text: None) -> None:
         self.name, self.patient, self.on_exit = None, False, on_exit
         self._since = None
 
@@ -80,18 +81,18 @@ class Requests:
     signals: Signals. max_hours: time limit of this process, counted from `start` (seconds of time.time()); 0: none. state_minutes:
     between states; 0: none by the clock. The clock of rank 0 counts."""
 
-    def __init__(self, signals, max_hours=0.0, state_minutes=0.0, start=None):
+    def __init__(self, signals: Signals, max_hours: float = 0.0, state_minutes: float = 0.0, start: float | None = None) -> None:
         self.signals, self.max_hours, self.state_sec = signals, max_hours, state_minutes * 60
         self.start = time.time() if start is None else start
         self.state_at = time.time()  # time of the last attempt to write a state
         self.retry_at = None         # when a failed attempt is repeated
         self._vote = None
 
-    def begin(self):
+    def begin(self) -> None:
         """Marks the start of training: from here on there is something to finish, and to save."""
         self.signals.patient, self.state_at = True, time.time()
 
-    def asked(self):
+    def asked(self) -> bool:
         """Whether this rank has been asked to end. Other ranks may not know yet: after stopping work early for it, call now()."""
         return self._reason() > 0
 
@@ -106,12 +107,12 @@ class Requests:
         due = 0 < self.state_sec <= now - self.state_at or (self.retry_at is not None and now >= self.retry_at)
         return distributed.agree([self._reason(), int(due and distributed.rank() == 0)])
 
-    def after_step(self):
+    def after_step(self) -> bool:
         """Whether a state is due, as all ranks agreed during this step. Raises Stop on all of them where the run is to end."""
         vote, self._vote = self._vote, self._ask()
         return self._verdict(vote)
 
-    def now(self):
+    def now(self) -> bool:
         """Like after_step(), for requests up to this moment: waits for every rank."""
         return self._verdict(self._ask())
 

@@ -11,7 +11,7 @@ from training.run.folder import STATS
 TAIL = 2 ** 20  # bytes at the end of the log that are searched for the last held-out loss
 
 
-def closing_lines(run_dir, duration):
+def closing_lines(run_dir: str | os.PathLike, duration: str) -> list[str]:
     """Lines for the console. duration: of the whole run, as text."""
     snapshots = sorted(path for path in Path(run_dir).glob('network-snapshot-*') if path.is_dir())
     lines = [f'Done: {run_dir} (trained for {duration})']
@@ -25,7 +25,7 @@ def closing_lines(run_dir, duration):
     return lines
 
 
-def last_held_out(path):
+def last_held_out(path: str | os.PathLike) -> str | None:
     """"clean 0.123, noisy 0.456" of the last validation in stats.jsonl; None where there was none."""
     if not os.path.exists(path):
         return None

@@ -8,6 +8,7 @@ import os
 import re
 import time
 import warnings
+from collections.abc import Callable
 
 import psutil
 import torch
@@ -24,7 +25,7 @@ from training.data.batches import micro_batches
 from training.networks.rows import attach_row_draws
 from training.run import alarms, gradients, schema
 from training.run.build import build_averages, build_net, build_objective, build_optimizer, load_data, transfer_weights
-from training.run.config import to_json
+from training.run.config import Config, to_json
 from training.run.folder import RunFolder, cannot_write, stop_if_orphan
 from training.run.metrics import PeriodicMetrics
 from training.run.mirrors import Mirrors
@@ -43,18 +44,19 @@ RETRY_SEC = 60         # between attempts to write a state after a failure
 class TrainStep(torch.nn.Module):
     """The module that DistributedDataParallel wraps: network and objective, one forward pass per micro-batch."""
 
-    def __init__(self, net, objective):
+    def __init__(self, net: torch.nn.Module, objective: torch.nn.Module) -> None:
         super().__init__()
         self.net, self.objective = net, objective
 
-    def forward(self, batch, randn):
+    def forward(self, batch, randn: Callable) -> dict[str, torch.Tensor]:
         return self.objective(self.net, batch, randn)
 
 
 class Run:
     """Everything of one run on this rank."""
 
-    def __init__(self, config, folder, device, mirrors=None, resuming=False, requests=None):
+    def __init__(self, config: Config, folder: RunFolder, device: torch.device, mirrors: Mirrors | None = None, resuming: bool = False,
+                 requests: Requests | None = None) -> None:
         """config: a Config. mirrors: Mirrors, on rank 0. requests: Requests to end early."""
         self.config, self.device, self.mirrors = config, device, mirrors or Mirrors()
         self.folder, self.requests = folder, requests or Requests(Signals())
@@ -132,7 +134,7 @@ class Run:
 
     # ---- restore
 
-    def restore(self, state, path):
+    def restore(self, state: dict | None, path: str) -> None:
         """Continues from the content of a state file, which only rank 0 needs to have; prints what was restored. Empties `state`.
 
         Raises UserError, and leaves the run unchanged, where the content does not fit the run."""
@@ -159,7 +161,7 @@ class Run:
 
     # ---- step
 
-    def step(self):
+    def step(self) -> None:
         """One update on one global batch. Nothing here waits for the device."""
         p, run = self.progress, self.config.run
         host = self.data.feed.next()
@@ -228,7 +230,7 @@ class Run:
         for name, values in terms.items():
             self.stats.report_groups(f'Loss/{name}', values, group, GROUPS)
 
-    def stop_if_spoiled(self):
+    def stop_if_spoiled(self) -> None:
         """Ends a run after too many skipped updates: saves the state, and says where the non-finite values come from."""
         if not self.guard.must_stop(self.progress.step):
             return
@@ -248,15 +250,15 @@ class Run:
         """Starts the tick's clock; in a continued run it covers only the part after the restart."""
         self.clock_nimg, self.clock = self.progress.nimg, time.time()
 
-    def rate(self):
+    def rate(self) -> float:
         """Images per second since the clock was started."""
         return (self.progress.nimg - self.clock_nimg) / max(time.time() - self.clock, 1e-9)
 
-    def seconds(self):
+    def seconds(self) -> float:
         """Training time of the whole run, in seconds, including earlier processes."""
         return self.progress.seconds + time.time() - self.clock
 
-    def report(self):
+    def report(self) -> None:
         """Gathers the statistics of a tick, writes one line to stats.jsonl and one to the console. Synchronises once."""
         p = self.progress
         stats = self.stats.flush()
@@ -292,7 +294,7 @@ class Run:
 
     # ---- ends of ticks
 
-    def end_tick(self, done):
+    def end_tick(self, done: bool) -> None:
         """Reports, and notes what else is due; done: whether the training is finished."""
         p, run = self.progress, self.config.run
         p.tick += 1
@@ -305,7 +307,7 @@ class Run:
         self.missed.clear()
         self._start_clock()
 
-    def do_pending(self):
+    def do_pending(self) -> None:
         """Does what is due, in order. Where Stop is raised meanwhile, what was cut short is left in progress.pending and has nothing in
         the log: the continued run does it."""
         p = self.progress
@@ -320,7 +322,7 @@ class Run:
         p.seconds = self.seconds()
         self._start_clock()
 
-    def validate(self):
+    def validate(self) -> None:
         """Held-out loss of the EMA into stats.jsonl."""
         fields = self.data.validation(self.ema.module, self.objective.first, self.device, stop=self.requests.asked)
         self.requests.now()
@@ -328,7 +330,7 @@ class Run:
         means = '  '.join(f'{name} {fields[name]:.5g}' for name in ('Val/clean', 'Val/noisy') if fields.get(name) is not None)
         distributed.print0(f'    held out: {means}  of {fields["Val/num_images"]} images')
 
-    def measure(self):
+    def measure(self) -> None:
         """Writes metrics of samples of the EMA to stats.jsonl."""
         fields = self.metrics(self.ema.module, stop=self.requests.asked, **sampling.default_pieces(self.ema.module))
         self.requests.now()
@@ -337,7 +339,7 @@ class Run:
             shown = '  '.join(f'{name.removeprefix("Metrics/")} {value:.5g}' for name, value in fields.items() if value is not None)
             distributed.print0(f'    metrics: {shown}')
 
-    def snapshot(self):
+    def snapshot(self) -> None:
         """Writes the EMA's network folder and a sample grid; if that fails, it is tried again at the next tick."""
         found = {}
         failed = distributed.share(distributed.rank() == 0 and not self._save_snapshot(found), what='writing the snapshot')
@@ -376,7 +378,7 @@ class Run:
 
     # ---- states
 
-    def state(self):
+    def state(self) -> dict | None:
         """Everything needed to continue, on rank 0; None on the others, which contribute their part. Copies nothing."""
         stats = distributed.all_values(self.stats.state(), what='writing the state')
         if distributed.rank() != 0:
@@ -388,7 +390,7 @@ class Run:
                      objective=self.objective.state_dict())
         return state if p.nimg == p.tick_nimg else state | {'stats': stats}
 
-    def save_state(self):
+    def save_state(self) -> None:
         """Copies the state to host memory, to be written while the training continues. All ranks call this."""
         self.states.wait()  # for the previous one: here the other ranks can wait as well
         state = self.state()
@@ -404,14 +406,14 @@ class Run:
         else:
             self.states.write(path, on_host(state))
 
-    def look_at_states(self):
+    def look_at_states(self) -> None:
         """Reports where the last state could not be written, and schedules another attempt; does not wait for a state in progress."""
         found = None if self.states.busy else self.states.finish()
         if found:
             cannot_write(*found, f'earlier states are kept, and it is tried again in {RETRY_SEC} s')
             self.requests.retry_at = time.time() + RETRY_SEC
 
-    def finish_states(self):
+    def finish_states(self) -> None:
         """Waits until the last state is written. All ranks call this. Raises UserError on all of them where it cannot be written."""
         found = self.states.finish()
         failed = distributed.share(found and f'{found[0]} could not be written ({found[1].strerror or found[1]})', what='writing the state')
@@ -419,7 +421,7 @@ class Run:
             raise UserError(f'{failed}; free disk space, and continue from the last saved state with --resume=latest')
 
 
-def memory_gib(device):
+def memory_gib(device: torch.device) -> dict[str, float]:
     """Memory of this process in GiB, and the peak on its GPU since the last call."""
     found = {'cpu_gib': round(psutil.Process(os.getpid()).memory_info().rss / 2**30, 3)}
     if device.type == 'cuda':
@@ -428,7 +430,8 @@ def memory_gib(device):
     return found
 
 
-def training_loop(config, run_dir, device, mirrors=None, state=None, state_path=None, requests=None):
+def training_loop(config: Config, run_dir: str, device: torch.device, mirrors: Mirrors | None = None, state: dict | None = None,
+                  state_path: str | None = None, requests: Requests | None = None) -> Run:
     """Trains until config.run.duration_kimg, in the folder run_dir; with a state_path it continues from `state`, which rank 0 has.
 
     Raises Stop, after saving the state, where `requests` ask the run to end. Returns the Run."""
@@ -457,7 +460,7 @@ def training_loop(config, run_dir, device, mirrors=None, state=None, state_path=
     return run
 
 
-def train(run, total_nimg, tick_nimg):
+def train(run: Run, total_nimg: int, tick_nimg: int) -> None:
     """Runs steps and ticks up to total_nimg. Raises Stop where the run is asked to end."""
     p = run.progress
     run.do_pending()  # for the tick in which the run was stopped

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reproducible held-out loss: fixed noise and fixed levels, with clean and noisy images reported separately."""
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 
@@ -18,7 +20,7 @@ from training.data.store import ImageStore
 LEVELS = 8  # number of levels: the medians of equally probable bins of the run's noise distribution
 
 
-def split(raw_idx, share, seed):
+def split(raw_idx: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """(training items, held-out items), int64: round(share * images) images are held out, each together with its x-flip."""
     if not share:
         return np.arange(len(raw_idx)), np.arange(0)
@@ -31,7 +33,8 @@ def split(raw_idx, share, seed):
     return np.flatnonzero(~held_out), np.flatnonzero(held_out)
 
 
-def build(config, noise, store, dataset, held_out, sigma_n, sigma_min, labels):
+def build(config, noise, store: ImageStore, dataset: ImageDataset, held_out: np.ndarray, sigma_n: np.ndarray, sigma_min: np.ndarray,
+          labels: torch.Tensor | None) -> 'Validation':
     """The Validation that a run's Config asks for: a share of the training data (`held_out`), or a separate data set.
 
     sigma_n, sigma_min, labels: of every item of the training data. A separate data set is corrupted like it, with another seed."""
@@ -54,7 +57,7 @@ def build(config, noise, store, dataset, held_out, sigma_n, sigma_min, labels):
     return Validation(store, held_out, sigma_n, labels, noise.icdf(middles).tolist(), config.run.batch_gpu, config.run.seed, limits)
 
 
-def check_alike(training, held_out):
+def check_alike(training: ImageDataset, held_out: ImageDataset) -> ImageDataset:
     """Returns the held-out ImageDataset. Refuses one whose images differ in form from the training data, or that has more classes."""
     for name in ('image_shape', 'label_dim', 'units'):
         expected, found = getattr(training, name), getattr(held_out, name)
@@ -75,13 +78,15 @@ class Validation:
     Limits of the levels of all items of the store, by default those above sigma_n. The noise is a function of the seed, the level
     and the image's index, so that the result does not depend on ranks or batch size."""
 
-    def __init__(self, store, items, sigma_n, labels, levels, batch, seed, limits=None):
+    def __init__(self, store: ImageStore, items: np.ndarray, sigma_n: np.ndarray | torch.Tensor, labels: torch.Tensor | None,
+                 levels: list[float], batch: int, seed: int, limits=None) -> None:
         self.store, self.labels, self.levels, self.batch, self.seed = store, labels, levels, batch, seed
         self.items, self.sigma_n = np.asarray(items), torch.as_tensor(sigma_n, dtype=torch.float32)
         self.limits = usable_levels(sigma_n) if limits is None else limits
 
     @torch.no_grad()
-    def __call__(self, net, term, device, stop=lambda: False):
+    def __call__(self, net: torch.nn.Module, term: torch.nn.Module, device: torch.device,
+                 stop: Callable[[], bool] = lambda: False) -> dict[str, float | None]:
         """stop(): whether this rank should stop early; the result then covers only a part of the images, and is to be discarded."""
         stats = training_stats.Collector(device)
         rows = np.array_split(np.arange(len(self.items)), distributed.size())[distributed.rank()]

@@ -17,13 +17,13 @@ LIMIT = 6.0       # standard errors: a normal variable exceeds them with probabi
 VISIBLE = 0.1     # smallest difference of a mean or std to warn about: in [-1,1] for 8-bit images, in units of 2 channel stds for others
 
 
-def moments(images):
+def moments(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(means, mean squares) of each image's channels, float64 [n,C] each; images [n,C,H,W] in network units."""
     images = images.double()
     return images.mean(dim=(2, 3)), images.square().mean(dim=(2, 3))
 
 
-def statistics(means, squares, classes=None):
+def statistics(means: torch.Tensor, squares: torch.Tensor, classes: torch.Tensor | None = None) -> dict:
     """Statistics of a set of images from their moments, [N,C] each. classes: int64 [N], to give every class the same weight, or None."""
     weights = torch.ones(len(means), dtype=torch.float64)
     if classes is not None:
@@ -39,7 +39,7 @@ def statistics(means, squares, classes=None):
             'classes': 'as they are' if classes is None else 'balanced'}
 
 
-def checked(found, channels):
+def checked(found: object, channels: int) -> dict | None:
     """The statistics, if they are well-formed and of that many channels; else None, because no result depends on them."""
     number = lambda value: isinstance(value, int | float) and not isinstance(value, bool) and 0 <= abs(value) < math.inf
     numbers = lambda value: isinstance(value, list) and len(value) == channels and all(map(number, value))
@@ -47,7 +47,8 @@ def checked(found, channels):
     return found if good and found['num_images'] > 0 else None
 
 
-def expected(net, labels=None, class_idx=None, stop_sigma=None, stop_variance=None):
+def expected(net, labels: str | None = None, class_idx: int | None = None, stop_sigma: float | None = None,
+             stop_variance: float | None = None) -> dict | None:
     """The statistics that samples of a network should have with these options of generate.py; None where they are unknown."""
     found = checked(getattr(net, 'data_statistics', None), net.img_channels)
     chosen = class_idx is not None or labels not in (None, 'uniform')
@@ -59,12 +60,12 @@ def expected(net, labels=None, class_idx=None, stop_sigma=None, stop_variance=No
 class Channels:
     """Sums over sampled images, from which the ranks together compute means. Attribute sums: float64 [2C + 2]."""
 
-    def __init__(self, net, **options):
+    def __init__(self, net, **options) -> None:
         """options: those of expected()."""
         self.data, self.units = expected(net, **options), net.units
         self.sums = torch.zeros(2 * net.img_channels + 2, dtype=torch.float64)
 
-    def take(self, images):
+    def take(self, images: torch.Tensor) -> None:
         """Adds images [n,C,H,W] in network units; 8-bit ones are clipped to [-1,1] as in their files. Non-finite images are left out."""
         if self.data is None:
             return
@@ -73,13 +74,13 @@ class Channels:
         means, squares = moments(good)
         self.sums += torch.cat([means.sum(0), squares.sum(0), finite.sum()[None].double(), (~finite).sum()[None].double()]).cpu()
 
-    def report(self):
+    def report(self) -> None:
         """Prints the warning about the images of all ranks. Every rank calls this, once."""
         self.sums = distributed.all_sum(self.sums.to(distributed.device())).cpu()
         if warning := self.warning():
             distributed.print0(f'Warning: {warning}')
 
-    def fields(self):
+    def fields(self) -> dict:
         """{"Samples/num_images", "Samples/mean_0", "Samples/std_0", ...}; {} where nothing is known of the data."""
         count, mean, std = self._measured()
         if self.data is None:
@@ -92,7 +93,7 @@ class Channels:
         mean, square = (torch.tensor(sums, dtype=torch.float64) / max(count, 1)).chunk(2)
         return int(count), mean, (square - mean ** 2).clamp(min=0).sqrt()
 
-    def warning(self):
+    def warning(self) -> str | None:
         """One line about channels whose mean or std differs from that of the data by more than chance explains, else None.
 
         A difference counts if it exceeds VISIBLE and LIMIT standard errors, which follow from the spread of the data's own images and

@@ -4,8 +4,9 @@
 import contextlib
 import os
 import re
+from collections.abc import Iterable, Sequence
 
-from dnnlib import UserError
+from dnnlib import EasyDict, UserError
 from dnnlib.files import read_json, write_json
 from dnnlib.lock import FolderLock
 from torch_utils.command_line import ranges
@@ -19,12 +20,12 @@ WAIT_SEC = 600  # for another job that is writing the record or removing images
 MOST_SEEDS = 10 ** 8
 
 
-def record_path(outdir):
+def record_path(outdir: str | os.PathLike) -> str:
     """Path of the record of a folder of images."""
     return os.path.abspath(outdir) + '.json'
 
 
-def read_record(outdir):
+def read_record(outdir: str | os.PathLike) -> dict | None:
     """The record of a folder of images; None where there is none. Raises UserError for a file that is something else."""
     path = record_path(outdir)
     if not os.path.lexists(path):
@@ -37,7 +38,7 @@ def read_record(outdir):
     return found
 
 
-def numbers(text, name):
+def numbers(text: object, name: str) -> set[int]:
     """The set of whole numbers that ranges() wrote as "0-2,5". Raises UserError that begins with `name`."""
     parts = re.findall(r'(\d{1,18})(?:-(\d{1,18}))?(?:,|$)', text) if isinstance(text, str) else []
     if not isinstance(text, str) or not re.fullmatch(r'(?:\d{1,18}(?:-\d{1,18})?(?:,(?=\d)|$))*', text):
@@ -48,13 +49,13 @@ def numbers(text, name):
     return {number for span in spans for number in span}
 
 
-def names_of(found, seeds=None):
+def names_of(found: dict, seeds: Iterable[int] | None = None) -> set[str]:
     """The relative names, with slashes, of the images that a record lists, or of those with the given seeds."""
     files = Files('', found['format'], found['subdirs'])
     return {files.path(seed).replace(os.sep, '/') for seed in (numbers(found['seeds'], '"seeds"') if seeds is None else seeds)}
 
 
-def record_of(outdir, names, shape):
+def record_of(outdir: str | os.PathLike, names: Iterable[str], shape: Sequence[int]) -> tuple[dict | None, str | None]:
     """(record, None) of a folder whose images are exactly those that its record lists, else (None, reason).
 
     names: relative names of the images that were found; shape: of each, (C, H, W)."""
@@ -76,11 +77,11 @@ def record_of(outdir, names, shape):
 class RecordedFolder:
     """The images of one set of options, which several jobs may write at once, each with its own seeds. Only rank 0 calls this."""
 
-    def __init__(self, files, o, net, pieces):
+    def __init__(self, files: Files, o: EasyDict, net, pieces) -> None:
         self.files, self.net, self.path = files, net, record_path(files.outdir)
         self._describe = lambda: record.describe(o, net, pieces)
 
-    def open(self, seeds, skip_existing):
+    def open(self, seeds: list[int], skip_existing: bool) -> list[int]:
         """Writes the record before sampling; returns the seeds of the images to make. Removes what killed runs left of those, and the
         images of other options if these seeds replace all of them. Raises UserError where the folder would mix images of two sets of
         options."""
@@ -101,7 +102,7 @@ class RecordedFolder:
             self._write(known | {*seeds}, numbers(old.get('unfinished', ''), self.path) | {*missing}, old.get('made_by'))
         return missing
 
-    def close(self, seeds):
+    def close(self, seeds: list[int]) -> None:
         """Writes the record after these images are written. Raises UserError where a run with other options replaced it meanwhile."""
         with self._lock():
             now = read_record(self.files.outdir)

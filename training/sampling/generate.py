@@ -3,6 +3,8 @@
 
 import functools
 import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -31,26 +33,27 @@ class Samples(NamedTuple):
 class SeededDraws:
     """Random tensors whose row i comes from its own generator, seeded with seeds[i] mod 2^32."""
 
-    def __init__(self, seeds, device='cpu'):
+    def __init__(self, seeds: Iterable[int], device: torch.device | str = 'cpu') -> None:
         self.device = torch.device(device)
         self.generators = [torch.Generator(self.device).manual_seed(int(seed) % 2 ** 32) for seed in seeds]
 
-    def randn(self, shape, dtype=torch.float32):
+    def randn(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Standard normal [n, *shape]."""
         return torch.stack([torch.randn(shape, generator=g, dtype=dtype, device=self.device) for g in self.generators])
 
-    def randn_like(self, x):
+    def randn_like(self, x: torch.Tensor) -> torch.Tensor:
         """Standard normal of x's shape and dtype."""
         return self.randn(x.shape[1:], x.dtype)
 
-    def randint(self, high):
+    def randint(self, high: int) -> torch.Tensor:
         """int64 [n], uniform over 0 .. high - 1."""
         return torch.stack([torch.randint(high, [], generator=g, device=self.device) for g in self.generators])
 
 
 @torch.no_grad()
-def generate_images(net, seeds, *, schedule=schedules.edm, stepper=steppers.heun, num_steps=18, batch=64, labels=None,
-                    guidance=NO_GUIDANCE, device=None, rank=0, world=1):
+def generate_images(net, seeds: Iterable[int], *, schedule: Callable = schedules.edm, stepper: Callable = steppers.heun,
+                    num_steps: int | None = 18, batch: int = 64, labels: Callable | None = None, guidance: Guidance = NO_GUIDANCE,
+                    device: torch.device | str | None = None, rank: int = 0, world: int = 1) -> Iterator[Samples]:
     """Yields Samples for this rank's share of the seeds, in order, `batch` at a time.
 
     net: a denoiser in eval mode. schedule(num_steps) -> levels, and stepper: pieces with their options bound.
@@ -80,7 +83,7 @@ def _sample(net, seeds, sigmas, stepper, source, guidance, device, rows):
     return Samples(seeds, x, labels)
 
 
-def guided(net, labels=None, guidance=NO_GUIDANCE, rows=misc.CPU_CHUNK):
+def guided(net, labels: torch.Tensor | None = None, guidance: Guidance = NO_GUIDANCE, rows: int = misc.CPU_CHUNK) -> Callable:
     """The denoiser that a stepper calls: the network with its labels, and with guidance where its weight is not 1."""
     denoise = ConditionedDenoiser(net, labels, rows)
     if guidance.weight == 1:
@@ -94,26 +97,26 @@ class ConditionedDenoiser:
 
     labels: int64 [N] classes, float32 [N, label_dim] vectors, or None for "no label". Attribute calls: evaluations so far."""
 
-    def __init__(self, net, labels=None, rows=misc.CPU_CHUNK):
+    def __init__(self, net, labels: torch.Tensor | None = None, rows: int = misc.CPU_CHUNK) -> None:
         self.net, self.rows, self.calls = net, rows, 0
         classes = labels is not None and labels.ndim == 1
         self.labels = torch.nn.functional.one_hot(labels, net.label_dim).to(torch.float32) if classes else labels  # [N, label_dim]
 
-    def __call__(self, x, sigma):
+    def __call__(self, x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
         return self._in_chunks(self.net, x, sigma)[0]
 
-    def outputs(self, x, sigma):
+    def outputs(self, x: torch.Tensor, sigma: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(D, what else the network gives [N,K,H,W], K = 0 where that is nothing)."""
         if not hasattr(self.net, 'outputs'):
             return self(x, sigma), x[:, :0]
         return self._in_chunks(self.net.outputs, x, sigma)
 
     @property
-    def gives_variance(self):
+    def gives_variance(self) -> bool:
         """Whether outputs() has the variance of a sampling step."""
         return getattr(self.net, 'gives_variance', False)
 
-    def round_sigma(self, sigma):
+    def round_sigma(self, sigma: torch.Tensor) -> torch.Tensor:
         """The network's nearest level, for networks that know discrete levels only; sigma on the CPU in and out."""
         if not hasattr(self.net, 'round_sigma'):
             return sigma
@@ -131,19 +134,19 @@ class ConditionedDenoiser:
         return [torch.cat(pieces) for pieces in zip(*parts)]
 
 
-def noise_levels(net, schedule, num_steps):
+def noise_levels(net, schedule: Callable, num_steps: int | None) -> torch.Tensor:
     """The schedule's levels within the network's range, rounded to the network's own levels; float64 [T + 1], ending in 0."""
     levels = schedule(num_steps, **sigma_range(net, schedule))
     return torch.cat([ConditionedDenoiser(net).round_sigma(levels[:-1]), levels[-1:]])
 
 
-def sigma_range(net, schedule):
+def sigma_range(net, schedule: Callable) -> dict[str, float]:
     """{sigma_min, sigma_max} of a schedule (those that it has), limited to the network's range."""
     chosen, cut = registry.parameters(schedule), {'sigma_min': max, 'sigma_max': min}
     return {key: limit(chosen[key], getattr(net, key)) for key, limit in cut.items() if key in chosen}
 
 
-def with_time(net, schedule, stepper, sigmas):
+def with_time(net, schedule: Callable, stepper: Callable, sigmas: torch.Tensor) -> Callable:
     """The stepper; where its sigma(t) is given by name, the curve is fitted to the schedule's range, or to the levels if that is unbounded.
 
     Raises ValueError for a range that no such curve has."""
@@ -156,7 +159,7 @@ def with_time(net, schedule, stepper, sigmas):
     return functools.partial(stepper, schedule=registry.build(name, schedules.TIMES, '--schedule', **ends))
 
 
-def check_finite(part, who=''):
+def check_finite(part: Samples, who: str = '') -> None:
     """Raises UserError for Samples that are not finite, which would become black pictures. who: what errors call the network."""
     bad = (~part.images.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
     if bad:
@@ -164,18 +167,18 @@ def check_finite(part, who=''):
                         'its batch are not); the weights are broken, or overflow in --precision=fp16')
 
 
-def resolution(net):
+def resolution(net) -> list[int]:
     """[H, W] of a network's images."""
     return misc.height_width(net.img_resolution)
 
 
-def network_device(net):
+def network_device(net) -> torch.device:
     """Where the network's parameters are; the CPU for a denoiser that has none."""
     parameters = net.parameters() if hasattr(net, 'parameters') else ()
     return next((p.device for p in parameters), torch.device('cpu'))
 
 
-def sample_grid(net, count, path, stop=lambda: False, **options):
+def sample_grid(net, count: int, path: str | os.PathLike, stop: Callable[[], bool] = lambda: False, **options) -> torch.Tensor | None:
     """Writes one picture of the images of seeds 0 .. count - 1, and returns them, [count,C,H,W] in network units. Writes nothing and
     returns None if stop() is true after a batch.
 

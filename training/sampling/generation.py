@@ -2,10 +2,11 @@
 """The work of generate.py: writes the images of seeds to a folder with its record, and a picture of the first ones."""
 
 import os
+from collections.abc import Iterable
 
 import torch
 
-from dnnlib import UserError
+from dnnlib import EasyDict, UserError
 from dnnlib.files import check_writable, prepare_output
 from dnnlib.progress import Progress
 from torch_utils import distributed
@@ -20,7 +21,7 @@ from training.sampling.writers import Files, Writers, read_image, write_grid
 GRID_IMAGES = 64
 
 
-def run(o):
+def run(o: EasyDict) -> None:
     """Samples and writes this rank's share, then checks the count over all ranks. o: the options."""
     if o.threads:
         torch.set_num_threads(o.threads)
@@ -55,23 +56,23 @@ def run(o):
 class FirstImages:
     """The images of the first few seeds, in network units, for the grid; those of other ranks are zeros."""
 
-    def __init__(self, net, seeds):
+    def __init__(self, net, seeds: Iterable[int]) -> None:
         self.row, self.units = {seed: i for i, seed in enumerate(seeds)}, net.units
         self.images = torch.zeros([len(seeds), net.img_channels, *resolution(net)], device=network_device(net))
 
-    def read(self, files, seeds):
+    def read(self, files: Files, seeds: Iterable[int]) -> None:
         """Reads those of the seeds whose files existed already."""
         for seed in self.row.keys() & seeds:
             self.images[self.row[seed]] = to_network(read_image(files.path(seed)), self.units)
 
-    def take(self, part):
+    def take(self, part) -> None:
         """Takes those that are in a batch of Samples."""
         for seed, image in zip(part.seeds, part.images):
             if seed in self.row:
                 self.images[self.row[seed]] = image
 
 
-def write_all(net, batches, share, files, first_images, channels):
+def write_all(net, batches, share: int, files: Files, first_images: FirstImages, channels: Channels) -> int:
     """Samples and writes this rank's images; returns how many. Raises UserError, with that number, where a file cannot be written."""
     writers = Writers()
     try:
@@ -89,7 +90,7 @@ def write_all(net, batches, share, files, first_images, channels):
     return writers.written
 
 
-def submit(writers, part, units, files):
+def submit(writers: Writers, part, units: dict | None, files: Files) -> None:
     """Hands one batch to the writer threads, already on the CPU."""
     arrays = to_uint8(part.images) if files.format == 'png' else to_physical(part.images, units).float()
     labels = [None] * len(part.seeds) if part.labels is None else part.labels.cpu().numpy()
@@ -97,7 +98,7 @@ def submit(writers, part, units, files):
         writers.submit(files.write, seed, array, label)
 
 
-def check_count(written, missing, files):
+def check_count(written: int, missing: int, files: Files) -> None:
     """Raises UserError where the number of images written, over all ranks, is not the number wanted."""
     distributed.wait_for_all('sampling')  # ranks may differ in speed
     written = int(distributed.all_sum(torch.tensor(written, device=distributed.device())))
@@ -105,7 +106,7 @@ def check_count(written, missing, files):
         raise UserError(f'{written} of {missing} images were written to {files.outdir}')
 
 
-def write_first_images(path, first_images, net):
+def write_first_images(path: str, first_images: torch.Tensor, net) -> None:
     """Writes the picture of the first images, each of which one rank has."""
     first_images = distributed.all_sum(first_images.to(distributed.device()))
     if distributed.rank() == 0:
@@ -113,7 +114,7 @@ def write_first_images(path, first_images, net):
         print(f'The first {len(first_images)} images in one picture: {path}')
 
 
-def grid_path(grid, outdir):
+def grid_path(grid: str | None, outdir: str) -> str | None:
     """Where to write the grid: the given path, or beside `outdir`, so that `outdir` holds only the images."""
     if grid is None:
         return None
@@ -122,7 +123,7 @@ def grid_path(grid, outdir):
     return path
 
 
-def pick_format(format, net):
+def pick_format(format: str | None, net) -> str:
     """The format asked for, or the default for the data; refuses PNG for data that is not 8-bit grey or RGB."""
     picture = is_picture(net.img_channels, net.units)
     if format == 'png' and not picture:

@@ -7,6 +7,7 @@ table have it as attribute `table`."""
 
 import json
 import os
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -18,17 +19,17 @@ from training.data.dataset import ImageDataset
 DATASET = 'dataset:'
 
 
-def uniform(label_dim):
+def uniform(label_dim: int) -> Callable:
     """A class drawn for each seed, uniform over 0 ... label_dim - 1, as published."""
     return lambda draws, seeds: draws.randint(label_dim)
 
 
-def one_class(index):
+def one_class(index: int) -> Callable:
     """The same class for every seed."""
     return lambda draws, seeds: torch.full_like(draws.randint(2), index)
 
 
-def drawn(table):
+def drawn(table: torch.Tensor) -> Callable:
     """A row of the table drawn for each seed: labels are as frequent as in the table."""
 
     def source(draws, seeds):
@@ -38,7 +39,7 @@ def drawn(table):
     return source
 
 
-def listed(table):
+def listed(table: torch.Tensor) -> Callable:
     """Row s of the table for seed s."""
 
     def source(draws, seeds):
@@ -49,7 +50,7 @@ def listed(table):
     return source
 
 
-def pick(net, seeds, spec=None, class_idx=None):
+def pick(net, seeds: Iterable[int], spec: str | None = None, class_idx: int | None = None) -> Callable | None:
     """The source that the options name; None for unconditional networks.
 
     spec: "uniform", "dataset:PATH", or a file: .npy, .json (a list) or .txt (one label per line), whose row s is for seed s. A whole
@@ -74,7 +75,7 @@ def pick(net, seeds, spec=None, class_idx=None):
     return listed(table)
 
 
-def of_dataset(path, label_dim):
+def of_dataset(path: str | os.PathLike, label_dim: int) -> torch.Tensor:
     """The labels of a data set's images, as a table."""
     if not ImageDataset(path).has_labels:
         raise ValueError('the data set has no labels in its dataset.json; make them with dataset_tool.py --labels')
@@ -82,7 +83,7 @@ def of_dataset(path, label_dim):
     return _table(dataset.labels(range(len(dataset))) if dataset.classes is None else dataset.classes, label_dim)
 
 
-def of_file(path, label_dim):
+def of_file(path: str, label_dim: int) -> torch.Tensor:
     """The labels of a file, as a table."""
     readers = {'.json': lambda text: json.loads(text), '.txt': _lines}
     suffix = Path(path).suffix.lower()

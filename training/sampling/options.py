@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The options of every script that samples a network; pieces.py builds what they name. Nothing here imports torch."""
 
+from collections.abc import Callable
+
 import click
 
 from torch_utils.command_line import Spec, group
@@ -61,7 +63,7 @@ SPEED = group(
 )
 
 
-def OPTIONS(command):
+def OPTIONS(command: Callable) -> Callable:
     """Decorator that adds all of these options to a command."""
     return CONDITIONS(SAMPLING(SPEED(command)))
 

@@ -7,8 +7,9 @@ import contextlib
 import functools
 import json
 import math
+from collections.abc import Callable, Iterable
 
-from dnnlib import UserError
+from dnnlib import EasyDict, UserError
 from torch_utils import distributed, misc, registry
 from training.checkpoints.load import load_network, show_recipe
 from training.diffusion import schedules
@@ -19,7 +20,7 @@ from training.sampling.options import KEYS, SAMPLER, STEPS
 CONFIG = 'network configuration: sampling'  # the key of config.json, in errors
 
 
-def prepare(o, seeds):
+def prepare(o: EasyDict, seeds: Iterable[int]) -> tuple:
     """(network on its device, arguments for generate_images) from those options, --network and --device; o: an EasyDict of them.
 
     Raises UserError, in one line, for whatever they or the network refuse, before anything is sampled."""
@@ -32,7 +33,7 @@ def prepare(o, seeds):
     return net, {'labels': pick_labels(net, seeds, o.labels, o.class_idx), 'guidance': guidance, **pieces}
 
 
-def open_network(ref, weights, device, precision, compile):
+def open_network(ref: str, weights: str, device, precision: str | None, compile: bool):
     """Loads the network, with the precision and compilation that are asked for."""
     net = load_network(ref, device=device, weights=weights)
     show_recipe(ref)
@@ -44,7 +45,7 @@ def open_network(ref, weights, device, precision, compile):
     return net
 
 
-def pick_guidance(net, gnet, weight, interval):
+def pick_guidance(net, gnet, weight: float, interval: str | None) -> guidance.Guidance:
     """The Guidance that the options ask for; refuses options that would do nothing."""
     if weight == 1 and (gnet is not None or interval):
         option = 'gnet' if gnet is not None else 'guidance-interval'
@@ -64,7 +65,7 @@ def pick_guidance(net, gnet, weight, interval):
     return found
 
 
-def pick_labels(net, seeds, spec, class_idx):
+def pick_labels(net, seeds: Iterable[int], spec: str | None, class_idx: int | None) -> Callable | None:
     """The source of labels that the options name."""
     try:
         return labels.pick(net, seeds, spec, class_idx)
@@ -72,8 +73,9 @@ def pick_labels(net, seeds, spec, class_idx):
         raise UserError(f'--class={class_idx}: {err}' if class_idx is not None else f'--labels={spec}: {err}') from None
 
 
-def sampler_pieces(net, steps=None, sampler=None, levels=None, stop_sigma=None, stop_variance=None, sigma_min=None, sigma_max=None,
-                   rho=None, **keys):
+def sampler_pieces(net, steps: int | None = None, sampler: str | None = None, levels: str | None = None, stop_sigma: float | None = None,
+                   stop_variance: float | None = None, sigma_min: float | None = None, sigma_max: float | None = None,
+                   rho: float | None = None, **keys) -> dict:
     """{schedule, num_steps, stepper} with their options bound. Raises UserError for what they or the network refuse."""
     if stop_sigma is not None and stop_variance is not None:
         raise UserError('--stop-sigma and --stop-variance are the same option, given as a level or as its square; give one of them')
@@ -99,12 +101,13 @@ def sampler_pieces(net, steps=None, sampler=None, levels=None, stop_sigma=None, 
     return {'schedule': schedule, 'num_steps': steps, 'stepper': stepper}
 
 
-def default_pieces(net):
+def default_pieces(net) -> dict:
     """sampler_pieces() without any option, as for grids and metrics during training."""
     return sampler_pieces(net)
 
 
-def choose(net, sampler=None, levels=None, steps=None, rho=None):
+def choose(net, sampler: str | None = None, levels: str | None = None, steps: int | None = None,
+           rho: float | None = None) -> tuple[str, str, int | None]:
     """(sampler, levels, steps): what is given, else what the network's config.json says, else EDM's.
 
     The levels and steps of config.json belong to its sampler and do not apply to another one; the keys of its sampler are dropped where
@@ -118,7 +121,7 @@ def choose(net, sampler=None, levels=None, steps=None, rho=None):
     return sampler, levels, steps or (None if own_number else own.get('steps', STEPS))
 
 
-def own_sampling(net):
+def own_sampling(net) -> dict:
     """The checked "sampling" of the network's config.json, {"sampler": ...} with optional "levels" and "steps"; {} where there is none."""
     found = getattr(net, 'sampling', None)
     if found is None:
@@ -144,18 +147,18 @@ def _said_by(whose):
         raise UserError(f'{whose}: {err.message}' if whose else err.message) from None
 
 
-def has_timesteps_for(net, sampler):
+def has_timesteps_for(net, sampler: str) -> bool:
     """Whether the network was trained on discrete timesteps, and the sampler is made for them (those are the samplers that can clip D)."""
     return bool(getattr(net, 'diffusion', None)) and 'clip' in registry.parameters(steppers.STEPPERS[registry.parse(sampler)[0]])
 
 
-def default_levels(net, sampler, rho):
+def default_levels(net, sampler: str, rho: float | None) -> str:
     """The default of --levels: the network's own timesteps for samplers of discrete timesteps, EDM's levels otherwise."""
     own = rho is None and has_timesteps_for(net, sampler)
     return f'respaced:diffusion={net.diffusion.replace(",", "|")}' if own else 'edm'
 
 
-def combine(slot, spec, pieces, keys):
+def combine(slot: str, spec: str, pieces: dict, keys: dict) -> Callable:
     """The piece that --slot=SPEC names, with keys that have their own options; refuses keys that are unknown or given twice."""
     name, given = registry.parse(spec)
     accepted = registry.parameters(pieces[name])

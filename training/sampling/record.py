@@ -6,9 +6,11 @@ without guidance, no labels for unconditional networks."""
 
 import hashlib
 import math
+from collections.abc import Callable
 
 import torch
 
+from dnnlib import EasyDict
 from dnnlib.files import finite
 from torch_utils import distributed, misc, registry
 from training.diffusion import schedules
@@ -25,7 +27,7 @@ DECIDES = {'sha256': '--network', 'gnet_sha256': '--gnet', 'sampler': '--sampler
            'format': '--format', 'subdirs': '--subdirs'}
 
 
-def describe(o, net, pieces):
+def describe(o: EasyDict, net, pieces: dict) -> dict:
     """How a network is sampled: network, sha256, weights, gnet..., sampler, levels, steps, sigmas, evaluations, stop_sigma, guidance...,
     labels, precision, compile, image_shape, units.
 
@@ -52,13 +54,13 @@ def describe(o, net, pieces):
     return finite(found)
 
 
-def precision(net):
+def precision(net) -> str:
     """Name of the dtype in which a network computes."""
     dtype = getattr(net, 'compute_dtype', torch.float32)
     return next((name for name, known in misc.DTYPES.items() if known == dtype), str(dtype).removeprefix('torch.'))
 
 
-def spec_of(spec, piece, pieces):
+def spec_of(spec: str, piece: Callable, pieces: dict) -> str:
     """"name:key=value" of a piece with bound options, without defaults: the same text however the keys were given.
 
     stop_sigma, which all steppers have, is recorded separately."""
@@ -77,7 +79,7 @@ def _plain(value):
     return next((name for name, kind in schedules.TIMES.items() if type(value) is kind), value)
 
 
-def describe_labels(o, source):
+def describe_labels(o: EasyDict, source) -> dict:
     """Where the labels come from; a table is identified by its digest."""
     if o.class_idx is not None:
         return {'source': 'class', 'class': o.class_idx}
@@ -105,7 +107,7 @@ class _Counter:
         return self(x, sigma), torch.zeros_like(x)
 
 
-def count_evaluations(net, stepper, sigmas, guidance):
+def count_evaluations(net, stepper: Callable, sigmas: torch.Tensor, guidance) -> tuple[int, int]:
     """(network evaluations per image, how many of them are D_0's), counted by sampling with a denoiser that returns zeros."""
     denoise, guide = (_Counter(ConditionedDenoiser(net).round_sigma) for _ in range(2))
     led = Guided(denoise, guide, guidance.weight, guidance.interval)
@@ -114,7 +116,7 @@ def count_evaluations(net, stepper, sigmas, guidance):
     return denoise.calls + guide.calls, guide.calls
 
 
-def machine(device):
+def machine(device: torch.device | str) -> dict:
     """What something was computed on: device, GPU and its TF32 settings, CPU threads, ranks, versions."""
     device = torch.device(device)
     on_gpu = {}
@@ -125,7 +127,7 @@ def machine(device):
             'ranks': distributed.size(), 'versions': misc.versions()}
 
 
-def differences(old, new):
+def differences(old: dict, new: dict) -> list[str]:
     """["--steps: 18, now 6", ...]: differences between two records that affect pixels; [] where the images belong together."""
     changed = [key for key in DECIDES if not _same(key, old.get(key), new.get(key))]
     if {'sha256', 'sampler', 'steps'} & {*changed} and old.get('levels') == new.get('levels'):

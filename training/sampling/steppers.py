@@ -10,6 +10,7 @@ except in other coordinates of euler and heun.
 Keys out of range raise ValueError, and unknown names UserError, before anything is evaluated: check() does only that."""
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -31,17 +32,17 @@ class Churn(NamedTuple):
     S_noise: float
 
 
-def churn_factor(sigma, num_steps, S_churn, S_min=0.0, S_max=math.inf):
+def churn_factor(sigma: torch.Tensor, num_steps: int, S_churn: float, S_min: float = 0.0, S_max: float = math.inf) -> float:
     """gamma: the relative increase of the noise level before a step goes down (Karras et al. 2022, algorithm 2, line 4)."""
     return min(S_churn / num_steps, MAX_CHURN) if S_min <= sigma <= S_max else 0.0
 
 
-def unscaled(sigma):
+def unscaled(sigma: torch.Tensor) -> tuple:
     """s = 1 and d ln s / d sigma = 0: the state is x itself."""
     return 1.0, 0.0
 
 
-def variance_preserving(sigma):
+def variance_preserving(sigma: torch.Tensor) -> tuple:
     """s = 1 / sqrt(1 + sigma^2) and d ln s / d sigma: the state keeps about unit variance."""
     variance = 1 + sigma.square()
     return variance.rsqrt(), -sigma / variance
@@ -52,27 +53,27 @@ class Flow:
 
     schedule: a piece of schedules.TIMES, or its name. scaling: a function of SCALINGS, or its name."""
 
-    def __init__(self, denoise, schedule, scaling):
+    def __init__(self, denoise: Callable, schedule: str | object, scaling: str | Callable) -> None:
         named = lambda piece, pieces, slot: registry.build(piece, pieces, slot) if isinstance(piece, str) else piece
         self.denoise = denoise
         self.schedule = named(schedule, TIMES, 'schedule')
         self.scaling = named(scaling, SCALINGS, 'scaling')
 
-    def scale(self, sigma):
+    def scale(self, sigma: torch.Tensor) -> torch.Tensor | float:
         return self.scaling(sigma)[0]
 
-    def mean(self, state, t):
+    def mean(self, state: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """D at the state, unscaled."""
         sigma = self.schedule.sigma(t)
         return _mean(self.denoise, state / self.scale(sigma), sigma)
 
-    def slope(self, state, t):
+    def slope(self, state: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """d state / dt = sigma' ((state - s D) / sigma + (d ln s / d sigma) state)."""
         sigma = self.schedule.sigma(t)
         s, growth = self.scaling(sigma)
         return self.schedule.rate(t) * ((state - s * self.mean(state, t)) / sigma + growth * state)
 
-    def raised(self, state, t, gamma, noise):
+    def raised(self, state: torch.Tensor, t: torch.Tensor, gamma: float, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The state with noise added from its level up to (1 + gamma) times that, and the time there."""
         sigma = self.schedule.sigma(t)
         round_sigma = getattr(self.denoise, 'round_sigma', lambda level: level)
@@ -82,8 +83,9 @@ class Flow:
         return self.scale(higher) * (state / self.scale(sigma) + added), later
 
 
-def euler(denoise, x, sigmas, randn_like, *, S_churn=0.0, S_min=0.0, S_max=math.inf, S_noise=1.0, schedule='linear', scaling='none',
-          stop_sigma=0.0):
+def euler(denoise: Callable, x: torch.Tensor, sigmas: torch.Tensor, randn_like: Callable, *, S_churn: float = 0.0, S_min: float = 0.0,
+          S_max: float = math.inf, S_noise: float = 1.0, schedule: str | object = 'linear', scaling: str | Callable = 'none',
+          stop_sigma: float = 0.0) -> torch.Tensor:
     """Euler's method on the probability-flow ODE, with optional churn: first order, T evaluations (Karras et al. 2022).
 
     The keys are those of heun."""
@@ -92,8 +94,9 @@ def euler(denoise, x, sigmas, randn_like, *, S_churn=0.0, S_min=0.0, S_max=math.
     return _walk(flow, step, x, sigmas, randn_like, Churn(S_churn, S_min, S_max, S_noise), stop_sigma)
 
 
-def heun(denoise, x, sigmas, randn_like, *, S_churn=0.0, S_min=0.0, S_max=math.inf, S_noise=1.0, alpha=1.0, schedule='linear',
-         scaling='none', stop_sigma=0.0):
+def heun(denoise: Callable, x: torch.Tensor, sigmas: torch.Tensor, randn_like: Callable, *, S_churn: float = 0.0, S_min: float = 0.0,
+         S_max: float = math.inf, S_noise: float = 1.0, alpha: float = 1.0, schedule: str | object = 'linear',
+         scaling: str | Callable = 'none', stop_sigma: float = 0.0) -> torch.Tensor:
     """Heun's method on the probability-flow ODE, with optional churn: second order, 2T - 1 evaluations (Karras et al. 2022, algorithms 1 to
     3).
 
@@ -136,7 +139,7 @@ def _walk(flow, step, x, sigmas, randn_like, churn, stop_sigma):
     return state / flow.scale(sigmas[-1])
 
 
-def dpmpp_2m(denoise, x, sigmas, randn_like, *, stop_sigma=0.0):
+def dpmpp_2m(denoise: Callable, x: torch.Tensor, sigmas: torch.Tensor, randn_like: Callable, *, stop_sigma: float = 0.0) -> torch.Tensor:
     """DPM-Solver++(2M): second-order multistep method that reuses the D of the previous step, T evaluations, deterministic (Lu et al. 2022,
     algorithm 2).
 
@@ -155,7 +158,7 @@ def dpmpp_2m(denoise, x, sigmas, randn_like, *, stop_sigma=0.0):
     return x
 
 
-def sde(denoise, x, sigmas, randn_like, *, stop_sigma=0.0):
+def sde(denoise: Callable, x: torch.Tensor, sigmas: torch.Tensor, randn_like: Callable, *, stop_sigma: float = 0.0) -> torch.Tensor:
     """Euler-Maruyama on the reverse-time VE SDE: stochastic, T evaluations (Song et al. 2021).
 
     Draws noise T times. The step to 0 goes to D, not to the 2 D - x that the formula would give there."""
@@ -166,7 +169,8 @@ def sde(denoise, x, sigmas, randn_like, *, stop_sigma=0.0):
     return x
 
 
-def ddim(denoise, x, sigmas, randn_like, *, eta=0.0, clip=False, stop_sigma=0.0):
+def ddim(denoise: Callable, x: torch.Tensor, sigmas: torch.Tensor, randn_like: Callable, *, eta: float = 0.0, clip: bool = False,
+         stop_sigma: float = 0.0) -> torch.Tensor:
     """DDIM: deterministic for eta=0, with the noise of DDPM for eta=1; T evaluations (Song et al. 2020, equation 12).
 
     On x = x_vp sqrt(1 + sigma^2) with alpha_bar = 1 / (1 + sigma^2):
@@ -185,7 +189,8 @@ def ddim(denoise, x, sigmas, randn_like, *, eta=0.0, clip=False, stop_sigma=0.0)
     return x
 
 
-def ancestral(denoise, x, sigmas, randn_like, *, variance='auto', clip=False, stop_sigma=0.0):
+def ancestral(denoise: Callable, x: torch.Tensor, sigmas: torch.Tensor, randn_like: Callable, *, variance: str = 'auto', clip: bool = False,
+              stop_sigma: float = 0.0) -> torch.Tensor:
     """DDPM's ancestral sampler, with fixed or learned variance: stochastic, T evaluations (Ho et al. 2020; Nichol & Dhariwal 2021).
 
     On x = x_vp sqrt(1 + sigma^2): x' = D + (sigma' / sigma)^2 (x - D) + std noise; draws noise T times.
@@ -243,7 +248,7 @@ def _clipped(D, clip):
     return D.clamp(-1, 1) if clip else D
 
 
-def check(stepper, sigmas):
+def check(stepper: Callable, sigmas: torch.Tensor) -> None:
     """Raises ValueError or UserError for keys that a stepper refuses on these levels; evaluates nothing."""
     stepper(None, torch.zeros([1, 1, 1, 1], dtype=torch.float64), sigmas[:1], None)
 
