@@ -142,7 +142,7 @@ def test_a_training_state_gives_its_first_average_or_its_raw_weights(tmp_path, s
     for weights, seed in (('raw', 1), ('ema:0.05', 3), ('ema:.050', 3), ('ema:0.13', 4)):
         assert torch.equal(output(load_network(path, weights=weights)), output(build(seed)))
     assert refused(path, weights='ema:0.1').endswith(
-        'holds no ema:0.100 weights; give --weights=ema or --weights=ema:0.050 or --weights=ema:0.130 or --weights=raw')
+        'holds no ema:0.100 weights; use --weights=ema or --weights=ema:0.050 or --weights=ema:0.130 or --weights=raw')
 
 
 def test_a_state_of_float32_samples_in_bfloat16(tmp_path, state):

@@ -113,7 +113,7 @@ def test_counts(found, name, value):
     (put('progress', 'pending', value=['state', 'exec']), '"progress.pending" must be a list of validate, snapshot, measure, state'),
     (put('stats', value={}), '"stats" must be a list'),
     (put('stats', value=[{'sums': {'x': torch.zeros(3)}, 'tables': {}}]), '"stats" must hold sums and tables'),
-    (put('stats', value=[{'sums': {}, 'tables': {'x': [['a'], torch.zeros(2, 3).double()]}}]), '"stats" holds other things'),
+    (put('stats', value=[{'sums': {}, 'tables': {'x': [['a'], torch.zeros(2, 3).double()]}}]), '"stats" must hold sums and tables'),
     (put('net', value=3), '"net": expected a state dict'),
     (put('net', 'extra', value=torch.zeros(1)), '"net": the weights do not fit the config: extra is unknown'),
     (put('net', 'x\n\x1b[31m', value=torch.zeros(1)), r'x\n\x1b[31m is unknown'),

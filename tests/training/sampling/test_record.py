@@ -156,7 +156,7 @@ def test_images_that_the_record_does_not_tell_of_are_made(folders, tmp_path, mon
         assert run(folders / 'a', tmp_path / 'out', '--seeds=0-2', '--skip-existing').exit_code
     assert read(tmp_path / 'out')['seeds'] == '0-2'
     result = run(folders / 'a', tmp_path / 'out', '--seeds=0-2', '--skip-existing')
-    assert '1 written, 2 were there already' in result.output
+    assert '1 written, 2 existed already' in result.output
     generated(folders / 'a', tmp_path / 'whole', '--seeds=0-2')
     assert contents(tmp_path / 'out') == contents(tmp_path / 'whole')
 
