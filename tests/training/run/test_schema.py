@@ -105,7 +105,7 @@ def test_counts(found, name, value):
     (put('progress', 'stream', value=None), '"progress.stream" must be an object, got None'),
     (put('progress', 'stream', 'cursor', value=-5), '"progress.stream.cursor"'),
     (put('progress', 'stream', 'cursor', value=2 ** 60), '"progress.stream.cursor"'),
-    (put('progress', 'stream', 'cursor', value=31), '32 pairs used of 31 passed'),
+    (put('progress', 'stream', 'cursor', value=31), '32 pairs used of 31 drawn'),
     (put('progress', 'stream', 'used', value=16), 'contradicts itself: 32 images in 2 steps of 16, 16 pairs used'),
     (put('progress', 'step', value=3), 'contradicts itself'),
     (put('progress', 'tick_nimg', value=48), '"progress.tick_nimg" must not be above "progress.nimg", got 48'),
