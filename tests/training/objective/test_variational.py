@@ -317,7 +317,7 @@ def test_unknown_diffusion_in_a_config_is_refused():
     (['--timesteps=second_moment'], 'such as --objective=hybrid'),
     (['--objective=vlb', '--precond=iddpm', '--weight=min_snr'], '--weight=min_snr cannot be combined with --objective=vlb'),
     (['--objective=vlb', '--precond=iddpm', '--penalty=pseudo_huber'], '--penalty=pseudo_huber cannot be combined with --objective=vlb'),
-    (['--objective=vlb', '--precond=iddpm', '--ambient-weight=inverse'], '--ambient-weight=inverse cannot be combined with --objective=vlb')])
+    (['--objective=vlb', '--precond=iddpm', '--ambient-weight=inverse'], '--ambient-weight=inverse cannot be combined')])
 def test_what_does_not_go_together_is_refused_in_one_line(tmp_path, flags, text):
     with pytest.raises(UserError) as err:
         tiny.options(tmp_path, *flags)
