@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measures how likely a network finds given images, in bits per dimension: by the probability-flow ODE or by the variational bound.
+"""Measures the likelihood of images under a network, in bits per dimension: by the probability-flow ODE or by the variational bound.
 
 python eval_nll.py --network=NAME --data=cifar-test.zip --split=test --num=1000
 python eval_nll.py --network=NAME --data=cifar-test.zip --split=test --dequantise=gaussian
@@ -31,49 +31,49 @@ WHAT = group(
     click.option('--network', help='Snapshot folder, training-state .pt, or Hugging Face name', metavar='REF', required=True),
     click.option('--weights', metavar='WHICH', default='ema', show_default=True,
                  help='Which weights of a training state: ema, raw or ema:LENGTH'),
-    click.option('--data', help='Images: a zip or folder, such as dataset_tool.py makes', metavar='PATH', required=True),
-    click.option('--split', help='Which part of the data set this is (train, test, ...); kept in the result', metavar='NAME'),
+    click.option('--data', help='Images, as a zip or folder written by dataset_tool.py', metavar='PATH', required=True),
+    click.option('--split', help='Name of this part of the data set (train, test, ...), recorded in the result', metavar='NAME'),
     click.option('--num', '--num-images', 'num', metavar='INT', type=COUNT,
-                 help='How many images, the first in sorted order; under torchrun write --num-images  [default: all]'),
-    click.option('--cond', metavar='BOOL', type=bool, help='Give the network the labels of the data  [default: if it takes labels]'),
+                 help='Use only the first images, in sorted order; under torchrun write --num-images  [default: all]'),
+    click.option('--cond', metavar='BOOL', type=bool, help='Condition on the labels of the data  [default: if the network takes labels]'),
 )
 METHOD = group(
     'Method',
-    _word('--method', ['ode', 'vlb'], 'ode', 'Probability-flow ODE, an estimate, or variational bound, an upper bound of the bits'),
-    _word('--dequantise', ['uniform', 'gaussian'], 'uniform', 'ode: how grey levels become a density: noise that fills them up, or that of '
-          'the level sigma_1 and the decoder of the bound, which makes the two methods comparable'),
-    _number('--repeats', 'Draws of all noise an image, averaged', COUNT, 1, 'INT'),
-    _number('--seed', 'Of all noise', click.IntRange(min=0), 0, 'INT'),
+    _word('--method', ['ode', 'vlb'], 'ode', 'ode: estimate by the probability-flow ODE; vlb: variational upper bound on the bits'),
+    _word('--dequantise', ['uniform', 'gaussian'], 'uniform', 'ode: how 8-bit images are dequantised: uniform noise, or Gaussian noise of '
+          'level sigma_1 with the decoder of the bound, which makes the result comparable with --method=vlb'),
+    _number('--repeats', 'Repeats per image with fresh noise, averaged', COUNT, 1, 'INT'),
+    _number('--seed', 'Random seed', click.IntRange(min=0), 0, 'INT'),
 )
 FLOW = group(
     'Probability-flow ODE (--method=ode)',
     _word('--trace', ['hutchinson', 'exact'], 'hutchinson',
-          'Trace of dD/dx: estimated with random probes, or exact, at as many backward passes as an image has numbers'),
-    _number('--probes', 'Probes an image, averaged; more make single images\' values more exact', COUNT, 1, 'INT'),
-    _number('--sigma-min', 'Uniform: where the density is taken  [default: 0.002, or the network\'s own]'),
-    _number('--sigma-max', 'Where the prior is  [default: 80, or the network\'s own]'),
-    _number('--sigma-data', 'Data std; the prior is N(0, sigma_max^2 + sigma_data^2)  [default: the network\'s own]'),
+          'Trace of dD/dx: Hutchinson\'s estimate with random probes, or exact, which takes C H W backward passes'),
+    _number('--probes', 'Probes per image, averaged; more make the values of single images more precise', COUNT, 1, 'INT'),
+    _number('--sigma-min', 'Lowest level, at which the density is taken; not with gaussian  [default: 0.002, within the network\'s range]'),
+    _number('--sigma-max', 'Highest level, that of the prior  [default: 80, within the network\'s range]'),
+    _number('--sigma-data', 'Data std; the prior is N(0, sigma_max^2 + sigma_data^2)  [default: that of the network]'),
     _number('--rtol', 'Relative tolerance of the solver', default=1e-5),
     _number('--atol', 'Absolute tolerance, for values of unit size', default=1e-5),
-    _number('--max-steps', 'Give up where one image needs more steps', COUNT, 2000, 'INT'),
+    _number('--max-steps', 'Stop with an error if an image needs more steps', COUNT, 2000, 'INT'),
 )
 BOUND = group(
     'Variational bound (--method=vlb, and --dequantise=gaussian)',
     click.option('--diffusion', type=Spec('training.diffusion.discrete:DIFFUSIONS'),
-                 help='Schedule whose levels are visited  [default: the network\'s own, or cosine:steps=1000]'),
-    click.option('--steps', metavar='LIST', help='Only so many of its steps, such as 250 or ddim50  [default: all]'),
+                 help='Diffusion schedule  [default: that of the network, else cosine:steps=1000]'),
+    click.option('--steps', metavar='LIST', help='Respace the schedule to fewer steps, such as 250 or ddim50  [default: all]'),
     _word('--variance', ['auto', 'learned', 'large', 'small'], 'auto',
-          'Of the reverse steps; auto: learned where the network was trained to give it, else large'),
-    click.option('--plot', metavar='PNG', help='vlb: a picture of the terms'),
+          'Variance of the reverse steps; auto: learned if the network was trained to predict it, else large'),
+    click.option('--plot', metavar='PNG', help='vlb: plot the terms of the bound'),
 )
 OUTPUT = group(
     'Output and speed',
-    click.option('--out-path', metavar='JSON', help='Where the result goes  [default: beside the network, as NETWORK.ode.json]'),
-    click.option('--npz-path', metavar='NPZ', help='Also each image\'s own values, and the bound\'s terms, in this file'),
+    click.option('--out-path', metavar='JSON', help='File for the result  [default: beside the network, as NETWORK.ode.json]'),
+    click.option('--npz-path', metavar='NPZ', help='Also write the values of each image, and the terms of the bound, to this file'),
     click.option('--batch', '--batch-size', 'batch', metavar='INT', type=COUNT, default=64, show_default=True,
-                 help='Images at a time on each rank; changes no value'),
-    click.option('--threads', metavar='INT', type=COUNT, help='CPU threads of each rank; equal values need equal threads'),
-    click.option('--device', metavar='DEVICE', help='Such as cuda or cpu  [default: the GPU of the rank, if it has one]'),
+                 help='Batch size per rank; does not change the result'),
+    click.option('--threads', metavar='INT', type=COUNT, help='CPU threads per rank; bit-identical results need the same number'),
+    click.option('--device', metavar='DEVICE', help='Device, such as cuda or cpu  [default: the GPU of the rank, if it has one]'),
 )
 
 
@@ -85,20 +85,20 @@ OUTPUT = group(
 @OUTPUT
 @version_option
 @click.pass_context
-def main(ctx, **options):
-    """Bits per dimension of images under a network: -log2 p / (C H W) of 8-bit images.
+def main(ctx: click.Context, **options) -> None:
+    """Likelihood of images under a network, in bits per dimension: -log2 p / (C H W) of 8-bit images.
 
-    By the ODE grey levels are filled up to a density with uniform noise, which has a price; --dequantise=gaussian bounds the bits of
-    the grey levels themselves, as --method=vlb does: compare only these two. Float images have no grey levels: theirs is the
-    differential figure, in the units of the data."""
+    The ODE dequantises 8-bit images with uniform noise, which costs bits; --dequantise=gaussian bounds the bits of the 8-bit values
+    themselves, as --method=vlb does: compare only these two. Float images are not dequantised: theirs are bits of the probability
+    density, in the units of the data."""
     o = EasyDict(options)
     check_options(ctx, o)
     from training.likelihood import evaluation  # here, so that --help need not wait for torch
     evaluation.run(o)
 
 
-def check_options(ctx, o):
-    """Refuses options that the method has no use for."""
+def check_options(ctx: click.Context, o: EasyDict) -> None:
+    """Refuses options that do not apply to the method."""
     chosen = f'--method={o.method}' + (' --dequantise=gaussian' if (o.method, o.dequantise) == ('ode', 'gaussian') else '')
     for key in sorted(set().union(*OWN_OPTIONS.values()) - OWN_OPTIONS[chosen]):
         if ctx.get_parameter_source(key) == click.core.ParameterSource.COMMANDLINE:

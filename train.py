@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trains a diffusion model on images of which each knows how noisy it already is.
+"""Trains a diffusion model on images with a known noise level per image.
 
 python train.py --outdir=runs --data=cifar.zip --sigma=0.2 --corruption_probability=0.9
 torchrun --standalone --nproc_per_node=8 train.py --outdir=runs --data=cifar.zip --sigma=0.2 --corruption_probability=0.9"""
@@ -26,8 +26,8 @@ from training.run.options import options
 @options
 @version_option
 @click.pass_context
-def main(ctx, **given):
-    """Train a diffusion model on clean and noisy images.
+def main(ctx: click.Context, **given) -> None:
+    """Train a diffusion model on clean and noisy images, each with its known noise level.
 
     \b
     python train.py --outdir=runs --data=cifar.zip --sigma=0.2 --corruption_probability=0.9
@@ -38,15 +38,15 @@ def main(ctx, **given):
     launch.run(o, open_mirrors)
 
 
-def check_mirrors(o):
-    """Refuses mirrors of the statistics whose packages are not there."""
+def check_mirrors(o: EasyDict) -> None:
+    """Refuses --tensorboard and --wandb where their packages are not installed."""
     for package, wanted in [('tensorboard', o.tensorboard), ('wandb', o.wandb)]:
         if wanted and importlib.util.find_spec(package) is None:
             raise UserError(f'--{package} needs the package {package}: pip install {package}')
 
 
-def open_mirrors(o, run_dir, config, nimg):
-    """The Mirrors that the options ask for. nimg: where the run stands, 0 at its start. Nothing is opened before the first line."""
+def open_mirrors(o: EasyDict, run_dir: str, config, nimg: int):
+    """The Mirrors that the options ask for. nimg: progress of the run, 0 at its start. Nothing is opened before something is logged."""
     from training.run.mirrors import Mirrors
     mirrors = {}
     if o.tensorboard:
@@ -59,28 +59,28 @@ def open_mirrors(o, run_dir, config, nimg):
 class TensorBoard:
     """Event files in the run's folder: one curve, however often the run was continued.
 
-    nimg: where the run stands: what an earlier process wrote of later steps is dropped when the files are read."""
+    nimg: progress of the run; readers of the files drop what an earlier process wrote about later steps."""
 
-    def __init__(self, run_dir, nimg):
+    def __init__(self, run_dir: str, nimg: int) -> None:
         self.run_dir, self.first, self._board = run_dir, nimg + 1, None
 
-    def scalars(self, fields, nimg):
+    def scalars(self, fields: dict, nimg: int) -> None:
         self._write(nimg, lambda board: [board.add_scalar(name, value, nimg) for name, value in fields.items()])
 
-    def picture(self, path, nimg):
+    def picture(self, path: str | os.PathLike, nimg: int) -> None:
         import numpy as np
         import PIL.Image
         with PIL.Image.open(path) as picture:
             pixels = np.array(picture)
         self._write(nimg, lambda board: board.add_image('samples', pixels, nimg, dataformats='HW' if pixels.ndim == 2 else 'HWC'))
 
-    def close(self):
+    def close(self) -> None:
         if self._board is not None:
             self._board.close()
             self._board = None
 
     def _write(self, nimg, write):
-        """Writes and flushes; after an error a new file is begun the next time, because the old one may end in the middle of a record."""
+        """Writes and flushes. After an error the next call begins a new file, because the old one may end in the middle of a record."""
         try:
             if self._board is None:
                 from torch.utils.tensorboard import SummaryWriter
@@ -96,8 +96,8 @@ class TensorBoard:
             raise
 
 
-def hush_tensorboard():
-    """Its thread prints a traceback when it cannot write; the next call raises the same error, which is told in one line."""
+def hush_tensorboard() -> None:
+    """Silences TensorBoard's writer thread, which prints a traceback when it cannot write: the next call raises the same error anyway."""
     show = threading.excepthook
     if not getattr(show, 'is_hushed', False):
         def hushed(args):
@@ -108,24 +108,24 @@ def hush_tensorboard():
 
 
 class WeightsAndBiases:
-    """A run of this project, whose id is kept in the run's folder: a continued run continues it. The x axis is nimg.
+    """A run of a Weights & Biases project, whose id is kept in the run's folder so that a continued run continues it. The x axis is nimg.
 
-    nimg: where the run stands. Lines up to where the server is already, of a process that came farther, are passed over: its steps can
-    only grow, and those lines are the same."""
+    nimg: progress of the run. Where an earlier process got farther, lines up to the server's last step are skipped: its steps can only
+    grow, and those lines are the same."""
 
     ID = 'wandb.json'
 
-    def __init__(self, project, run_dir, config, nimg):
+    def __init__(self, project: str, run_dir: str, config, nimg: int) -> None:
         self.project, self.run_dir, self.config, self.nimg = project, run_dir, config, nimg
         self._run, self._tried = None, False
 
-    def scalars(self, fields, nimg):
+    def scalars(self, fields: dict, nimg: int) -> None:
         self._log(fields, nimg)
 
-    def picture(self, path, nimg):
+    def picture(self, path: str | os.PathLike, nimg: int) -> None:
         self._log({'samples': str(path)}, nimg, pictures=True)
 
-    def close(self):
+    def close(self) -> None:
         if self._run is not None:
             run, self._run = self._run, None
             run.finish()
@@ -140,7 +140,7 @@ class WeightsAndBiases:
         run.log({**fields, 'nimg': nimg}, step=max(nimg, self._start))
 
     def _open(self):
-        """The run on the server; None where an earlier attempt failed: each may take minutes."""
+        """The run on the server; None where an earlier attempt failed, because each attempt may take minutes."""
         if self._tried:
             return self._run
         self._tried = True
@@ -149,7 +149,7 @@ class WeightsAndBiases:
                          config=dataclasses.asdict(self.config), allow_val_change=True)
         run.define_metric('nimg')
         run.define_metric('*', step_metric='nimg')
-        self._start = int(getattr(run, 'starting_step', 0) or 0)  # the first step that the server takes
+        self._start = int(getattr(run, 'starting_step', 0) or 0)  # the first step that the server accepts
         self._run = run
         return run
 

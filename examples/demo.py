@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The whole way on real images in minutes, offline, on two CPU cores: handwritten digits, nine tenths of them noisy.
+"""The whole pipeline on real images, offline and in minutes on two CPU cores: handwritten digits, nine tenths of them noisy.
 
 python examples/demo.py --outdir=demo"""
 
@@ -29,14 +29,14 @@ TRAIN = ['--sigma=0.4', '--corruption_probability=0.9', '--cbase=32', '--cres=1,
          '--dropout=0.05', '--batch=256', '--lr=2e-3', '--lr-rampup=0.01', '--ema=0.012', '--tick=8', '--snap=4', '--dump=4']
 
 
-def run(*command):
+def run(*command: str) -> None:
     """Prints a command of the project as a user would type it, and runs it."""
     print(f'\n$ python {" ".join(command)}', flush=True)
     if subprocess.run([sys.executable, *command], cwd=ROOT).returncode:
-        raise UserError(f'{command[0]} failed; its message stands above')
+        raise UserError(f'{command[0]} failed; see its message above')
 
 
-def distance(outdir, name, images):
+def distance(outdir: str, name: str, images: str) -> float:
     """Fréchet distance in pixel space between `images` and the reference half."""
     result = os.path.join(outdir, f'distance-{name}.json')
     run('eval_fid.py', f'--gen_path={images}', f'--ref_stats={os.path.join(outdir, "reference.npz")}', '--detector=pixels',
@@ -44,8 +44,8 @@ def distance(outdir, name, images):
     return read_json(result)['fid_score']
 
 
-def write_noisy(data, config, dest):
-    """The training images as the network saw them, as 8-bit grey levels: what a user has in hand before training."""
+def write_noisy(data: str, config, dest: str) -> None:
+    """Writes the training images as the network saw them, as 8-bit images: all that is there before training."""
     dataset, corruption = ImageDataset(data), build_corruption(dataclasses.replace(config.corruption, probability=1.0))
     levels = corruption.levels(dataset.raw_idx, dataset.native_sigma, dataset.image_shape)
     images = to_uint8(ImageStore(dataset, corruption, levels).gather(np.arange(len(dataset))))
@@ -53,12 +53,12 @@ def write_noisy(data, config, dest):
 
 
 @click.command(cls=Command)
-@click.option('--outdir', default='demo', show_default=True, metavar='DIR', help='Where everything goes')
+@click.option('--outdir', default='demo', show_default=True, metavar='DIR', help='Folder for everything that is written')
 @click.option('--seed', default=0, show_default=True, metavar='INT', help='Seed of the training run')
 @click.option('--duration', default=0.14, show_default=True, metavar='MIMG', help='Training length in million images')
 @version_option
-def main(outdir, seed, duration):
-    """Train on 898 digits, 90 % of them noisy at sigma 0.4, and compare what comes out with the other half."""
+def main(outdir: str, seed: int, duration: float) -> None:
+    """Train on 898 digits, 90 % of them noisy at sigma 0.4, and compare samples of the model with the other half."""
     start = time.time()
     outdir = os.path.abspath(outdir)
     path = lambda name: os.path.join(outdir, name)
@@ -79,7 +79,7 @@ def main(outdir, seed, duration):
     table = [('the noisy images themselves (sigma 0.4, 8-bit)', distance(outdir, 'noisy', path('noisy.npz'))),
              ('samples of the model trained on 10 % clean + 90 % noisy', distance(outdir, 'samples', samples)),
              ('the clean training half (floor)', distance(outdir, 'clean', path('train.zip')))]
-    print(f'\nFréchet distance in pixel space to the other half, {COUNT} images a side, training seed {seed}:')
+    print(f'\nFréchet distance in pixel space to the other half, {COUNT} images in each set, training seed {seed}:')
     for name, value in table:
         print(f'  {name:<58}{value:6.2f}')
     print(f'\nGenerated digits: {grid}\nRun with samples, statistics and network: {os.path.dirname(network)}\n'

@@ -149,8 +149,8 @@ def test_diffusers_denoises_alike(tmp_path, config):
 
 
 @pytest.mark.parametrize('config, words', [
-    ({'precond': 'vp'}, 'preconditioning edm'), ({'model_channels': 32}, '32 groups'), ({'channel_mult': [2, 2]}, 'time embedding'),
-    ({'model_channels': 160}, 'heads of 64'), ({'model_type': 'SongUNet'}, 'SongUNet')])
+    ({'precond': 'vp'}, '--precond=edm'), ({'model_channels': 32}, '32 groups'), ({'channel_mult': [2, 2]}, 'time embedding'),
+    ({'model_channels': 160}, 'heads have 64'), ({'model_type': 'SongUNet'}, 'SongUNet')])
 def test_what_diffusers_cannot_be_is_said(config, words):
     with misc.seeded(0):
         net = preconditioning.build_network({**ADM, **config})
@@ -192,8 +192,8 @@ def test_a_card_quotes_results_of_its_own_network_alone(run, tmp_path):
         card = (tmp_path / 'out' / 'README.md').read_text()
         assert '12.5000' in card and '11.7500' in card and '77.25' not in card and '88.5' not in card
         assert f'not quoted: {others[0]}: is of another network' in result.output and 'sha256 121212121212' in result.output
-        assert f'not quoted: {others[1]}: does not tell which network' in result.output
-        for path, words in zip(others, ('is of another network', 'does not tell')):
+        assert f'not quoted: {others[1]}: does not say which network' in result.output
+        for path, words in zip(others, ('is of another network', 'does not say')):
             line = refused('push', snapshot, 'owner/name', f'--dry-run={tmp_path / "no"}', f'--metrics={path}')
             assert f'--metrics={path}: {words}' in line
         assert not (tmp_path / 'no').exists()

@@ -172,7 +172,7 @@ def test_noisy_images_are_left_out(here):
     images = np.random.default_rng(0).integers(0, 256, (4, 1, 8, 8), np.uint8)
     write_data('mixed.zip', images, sigmas=[0.0, 0.3, 0.0, 0.1])
     output = run('--network=plain', '--data=mixed.zip', '--npz-path=each.npz', *QUICK)
-    assert '2 of 4 images carry noise and are left out' in output
+    assert '2 of 4 images are noisy and are left out' in output
     assert np.load('each.npz')['raw_idx'].tolist() == [0, 2]
 
 
@@ -183,7 +183,7 @@ def test_noisy_images_are_left_out(here):
     (['--cond=1'], ['--cond=1', 'takes no labels']),
     (['--data=rgb.zip'], ['[3, 8, 8]', '[1, 8, 8]']),
     (['--data=float.zip'], ['units', 'scale', '8-bit']),
-    (['--data=noisy.zip'], ['all 2 images carry noise']),
+    (['--data=noisy.zip'], ['all 2 images are noisy']),
     (['--network=labelled', '--data=classes.zip'], ['5 dimensions', 'those of the network 4']),
     (['--network=labelled', '--data=bare.zip'], ['needs labels', '--cond=0']),
     (['--sigma-min=5', '--sigma-max=1'], ['--sigma-min=5', '--sigma-max=1']),

@@ -222,16 +222,16 @@ def test_compiled_images_are_close(folders, tmp_path, how):
 @pytest.mark.parametrize('kind, options, words', [
     ('rgb', ['--sampler=rk45'], 'choose from ancestral, ddim'),
     ('rgb', ['--sampler=heun:order=3'], 'has no key "order"'),
-    ('rgb', ['--sampler=dpmpp_2m', '--S_churn=4'], '--S-churn=4.0 is no key of --sampler=dpmpp_2m, which takes stop_sigma'),
-    ('rgb', ['--sampler=ddim', '--schedule=vp'], '--schedule=vp is no key of --sampler=ddim'),
+    ('rgb', ['--sampler=dpmpp_2m', '--S_churn=4'], '--S-churn=4.0 is not a key of --sampler=dpmpp_2m, which takes stop_sigma'),
+    ('rgb', ['--sampler=ddim', '--schedule=vp'], '--schedule=vp is not a key of --sampler=ddim'),
     ('rgb', ['--sampler=heun:S_churn=1', '--S_churn=4'], '"S_churn" is given twice'),
     ('rgb', ['--sampler=heun:S_noise=nan'], '"S_noise" is nan'),
     ('rgb', ['--sampler=heun:alpha=2'], 'alpha'),
     ('rgb', ['--sampler=ddim:eta=2'], 'eta must be between 0 and 1'),
-    ('rgb', ['--sampler=ancestral:variance=learned'], 'the network gives no variance'),
+    ('rgb', ['--sampler=ancestral:variance=learned'], 'the network does not predict a variance'),
     ('rgb', ['--sampler=ancestral:variance=odd'], 'variance=odd'),
     ('rgb', ['--levels=karras'], 'choose from cosine, edm'),
-    ('rgb', ['--levels=cosine', '--rho=5'], '--rho=5.0 is no key of --levels=cosine, which takes sigma_min, sigma_max'),
+    ('rgb', ['--levels=cosine', '--rho=5'], '--rho=5.0 is not a key of --levels=cosine, which takes sigma_min, sigma_max'),
     ('rgb', ['--levels=edm:rho=7', '--rho=5'], '"rho" is given twice'),
     ('rgb', ['--levels=explicit:sigmas=1|10'], 'falling'),
     ('rgb', ['--levels=explicit:sigmas=10|1', '--steps=3'], '3 are asked for'),
@@ -242,12 +242,12 @@ def test_compiled_images_are_close(folders, tmp_path, how):
     ('grey', ['--guidance=2'], '--guidance=2: the network is unconditional'),
     ('rgb', ['--guidance=nan'], '--guidance=nan'),
     ('rgb', ['--guidance=-1'], '--guidance=-1'),
-    ('rgb', ['--guidance-interval=0,1'], '--guidance-interval does nothing without a --guidance other than 1'),
-    ('rgb', ['--gnet=worse'], '--gnet does nothing without'),
+    ('rgb', ['--guidance-interval=0,1'], '--guidance-interval has no effect without a --guidance other than 1'),
+    ('rgb', ['--gnet=worse'], '--gnet has no effect without'),
     ('rgb', ['--guidance=2', '--guidance-interval=1,0'], '--guidance-interval=1,0: give lo,hi'),
-    ('rgb', ['--guidance=2', '--gnet=grey'], 'the guiding network has images [1, 8, 8], the network [3, 8, 8]'),
+    ('rgb', ['--guidance=2', '--gnet=grey'], 'the guiding network has images [1, 8, 8], and the network has [3, 8, 8]'),
     ('rgb', ['--guidance=2', '--gnet=nowhere'], 'nowhere: no such file or folder'),
-    ('rgb', ['--class=1', '--labels=uniform'], '--class=1: one class for all and a source of labels exclude each other'),
+    ('rgb', ['--class=1', '--labels=uniform'], '--class=1: one class for all images and a source of labels exclude each other'),
     ('rgb', ['--labels=classes.npy'], '--labels=classes.npy: no such file; choose uniform'),
     ('rgb', ['--labels=dataset:nowhere.zip'], 'nowhere.zip: no such zip file or folder'),
     ('grey', ['--labels=uniform'], '--labels=uniform: the network is unconditional'),
@@ -287,5 +287,5 @@ def test_dark_images_raise_the_alarm_and_good_ones_do_not(tmp_path):
     make = lambda name, *options: run(tmp_path / name, tmp_path / f'{name}-out', '--seeds=0-23', '--steps=3', *options).output
     assert 'Warning' not in make('good') and 'Warning' not in make('old')
     line, = [line for line in make('dark').splitlines() if line.startswith('Warning')]
-    assert 'the colours of 24 samples are not those of the data' in line and 'has the mean -' in line
+    assert 'the colours of 24 samples differ from those of the data' in line and 'has mean -' in line
     assert 'Warning' not in make('dark', '--stop-sigma=0.5')

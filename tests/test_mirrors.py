@@ -167,7 +167,7 @@ def test_tensorboard_on_a_full_disk(tmp_path, capfd):
         mirrors.picture(picture(tmp_path / 'a.png', 50), 64)
         mirrors.close()
         out, err = capfd.readouterr()
-        assert out == ('Warning: --tensorboard fails (No space left on device); the training goes on, and stats.jsonl has all numbers\n')
+        assert out == ('Warning: --tensorboard fails (No space left on device); the training continues, and stats.jsonl has all numbers\n')
         assert err == '' and curve(run) == [(16, 1.0), (64, 3.0)]
 
 
@@ -218,7 +218,7 @@ def test_a_server_that_cannot_be_reached_is_asked_once(tmp_path, wandb, capsys):
         mirrors.picture(tmp_path / 'a.png', nimg)
     mirrors.close()
     out = capsys.readouterr().out
-    assert re.fullmatch(r'Warning: --wandb fails \(ConnectionError, wandb.py:\d+\); the training goes on, and stats.jsonl .*\n', out)
+    assert re.fullmatch(r'Warning: --wandb fails \(ConnectionError, wandb.py:\d+\); the training continues, and stats.jsonl .*\n', out)
     assert len(told('init')) == 1 and told('log') == told('finish') == []
 
 

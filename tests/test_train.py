@@ -184,8 +184,8 @@ def refused(*args, outdir='runs'):
     (['--lr-schedule=inverse_sqrt:ref=-1'], ['--lr-schedule=inverse_sqrt:ref=-1', 'ref=-1 must be']),
     (['--lr-schedule=cosine:least=2'], ['--lr-schedule=cosine:least=2', 'least=2']),
     (['--lr-schedule=cosine:kimg=-1'], ['--lr-schedule=cosine:kimg=-1', 'kimg=-1']),
-    (['--term=denoise'], ['--term=denoise', 'one name']),
-    (['--consistency=bridge:batch_size=4', '--term=euler:batch_size=4'], ['denoise, consistency, consistency', 'one name']),
+    (['--term=denoise'], ['--term=denoise', 'the same name']),
+    (['--consistency=bridge:batch_size=4', '--term=euler:batch_size=4'], ['denoise, consistency, consistency', 'the same name']),
     (['--term=bound'], ['--term=', '--precond=iddpm', '--objective']),
     (['--term=bridge:batch_size=17'], ['--term=bridge:batch_size=17', '--batch=16']),
     (['--precond=ddpm'], ['--precond', 'iddpm']),
@@ -234,7 +234,7 @@ def test_a_run_is_not_overwritten(here):
     assert invoke(*args).exit_code == 0
     before = (here / 'stats.jsonl').read_bytes()
     result = invoke(*args)
-    assert result.exit_code == 1 and 'holds a run already' in result.output.splitlines()[-1]
+    assert result.exit_code == 1 and 'already holds a run' in result.output.splitlines()[-1]
     assert (here / 'stats.jsonl').read_bytes() == before
 
 

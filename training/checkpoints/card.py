@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The README.md of a network's folder: what it makes, how it was trained, how good it is, how to use it."""
+"""The model card of a network's folder, its README.md."""
 
 import json
 import re
+from collections.abc import Iterable
 
 from dnnlib import UserError
 from metrics import table
@@ -19,29 +20,30 @@ LICENCES = ('afl-3.0', 'agpl-3.0', 'apache-2.0', 'artistic-2.0', 'bigscience-ope
             'lgpl-3.0', 'mit', 'mpl-2.0', 'openrail', 'unknown', 'unlicense', 'wtfpl', 'zlib')
 
 
-def model_card(config, options=None, kimg=None, metrics=(), samples=None, license='unknown', code=None):
-    """Markdown for a network's folder: what it makes, how it was trained, how good it is, how to use it.
+def model_card(config: dict, options: dict | None = None, kimg: float | None = None, metrics: Iterable[dict] = (),
+               samples: str | None = None, license: str = 'unknown', code: str | None = None) -> str:
+    """Markdown for a network's folder: what the network generates, how it was trained, its metrics, and how to use it.
 
-    config: of the network. options: a run's options.json, where it is known. kimg: thousands of images that it was trained on.
-    metrics: results of eval_fid.py, as read from their JSON files. samples: name of a picture in the folder. license: of the weights, as
-    the Hub calls it or by another name. code: address of the program's code. Raises UserError for a licence that is no name."""
+    config: of the network. options: a run's options.json, if known. kimg: thousands of images that it was trained on.
+    metrics: results of eval_fid.py, as read from their JSON files. samples: name of a picture in the folder. license: of the weights, a
+    name that the Hub knows or another one. code: URL of the program's code. Raises UserError for a licence that is not a name."""
     height, width = misc.height_width(config['img_resolution'])
     rows = {'Images': f'{config["img_channels"]} x {height} x {width}',
             'Classes': config.get('label_dim') or 'none (unconditional)',
-            'Architecture': config.get('model_type', 'that of its preconditioner'),
+            'Architecture': config.get('model_type', 'default of its preconditioner'),
             'Preconditioning': config.get('precond', 'edm')}
     if kimg is not None:
         rows['Trained on'] = f'{kimg:g} thousand images'
-    told = public(options or {})
-    training = f'Training options:\n\n```json\n{json.dumps(told, indent=2)}\n```\n' if any(told.values()) else ''
-    picture = f'![Samples, one a seed, not chosen]({samples})\n\n' if samples else ''
+    shown = public(options or {})
+    training = f'Training options:\n\n```json\n{json.dumps(shown, indent=2)}\n```\n' if any(shown.values()) else ''
+    picture = f'![Samples, one per seed, not selected]({samples})\n\n' if samples else ''
     program = f'{PROGRAM} {misc.VERSION}'
     return CARD_TEXT.format(
         license=_license_tag(license), program=f'[{program}]({code})' if code else program, metrics=_metrics_table(metrics),
         table='\n'.join(f'| {name} | {value} |' for name, value in rows.items()), training=training, picture=picture)
 
 
-def public(options):
+def public(options: dict) -> dict:
     """The part of a run's options that PUBLIC names."""
     return {key: options[key] if names is None else {name: options[key][name] for name in names if name in options[key]}
             for key, names in PUBLIC.items() if key in options}
@@ -55,22 +57,22 @@ def _license_tag(name):
 
 
 def _metrics_table(metrics):
-    """Each number with what it must be quoted with; of the reference its count, split and hash, and no path."""
+    """A table of all numbers with what they have to be quoted with; of the reference count, split and hash, but no path."""
     lines = []
     for result in metrics:
         reference, gnet = result.get('reference') or {}, origin(result).get('gnet_sha256')
         against = [f'{reference["num_images"]} images' if reference.get('num_images') else None,
                    f'split {reference["split"]}' if reference.get('split') else None,
                    f'sha256 {reference["sha256"][:12]}' if reference.get('sha256') else None]
-        told = {**table.quoted(result), 'reference': ', '.join(filter(None, against)) or table.NONE,
-                'guidance': table.guidance_words(origin(result), gnet and f'a network of sha256 {gnet[:12]}') or table.NONE}
-        cells = ' | '.join(table.escaped(told[column]) for column in QUOTED)
+        facts = {**table.quoted(result), 'reference': ', '.join(filter(None, against)) or table.NONE,
+                 'guidance': table.guidance_words(origin(result), gnet and f'a network of sha256 {gnet[:12]}') or table.NONE}
+        cells = ' | '.join(table.escaped(facts[column]) for column in QUOTED)
         lines += [f'| {table.escaped(name)} | {number(value)} | {cells} |' for name, value in values(result).items() if value is not None]
     head = f'| metric | value | {" | ".join(QUOTED)} |\n|-|-|{"-|" * len(QUOTED)}\n'
     return head + '\n'.join(lines) + '\n\n' if lines else ''
 
 
-# What a public card tells of a run, and no paths. The last line is of runs of version 0.1.0, whose options were flat.
+# The options of a run that a public card shows: no paths. The last line is for runs of version 0.1.0, whose options were flat.
 PUBLIC = {'data': ('use_labels', 'keep', 'xflip', 'augment'), 'corruption': None, 'objective': None, 'optimizer': None,
           'run': ('batch', 'precision', 'seed'),
           'augment': None, 'batch': None, 'ema': None, 'precision': None, 'seed': None}
@@ -82,17 +84,17 @@ tags:
 ---
 # Diffusion model
 
-A denoiser D(x; sigma) = E[x_0 | x_0 + sigma n = x], and with it a generator of images.
+A denoiser D(x; sigma) = E[x_0 | x_0 + sigma n = x], from which images can be sampled.
 
 {picture}| | |
 |-|-|
 {table}
 
-{metrics}Images from it, with this folder or its Hugging Face name as NAME:
+{metrics}To generate images, with this folder or its Hugging Face name as NAME:
 
     python generate.py --network=NAME --outdir=out --seeds=0-63
 
-In Python, with x a noisy batch [N,C,H,W] in network units and sigma its noise level:
+In Python, with a noisy batch x [N,C,H,W] in network units and its noise level sigma:
 
     from training import load_network
     net = load_network('NAME')

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Networks as diffusers' UNet2DModel and EDMEulerScheduler: ADM with EDM's preconditioning has the same layers there, others have not.
+"""Export of networks as diffusers' UNet2DModel and EDMEulerScheduler, which exist for ADM with EDM's preconditioning only.
 
-Block for block (names of ours -> theirs): conv0, affine, conv1 with scale and shift -> a ResnetBlock2D with time_scale_shift; the halving
-block that begins a level -> the downsampler that ends the one before; in0, in1 -> the mid block. Labels come as an embedding, whose
-last row, all zero, is "no label". What tells of augmentation is left out: it is zero when sampling."""
+Block by block (our names -> theirs): conv0, affine, conv1 with scale and shift -> a ResnetBlock2D with time_scale_shift; the downsampling
+block that begins a level -> the downsampler that ends the previous one; in0, in1 -> the mid block. Labels become an embedding, whose
+last row, all zero, is "no label". The embedding of augmentation labels is left out: it is zero in sampling."""
 
 import os
 import re
@@ -20,25 +20,25 @@ OUTER = {'map_layer0': 'time_embedding.linear_1', 'map_layer1': 'time_embedding.
          'out_conv': 'conv_out'}
 
 
-def difference(net):
-    """Why UNet2DModel and EDMEulerScheduler cannot be this network exactly, in words; None where they can."""
+def difference(net: torch.nn.Module) -> str | None:
+    """Why UNet2DModel and EDMEulerScheduler cannot represent this network exactly; None where they can."""
     config, unet = net.config, net.model
     if type(unet).__name__ != 'DhariwalUNet':
-        return 'the blocks of SongUNet (ddpmpp, ncsnpp) scale their sums by sqrt(1/2) and project what goes past a change of resolution'
+        return 'SongUNet (ddpmpp, ncsnpp) scales its residual sums by sqrt(1/2) and projects the skip branch where the resolution changes'
     if config.get('precond', 'edm') != 'edm':
-        return f'diffusers has a scheduler for the preconditioning edm, and not for {config["precond"]}'
+        return f'diffusers has a scheduler for --precond=edm, but not for {config["precond"]}'
     if config.get('channel_mult', [1])[0] != 1 or config.get('channel_mult_emb', 4) != 4:
-        return 'the time embedding there has as many channels as the first level, and 4 times as many inside'
+        return 'its time embedding must have as many channels as the first level, and 4 times as many inside'
     widths = [len(value) for name, value in unet.state_dict().items() if re.search(r'norm\d?\.weight$', name)]
     if any(width % GROUPS or width < 4 * GROUPS for width in widths):
-        return f'normalisations there have {GROUPS} groups, those of {min(widths)} channels here have {min(GROUPS, min(widths) // 4)}'
+        return f'its normalisations have {GROUPS} groups, and those of {min(widths)} channels here have {min(GROUPS, min(widths) // 4)}'
     attended = [width for width, attends in zip(unet.channels, [*unet.attends[:-1], True]) if attends]
     if any(width % HEAD for width in attended):
-        return f'attention there has heads of {HEAD} channels, which do not divide {min(width for width in attended if width % HEAD)}'
+        return f'its attention heads have {HEAD} channels, which do not divide {min(width for width in attended if width % HEAD)}'
     return None
 
 
-def unet_config(net):
+def unet_config(net: torch.nn.Module) -> dict:
     """config.json of the UNet2DModel."""
     unet = net.model
     down = ['AttnDownBlock2D' if attends else 'ResnetDownsampleBlock2D' for attends in unet.attends]
@@ -51,7 +51,7 @@ def unet_config(net):
             'resnet_time_scale_shift': 'scale_shift', 'num_class_embeds': net.label_dim + 1 if net.label_dim else None}
 
 
-def unet_state(net):
+def unet_state(net: torch.nn.Module) -> dict[str, torch.Tensor]:
     """State dict of the UNet2DModel."""
     found = {}
     for key, value in net.model.state_dict().items():
@@ -67,7 +67,7 @@ def unet_state(net):
 
 
 def _block_tensors(unet, path, leaf, value):
-    """{their name: tensor} of one tensor in enc or dec; three of the attention's input."""
+    """{name in diffusers: tensor} of one tensor in enc or dec; three tensors for the attention's input."""
     side, size, role, layer = re.fullmatch(r'(enc|dec)\.(\d+x\d+)_([a-z]+\d*)(?:\.(\w+))?', path).groups()
     level = ['{}x{}'.format(*found) for found in unet.sizes].index(size)
     if role == 'conv':
@@ -76,7 +76,7 @@ def _block_tensors(unet, path, leaf, value):
     if role.startswith('in'):
         block, attention = f'mid_block.resnets.{number}', f'mid_block.attentions.{number}'
     else:
-        # A change of resolution belongs to the level that it leaves.
+        # In diffusers a change of resolution belongs to the level that it leaves.
         stage = level - 1 if role == 'down' else len(unet.sizes) - 1 - level - (role == 'up')
         group = f'down_blocks.{level if role != "down" else stage}' if side == 'enc' else f'up_blocks.{stage}'
         block = {'down': f'{group}.downsamplers.0', 'up': f'{group}.upsamplers.0'}.get(role, f'{group}.resnets.{number}')
@@ -92,12 +92,12 @@ def _block_tensors(unet, path, leaf, value):
     return {f'{attention}.to_{name}.{leaf}': heads[:, :, i].flatten(0, 1) for i, name in enumerate('qkv')}
 
 
-def write_diffusers(net, folder):
-    """Fills an empty folder: unet/, scheduler/, and README.md with the loop that samples.
+def write_diffusers(net: torch.nn.Module, folder: str | os.PathLike) -> None:
+    """Fills an empty folder: unet/, scheduler/, and README.md with a sampling loop.
 
-    Raises UserError in one line for networks that cannot be had there."""
+    Raises UserError, in one line, for networks that diffusers cannot represent."""
     if reason := difference(net):
-        raise UserError(f'--format=diffusers: UNet2DModel cannot be this network: {reason}; share its own folder instead '
+        raise UserError(f'--format=diffusers: UNet2DModel cannot represent this network: {reason}; share its own folder instead '
                         '(--format=folder)')
     scheduler = {'_class_name': 'EDMEulerScheduler', 'sigma_min': max(net.sigma_min, 0.002), 'sigma_max': min(net.sigma_max, 80.0),
                  'sigma_data': net.sigma_data, 'prediction_type': 'epsilon', 'rho': 7.0}

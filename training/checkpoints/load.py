@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Networks, ready to use, from whatever names them: folder, training state, EDM's pickle, Hugging Face name, URL."""
+"""Loading networks from a folder, a training state, an EDM pickle, a Hugging Face name or a URL."""
 
 import contextlib
 import json
@@ -20,58 +20,58 @@ from training.networks import preconditioning
 from training.networks.interface import network_class
 
 CONFIG, WEIGHTS, OLD_WEIGHTS = 'config.json', 'model.safetensors', 'pytorch_model.bin'
-STATISTICS = 'data_statistics'  # metadata of model.safetensors, see sampling/channels.py; networks have them as an attribute
-READS = ("a snapshot folder (config.json + model.safetensors), a training-state .pt, EDM's .pkl, a URL of the latter two, "
+STATISTICS = 'data_statistics'  # metadata of model.safetensors, see sampling/channels.py; an attribute of networks
+READS = ('a snapshot folder (config.json + model.safetensors), a training-state .pt, an EDM .pkl, a URL of either file, '
          'or a Hugging Face name, owner/name[@revision]')
-PRECONDS = {'EDMPrecond': 'edm', 'VPPrecond': 'vp', 'VEPrecond': 've', 'iDDPMPrecond': 'iddpm'}  # as published classes are called
-MAX_TEXT = 2 ** 24  # bytes of a configuration, or of a header: 100,000 tensors
-MANY = 10 ** 6  # more than any count of a network, or steps of a diffusion or sampler
+PRECONDS = {'EDMPrecond': 'edm', 'VPPrecond': 'vp', 'VEPrecond': 've', 'iDDPMPrecond': 'iddpm'}  # by the names of the published classes
+MAX_TEXT = 2 ** 24  # largest size in bytes of a configuration or a header: 100,000 tensors
+MANY = 10 ** 6  # larger than any count in a network, or steps of a diffusion or sampler
 RECIPE = re.compile(r'ambient_laws_(?P<data>.+?)_sigma_(?P<sigma>\d*\.?\d+)_corruption_(?P<corruption_probability>\d*\.?\d+)'
                     r'_keep_(?P<dataset_keep_percentage>\d*\.?\d+)')
 
 
-def load_network(ref, device='cpu', weights='ema'):
-    """The network that `ref` names, on `device`, in eval mode and without gradients.
+def load_network(ref: str | os.PathLike, device: str | torch.device = 'cpu', weights: str = 'ema') -> preconditioning.Precond:
+    """Loads the network that `ref` names, on `device`, in eval mode and without gradients.
 
-    ref: a folder or file that exists, a URL (which may end in #sha256=DIGEST), or a Hugging Face name; a folder wins over a name. What a
-    file is, is decided by its content: a training state, or a network snapshot of EDM, of which nothing is executed.
-    weights: of a training state, "ema", "raw" (the network as it was trained) or "ema:0.05" (a stored average of that width,
-    train.py --power-ema); all else holds one set of weights. Under torchrun every rank calls this, and one of each node fetches.
-    Attribute data_statistics: what the weights' file says of the training data, a dict, or None.
-    Raises UserError, in one line, for a reference that is none of these, weights that do not fit their config, and weights that are not
-    finite."""
+    ref: an existing folder or file, a URL (which may end in #sha256=DIGEST), or a Hugging Face name; a folder takes precedence over a
+    name. The content of a file decides what it is: a training state, or an EDM network snapshot, from which no code is executed.
+    weights: of a training state, "ema", "raw" (the trained weights without averaging) or "ema:0.05" (a stored average of that width,
+    train.py --power-ema); other files hold one set of weights. Under torchrun every rank calls this, and one per node downloads.
+    Attribute data_statistics: what the weights' file says about the training data, a dict, or None.
+    Raises UserError, in one line, for other references, weights that do not fit their config, and weights that are not finite."""
     config, state = read(str(ref), weights)
     statistics = config.pop(STATISTICS, None) if isinstance(config, dict) else None
     net = _build(config, state, ref)
     if bad := non_finite(net):
-        raise UserError(f'{ref}: weights are not finite: {bad}; take a snapshot or state from before they broke')
+        raise UserError(f'{ref}: weights are not finite: {bad}; use an earlier snapshot or state')
     net.data_statistics = statistics
     return net.to(device).eval().requires_grad_(False)
 
 
-def non_finite(module):
-    """Which tensors of a module have values that are not finite, in words; None where all are."""
+def non_finite(module: torch.nn.Module) -> str | None:
+    """Text about the tensors of a module that have non-finite values; None where all are finite."""
     state = module.state_dict()
     bad = {name: int((~value.isfinite()).sum()) for name, value in state.items() if not value.isfinite().all()}
     shown = ', '.join(f'{name} ({count} of {state[name].numel()} values)' for name, count in list(bad.items())[:3])
     return f'{len(bad)} of {len(state)} tensors: {shown}{", ..." if len(bad) > 3 else ""}' if bad else None
 
 
-def recipe(ref):
-    """How the networks of Daras et al. 2025 were trained, which their names tell: {"data": "celeba", "sigma": 0.05, ...}, else None."""
+def recipe(ref: str | os.PathLike) -> dict | None:
+    """How a network of Daras et al. 2025 was trained, from its name: {"data": "celeba", "sigma": 0.05, ...}; None for other names."""
     found = RECIPE.search(str(ref))
     return found and {key: value if key == 'data' else float(value) for key, value in found.groupdict().items()}
 
 
-def show_recipe(ref):
-    """Prints the recipe that a name tells, if it tells one."""
+def show_recipe(ref: str | os.PathLike) -> None:
+    """Prints the recipe that a name holds, if any."""
     if found := recipe(ref):
-        distributed.print0('Trained, as its name tells, on {data}: --sigma={sigma:g} --corruption_probability={corruption_probability:g} '
+        distributed.print0('According to its name trained on {data}: --sigma={sigma:g} --corruption_probability={corruption_probability:g} '
                            '--dataset_keep_percentage={dataset_keep_percentage:g}'.format(**found))
 
 
 def _build(config, state, ref):
-    """The network of a config with the weights of a state dict; made when it is known, from a sketch without memory, that these fit it."""
+    """The network of a config with the weights of a state dict; built only after a copy without memory (meta device) has shown that they
+    fit."""
     try:
         check_tensors(state)
         _check_plausible(config, state)
@@ -84,13 +84,13 @@ def _build(config, state, ref):
     except UserError as err:
         raise UserError(f'{ref}: {err.message}') from None
     except (RuntimeError, ArithmeticError, AttributeError, LookupError, AssertionError, TypeError, ValueError) as err:
-        # Python's and PyTorch's words for strange numbers
+        # errors of Python and PyTorch for impossible numbers
         raise UserError(f'{ref}: network configuration: {one_line(err)}') from None
     return net
 
 
-def check_tensors(state):
-    """Refuses what is no state dict of real numbers."""
+def check_tensors(state: dict) -> None:
+    """Refuses what is not a state dict of real tensors."""
     if not isinstance(state, dict):
         raise UserError(f'expected a state dict (name: tensor), got {type(state).__name__}')
     for key, value in state.items():
@@ -103,8 +103,8 @@ def _kind(value):
 
 
 def _check_plausible(config, state):
-    """Refuses values of other kinds than a network takes, and numbers that no network with such weights has: counts that exceed every
-    tensor, more blocks than there are tensors, tables of more than MANY entries."""
+    """Refuses values of the wrong type, and numbers that are impossible for such weights: counts that exceed the size of every tensor, more
+    blocks than tensors, tables of more than MANY entries."""
     if not isinstance(config, dict):
         raise UserError(f'network configuration: expected an object, got {type(config).__name__}')
     _check_kinds(config)
@@ -115,13 +115,13 @@ def _check_plausible(config, state):
         texts = [int(digits[:20]) for text in _texts(value) for digits in re.findall(r'\d+', text)]
         if (len(numbers) > max(len(state), 16) or any(abs(number) > min(max(largest, 4096), MANY) for number in numbers)
                 or max(texts, default=0) > MANY):
-            raise UserError(f'network configuration: {key} asks for a far larger network than that of the weights here')
+            raise UserError(f'network configuration: {key} asks for a far larger network than these weights are of')
     if isinstance(blocks, int) and isinstance(levels, list) and blocks * max(len(levels), 1) > max(len(state), 16):
         raise UserError(f'network configuration: num_blocks={blocks} asks for more layers than {len(state)} tensors make')
 
 
 def _texts(value):
-    """The texts and whole numbers inside a value of JSON, as text; those of numbers and lists of numbers are looked at elsewhere."""
+    """The strings and integers inside a JSON value, as text; plain numbers and lists of numbers are checked elsewhere."""
     if isinstance(value, dict):
         return [text for item in value.values() for text in ([str(item)] if type(item) is int else _texts(item))]
     if isinstance(value, list):
@@ -130,7 +130,7 @@ def _texts(value):
 
 
 def _check_kinds(config):
-    """Refuses values that are of another kind than the default which they replace; the network's own checks see to the rest."""
+    """Refuses values of another type than the default that they replace; the network's own checks do the rest."""
     defaults = {'img_resolution': 1, 'img_channels': 1, 'label_dim': 0, 'use_fp16': False, 'model_type': '', 'precond': ''}
     kind = preconditioning.PRECONDS.get(config['precond'] if isinstance(config.get('precond'), str) else 'edm')
     model_type = config.get('model_type', kind and kind.model_type)
@@ -150,7 +150,7 @@ def _check_kinds(config):
 
 
 def _fits(value, default):
-    """Whether a value of JSON can stand in the place of a default; any can in that of what is no number, list of numbers, or text."""
+    """Whether a JSON value can replace a default; any can where the default is not a number, a list of numbers or text."""
     if isinstance(default, bool):
         return value in (False, True)
     if isinstance(default, (int, float)):
@@ -167,8 +167,8 @@ def _words(default):
     return 'a number' if isinstance(default, (int, float)) else 'a list of numbers' if isinstance(default, (list, tuple)) else 'text'
 
 
-def load_weights(net, state, ref):
-    """Copies a state dict into a network. Raises UserError with `ref` and the first few that differ; the network is as it was then."""
+def load_weights(net: torch.nn.Module, state: dict, ref: str | os.PathLike) -> None:
+    """Copies a state dict into a network. Raises UserError with `ref` and the first differences, and leaves the network unchanged then."""
     try:
         check_tensors(state)
         check_weights(net, state)
@@ -177,8 +177,8 @@ def load_weights(net, state, ref):
     net.load_state_dict(state)
 
 
-def check_weights(net, state):
-    """Refuses a state dict whose names or shapes are not those of a network, or of any module; says the first few that differ."""
+def check_weights(net: torch.nn.Module, state: dict) -> None:
+    """Refuses a state dict whose names or shapes are not those of a module; the error lists the first differences."""
     own = net.state_dict()
     wrong = [f'{key} is missing' for key in own if key not in state]
     wrong += [f'{key[:200]} is unknown' for key in state if key not in own]
@@ -189,17 +189,17 @@ def check_weights(net, state):
         raise UserError(f'the weights do not fit the config: {"; ".join(wrong[:3])}{more}')
 
 
-def read(ref, weights='ema'):
+def read(ref: str, weights: str = 'ema') -> tuple[dict, dict]:
     """(config, state dict) of a reference of any kind; `config` holds the arguments of preconditioning.build_network.
 
-    weights: which of a training state's, as load_network says; other kinds hold one set. Raises UserError."""
+    weights: which weights of a training state, see load_network; other kinds hold one set. Raises UserError."""
     check_choice(weights)
     if is_url(ref):
         return _read_file(distributed.first_on_node(open_url, ref), weights)
     if os.path.isfile(ref):
         return _read_file(ref, weights)
     if weights != 'ema':
-        raise UserError(f'{ref}: only a training-state .pt holds other weights; leave --weights at ema')
+        raise UserError(f'{ref}: only a training-state .pt holds several sets of weights; leave --weights at ema')
     if os.path.isdir(ref):
         return _read_folder(ref)
     if name := hub.NAME.fullmatch(ref):
@@ -209,14 +209,14 @@ def read(ref, weights='ema'):
     raise UserError(f'{ref}: no such file or folder; a network is {READS}')
 
 
-def check_choice(weights):
-    """Refuses what cannot name weights of a training state."""
+def check_choice(weights: str) -> None:
+    """Refuses a --weights that cannot name weights of a training state."""
     if not re.fullmatch(r'ema|raw|ema:\d*\.?\d+', weights):
-        raise UserError(f'--weights={weights}: choose ema, raw, or a stored power-function average by its width, as ema:0.05')
+        raise UserError(f'--weights={weights}: choose ema, raw, or a stored power-function average by its width, such as ema:0.05')
 
 
 def _read_file(path, weights):
-    """A file, by its first bytes."""
+    """(config, state dict) of a file, whose kind its first bytes decide."""
     with open(path, 'rb') as f:
         start = f.read(16)
     if start[:1] == b'\x80':
@@ -224,11 +224,11 @@ def _read_file(path, weights):
     with contextlib.suppress(zipfile.BadZipFile):
         if zipfile.is_zipfile(path):
             return _read_state(path, weights)
-    kind = 'no PyTorch file, or not a whole one'
+    kind = 'not a PyTorch file, or an incomplete one'
     if start[8:9] == b'{':
         kind = f'a safetensors file, which holds weights without their {CONFIG}'
     elif start[:1] in (b'<', b'{'):
-        kind = 'a page of text, and no network'
+        kind = 'a text file, not a network'
     raise UserError(f'{path}: {kind}; a network is {READS}')
 
 
@@ -257,7 +257,7 @@ def _read_folder(folder):
 
 def _read_config(path):
     if os.path.getsize(path) > MAX_TEXT:
-        raise UserError(f'{path}: {os.path.getsize(path)} bytes, and no configuration of a network')
+        raise UserError(f'{path}: not a network configuration, with {os.path.getsize(path)} bytes')
     found = read_json(path)
     if not isinstance(found, dict):
         raise UserError(f'{path}: network configuration: expected an object, got {type(found).__name__}')
@@ -272,14 +272,14 @@ def _read_weights(path):
         with open(path, 'rb') as f:
             header = int.from_bytes(f.read(8), 'little')
         if header > MAX_TEXT:
-            raise UserError(f'{path}: no whole safetensors file: its header claims {header} bytes')
+            raise UserError(f'{path}: damaged safetensors file: its header claims {header} bytes')
         return safetensors.torch.load_file(path)
     except safetensors.SafetensorError as err:
-        raise UserError(f'{path}: no whole safetensors file: {one_line(err)}') from None
+        raise UserError(f'{path}: damaged safetensors file: {one_line(err)}') from None
 
 
 def _read_statistics(path):
-    """{STATISTICS: ...} where the metadata of a whole safetensors file has them as JSON, else {}: they decide no result."""
+    """{STATISTICS: ...} where the metadata of an intact safetensors file has them as JSON, else {}, because no result depends on them."""
     if path.endswith('.bin'):
         return {}
     with safetensors.safe_open(path, 'pt') as f:
@@ -300,16 +300,16 @@ def _read_state(path, weights):
         sets = {_weights_name(key, first=not index): dict(average) for index, (key, average) in enumerate(averages.items())}
         sets['raw'] = dict(raw)
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError):
-        raise UserError(f'{path}: this training state describes no network; a network is {READS}') from None
+        raise UserError(f'{path}: this training state holds no network; a network is {READS}') from None
     if weights.startswith('ema:'):
         weights = f'ema:{float(weights[4:]):.3f}'
     if weights not in sets:
-        raise UserError(f'{path}: holds no {weights} weights; give --weights={" or --weights=".join(sets)}')
-    return config, {**sets['raw'], **sets[weights]}  # what is not averaged (buffers, say) is the network's own
+        raise UserError(f'{path}: holds no {weights} weights; use --weights={" or --weights=".join(sets)}')
+    return config, {**sets['raw'], **sets[weights]}  # what is not averaged, such as buffers, is the network's own
 
 
 def _weights_name(key, first):
-    """What --weights calls an average of a state: the first is "ema", "power_0.050" is "ema:0.050"."""
+    """Name of an average of a state in --weights: the first is "ema", "power_0.050" is "ema:0.050"."""
     return 'ema' if first else f'ema:{str(key).removeprefix("power_")}'
 
 

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A network as a folder for other people: in this program's layout with what its run tells of it, on the Hub, or in diffusers' layout."""
+"""Publishing networks: as a folder with a model card, in this program's or in diffusers' layout, and on the Hugging Face Hub."""
 
 import os
 import re
 import shutil
+from collections.abc import Iterable
 
 from dnnlib import UserError, hub
 from dnnlib.files import new_folder, read_json
@@ -17,10 +18,10 @@ from training.checkpoints.save import write_files
 SAMPLES = 'samples.png'
 
 
-def export(ref, dest, weights='ema', format='folder'):
+def export(ref: str | os.PathLike, dest: str | os.PathLike, weights: str = 'ema', format: str = 'folder') -> dict | None:
     """Writes the network that `ref` names as the new folder `dest`: "folder" (config.json + model.safetensors) or "diffusers".
 
-    Returns what fill() does; nothing for diffusers."""
+    Returns the result of fill(); None for diffusers."""
     with new_folder(dest) as part:
         net = load_network(ref, weights=weights)
         if format == 'diffusers':
@@ -29,19 +30,20 @@ def export(ref, dest, weights='ema', format='folder'):
         return fill(part, net, ref)
 
 
-def fill(folder, net, ref, metrics=(), samples=None, license='unknown', code=None):
+def fill(folder: str | os.PathLike, net, ref: str | os.PathLike, metrics: Iterable[str] = (), samples: str | None = None,
+         license: str = 'unknown', code: str | None = None) -> dict:
     """Fills an empty folder with a network, a model card and, where the run has one, a picture of samples.
 
-    metrics: paths of results of eval_fid.py, samples: path of a PNG, both besides what lies by the network; license, code: as for
-    model_card. Only results of this very network are quoted. Returns what was found, with "left_out": a line for each result that lies by
-    the network and is of another. Raises UserError for one of `metrics` that is."""
+    metrics: paths of results of eval_fid.py, samples: path of a PNG, both in addition to what is found beside the network; license, code:
+    see model_card. Only results of this very network are quoted. Returns what was found, with "left_out": a line for each result beside
+    the network that belongs to another one. Raises UserError where one of `metrics` does."""
     found, digest = beside(ref), misc.state_digest(net)
     given, left_out, quoted = {os.path.abspath(path): path for path in metrics}, [], {}
     for path in dict.fromkeys([*found['metrics'], *given]):
         result = read_result(path)
         if why := _not_of(result, digest):
             if path in given:
-                raise UserError(f'--metrics={given[path]}: {why}, and a card quotes results of its own network alone; leave it out')
+                raise UserError(f'--metrics={given[path]}: {why}, and a model card quotes only results of its own network; leave it out')
             left_out.append(f'{path}: {why}')
         else:
             quoted[path] = result
@@ -54,17 +56,17 @@ def fill(folder, net, ref, metrics=(), samples=None, license='unknown', code=Non
 
 
 def _not_of(result, digest):
-    """Why a result is none of the network with this digest, in words; None where it is."""
-    told = network_digest(result)
-    if told is None:
-        return 'does not tell which network made its images'
-    if told == digest:
+    """Why a result does not belong to the network with this digest; None where it does."""
+    recorded = network_digest(result)
+    if recorded is None:
+        return 'does not say which network generated its images'
+    if recorded == digest:
         return None
-    return f'is of another network, {origin(result).get("network")} (sha256 {told[:12]}, here {digest[:12]})'
+    return f'is of another network, {origin(result).get("network")} (sha256 {recorded[:12]}, here {digest[:12]})'
 
 
-def beside(ref):
-    """What a run's folder tells of its snapshot or state `ref`: options, kimg, metrics (*.fid.json) and samples (samples-KIMG.png)."""
+def beside(ref: str | os.PathLike) -> dict:
+    """What a run's folder holds about its snapshot or state `ref`: options, kimg, metrics (*.fid.json) and samples (samples-KIMG.png)."""
     found = {'options': {}, 'kimg': None, 'metrics': [], 'samples': None}
     if not os.path.exists(ref):
         return found
@@ -81,8 +83,8 @@ def beside(ref):
     return found
 
 
-def read_options(path):
-    """What options.json of a run holds. Raises UserError where the parts that a card tells of are not objects."""
+def read_options(path: str | os.PathLike) -> dict:
+    """The content of a run's options.json. Raises UserError where a part that a model card shows is not an object."""
     found = read_json(path)
     for key, names in PUBLIC.items():
         if names is not None and not isinstance(found.get(key, {}), dict):
@@ -90,14 +92,14 @@ def read_options(path):
     return found
 
 
-def push(folder, name, private=False, revision=None):
-    """Uploads a folder as the repository owner/name of the Hub, made where there is none; returns the address of the commit."""
+def push(folder: str | os.PathLike, name: str, private: bool = False, revision: str | None = None) -> str:
+    """Uploads a folder as the repository owner/name of the Hub, which is created if necessary; returns the URL of the commit."""
     import huggingface_hub  # slow to import, and needed for the Hub alone
 
     if not hub.NAME.fullmatch(name) or '@' in name:
-        raise UserError(f'{name}: a repository is called owner/name; its branch goes into --revision')
+        raise UserError(f'{name}: a repository is named owner/name; give a branch with --revision')
     api = huggingface_hub.HfApi()
-    refusal = 'the Hugging Face Hub refuses (does the token of HF_TOKEN or "hf auth login" allow writing?)'
+    refusal = 'the Hugging Face Hub refuses the upload (does the token of HF_TOKEN or "hf auth login" allow writing?)'
     with hub.hub_errors(name, revision, refusal):
         api.create_repo(name, private=private or None, exist_ok=True)
         if revision:

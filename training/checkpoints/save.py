@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A network as a folder of config.json + model.safetensors + README.md."""
+"""Saving a network as a folder of config.json + model.safetensors + README.md."""
 
 import json
 import os
@@ -14,18 +14,19 @@ from training.checkpoints.load import CONFIG, STATISTICS, WEIGHTS
 CARD = 'README.md'
 
 
-def save_network(net, folder, card=None):
+def save_network(net: torch.nn.Module, folder: str | os.PathLike, card: str | None = None) -> None:
     """Writes a folder ready for the Hub: config.json (net.config), model.safetensors (float32), README.md.
 
-    card: Markdown to put in the model card in place of the default text. The folder appears whole; one that exists is replaced."""
+    card: Markdown of the model card, in place of the default text. The folder appears complete or not at all; an existing one is
+    replaced."""
     with new_folder(folder, over='anything') as part:
         write_files(net, part, card)
 
 
-def write_files(net, folder, card=None):
+def write_files(net: torch.nn.Module, folder: str | os.PathLike, card: str | None = None) -> None:
     """Fills an empty folder with the three files of save_network.
 
-    Statistics of the training data, net.data_statistics, are metadata of the weights: config.json has arguments of a constructor only."""
+    Statistics of the training data, net.data_statistics, become metadata of the weights: config.json holds constructor arguments only."""
     state = {key: _portable(value) for key, value in net.state_dict().items()}
     statistics = getattr(net, 'data_statistics', None)
     metadata = {'format': 'pt'} | ({STATISTICS: json.dumps(statistics, allow_nan=False)} if statistics else {})
@@ -37,6 +38,6 @@ def write_files(net, folder, card=None):
 
 
 def _portable(value):
-    """A tensor of its own memory on the CPU, float32 where it is floating point."""
+    """A copy of a tensor on the CPU, in float32 if it is floating point."""
     value = value.detach().to('cpu', torch.float32 if value.is_floating_point() else value.dtype)
     return value.contiguous().clone()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Closed forms of diffusion on images that already carry noise of level sigma_n (Daras et al. 2024); x = x_0 + sigma * noise.
+"""Closed-form expressions for diffusion of images that already have noise of level sigma_n (Daras et al. 2024); x = x_0 + sigma * noise.
 
 Levels are noise stds in network units: numbers, [N] or [N,1,1,1]; results have the dtype of the images."""
 
@@ -10,20 +10,20 @@ import torch
 from torch_utils import misc
 
 
-def column(level, like):
-    """A level as [N,1,1,1] (or [1,1,1,1]) of the images' dtype and device: whatever its shape, it scales its own image only."""
+def column(level: torch.Tensor | float, like: torch.Tensor) -> torch.Tensor:
+    """A level as [N,1,1,1] (or [1,1,1,1]) with the images' dtype and device, so that each level scales its own image only."""
     return misc.batched(torch.as_tensor(level, dtype=like.dtype, device=like.device))
 
 
-def add_noise(y, sigma_n, sigma, noise):
-    """Takes images from level sigma_n up to sigma: y + sqrt(sigma^2 - sigma_n^2) noise.
+def add_noise(y: torch.Tensor, sigma_n: torch.Tensor | float, sigma: torch.Tensor | float, noise: torch.Tensor) -> torch.Tensor:
+    """Adds noise to images, from level sigma_n up to sigma: y + sqrt(sigma^2 - sigma_n^2) noise.
 
-    y, noise: [N,C,H,W]; sigma >= sigma_n. The difference of squares is factored, so that nothing cancels near sigma_n."""
+    y, noise: [N,C,H,W]; sigma >= sigma_n. The difference of squares is factored, to avoid cancellation near sigma_n."""
     sigma_n, sigma = column(sigma_n, y), column(sigma, y)
     return y + ((sigma - sigma_n) * (sigma + sigma_n)).sqrt() * noise
 
 
-def predict_at(D, x, sigma, level):
+def predict_at(D: torch.Tensor | float, x: torch.Tensor, sigma: torch.Tensor | float, level: torch.Tensor | float) -> torch.Tensor:
     """E[x_level | x_sigma] from D = E[x_0 | x_sigma]: (1 - r) D + r x with r = level^2 / sigma^2 (double Tweedie).
 
     D, x: [N,C,H,W]; 0 <= level <= sigma, sigma > 0. level = 0 returns D and level = sigma returns x, to the bit."""
@@ -32,7 +32,8 @@ def predict_at(D, x, sigma, level):
     return signal * D + (level / sigma).square() * x
 
 
-def reverse_step(x, D, sigma, sigma_next, noise):
+def reverse_step(x: torch.Tensor, D: torch.Tensor, sigma: torch.Tensor | float, sigma_next: torch.Tensor | float,
+                 noise: torch.Tensor) -> torch.Tensor:
     """One Euler-Maruyama step of the reverse-time VE diffusion from sigma down to sigma_next.
 
     x' = x + 2 (sigma_next - sigma) (x - D) / sigma + sqrt(2 (sigma - sigma_next) sigma) noise; x, D, noise: [N,C,H,W]."""
@@ -41,18 +42,19 @@ def reverse_step(x, D, sigma, sigma_next, noise):
     return x - descent / sigma * (x - D) + (descent * sigma).sqrt() * noise
 
 
-def bridge_step(x, D, sigma, sigma_next, noise):
-    """One step from sigma down to sigma_next on the Brownian bridge between x and D, as if x_0 were D for certain.
+def bridge_step(x: torch.Tensor, D: torch.Tensor, sigma: torch.Tensor | float, sigma_next: torch.Tensor | float,
+                noise: torch.Tensor) -> torch.Tensor:
+    """One step from sigma down to sigma_next on the Brownian bridge between x and D, as if x_0 were equal to D.
 
     x' = D + (sigma_next / sigma)^2 (x - D) + sigma_next sqrt(1 - (sigma_next / sigma)^2) noise; x, D, noise: [N,C,H,W].
-    Its mean is that of the reverse process for every step length; its variance lacks what x_0 varies by given x."""
+    Its mean is that of the reverse process for every step length; its variance lacks that of x_0 given x."""
     sigma, sigma_next = column(sigma, x), column(sigma_next, x)
     keep = sigma_next / sigma
     fresh = (((sigma - sigma_next) / sigma) * ((sigma + sigma_next) / sigma)).clamp(min=0)  # 1 - keep^2 without cancellation
     return D + keep.square() * (x - D) + sigma_next * fresh.sqrt() * noise
 
 
-def snr_db(sigma, sigma_data=None):
+def snr_db(sigma: float, sigma_data: float | None = None) -> float:
     """Signal-to-noise ratio of level sigma in decibels, as a float.
 
     By default the papers' 10 log10(1 + 1 / sigma^2), 14.15 dB at 0.2; with sigma_data 10 log10(sigma_data^2 / sigma^2)."""

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Diffusion in T discrete steps (Ho et al. 2020; Nichol & Dhariwal 2021): schedules, posterior, respacing, and the variational bound.
 
-In this file x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, t = 0 .. T-1. The house's x = x_t / sqrt(abar_t) = x_0 + u_t eps has the level
-u_t = sqrt(1 / abar_t - 1), so a denoiser is asked for D = E[x_0 | x] at sigma = u_t; the bound needs x_0, D and the variance alone."""
+In this file x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, t = 0 .. T-1. Elsewhere in this program x = x_t / sqrt(abar_t) = x_0 + u_t eps
+has the level u_t = sqrt(1 / abar_t - 1), and a denoiser gives D = E[x_0 | x] at sigma = u_t; the bound only needs x_0, D and the
+variance."""
 
 import math
 from typing import NamedTuple
@@ -12,18 +13,18 @@ import torch
 
 from torch_utils import misc, registry
 
-TRAINED_TIMES = 1000  # networks are told t * 1000 / T, whatever T is
-BIN = 1 / 255         # half the distance of two grey levels in [-1,1]
+TRAINED_TIMES = 1000  # networks are conditioned on t * 1000 / T, for every T
+BIN = 1 / 255         # half the distance between two grey levels in [-1,1]
 
 
 class Diffusion:
-    """The tables of a schedule, float64 [T] each, and what follows from them.
+    """The tables of a schedule, float64 [T] each, and the formulas based on them.
 
-    betas: [T]. timesteps: int64 [T], the steps of the schedule of `trained_steps` steps that these are, where it is respaced.
-    Levels and coefficients are in the plain form of the papers, so that they equal published tables to the last digits.
-    Arguments t are int64 [N]; results have the dtype and device of the images beside them."""
+    betas: [T]. timesteps: int64 [T], for a respaced schedule: which steps of the original schedule of `trained_steps` steps are kept.
+    Levels and coefficients are computed as written in the papers, so that they equal published tables to the last digits.
+    Arguments t are int64 [N]; results have the dtype and device of the images given with them."""
 
-    def __init__(self, betas, timesteps=None, trained_steps=None):
+    def __init__(self, betas: np.ndarray, timesteps: np.ndarray | None = None, trained_steps: int | None = None) -> None:
         betas = np.asarray(betas, np.float64)
         if not (betas.ndim == 1 and len(betas) and (betas > 0).all() and (betas < 1).all()):
             raise ValueError(f'betas must be a list of numbers in (0, 1); got {betas.min()} to {betas.max()} of shape {list(betas.shape)}')
@@ -43,39 +44,39 @@ class Diffusion:
             setattr(self, name, torch.from_numpy(table))
         self._copies = {}
 
-    def at(self, name, t, like):
-        """The table `name` at t, as [N,1,1,1] of the dtype and device of `like`."""
-        if (name, like.device) not in self._copies:  # a copy to the device waits for it, so it is made once
+    def at(self, name: str, t: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        """The table `name` at t, as [N,1,1,1] with the dtype and device of `like`."""
+        if (name, like.device) not in self._copies:  # made once, because a copy to the device waits for it
             self._copies[name, like.device] = getattr(self, name).to(like.device)
         return misc.batched(self._copies[name, like.device][t].to(like.dtype))
 
-    def timestep(self, sigma):
+    def timestep(self, sigma: torch.Tensor) -> torch.Tensor:
         """The t whose level is nearest to sigma: any shape -> int64 of that shape."""
         middles = self._copies.setdefault(('middles', sigma.device), ((self.levels[1:] + self.levels[:-1]) / 2).to(sigma.device))
         return torch.searchsorted(middles, sigma.to(middles.dtype).contiguous())
 
-    def network_time(self, t):
-        """What a network trained on this schedule is told: t * 1000 / T, of the schedule before it was respaced."""
+    def network_time(self, t: torch.Tensor) -> torch.Tensor:
+        """The time on which a network trained with this schedule is conditioned: t * 1000 / T of the schedule before respacing."""
         return torch.from_numpy(self.timesteps)[t] * (TRAINED_TIMES / self.trained_steps)
 
-    def respace(self, spec):
-        """The diffusion on some of these steps, whose abar stay as they are; spec: see kept_steps()."""
+    def respace(self, spec: str | int) -> 'Diffusion':
+        """The diffusion on a subset of these steps, with unchanged abar; spec: see kept_steps()."""
         kept = kept_steps(self.steps, spec)
         abar = self.alpha_bar.numpy()[kept]
         return Diffusion(1 - abar / np.append(1.0, abar[:-1]), self.timesteps[kept], self.trained_steps)
 
     # ---- forward and reverse
 
-    def noisy(self, x0, t, noise):
+    def noisy(self, x0: torch.Tensor, t: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         """x_t."""
         abar = self.at('alpha_bar', t, x0)
         return abar.sqrt() * x0 + (1 - abar).sqrt() * noise
 
-    def posterior_mean(self, x0, x_t, t):
+    def posterior_mean(self, x0: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """Mean of q(x_{t-1} | x_t, x_0); with the denoiser's D for x0, the mean of the reverse step (equation 11)."""
         return self.at('from_x0', t, x_t) * x0 + self.at('from_xt', t, x_t) * x_t
 
-    def log_variance(self, t, like, out=None, fixed='large'):
+    def log_variance(self, t: torch.Tensor, like: torch.Tensor, out: torch.Tensor | None = None, fixed: str = 'large') -> torch.Tensor:
         """Log variance of the reverse step: [N,C,H,W] from the network's channels `out`, else [N,1,1,1].
 
         Learned: v log beta + (1 - v) log btilde, v = (out + 1) / 2, not bounded (equation 15). Fixed: "large" is beta, with btilde_1
@@ -87,13 +88,13 @@ class Diffusion:
 
     # ---- predictions
 
-    def predict(self, kind, x0, x_t, t):
-        """What a network of the given kind should say where the image is x0; kind: see PREDICTIONS."""
+    def predict(self, kind: str, x0: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """The target of a network with the given kind of prediction, where the image is x0; kind: see PREDICTIONS."""
         a, b = self._prediction(kind, t, x_t)
         return a * x0 + b * x_t
 
-    def x0_from(self, kind, out, x_t, t):
-        """The x_0 that a network's answer stands for; kind: see PREDICTIONS."""
+    def x0_from(self, kind: str, out: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """The x_0 that follows from a network's output; kind: see PREDICTIONS."""
         a, b = self._prediction(kind, t, x_t)
         return (out - b * x_t) / a
 
@@ -106,18 +107,19 @@ class Diffusion:
 
 
 class Linear(Diffusion):
-    """beta_t from 0.1 / T to 20 / T in equal steps: Ho et al.'s 1e-4 to 0.02 at any T."""
+    """Linear schedule: beta_t rises linearly from 0.1 / T to 20 / T, which for T = 1000 is 1e-4 to 0.02 (Ho et al. 2020)."""
 
-    def __init__(self, steps=1000):
+    def __init__(self, steps: int = 1000) -> None:
         if steps <= 20:
             raise ValueError(f'steps={steps}: the linear schedule ends at beta = 20 / steps, which must be below 1; take more than 20')
         super().__init__(np.linspace(0.1 / steps, 20 / steps, steps))
 
 
 class Cosine(Diffusion):
-    """abar(t) = f(t) / f(0), f(t) = cos^2(pi/2 (t/T + s) / (1 + s)), and no beta above `largest` (equation 17)."""
+    """Cosine schedule: abar(t) = f(t) / f(0) with f(t) = cos^2(pi/2 (t/T + s) / (1 + s)), and every beta limited to `largest` (Nichol &
+    Dhariwal 2021, equation 17)."""
 
-    def __init__(self, steps=1000, s=0.008, largest=0.999):
+    def __init__(self, steps: int = 1000, s: float = 0.008, largest: float = 0.999) -> None:
         if steps < 2:
             raise ValueError(f'steps={steps} must be at least 2')
         if not (0 <= s < math.inf and 0 < largest < 1):
@@ -126,22 +128,22 @@ class Cosine(Diffusion):
         super().__init__(np.minimum(1 - f[1:] / f[:-1], largest))
 
 
-def kept_steps(steps, spec):
+def kept_steps(steps: int, spec: str | int) -> np.ndarray:
     """The steps, int64 ascending, that a respacing of `steps` steps keeps.
 
-    "250": so many, evenly spaced from first to last; "10,15,20": so many in each of three equal parts; "ddim50": every k-th from 0, for
-    the k that gives so many (Song et al. 2021). Raises ValueError where that is not possible."""
+    "250": 250 steps, evenly spaced from first to last; "10,15,20": 10, 15 and 20 steps in three equal parts; "ddim50": every k-th step
+    from 0, for the k that gives 50 of them (Song et al. 2021). Raises ValueError where that is not possible."""
     spec = str(spec)
     try:
         counts = [int(spec.removeprefix('ddim'))] if spec.startswith('ddim') else [int(count) for count in spec.split(',')]
     except ValueError:
-        raise ValueError(f'"{spec}" is no respacing; write such as 250, ddim50 or 10,15,20') from None
+        raise ValueError(f'"{spec}" is not a respacing such as 250, ddim50 or 10,15,20') from None
     if min(counts) < 1:
-        raise ValueError(f'"{spec}": each part must keep 1 step at least')
+        raise ValueError(f'"{spec}": each part must keep at least 1 step')
     if spec.startswith('ddim'):
         strides = [stride for stride in range(1, steps + 1) if -(-steps // stride) == counts[0]]
         if not strides:
-            raise ValueError(f'"{spec}": no whole stride through {steps} steps makes {counts[0]} of them; {_nearby(steps, counts[0])}')
+            raise ValueError(f'"{spec}": no whole stride through {steps} steps gives {counts[0]} of them; {_nearby(steps, counts[0])}')
         return np.arange(0, steps, strides[0])
     parts = np.array_split(np.arange(steps), len(counts))
     return np.concatenate([_evenly(part, count, spec) for part, count in zip(parts, counts, strict=True)])
@@ -152,7 +154,7 @@ def _evenly(part, count, spec):
     if count > len(part):
         raise ValueError(f'"{spec}": {count} of {len(part)} steps cannot be kept')
     stride = (len(part) - 1) / max(count - 1, 1)
-    # Added up rather than multiplied: so the published lists round where they fall between two steps.
+    # A cumulative sum rather than a product, to round like the published lists where they fall between two steps.
     return part[np.rint(np.cumsum(np.append(0.0, np.full(count - 1, stride)))).astype(np.int64)]
 
 
@@ -164,28 +166,28 @@ def _nearby(steps, count):
 # ---- the variational bound
 
 
-def normal_kl(mean1, log_variance1, mean2, log_variance2):
+def normal_kl(mean1: torch.Tensor, log_variance1: torch.Tensor, mean2: torch.Tensor, log_variance2: torch.Tensor) -> torch.Tensor:
     """KL(N(mean1, variance1) || N(mean2, variance2)) in nats, elementwise."""
     ratio = log_variance1 - log_variance2
     return 0.5 * (ratio.exp() - ratio - 1 + (mean1 - mean2) ** 2 * (-log_variance2).exp())
 
 
-def normal_cdf(z):
+def normal_cdf(z: torch.Tensor) -> torch.Tensor:
     """The papers' 0.5 (1 + tanh(sqrt(2/pi) (z + 0.044715 z^3))), within 2e-4 of Phi(z), which noise.normal_cdf gives exactly."""
     return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z ** 3)))
 
 
-def grey_log_likelihood(x, mean, log_variance):
+def grey_log_likelihood(x: torch.Tensor, mean: torch.Tensor, log_variance: torch.Tensor) -> torch.Tensor:
     """log P(grey level of x) in nats, elementwise, under N(mean, exp(log_variance)) and bins of width 2/255 around the 256 levels.
 
-    The outermost bins reach to infinity. x: images in [-1,1], levels k/127.5 - 1; no probability counts as less than 1e-12."""
+    The outermost bins extend to infinity. x: images in [-1,1], levels k/127.5 - 1; probabilities are clamped to at least 1e-12."""
     scale = (-0.5 * log_variance).exp()
     upper = normal_cdf((x - mean + BIN) * scale).where(x <= 0.999, 1)
     lower = normal_cdf((x - mean - BIN) * scale).where(x >= -0.999, 0)
     return (upper - lower).clamp(min=1e-12).log()
 
 
-def bound(diffusion, x0, D, t, log_variance):
+def bound(diffusion: Diffusion, x0: torch.Tensor, D: torch.Tensor, t: torch.Tensor, log_variance: torch.Tensor) -> torch.Tensor:
     """The bound's term of step t, in nats, elementwise: KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)), and -log p(x_0 | x_1) for t = 0.
 
     x0, D: [N,C,H,W]; t: int64 [N]; log_variance: of the reverse step, [N,C,H,W] or [N,1,1,1]. Both means hold the same share of x_t,
@@ -196,14 +198,15 @@ def bound(diffusion, x0, D, t, log_variance):
 
 
 class BoundTerms(NamedTuple):
-    """What one step says of each image, [N] each."""
+    """The results of one step for each image, [N] each."""
 
-    vb: torch.Tensor      # its term of the bound, bits per dimension
+    vb: torch.Tensor      # term of the bound, bits per dimension
     x0_mse: torch.Tensor  # mean squared error of D
     eps_mse: torch.Tensor  # the same in units of eps
 
 
-def bound_terms(diffusion, x0, D, t, out=None, *, fixed='large', clip=True):
+def bound_terms(diffusion: Diffusion, x0: torch.Tensor, D: torch.Tensor, t: torch.Tensor, out: torch.Tensor | None = None, *,
+                fixed: str = 'large', clip: bool = True) -> BoundTerms:
     """BoundTerms of images x0 [N,C,H,W] at steps t, int64 [N], from D = E[x_0 | x] at the level diffusion.levels[t].
 
     out: the network's channels for the variance, [N,C,H,W]; None: the variance is `fixed`, see Diffusion.log_variance(). clip: D into
@@ -214,24 +217,24 @@ def bound_terms(diffusion, x0, D, t, out=None, *, fixed='large', clip=True):
     return BoundTerms(vb, x0_mse, x0_mse / diffusion.at('levels', t, x0).flatten().square())
 
 
-def prior_bits(diffusion, x0):
-    """KL(q(x_T | x_0) || N(0, 1)) in bits per dimension, [N]: what the last step still tells of the image."""
+def prior_bits(diffusion: Diffusion, x0: torch.Tensor) -> torch.Tensor:
+    """KL(q(x_T | x_0) || N(0, 1)) in bits per dimension, [N]: the prior term of the bound."""
     last = torch.full([len(x0)], diffusion.steps - 1, device=x0.device)
     abar, zero = diffusion.at('alpha_bar', last, x0), torch.zeros_like(x0)
     return mean_bits(normal_kl(abar.sqrt() * x0, (1 - abar).log(), zero, zero))
 
 
-def mean_bits(nats):
+def mean_bits(nats: torch.Tensor) -> torch.Tensor:
     """[N,C,H,W] in nats -> bits per dimension, [N]."""
     return nats.flatten(1).mean(1) / math.log(2)
 
 
-def build_diffusion(spec, slot='--diffusion'):
-    """"cosine:steps=4000" -> Diffusion; raises UserError for what is no schedule."""
+def build_diffusion(spec: str, slot: str = '--diffusion') -> Diffusion:
+    """"cosine:steps=4000" -> Diffusion; raises UserError for anything that is not a schedule."""
     return registry.build(spec, DIFFUSIONS, slot)
 
 
-# What a network can be asked for, as a x_0 + b x_t: a network's kind -> (a, b), float64 [T] each.
+# Kinds of predictions, as a x_0 + b x_t: kind -> (a, b), float64 [T] each.
 PREDICTIONS = {
     'eps': lambda d: (-(d.alpha_bar / (1 - d.alpha_bar)).sqrt(), (1 - d.alpha_bar).rsqrt()),
     'previous': lambda d: (d.from_x0, d.from_xt),  # the mean of x_{t-1}

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Generated images, for metrics: those that a network makes in memory, and those in files, both with what made them."""
+"""Generated images for metrics, sampled from a network in memory or read from files, with a record of how they were generated."""
 
 import os
 import sys
+from collections.abc import Iterable, Iterator
 
-from dnnlib import UserError
+from dnnlib import EasyDict, UserError
 from dnnlib.files import beside
 from metrics import results
 from metrics.generated import FileImages, choose_count
@@ -17,7 +18,7 @@ from training.sampling.generate import check_finite, generate_images, resolution
 from training.sampling.pixels import is_picture, to_uint8
 
 
-def uint8_batches(net, seeds, batch, who, **pieces):
+def uint8_batches(net, seeds: Iterable[int], batch: int, who: str, **pieces) -> Iterator:
     """Yields this rank's images of the seeds, uint8 [n,C,H,W]. pieces: as for generate_images; who: what errors call the network."""
     for part in generate_images(net, seeds, batch=batch, rank=distributed.rank(), world=distributed.size(), **pieces):
         check_finite(part, who)
@@ -25,11 +26,11 @@ def uint8_batches(net, seeds, batch, who, **pieces):
 
 
 class NetworkImages:
-    """--network: images made in memory, and rounded to 8 bits as their PNGs would be; each repeat takes the seeds that follow.
+    """--network: images sampled in memory and rounded to 8 bits as in a PNG; each repeat uses the next seeds.
 
-    networks: Networks, where several such sources share them; the network is loaded anew where another's weights took its place."""
+    networks: Networks, where several such sources share them; the network is loaded again where another's weights took its place."""
 
-    def __init__(self, o, networks=None):
+    def __init__(self, o: EasyDict, networks=None) -> None:
         self._o, self._networks = o, networks or sampling.Networks()
         self.found = len(set(o.seeds))
         self.count = choose_count(o, self.found, f'--seeds={ranges(o.seeds)}: names {self.found} images')
@@ -38,22 +39,22 @@ class NetworkImages:
         self._seeds = [[seed + i * span for seed in seeds] for i in range(o.repeats)]
         net, self._pieces = sampling.prepare(o, [seed for part in self._seeds for seed in part], self._networks)
         if not is_picture(net.img_channels, net.units):
-            raise UserError(f'--network={o.network}: makes no 8-bit grey or RGB images, which detectors compare')
+            raise UserError(f'--network={o.network}: does not generate 8-bit grey or RGB images, which detectors need')
         self.shape = net.img_channels, *resolution(net)
         self.labels = [{'seeds': ranges(seeds)} for seeds in self._seeds]
         self._facts = distributed.from_rank0(record.describe, o, net, self._pieces, self._networks.digest)
 
-    def facts(self):
-        """The same in the same form as the record of a folder of such images."""
+    def facts(self) -> dict:
+        """How the images are generated, in the form of the record of a folder."""
         return {**self._facts, 'seeds': ranges(self._seeds[0])}
 
-    def default_path(self, suffix):
-        """NETWORK, what tells its results apart, and the suffix."""
+    def default_path(self, suffix: str) -> str:
+        """Path of the result: NETWORK, a tag that distinguishes its results, and the suffix."""
         o, seeds = self._o, ranges(self._seeds[0])
         tag = results.tag(self._facts, self.count, o.repeats, o.detector, seeds=None if seeds == ranges(range(self.count)) else seeds)
         return beside(o.network, f'.{tag}{suffix}')
 
-    def repeats(self):
+    def repeats(self) -> Iterator:
         """Yields the batches of each repeat. Raises UserError where the network is no longer what it was."""
         net, _ = self._networks.open(self._o)
         if distributed.from_rank0(self._networks.digest, net) != self._facts['sha256']:
@@ -61,26 +62,26 @@ class NetworkImages:
         for seeds in self._seeds:
             yield uint8_batches(net, seeds, self._o.batch_size, f'--network={self._o.network}', **self._pieces)
 
-    def check_unchanged(self):
-        """A network in memory stays as it is."""
+    def check_unchanged(self) -> None:
+        """Nothing to check: a network in memory does not change."""
 
 
 class RecordedImages(FileImages):
-    """--gen-path: images in files, with the record of a folder where that is of exactly these images."""
+    """--gen-path: images in files, with the record of their folder if it describes exactly these images."""
 
-    def __init__(self, o):
+    def __init__(self, o: EasyDict) -> None:
         super().__init__(o)
         self._record, self._missing = distributed.from_rank0(self._find_record)
 
     def _find_record(self):
         if not os.path.isdir(self.files.path):
-            return None, 'not a folder of images, which alone has a record'
+            return None, 'not a folder of images; only folders have a record'
         names = [self.files.name(i) for i in range(len(self.files))]
         found, why = record_of(self.files.path, names, self.shape)
         if why and os.path.lexists(record_path(self.files.path)):
-            print(f'Warning: --gen-path={self._o.gen_path}: {why}; the result does not say what made the images', file=sys.stderr)
+            print(f'Warning: --gen-path={self._o.gen_path}: {why}; the result does not say how the images were generated', file=sys.stderr)
         return found, why
 
-    def facts(self):
-        """Path, digest, and the record: or null, and why there is none."""
+    def facts(self) -> dict:
+        """Path, digest, and the record, or null with the reason."""
         return {**super().facts(), 'record': self._record, **({} if self._record else {'record_missing': self._missing})}

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The work of eval_nll.py: images through a method, over all ranks, to numbers with what decides them."""
+"""The work of eval_nll.py: evaluates images with a method, over all ranks, and writes the numbers with everything they depend on."""
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
 
 import dnnlib
-from dnnlib import UserError
+from dnnlib import EasyDict, UserError
 from dnnlib.files import beside, file_digest, prepare_output, write_json
 from dnnlib.progress import Progress
 from torch_utils import distributed, misc
@@ -18,12 +19,12 @@ from training.likelihood import dequantisation
 from training.likelihood.bound import variational_bound, write_picture
 from training.likelihood.flow import log_likelihood
 
-SIGMA_MIN, SIGMA_MAX, SIGMA_DATA = 0.002, 80.0, 0.5  # EDM's, where neither the options nor the network say otherwise
+SIGMA_MIN, SIGMA_MAX, SIGMA_DATA = 0.002, 80.0, 0.5  # EDM's values, the defaults
 DIFFUSION = 'cosine:steps=1000'
 BAR = '{desc}{percentage:3.0f}%|{bar}| {n:.0f}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}]'  # the bound counts fractions of images
 
 
-def run(o):
+def run(o: EasyDict) -> None:
     """Reads, measures, prints, and writes the files."""
     if o.threads:
         torch.set_num_threads(o.threads)
@@ -33,7 +34,7 @@ def run(o):
         if path:
             prepare_output(path, option, suffix)
     net = load_network(o.network, device=distributed.pick_device(o.device), weights=o.weights)
-    net.compute_dtype = torch.float32  # half precision rounds the trace away
+    net.compute_dtype = torch.float32  # in half precision the trace is lost in rounding
     dataset, conditional = open_data(net, o)
     items = choose_items(dataset, o)
     method = METHODS[o.method, o.dequantise](net, dataset, o)
@@ -45,21 +46,22 @@ def run(o):
 
 
 class FlowMethod:
-    """The probability-flow ODE of dequantised images: (images, raw_idx, repeat, class_labels, progress) -> ({name: [n]}, [0,0])."""
+    """Probability-flow ODE of dequantised images: (images, raw_idx, repeat, class_labels, progress) -> ({name: [n]}, [0,0])."""
 
     columns, terms = ('bits_per_dim', 'evaluations'), (0, 0)
 
-    def __init__(self, net, dataset, o):
+    def __init__(self, net, dataset: ImageDataset, o: EasyDict) -> None:
         self.net, self.o, self.is_float = net, o, dataset.is_float
         scales = np.atleast_1d(dataset.units['scale'] if dataset.is_float else 127.5)  # of all channels, or of each
         self.offset = sum(map(math.log2, scales)) / len(scales)
         self.flow = self.pick_flow()
 
-    def pick_flow(self):
+    def pick_flow(self) -> dict:
         """The options of log_likelihood."""
         return flow_options(self.net, self.o)
 
-    def __call__(self, images, raw_idx, repeat, class_labels, progress):
+    def __call__(self, images: torch.Tensor, raw_idx: np.ndarray, repeat: int, class_labels: torch.Tensor | None,
+                 progress: Callable) -> tuple[dict, torch.Tensor]:
         if not self.is_float:
             images = dequantised(images, raw_idx, self.o.seed, repeat)
         found = log_likelihood(self.net, images, probes=self.probes(images, raw_idx, repeat), class_labels=class_labels,
@@ -67,52 +69,53 @@ class FlowMethod:
         bits = -found.log_p / (images[0].numel() * math.log(2)) + self.offset
         return {'bits_per_dim': bits, 'evaluations': found.evaluations}, torch.zeros(self.terms)
 
-    def probes(self, images, raw_idx, repeat):
-        """Of the trace, [n,K,C,H,W]; None where it is exact."""
+    def probes(self, images: torch.Tensor, raw_idx: np.ndarray, repeat: int) -> torch.Tensor | None:
+        """Probes for the trace, [n,K,C,H,W]; None where it is exact."""
         if self.o.trace == 'exact':
             return None
         draw = lambda source: torch.randint(2, [self.o.probes, *images.shape[1:]], generator=source, dtype=torch.int8) * 2 - 1
         return keyed(draw, raw_idx, self.o.seed, 'probes', repeat).to(images.device)
 
-    def facts(self):
+    def facts(self) -> dict:
         """What the result tells of the method."""
         return {'method': 'probability-flow ODE, Dormand-Prince 5(4)',
                 'dequantisation': 'none' if self.is_float else '(u + U[0,1) - 1/2) / 127.5 - 1', 'offset_bits': self.offset,
                 'prior_variance': self.flow['sigma_max'] ** 2 + self.flow['sigma_data'] ** 2, 'flow': self.flow}
 
-    def tables(self, terms):
-        """No arrays beside the images' own."""
+    def tables(self, terms: np.ndarray) -> dict:
+        """No arrays besides those per image."""
         return {}
 
 
 class GaussianFlowMethod(FlowMethod):
-    """The same from the lowest level of the bound's diffusion on, with the bound's decoder: a bound for grey levels."""
+    """Probability-flow ODE above the lowest level of the bound's diffusion, with the bound's decoder: a bound for grey levels."""
 
     columns = 'bits_per_dim', 'flow_bits_per_dim', 'decoder_bits_per_dim', 'noise_bits_per_dim', 'evaluations'
 
-    def __init__(self, net, dataset, o):
+    def __init__(self, net, dataset: ImageDataset, o: EasyDict) -> None:
         if dataset.is_float:
-            raise UserError(f'--dequantise=gaussian: is for 8-bit images, and --data={o.data} holds others, which need no '
+            raise UserError(f'--dequantise=gaussian is for 8-bit images, and --data={o.data} holds others, which need no '
                             'dequantisation; leave it out')
         self.diffusion, self.variance = pick_diffusion(net, o), pick_variance(net, o)
         super().__init__(net, dataset, o)
 
-    def pick_flow(self):
-        """The options of log_likelihood, its lowest level the diffusion's."""
+    def pick_flow(self) -> dict:
+        """The options of log_likelihood, with the lowest level of the diffusion."""
         low = float(self.diffusion.levels[0])
         if low < self.net.sigma_min * (1 - 1e-5):  # networks keep levels in float32
             raise UserError(f'--diffusion={self.o.diffusion or DIFFUSION}: its lowest level, {low:.4g}, is not in the range of the '
-                            f'network, {self.net.sigma_min:g} to {self.net.sigma_max:g}; a schedule of fewer steps begins higher')
+                            f'network, {self.net.sigma_min:g} to {self.net.sigma_max:g}; a schedule of fewer steps starts higher')
         return flow_options(self.net, dnnlib.EasyDict(self.o, sigma_min=max(low, self.net.sigma_min))) | {'sigma_min': low}
 
-    def __call__(self, images, raw_idx, repeat, class_labels, progress):
-        noise = bound_noise(images, raw_idx, self.o.seed, repeat, 0)  # so that the decoder's term is the very one of the bound
+    def __call__(self, images: torch.Tensor, raw_idx: np.ndarray, repeat: int, class_labels: torch.Tensor | None,
+                 progress: Callable) -> tuple[dict, torch.Tensor]:
+        noise = bound_noise(images, raw_idx, self.o.seed, repeat, 0)  # so that the decoder's term equals that of the bound
         options = {key: value for key, value in self.flow.items() if key != 'sigma_min'}
         found = dequantisation.grey_levels(self.net, self.diffusion, images, noise, class_labels=class_labels, variance=self.variance,
                                            probes=self.probes(images, raw_idx, repeat), progress=progress, **options)
         return dict(zip(self.columns, found)), torch.zeros(self.terms)
 
-    def facts(self):
+    def facts(self) -> dict:
         """What the result tells of the method."""
         return {**super().facts(), 'dequantisation': 'x_0 + sigma_1 N(0, 1), decoder of the bound', 'offset_bits': 0.0,
                 'sigma_1': float(self.diffusion.levels[0]), 'steps': self.diffusion.steps,
@@ -124,32 +127,33 @@ class BoundMethod:
 
     columns = ('bits_per_dim', 'prior_bits_per_dim', 'decoder_bits_per_dim', 'x0_mse', 'eps_mse')
 
-    def __init__(self, net, dataset, o):
+    def __init__(self, net, dataset: ImageDataset, o: EasyDict) -> None:
         if dataset.is_float:
-            raise UserError(f'--method=vlb: is a bound for 8-bit images, and --data={o.data} holds others; use --method=ode')
+            raise UserError(f'--method=vlb is a bound for 8-bit images, and --data={o.data} holds others; use --method=ode')
         self.net, self.o = net, o
         self.diffusion, self.variance = pick_diffusion(net, o), pick_variance(net, o)
         self.terms = 3, self.diffusion.steps
 
-    def __call__(self, images, raw_idx, repeat, class_labels, progress):
+    def __call__(self, images: torch.Tensor, raw_idx: np.ndarray, repeat: int, class_labels: torch.Tensor | None,
+                 progress: Callable) -> tuple[dict, torch.Tensor]:
         noise = lambda t: bound_noise(images, raw_idx, self.o.seed, repeat, t)
         found = variational_bound(self.net, self.diffusion, images, noise, class_labels=class_labels, variance=self.variance,
                                   progress=progress)
         values = found.total, found.prior, found.vb[:, 0], found.x0_mse.mean(dim=1), found.eps_mse.mean(dim=1)
         return dict(zip(self.columns, values)), torch.stack([part.sum(dim=0).cpu() for part in found[2:]])
 
-    def facts(self):
+    def facts(self) -> dict:
         """What the result tells of the method."""
         return {'method': 'variational bound', 'steps': self.diffusion.steps, 'trained_steps': self.diffusion.trained_steps,
                 'variance': self.variance, 'sigma_range': [float(self.diffusion.levels[0]), float(self.diffusion.levels[-1])]}
 
-    def tables(self, terms):
+    def tables(self, terms: np.ndarray) -> dict:
         """The mean terms of each step [T], and the steps."""
         return {**{f'terms_{name}': part for name, part in zip(('vb', 'x0_mse', 'eps_mse'), terms)},
                 'levels': self.diffusion.levels.numpy(), 'timesteps': self.diffusion.timesteps}
 
 
-def pick_diffusion(net, o):
+def pick_diffusion(net, o: EasyDict):
     """The Diffusion whose levels the bound visits: that of the network, or the one asked for, respaced by --steps."""
     own = hasattr(net, 'own_diffusion')
     if own and o.diffusion:
@@ -161,7 +165,7 @@ def pick_diffusion(net, o):
         raise UserError(f'--steps={o.steps}: {err}') from None
 
 
-def pick_variance(net, o):
+def pick_variance(net, o: EasyDict):
     """Of the bound's reverse steps: what --variance asks for; auto: learned where the network was trained to give it, else large."""
     if o.variance == 'learned' and not getattr(net, 'output_multiple', 1) > 1:
         raise UserError('--variance=learned: the network has no channels for the variance; choose large or small')
@@ -169,15 +173,15 @@ def pick_variance(net, o):
     return ('learned' if trained else 'large') if o.variance == 'auto' else o.variance
 
 
-def open_data(net, o):
+def open_data(net, o: EasyDict) -> tuple[ImageDataset, bool]:
     """(ImageDataset, whether the network is given its labels), of the network's shape and units."""
     conditional = bool(net.label_dim) if o.cond is None else o.cond
     if conditional and not net.label_dim:
-        raise UserError('--cond=1: the network takes no labels; leave the option out')
+        raise UserError('--cond=1: the network is unconditional and takes no labels; leave the option out')
     dataset = ImageDataset(o.data, use_labels=conditional)
     expected = [net.img_channels, *misc.height_width(net.img_resolution)]
     if list(dataset.image_shape) != expected:
-        raise UserError(f'--data={o.data}: its images are {list(dataset.image_shape)}, the network makes {expected} '
+        raise UserError(f'--data={o.data}: its images have the shape {list(dataset.image_shape)}, those of the network {expected} '
                         '[C,H,W]; convert them with dataset_tool.py')
     if dataset.units != net.units:
         raise UserError(f'--data={o.data}: its units are {dataset.units or "8-bit"}, those of the network '
@@ -188,33 +192,33 @@ def open_data(net, o):
     return dataset, conditional
 
 
-def choose_items(dataset, o):
-    """The items that are evaluated, int64: the first --num of those without noise of their own."""
+def choose_items(dataset: ImageDataset, o: EasyDict) -> np.ndarray:
+    """The items to evaluate, int64: the first --num of the clean ones."""
     clean = np.flatnonzero(dataset.native_sigma == 0)
     if not len(clean):
-        raise UserError(f'--data={o.data}: all {len(dataset)} images carry noise ("sigmas" in dataset.json); the '
-                        'likelihood is that of clean images')
+        raise UserError(f'--data={o.data}: all {len(dataset)} images are noisy ("sigmas" in dataset.json); the '
+                        'likelihood is evaluated on clean images')
     if len(clean) < len(dataset):
-        distributed.print0(f'{len(dataset) - len(clean)} of {len(dataset)} images carry noise and are left out')
+        distributed.print0(f'{len(dataset) - len(clean)} of {len(dataset)} images are noisy and are left out')
     option = distributed.num_option()
     if o.num is not None and o.num > len(clean):
-        raise UserError(f'{option}={o.num}: --data={o.data} holds only {len(clean)} clean images; pass '
+        raise UserError(f'{option}={o.num}: --data={o.data} holds only {len(clean)} clean images; use '
                         f'{option}={len(clean)} or less')
     return clean[:o.num]
 
 
-def flow_options(net, o):
+def flow_options(net, o: EasyDict) -> dict:
     """The levels and tolerances of log_likelihood; the range lies within the network's."""
     sigma_min = o.sigma_min or max(SIGMA_MIN, net.sigma_min)
     sigma_max = o.sigma_max or min(SIGMA_MAX, net.sigma_max)
     if not net.sigma_min <= sigma_min < sigma_max <= net.sigma_max:
-        raise UserError(f'--sigma-min={sigma_min:g} --sigma-max={sigma_max:g}: must rise, within the range of the '
-                        f'network, {net.sigma_min:g} to {net.sigma_max:g}')
+        raise UserError(f'--sigma-min={sigma_min:g} --sigma-max={sigma_max:g}: the first must be smaller, and both within the range of '
+                        f'the network, {net.sigma_min:g} to {net.sigma_max:g}')
     return dict(sigma_min=sigma_min, sigma_max=sigma_max, sigma_data=o.sigma_data or getattr(net, 'sigma_data', SIGMA_DATA),
                 rtol=o.rtol, atol=o.atol, max_steps=o.max_steps)
 
 
-def measure(net, dataset, items, conditional, method, o):
+def measure(net, dataset: ImageDataset, items: np.ndarray, conditional: bool, method, o: EasyDict) -> tuple[dict, np.ndarray]:
     """On every rank: ({column: [repeats, N]}, the mean of the method's terms over images and repeats)."""
     found = {name: torch.zeros([o.repeats, len(items)], dtype=torch.float64) for name in method.columns}
     terms = torch.zeros(method.terms, dtype=torch.float64)
@@ -238,7 +242,7 @@ def measure(net, dataset, items, conditional, method, o):
     return {name: gather(values) for name, values in found.items()}, gather(terms) / (o.repeats * len(items))
 
 
-def read_batch(net, dataset, items, conditional, o):
+def read_batch(net, dataset: ImageDataset, items: np.ndarray, conditional: bool, o: EasyDict) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(images [n,C,H,W] float64 in network units, class_labels or None) of items, on the device."""
     device = distributed.pick_device(o.device)
     images = dataset.to_network(np.stack([dataset.decode(i) for i in dataset.raw_idx[items]])).double()
@@ -249,25 +253,25 @@ def read_batch(net, dataset, items, conditional, o):
     return images.to(device), labels.to(device)
 
 
-def keyed(draw, raw_idx, *key):
-    """draw(generator) of each image, stacked: a function of the key and of its place in the archive, not of the batch or the rank."""
+def keyed(draw: Callable, raw_idx: np.ndarray, *key) -> torch.Tensor:
+    """draw(generator) of each image, stacked: depends on the key and on its index in the archive, not on the batch or the rank."""
     return torch.stack([draw(misc.generator(*key, i)) for i in raw_idx])
 
 
-def dequantised(images, raw_idx, seed, repeat):
-    """Images in network units filled up to a density, each with uniform noise of its own."""
+def dequantised(images: torch.Tensor, raw_idx: np.ndarray, seed: int, repeat: int) -> torch.Tensor:
+    """Images in network units, dequantised with uniform noise."""
     draw = lambda source: torch.rand(images.shape[1:], generator=source, dtype=torch.float64)
     return dequantisation.uniform(images, keyed(draw, raw_idx, seed, 'dequantisation', repeat).to(images.device))
 
 
-def bound_noise(images, raw_idx, seed, repeat, t):
-    """Standard normal of step t of the bound, like images."""
+def bound_noise(images: torch.Tensor, raw_idx: np.ndarray, seed: int, repeat: int, t: int) -> torch.Tensor:
+    """Standard normal noise of step t of the bound, of the shape of images."""
     draw = lambda source: torch.randn(images.shape[1:], generator=source, dtype=torch.float64)
     return keyed(draw, raw_idx, seed, 'bound', repeat, t).to(images.device)
 
 
-def summary(found, dataset):
-    """The numbers of the result: means over images, their standard error, and the spread of the means over repeats."""
+def summary(found: dict, dataset: ImageDataset) -> dict:
+    """The numbers of the result: means over images, their standard error, and the std of the means over repeats."""
     values = found['bits_per_dim']
     means, images = values.mean(axis=1), values.mean(axis=0)
     name = 'differential_bits_per_dim' if dataset.is_float else 'bits_per_dim'
@@ -277,8 +281,8 @@ def summary(found, dataset):
             **{key: misc.as_float(column.mean()) for key, column in found.items() if key != 'bits_per_dim'}}
 
 
-def provenance(net, dataset, items, conditional, o):
-    """What decides the numbers, whatever the method."""
+def provenance(net, dataset: ImageDataset, items: np.ndarray, conditional: bool, o: EasyDict) -> dict:
+    """What the numbers depend on, for every method."""
     return {
         'num_images': len(items),
         'found_images': len(dataset),
@@ -293,8 +297,8 @@ def provenance(net, dataset, items, conditional, o):
     }
 
 
-def write(result, arrays, out_path, o):
-    """Files and table."""
+def write(result: dict, arrays: dict, out_path: str, o: EasyDict) -> None:
+    """Writes the files and prints the table."""
     write_json(out_path, result)
     if o.npz_path:
         with dnnlib.replacing(o.npz_path) as part, open(part, 'wb') as f:

@@ -1,18 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Log-likelihood of images under a denoiser, by the probability-flow ODE and an adaptive solver with a step size for each image.
+"""Log-likelihood of images under a denoiser, by the probability-flow ODE and an adaptive solver with a separate step size per image.
 
-Between a pair of levels the flow dx/dsigma = (x - D) / sigma carries p(x; sigma) along, and log p falls by the divergence
-(C H W - tr dD/dx) / sigma on the way (Song et al. 2021, section 4.3; Karras et al. 2022, equation 1)."""
+The flow dx/dsigma = (x - D) / sigma transports p(x; sigma) between levels, and log p decreases along it by the divergence
+(C H W - tr dD/dx) / sigma (Song et al. 2021, section 4.3; Karras et al. 2022, equation 1)."""
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
 from torch_utils import misc
 
-SAFETY = 0.9       # the next step aims this far below the tolerance
-SHRINK, GROW = 0.2, 5.0  # a step is at least and at most so many times the one before
+SAFETY = 0.9       # safety factor of the next step size
+SHRINK, GROW = 0.2, 5.0  # smallest and largest ratio of a step size to the previous one
 
 # Dormand and Prince 1980, 5(4): nodes, weights of the earlier slopes in each stage, orders 5 minus 4. The last stage is the result.
 NODES = (1 / 5, 3 / 10, 4 / 5, 8 / 9, 1, 1)
@@ -26,28 +27,29 @@ ERROR = (71 / 57600, 0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 
 
 
 class Likelihood(NamedTuple):
-    """What log_likelihood finds of each image, on x's device."""
+    """The result of log_likelihood for each image, on x's device."""
 
     log_p: torch.Tensor  # float64 [N], log p(x; sigma_min), nats
     evaluations: torch.Tensor  # int64 [N], calls of the denoiser
 
 
-def log_likelihood(net, x, *, probes=None, class_labels=None, sigma_min=0.002, sigma_max=80.0, sigma_data=0.5, rtol=1e-5, atol=1e-5,
-                   max_steps=1000, progress=None):
+def log_likelihood(net: Callable, x: torch.Tensor, *, probes: torch.Tensor | None = None, class_labels: torch.Tensor | None = None,
+                   sigma_min: float = 0.002, sigma_max: float = 80.0, sigma_data: float = 0.5, rtol: float = 1e-5, atol: float = 1e-5,
+                   max_steps: int = 1000, progress: Callable[[int], object] | None = None) -> Likelihood:
     """log p(x; sigma_min) under the denoiser's probability flow, whose end at sigma_max is N(0, sigma_max^2 + sigma_data^2).
 
-    What lies below sigma_min is left out: for an exact denoiser it costs KL(p(.; 0) | p(.; sigma_min)) nats an image on average.
+    Levels below sigma_min are left out: for an exact denoiser this costs KL(p(.; 0) | p(.; sigma_min)) nats per image on average.
 
     net(x, sigma [n,1,1,1], class_labels) -> D, differentiable in x, in any float dtype. x: [N,C,H,W], network units.
-    probes: [N,K,C,H,W] of +1 and -1, for the trace averaged over z^T (dD/dx) z (Hutchinson 1990; the K probes stay the same along
-    the path); None: the exact trace, C H W backward passes an evaluation. class_labels: [N, label_dim] or None.
-    rtol, atol: bounds on the error of a step, on values of unit size and on log p per dimension alike; a float32 network's own
-    rounding makes less than about 1e-6 useless. progress(n): called when n images more are done.
+    probes: [N,K,C,H,W] of +1 and -1, for the estimate of the trace as the mean of z^T (dD/dx) z (Hutchinson 1990; the K probes stay the
+    same along the path); None: the exact trace, C H W backward passes per evaluation. class_labels: [N, label_dim] or None.
+    rtol, atol: bounds on the error of a step, for values of unit size and for log p per dimension alike; the rounding of a float32
+    network makes less than about 1e-6 useless. progress(n): called when n more images are done.
     On the CPU an image's result does not depend on the others, bit for bit at equal threads. Returns Likelihood.
     Raises ValueError where the denoiser is not finite, or where an image needs more than max_steps steps.
 
-    The path is followed in the angle theta, sigma = sigma_data tan(theta), and in y = x / sqrt(sigma^2 + sigma_data^2): there
-    dy/dtheta = (c_skip x - D) / c_out is EDM's network itself with its sign turned (Lu and Song 2024), which is of unit size at
+    The ODE is solved in the angle theta, sigma = sigma_data tan(theta), and in y = x / sqrt(sigma^2 + sigma_data^2): there
+    dy/dtheta = (c_skip x - D) / c_out is the negative of EDM's network (Lu and Song 2024), which is of unit size at
     every level, and vanishes for Gaussian data of std sigma_data."""
     if not 0 < sigma_min < sigma_max < math.inf:
         raise ValueError(f'0 < sigma_min < sigma_max is needed, got sigma_min={sigma_min:g}, sigma_max={sigma_max:g}')
@@ -63,7 +65,7 @@ def log_likelihood(net, x, *, probes=None, class_labels=None, sigma_min=0.002, s
 
 
 class _Flow:
-    """The field of integrate(): (theta [n], state [n, CHW + 1], rows [n]) -> d state / d theta; the last column is log p / CHW."""
+    """Vector field for integrate(): (theta [n], state [n, CHW + 1], rows [n]) -> d state / d theta; the last column is log p / CHW."""
 
     def __init__(self, net, shape, probes, class_labels, sigma_data):
         self.net, self.shape, self.dims = net, shape, math.prod(shape)
@@ -106,13 +108,14 @@ class _Flow:
         return z.view_as(D)
 
 
-def integrate(field, state, start, end, *, rtol, atol, first_step, max_steps=1000, progress=None):
-    """Follows d state / dt = field(t [n], state [n,K], rows [n]) from t = start to end > start, every row at a pace of its own.
+def integrate(field: Callable, state: torch.Tensor, start: float, end: float, *, rtol: float, atol: float, first_step: float,
+              max_steps: int = 1000, progress: Callable[[int], object] | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Solves d state / dt = field(t [n], state [n,K], rows [n]) from t = start to end > start, with a separate step size per row.
 
-    state: float64 [N,K]. field gets the rows that are still under way, and which of the N they are (int64). A step is taken where
+    state: float64 [N,K]. field gets the rows that are not finished, and their indices among the N (int64). A step is accepted where
     its error is within atol + rtol |state|: in root mean square over the columns, and in the last column by itself.
-    Returns (state at end [N,K], calls of field for each row, int64 [N]). Raises ValueError after max_steps steps, refused ones
-    counted."""
+    Returns (state at end [N,K], calls of field for each row, int64 [N]). Raises ValueError after max_steps steps, including rejected
+    ones."""
     done, calls = torch.empty_like(state), torch.zeros(len(state), dtype=torch.int64, device=state.device)
     rows = torch.arange(len(state), device=state.device)
     t, step = torch.full_like(state[:, 0], start), torch.full_like(state[:, 0], first_step)
@@ -151,16 +154,16 @@ def _weighted(weights, slopes):
 
 
 def _error_ratio(error, allowed):
-    """[n]: the error of each row in units of what is allowed."""
+    """[n]: the error of each row relative to the tolerance."""
     ratio = error / allowed
     return torch.maximum(_row_means(ratio[:, :-1].square()).sqrt(), ratio[:, -1].abs())
 
 
 def _each(function, values):
-    """function(number) of each of values [n]. PyTorch's powers of whole vectors and of the rest beyond them differ in the last bit."""
+    """function(number) of each of values [n]: PyTorch's vectorised powers differ in the last bit with the position in a tensor."""
     return values.new_tensor([function(value) for value in values.tolist()])
 
 
 def _row_means(values):
-    """Means [n] of the rows of [n,K], one by one: a sum over many rows at once would be split up by how many they are."""
+    """Means [n] of the rows of [n,K], one by one: the rounding of a sum over many rows at once would depend on their number."""
     return torch.stack([row.mean() for row in values])

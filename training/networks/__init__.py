@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Networks F and denoisers D. Every file of this folder is imported with it, so that its networks enter interface.ARCHS."""
+"""Networks F and denoisers D. Importing the package imports every file in it, so that their networks are registered in interface.ARCHS."""
 
 import sys
 

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a network F is to the rest of the program, and the registry of those that --arch selects.
+"""The interface of a network F to the rest of the program, and the registry of those that --arch selects.
 
-A new network is a file in this folder (or anywhere: whoever imports it registers it) with a class that derives from Network and a line
+A new network is a file in this folder (or elsewhere, if it is imported) with a class that derives from Network and a line
 ARCHS['name'] = Arch(TheClass) at its end. Then --arch=name:key=value trains it, and config.json's model_type names the class."""
 
 import inspect
+from collections.abc import Iterable
 
 from torch import nn
 
@@ -15,27 +16,27 @@ class Network(nn.Module):
     """F of a preconditioner: (x [N,C,H,W], noise_labels [N], class_labels, augment_labels) -> [N,out_channels,H,W] in x.dtype.
 
     class_labels: [N or 1, label_dim], or None where label_dim is 0; an all-zero row means "no label". augment_labels:
-    [N, augment_dim] or None, "not augmented". F knows nothing of sigma, loss or sampler; it casts its parameters to x.dtype where it
+    [N, augment_dim] or None, "not augmented". F does not depend on sigma, loss or sampler; it casts its parameters to x.dtype where it
     uses them.
 
-    Constructor: the preconditioner gives img_resolution (int or [H, W]), in_channels, out_channels and label_dim; whatever else has a
-    default is a key of --arch and of config.json, JSON types all. It raises ValueError, in one line, for what it cannot be.
-    Initial values come from torch's own random state, which misc.seeded sets; dropout and its like from rows.py. Parameters and
-    buffers are the whole state: averages copy them, checkpoints hold them by name."""
+    Constructor: the preconditioner gives img_resolution (int or [H, W]), in_channels, out_channels and label_dim; all other arguments
+    have defaults and are keys of --arch and of config.json, of JSON types. It raises ValueError, in one line, for impossible values.
+    Initial values come from torch's global random state, which misc.seeded sets; dropout and similar draws from rows.py. Parameters and
+    buffers are the whole state: averages copy them, checkpoints store them by name."""
 
     augment_dim = 0         # width of augment_labels; 0: it takes none
-    label_embedding = None  # the conditioning.LabelEmbedding, where --cep is to perturb one and --label-dropout to drop labels
-    short_names = {}        # constructor argument: key of --arch, where the published options have a name of their own
+    label_embedding = None  # its conditioning.LabelEmbedding, for --cep and --label-dropout; None: it has none
+    short_names = {}        # constructor argument: key of --arch, where the published options use another name
 
 
 class Arch:
-    """What --arch=NAME stands for: a Network class, and the constructor arguments in which it differs from the class's defaults.
+    """A choice of --arch: a Network class, and the constructor arguments that differ from the defaults of the class.
 
-    Called with keys of --arch it gives the part of config.json that is about the network, model_type included."""
+    Called with keys of --arch it returns the network's part of config.json, including model_type."""
 
     GIVEN = ('img_resolution', 'in_channels', 'out_channels', 'label_dim', 'augment_dim', 'label_dropout')  # by other options
 
-    def __init__(self, network, **preset):
+    def __init__(self, network: type[Network], **preset) -> None:
         self.network, self.preset = network, preset
         found = {p.name: p.default for p in inspect.signature(network).parameters.values()
                  if p.default is not p.empty and p.name not in self.GIVEN}
@@ -44,12 +45,12 @@ class Arch:
         self.__signature__ = inspect.Signature([inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=default)
                                                 for key, default in defaults.items()])
 
-    def __call__(self, **keys):
+    def __call__(self, **keys) -> dict:
         """{"model_type": ..., constructor arguments}."""
         return {'model_type': self.network.__name__, **self.preset, **{self.arguments[key]: value for key, value in keys.items()}}
 
 
-def network_class(model_type):
+def network_class(model_type: str) -> type[Network]:
     """The class that config.json names. Raises UserError."""
     known = {arch.network.__name__: arch.network for arch in ARCHS.values()}
     if model_type not in known:
@@ -57,10 +58,10 @@ def network_class(model_type):
     return known[model_type]
 
 
-def check_choice(name, value, choices):
-    """ValueError in one line where value is none of the choices."""
+def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
+    """Raises ValueError, in one line, where value is not one of the choices."""
     if value not in choices:
         raise ValueError(f'{name}={value} is unknown; choose from {", ".join(choices)}')
 
 
-ARCHS = {}  # each file of this wing adds its own
+ARCHS = {}  # each file of this package adds its own

@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layers with the published initialisers, and the embeddings of numbers; parameters are cast where they are used."""
+"""Layers with the published initialisers, and embeddings of noise levels; parameters are cast where they are used."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 
-def initial(shape, mode, fan_in, fan_out, gain=1.0):
-    """A parameter of the shape, drawn by one of the published initialisers (the caller sets the random state).
+def initial(shape: list[int], mode: str, fan_in: int, fan_out: int, gain: float = 1.0) -> nn.Parameter:
+    """A parameter of the given shape, drawn by one of the published initialisers (the caller sets the random state).
 
     xavier_uniform: variance 2 / (fan_in + fan_out); kaiming_uniform, kaiming_normal: variance 1 / fan_in; each times gain^2."""
     variance = 2 / (fan_in + fan_out) if mode == 'xavier_uniform' else 1 / fan_in
@@ -22,14 +23,15 @@ class Linear(nn.Module):
 
     init_mode, init_weight, init_bias: the initialiser's name, and gains for weight and bias."""
 
-    def __init__(self, in_features, out_features, bias=True, init_mode='kaiming_normal', init_weight=1, init_bias=0):
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, init_mode: str = 'kaiming_normal', init_weight: float = 1,
+                 init_bias: float = 0) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         fans = {'mode': init_mode, 'fan_in': in_features, 'fan_out': out_features}
         self.weight = initial([out_features, in_features], gain=init_weight, **fans)
         self.bias = initial([out_features], gain=init_bias, **fans) if bias else None
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
 
@@ -38,11 +40,11 @@ class PositionalEmbedding(nn.Module):
 
     K = num_channels / 2 and i = 0 ... K - 1."""
 
-    def __init__(self, num_channels, max_positions=10000, endpoint=False):
+    def __init__(self, num_channels: int, max_positions: int = 10000, endpoint: bool = False) -> None:
         super().__init__()
         self.num_channels, self.max_positions, self.endpoint = num_channels, max_positions, endpoint
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         half = self.num_channels // 2
         exponent = torch.arange(half, dtype=x.dtype, device=x.device) / (half - self.endpoint)
         return _circle(x, (1 / self.max_positions) ** exponent)
@@ -51,11 +53,11 @@ class PositionalEmbedding(nn.Module):
 class FourierEmbedding(nn.Module):
     """Noise labels [N] -> [N, num_channels]: cos, then sin, of 2 pi label times fixed random frequencies of std `scale`."""
 
-    def __init__(self, num_channels, scale=16):
+    def __init__(self, num_channels: int, scale: float = 16) -> None:
         super().__init__()
         self.register_buffer('freqs', torch.randn(num_channels // 2) * scale)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return _circle(x, 2 * math.pi * self.freqs.to(x.dtype))
 
 
@@ -70,8 +72,9 @@ class Conv2d(nn.Module):
     resample_filter: 1-D taps of the separable resampling filter. fused_resample: filter after the convolution when going down,
     and do not crop between filter and convolution when going up. Computes in x.dtype."""
 
-    def __init__(self, in_channels, out_channels, kernel, bias=True, up=False, down=False, resample_filter=(1, 1),
-                 fused_resample=False, init_mode='kaiming_normal', init_weight=1, init_bias=0):
+    def __init__(self, in_channels: int, out_channels: int, kernel: int, bias: bool = True, up: bool = False, down: bool = False,
+                 resample_filter: Sequence[float] = (1, 1), fused_resample: bool = False, init_mode: str = 'kaiming_normal',
+                 init_weight: float = 1, init_bias: float = 0) -> None:
         super().__init__()
         assert not (up and down), 'a convolution goes up or down, not both'
         self.in_channels, self.out_channels, self.kernel = in_channels, out_channels, kernel
@@ -82,9 +85,9 @@ class Conv2d(nn.Module):
         taps = torch.tensor(list(resample_filter), dtype=torch.float32)
         self.register_buffer('resample_filter', torch.outer(taps, taps)[None, None] / taps.sum() ** 2 if up or down else None)
         self.is_box = len(taps) == 2 and resample_filter[0] == resample_filter[1]
-        self.margin = (len(taps) - 1) // 2  # what the filter reaches over the edge of the image
+        self.margin = (len(taps) - 1) // 2  # how far the filter extends beyond the edge of the image
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.kernel:
             return self._enlarge(x, self.margin) if self.up else self._shrink(x, self.margin) if self.down else x
         edge = self.kernel // 2
@@ -106,7 +109,7 @@ class Conv2d(nn.Module):
     def _enlarge(self, x, crop):
         if self.is_box:
             return F.interpolate(x, scale_factor=2, mode='nearest')
-        # Zeros between the pixels take away three quarters of the brightness, hence the 4.
+        # The factor 4 compensates for the zeros between the pixels.
         kernel = (4 * self.resample_filter).to(x.dtype).expand(x.shape[1], -1, -1, -1)
         return F.conv_transpose2d(x, kernel, stride=2, padding=crop, groups=x.shape[1])
 
@@ -120,7 +123,7 @@ class Conv2d(nn.Module):
 class GroupNorm(nn.Module):
     """Group normalisation with statistics in float32 whatever x.dtype is."""
 
-    def __init__(self, num_channels, num_groups=32, min_channels_per_group=4, eps=1e-5):
+    def __init__(self, num_channels: int, num_groups: int = 32, min_channels_per_group: int = 4, eps: float = 1e-5) -> None:
         super().__init__()
         self.num_groups, self.eps = min(num_groups, num_channels // min_channels_per_group), eps
         if not self.num_groups or num_channels % self.num_groups:
@@ -129,14 +132,14 @@ class GroupNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(num_channels))
         self.bias = nn.Parameter(torch.zeros(num_channels))
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.group_norm(x.float(), self.num_groups, self.weight.float(), self.bias.float(), self.eps).to(x.dtype)
 
 
-def silu(x, training):
-    """SiLU of [N,...]; outside training, several CPU threads work on a row at a time, so that its bits do not depend on its place.
+def silu(x: torch.Tensor, training: bool) -> torch.Tensor:
+    """SiLU of [N,...]; in evaluation on several CPU threads row by row, so that the result of a row does not depend on its place.
 
-    They cut a tensor into equal parts, and what is left of a part beyond whole vectors is computed by another exp."""
+    The threads split a tensor into equal parts, and the elements of a part beyond whole vectors are computed by another exp."""
     if training or not x.is_cpu or torch.compiler.is_compiling() or torch.get_num_threads() == 1:
         return F.silu(x)
     return torch.stack([F.silu(row) for row in x])

@@ -4,6 +4,7 @@
 import inspect
 import json
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -25,13 +26,14 @@ class Precond(nn.Module):
     A preconditioner defines `options`, prepare() and coefficients()."""
 
     options = {}                # its own constructor arguments, with their defaults; each becomes an attribute
-    model_type = 'SongUNet'     # the network where none is named
-    output_multiple = 1         # channels of F for each channel of the image
-    gives_variance = False      # whether the others have been trained to be the variance of a sampling step, see discrete.py
-    sigma_data = 0.5            # std of the data, for the pieces of the objective that ask for it
-    row_draws = None            # of a training run: see rows.attach_row_draws()
+    model_type = 'SongUNet'     # the default network
+    output_multiple = 1         # output channels of F per channel of the image
+    gives_variance = False      # whether the further channels were trained as the variance of a sampling step, see discrete.py
+    sigma_data = 0.5            # std of the data, for pieces of the objective that need it
+    row_draws = None            # in a training run: see rows.attach_row_draws()
 
-    def __init__(self, img_resolution, img_channels, label_dim=0, use_fp16=False, model_type=None, **kwargs):
+    def __init__(self, img_resolution: int | Sequence[int], img_channels: int, label_dim: int = 0, use_fp16: bool = False,
+                 model_type: str | None = None, **kwargs) -> None:
         super().__init__()
         self.img_resolution, self.img_channels, self.label_dim = img_resolution, img_channels, label_dim
         self.compute_dtype = torch.float16 if use_fp16 else torch.float32
@@ -43,22 +45,24 @@ class Precond(nn.Module):
         self.augment_dim = self.model.augment_dim
         self.units = self.sampling = None
 
-    def prepare(self):
-        """Sets what follows from `options`, before the network is made."""
+    def prepare(self) -> None:
+        """Sets attributes that follow from `options`, before the network is built."""
 
-    def coefficients(self, sigma):
+    def coefficients(self, sigma: torch.Tensor) -> tuple:
         """sigma [N,1,1,1] -> c_skip, c_out, c_in, c_noise."""
         raise NotImplementedError
 
-    def round_sigma(self, sigma):
-        """The nearest noise level that the network knows; any level, here."""
+    def round_sigma(self, sigma: torch.Tensor | float) -> torch.Tensor:
+        """The nearest noise level of the network; sigma itself, where all levels are allowed."""
         return torch.as_tensor(sigma)
 
-    def forward(self, x, sigma, class_labels=None, augment_labels=None):
+    def forward(self, x: torch.Tensor, sigma: torch.Tensor | float, class_labels: torch.Tensor | None = None,
+                augment_labels: torch.Tensor | None = None) -> torch.Tensor:
         return self.outputs(x, sigma, class_labels, augment_labels)[0]
 
-    def outputs(self, x, sigma, class_labels=None, augment_labels=None):
-        """(D [N,C,H,W], what else F gives [N, (output_multiple - 1) C, H, W]), both float32."""
+    def outputs(self, x: torch.Tensor, sigma: torch.Tensor | float, class_labels: torch.Tensor | None = None,
+                augment_labels: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """(D [N,C,H,W], further channels of F [N, (output_multiple - 1) C, H, W]), both float32."""
         if self.training and self.row_draws is not None:
             self.row_draws.next_call()
         x = x.float()
@@ -74,7 +78,7 @@ class Precond(nn.Module):
         if not self.label_dim:
             return None
         if class_labels is None:
-            # Training draws for each row of its own: dropped labels, perturbations.
+            # One row per image in training, where each row has its own draws of label dropout and perturbation.
             return torch.zeros([len(x) if self.training else 1, self.label_dim], device=x.device)
         if class_labels.shape[-1] != self.label_dim:
             raise ValueError(f'class_labels of shape {list(class_labels.shape)}: this network has label_dim={self.label_dim}, '
@@ -83,56 +87,61 @@ class Precond(nn.Module):
 
 
 class EDMPrecond(Precond):
-    """c_* that keep the network's input and its target at unit variance for data of std sigma_data."""
+    """EDM: c_skip, c_out and c_in give the network's input and training target unit variance for data of std sigma_data (Karras et al.
+    2022, table 1)."""
 
     options = {'sigma_min': 0.0, 'sigma_max': math.inf, 'sigma_data': 0.5}
     model_type = 'DhariwalUNet'
 
-    def coefficients(self, sigma):
+    def coefficients(self, sigma: torch.Tensor) -> tuple:
         return *predict_edm(sigma, self.sigma_data), sigma.log() / 4
 
 
 class VPPrecond(Precond):
-    """Variance-preserving: the network predicts the noise; times t in [epsilon_t, 1], scaled to [0, M - 1], label it."""
+    """Variance-preserving (Song et al. 2021): the network predicts the noise and is conditioned on the time t in [epsilon_t, 1], scaled by
+    M - 1."""
 
     options = {'beta_d': 19.9, 'beta_min': 0.1, 'M': 1000, 'epsilon_t': 1e-5}
 
-    def prepare(self):
+    def prepare(self) -> None:
         self.sigma_min, self.sigma_max = (float(self.sigma(torch.tensor(t, dtype=torch.float64, device='cpu')))
                                           for t in (self.epsilon_t, 1.0))
 
-    def sigma(self, t):
+    def sigma(self, t: torch.Tensor) -> torch.Tensor:
         """Noise level at time t: sqrt(exp(beta_d t^2 / 2 + beta_min t) - 1)."""
         return torch.expm1(self.beta_d * t ** 2 / 2 + self.beta_min * t).sqrt()
 
-    def sigma_inv(self, sigma):
+    def sigma_inv(self, sigma: torch.Tensor) -> torch.Tensor:
         """The time at which the noise level is sigma."""
         return ((self.beta_min ** 2 + 2 * self.beta_d * torch.log1p(sigma ** 2)).sqrt() - self.beta_min) / self.beta_d
 
-    def coefficients(self, sigma):
+    def coefficients(self, sigma: torch.Tensor) -> tuple:
         return 1, -sigma, 1 / (sigma ** 2 + 1).sqrt(), (self.M - 1) * self.sigma_inv(sigma)
 
 
 class VEPrecond(Precond):
-    """Variance-exploding: the network predicts the noise at the image's own scale."""
+    """Variance-exploding (Song et al. 2021): the network sees the unscaled image, predicts the noise, and is conditioned on
+    ln(sigma / 2)."""
 
     options = {'sigma_min': 0.02, 'sigma_max': 100.0}
 
-    def coefficients(self, sigma):
+    def coefficients(self, sigma: torch.Tensor) -> tuple:
         return 1, sigma, 1, (sigma / 2).log()
 
 
 class iDDPMPrecond(Precond):
-    """Discrete noise levels u_0 > ... > u_M = 0; F also gives C channels for a variance, see outputs().
+    """Improved DDPM (Nichol & Dhariwal 2021): discrete noise levels u_0 > ... > u_M = 0, and C further output channels for the variance
+    of the reverse step.
 
-    By default the published cosine schedule, whose timesteps are M - 1 - j. diffusion: one of discrete.py, such as "cosine:steps=4000",
-    whose T levels these are then, and whose timesteps t = T - 1 - j the network is told as t * 1000 / T. learned_variance: whether the
-    channels for the variance are there. prediction: what F is, one of PREDICTIONS; as published, the noise."""
+    By default the published cosine schedule, whose timesteps are M - 1 - j. diffusion: a schedule of discrete.py, such as
+    "cosine:steps=4000", whose T levels are then used; the network is conditioned on its timestep t = T - 1 - j as t * 1000 / T.
+    learned_variance: whether there are channels for the variance. prediction: what F predicts, one of PREDICTIONS; by default the noise,
+    as published. outputs() returns D and the channels for the variance."""
 
     options = {'C_1': 0.001, 'C_2': 0.008, 'M': 1000, 'diffusion': None, 'learned_variance': True, 'prediction': 'eps', 'sigma_data': 0.5}
     model_type = 'DhariwalUNet'
 
-    def prepare(self):
+    def prepare(self) -> None:
         _check('prediction', self.prediction, PREDICTIONS)
         self.output_multiple = 2 if self.learned_variance else 1
         self.gives_variance = self.learned_variance and self.diffusion is not None
@@ -143,11 +152,11 @@ class iDDPMPrecond(Precond):
             diffusion = discrete.build_diffusion(self.diffusion, 'network configuration: diffusion')
             u, self.M = np.append(diffusion.levels.flip(0).numpy(), 0.0), diffusion.steps
             self.time_scale = discrete.TRAINED_TIMES / diffusion.steps
-        # Levels that follow from the configuration are not among the weights, which may go to a network of another diffusion.
+        # Levels that follow from `diffusion` are not saved with the weights, which may be used in a network with another diffusion.
         self.register_buffer('u', torch.tensor(u, dtype=torch.float32), persistent=self.diffusion is None)
         self.sigma_min, self.sigma_max = float(u[self.M - 1]), float(u[0])
 
-    def own_diffusion(self):
+    def own_diffusion(self) -> discrete.Diffusion:
         """The Diffusion whose levels these are."""
         if self.diffusion is not None:
             return discrete.build_diffusion(self.diffusion)
@@ -160,45 +169,50 @@ class iDDPMPrecond(Precond):
             u[j - 1] = math.sqrt((u[j] ** 2 + 1) / max(alpha_bar[j - 1] / alpha_bar[j], self.C_1) - 1)
         return u
 
-    def round_sigma(self, sigma, return_index=False):
+    def round_sigma(self, sigma: torch.Tensor | float, return_index: bool = False) -> torch.Tensor:
         """The nearest level of u, with sigma's shape and dtype, or its index."""
         sigma = torch.as_tensor(sigma)
         index = (self.u - sigma.to(self.u).reshape(-1, 1)).abs().argmin(dim=1).reshape(sigma.shape)
         return index if return_index else self.u[index].to(sigma.dtype)
 
-    def coefficients(self, sigma):
+    def coefficients(self, sigma: torch.Tensor) -> tuple:
         t = self.M - 1 - self.round_sigma(sigma, return_index=True).float()
         return *PREDICTIONS[self.prediction](sigma, self.sigma_data), t * self.time_scale
 
 
-def predict_edm(sigma, sigma_data):
-    """c_skip, c_out, c_in that keep input and target of F at unit variance for data of std sigma_data (Karras et al. 2022, appendix B.6).
+def predict_edm(sigma: torch.Tensor, sigma_data: float) -> tuple:
+    """EDM's preconditioning, which gives the network's input and target unit variance for data of std sigma_data (Karras et al. 2022,
+    appendix B.6).
 
-    sigma: [N,1,1,1], as are the three. As sigma grows, D becomes sigma_data F: bounded, where that of predict_eps is not."""
+    sigma: [N,1,1,1]. Returns c_skip, c_out, c_in of that shape. As sigma grows, D tends to sigma_data F, which is bounded; D of
+    predict_eps is not."""
     total = sigma ** 2 + sigma_data ** 2  # variance of x
     return sigma_data ** 2 / total, sigma * sigma_data / total.sqrt(), 1 / total.sqrt()
 
 
-def predict_eps(sigma, sigma_data):
-    """c_skip, c_out, c_in of F = eps, D = x - sigma F (Ho et al. 2020): what F errs by at high levels is multiplied by sigma."""
+def predict_eps(sigma: torch.Tensor, sigma_data: float) -> tuple:
+    """The noise eps, with D = x - sigma F (Ho et al. 2020): D has sigma times the error of the network.
+
+    Returns c_skip, c_out, c_in."""
     return 1, -sigma, 1 / (sigma ** 2 + 1).sqrt()
 
 
-def predict_v(sigma, sigma_data):
-    """c_skip, c_out, c_in of F = v = sqrt(abar) eps - sqrt(1 - abar) x_0, abar = 1 / (1 + sigma^2) (Salimans & Ho 2022).
+def predict_v(sigma: torch.Tensor, sigma_data: float) -> tuple:
+    """The velocity v = sqrt(abar) eps - sqrt(1 - abar) x_0, where abar = 1 / (1 + sigma^2) (Salimans & Ho 2022).
 
-    D = sqrt(abar) x_t - sqrt(1 - abar) F with x_t = sqrt(abar) x. With the other sign of F it is predict_edm at sigma_data = 1."""
+    D = sqrt(abar) x_t - sqrt(1 - abar) F with x_t = sqrt(abar) x; with F negated this is predict_edm at sigma_data = 1.
+    Returns c_skip, c_out, c_in."""
     c_in = 1 / (sigma ** 2 + 1).sqrt()
     return c_in ** 2, -sigma * c_in, c_in
 
 
-def build_network(config):
-    """The network that a configuration describes, with fresh weights (drawn from torch's random state: see misc.seeded).
+def build_network(config: dict) -> Precond:
+    """The network of a configuration, with initial weights drawn from torch's random state (see misc.seeded).
 
-    config: the published constructor arguments (see Precond), "precond" where it is not edm, "units" ({"offset", "scale"}) where the
-    data is not 8-bit, and "sampling" where the default sampler is not EDM's (see sampling/options.py). The result's `config` equals it, in
-    JSON types and without infinities: no bound is the default.
-    Raises UserError in one line for unknown names and for values that the network refuses."""
+    config: the published constructor arguments (see Precond), "precond" if it is not edm, "units" ({"offset", "scale"}) if the data is
+    not 8-bit, and "sampling" if the default sampler is not EDM's (see sampling/options.py). The attribute `config` of the result equals
+    it, in JSON types and without infinities, which are the defaults.
+    Raises UserError, in one line, for unknown names and for values that the network refuses."""
     config = {key: value for key, value in json.loads(json.dumps(config)).items() if value not in (math.inf, -math.inf)}
     kwargs = dict(config)
     name, units, sampling = kwargs.pop('precond', 'edm'), kwargs.pop('units', None), kwargs.pop('sampling', None)
@@ -229,6 +243,6 @@ def _check(what, name, choices):
         raise UserError(f'network configuration: unknown {what} "{name}"; choose from {", ".join(choices)}')
 
 
-# What F of discrete timesteps stands for: (sigma [N,1,1,1], sigma_data) -> c_skip, c_out, c_in.
+# What F predicts with discrete timesteps: (sigma [N,1,1,1], sigma_data) -> c_skip, c_out, c_in.
 PREDICTIONS = {'edm': predict_edm, 'eps': predict_eps, 'v': predict_v}
 PRECONDS = {'edm': EDMPrecond, 'iddpm': iDDPMPrecond, 've': VEPrecond, 'vp': VPPrecond}

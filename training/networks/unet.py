@@ -5,6 +5,7 @@ A network maps x [N,C,H,W], noise labels [N], class labels [N or 1, label_dim] o
 None to [N,out_channels,H,W] in x.dtype; it knows nothing of sigma, loss or sampler. Parameters are cast where they are used."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -25,9 +26,11 @@ class UNetBlock(nn.Module):
     num_heads, or channels_per_head where that is None: a level with fewer channels than one head has no attention, as published.
     init, init_zero, init_attn: initialisers of ordinary layers, of those that end a branch, and of the attention's input."""
 
-    def __init__(self, in_channels, out_channels, emb_channels, up=False, down=False, attention=False, num_heads=None,
-                 channels_per_head=64, dropout=0, skip_scale=1, eps=1e-5, resample_filter=(1, 1), resample_proj=False,
-                 adaptive_scale=True, init=None, init_zero=None, init_attn=None):
+    def __init__(self, in_channels: int, out_channels: int, emb_channels: int, up: bool = False, down: bool = False,
+                 attention: bool = False, num_heads: int | None = None, channels_per_head: int = 64, dropout: float = 0,
+                 skip_scale: float = 1, eps: float = 1e-5, resample_filter: Sequence[float] = (1, 1), resample_proj: bool = False,
+                 adaptive_scale: bool = True, init: dict | None = None, init_zero: dict | None = None,
+                 init_attn: dict | None = None) -> None:
         super().__init__()
         init = init or {}
         init_zero = init_zero or {'init_weight': 0}
@@ -52,7 +55,7 @@ class UNetBlock(nn.Module):
             self.qkv = Conv2d(out_channels, 3 * out_channels, 1, **(init_attn or init))
             self.proj = Conv2d(out_channels, out_channels, 1, **init_zero)
 
-    def forward(self, x, emb):
+    def forward(self, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
         h = self.conv0(silu(self.norm0(x), self.training))
         params = self.affine(emb)[:, :, None, None].to(h.dtype)  # [N or 1, C or 2C, 1, 1]
         if self.adaptive_scale:
@@ -72,7 +75,7 @@ class UNetBlock(nn.Module):
 
 
 class UNet(Network):
-    """The path both networks share: an encoder that leaves skips, and a decoder that takes them back in reverse order.
+    """Base class of both networks: an encoder whose activations are kept as skips, and a decoder that uses them in reverse order.
 
     img_resolution: one int or [H, W]; channels: of each level, finest first; attn_resolutions: heights of levels with attention;
     attend_always: every decoder block of such a level attends, not the last alone; block: keyword arguments of all blocks.
@@ -81,7 +84,8 @@ class UNet(Network):
 
     short_names = {'model_channels': 'cbase', 'channel_mult': 'cres', 'num_blocks': 'blocks', 'attn_resolutions': 'attn'}
 
-    def __init__(self, img_resolution, channels, num_blocks, attn_resolutions, attend_always, block):
+    def __init__(self, img_resolution: int | Sequence[int], channels: list[int], num_blocks: int, attn_resolutions: Sequence[int],
+                 attend_always: bool, block: dict) -> None:
         super().__init__()
         check_sizes(channels, num_blocks, block['dropout'])
         self.sizes = level_sizes(img_resolution, len(channels))
@@ -153,7 +157,7 @@ class UNet(Network):
         return x, side
 
     @property
-    def label_embedding(self):
+    def label_embedding(self) -> LabelEmbedding | None:
         """As Network.label_embedding."""
         return self.map_label
 
@@ -172,8 +176,8 @@ class UNet(Network):
         return side
 
 
-def check_sizes(channels, num_blocks, dropout):
-    """ValueError, with the key of --arch beside the constructor argument, for levels, blocks and dropout that no network has."""
+def check_sizes(channels: list[int], num_blocks: int, dropout: float) -> None:
+    """Raises ValueError, with the key of --arch beside the constructor argument, for impossible levels, blocks and dropout."""
     if num_blocks < 1:
         raise ValueError(f'num_blocks={num_blocks} (blocks) must be 1 or more')
     if not channels or min(channels) < 1:
@@ -182,8 +186,8 @@ def check_sizes(channels, num_blocks, dropout):
         raise ValueError(f'dropout={dropout} must be 0 or more and below 1')
 
 
-def level_sizes(img_resolution, levels):
-    """[(H, W) of each level], finest first; ValueError where a side is not a multiple of 2^(levels - 1)."""
+def level_sizes(img_resolution: int | Sequence[int], levels: int) -> list[tuple[int, int]]:
+    """[(H, W) of each level], finest first; raises ValueError where a side is not a multiple of 2^(levels - 1)."""
     height, width = misc.height_width(img_resolution)
     unit = 2 ** (levels - 1)
     if height % unit or width % unit or min(height, width) < 1:
@@ -193,15 +197,17 @@ def level_sizes(img_resolution, levels):
 
 
 class SongUNet(UNet):
-    """DDPM++ (positional embedding, standard paths, filter [1,1]) and NCSN++ (fourier, residual encoder, filter [1,3,3,1]).
+    """U-Net of Song et al. 2021: ddpmpp is DDPM++ (positional noise embedding, standard encoder, filter 1|1), and ncsnpp is NCSN++
+    (Fourier embedding, residual encoder, filter 1|3|3|1).
 
-    embedding_type: positional | fourier. encoder_type: standard | skip | residual, how the shrunken image enters each level.
-    decoder_type: standard | skip, where skip sums an image of each level. Inputs and outputs: see the module's docstring."""
+    embedding_type: positional | fourier. encoder_type: standard | skip | residual, how the downsampled image enters each level.
+    decoder_type: standard | skip, where skip sums an output image of each level. Inputs and outputs: see the module's docstring."""
 
-    def __init__(self, img_resolution, in_channels, out_channels, label_dim=0, augment_dim=0, model_channels=128,
-                 channel_mult=(1, 2, 2, 2), channel_mult_emb=4, num_blocks=4, attn_resolutions=(16,), dropout=0.10,
-                 label_dropout=0, embedding_type='positional', channel_mult_noise=1, encoder_type='standard',
-                 decoder_type='standard', resample_filter=(1, 1)):
+    def __init__(self, img_resolution: int | Sequence[int], in_channels: int, out_channels: int, label_dim: int = 0, augment_dim: int = 0,
+                 model_channels: int = 128, channel_mult: Sequence[int] = (1, 2, 2, 2), channel_mult_emb: int = 4, num_blocks: int = 4,
+                 attn_resolutions: Sequence[int] = (16,), dropout: float = 0.10, label_dropout: float = 0,
+                 embedding_type: str = 'positional', channel_mult_noise: int = 1, encoder_type: str = 'standard',
+                 decoder_type: str = 'standard', resample_filter: Sequence[float] = (1, 1)) -> None:
         check_choice('embedding_type', embedding_type, ('positional', 'fourier'))
         check_choice('encoder_type', encoder_type, ('standard', 'skip', 'residual'))
         check_choice('decoder_type', decoder_type, ('standard', 'skip'))
@@ -223,7 +229,8 @@ class SongUNet(UNet):
         self.map_layer1 = Linear(emb_channels, emb_channels, **init)
         self._build_decoder(self._build_encoder(in_channels, model_channels))
 
-    def forward(self, x, noise_labels, class_labels, augment_labels=None):
+    def forward(self, x: torch.Tensor, noise_labels: torch.Tensor, class_labels: torch.Tensor | None,
+                augment_labels: torch.Tensor | None = None) -> torch.Tensor:
         emb = self.map_noise(noise_labels)
         emb = emb.roll(emb.shape[1] // 2, dims=1)  # this family takes the sines first
         if self.map_label is not None:
@@ -270,13 +277,14 @@ class SongUNet(UNet):
 
 
 class DhariwalUNet(UNet):
-    """ADM: attention at several levels with 64 channels a head, the embedding as scale and shift.
+    """U-Net of Dhariwal & Nichol 2021 (ADM): attention at several resolutions with 64 channels per head, and an adaptive scale and shift
+    by the embedding.
 
     Inputs and outputs: see the module's docstring."""
 
-    def __init__(self, img_resolution, in_channels, out_channels, label_dim=0, augment_dim=0, model_channels=192,
-                 channel_mult=(1, 2, 3, 4), channel_mult_emb=4, num_blocks=3, attn_resolutions=(32, 16, 8), dropout=0.10,
-                 label_dropout=0):
+    def __init__(self, img_resolution: int | Sequence[int], in_channels: int, out_channels: int, label_dim: int = 0, augment_dim: int = 0,
+                 model_channels: int = 192, channel_mult: Sequence[int] = (1, 2, 3, 4), channel_mult_emb: int = 4, num_blocks: int = 3,
+                 attn_resolutions: Sequence[int] = (32, 16, 8), dropout: float = 0.10, label_dropout: float = 0) -> None:
         third = math.sqrt(1 / 3)
         init = {'init_mode': 'kaiming_uniform', 'init_weight': third, 'init_bias': third}
         init_zero = {'init_mode': 'kaiming_uniform', 'init_weight': 0, 'init_bias': 0}
@@ -295,7 +303,8 @@ class DhariwalUNet(UNet):
         self.out_norm = GroupNorm(width)
         self.out_conv = Conv2d(width, out_channels, 3, **init_zero)
 
-    def forward(self, x, noise_labels, class_labels, augment_labels=None):
+    def forward(self, x: torch.Tensor, noise_labels: torch.Tensor, class_labels: torch.Tensor | None,
+                augment_labels: torch.Tensor | None = None) -> torch.Tensor:
         emb = self.map_noise(noise_labels)
         if self.map_augment is not None and augment_labels is not None:
             emb = emb + self.map_augment(augment_labels)

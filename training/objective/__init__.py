@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is minimised. Every file of this folder is imported with it, so that its terms enter loss.TERMS."""
+"""Objectives. Importing the package imports every file in it, so that their terms are registered in loss.TERMS."""
 
 import sys
 

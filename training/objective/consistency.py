@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The consistency term: D(x, sigma) has to be the mean of D(x', sigma') over the reverse process from x down to sigma' < sigma.
 
-For noisy images it is the only signal below sigma_n. How x' is drawn (the chain) and how the mean is judged (the estimator) are
-chosen apart; docs/consistency.md has the bias of each pair."""
+For noisy images it is the only training signal below sigma_n. How x' is drawn (the chain) and how the deviation from the mean is
+estimated are chosen separately; docs/consistency.md has the bias of each combination."""
 
 import math
+from collections.abc import Callable
 
 import torch
 
@@ -13,15 +14,15 @@ from training.diffusion.noise import normal_cdf
 from training.objective.loss import TERMS, Term, evaluate
 
 
-def mean_square(error):
+def mean_square(error: torch.Tensor) -> torch.Tensor:
     """(mean over K)^2 of errors [n,K,C,H,W]: never negative, and biased up by their variance / K."""
     return error.mean(1).square()
 
 
-def u_statistic(error):
-    """Mean of the products of two different errors of K >= 2, [n,K,C,H,W] -> [n,C,H,W]: unbiased, and of either sign.
+def u_statistic(error: torch.Tensor) -> torch.Tensor:
+    """Mean of the products of two different errors, K >= 2, [n,K,C,H,W] -> [n,C,H,W]: unbiased, and possibly negative.
 
-    It equals mean_square less (variance over K) / K, with the unbiased variance; for K = 2 it is the product of the two."""
+    It equals mean_square minus (variance over K) / K, with the unbiased variance; for K = 2 it is the product of the two."""
     count = error.shape[1]
     return (error.sum(1).square() - error.square().sum(1)) / (count * (count - 1))
 
@@ -31,20 +32,21 @@ CHOICES = {'estimator': tuple(ESTIMATORS), 'stop': ('no', 'upper'), 'teacher': (
 
 
 class ConsistencyTerm(Term):
-    """The consistency loss; a subclass gives the chain's kernel, step(x, D, sigma, sigma_next, noise) -> x'.
+    """The consistency loss; a subclass defines the chain's kernel, step(x, D, sigma, sigma_next, noise) -> x'.
 
-    noise: the law that sigma' is drawn from, truncated. weight: (sigma) -> w. batch: images in a global batch.
-    steps, samples: steps of a chain, and independent chains an image (K). coeff: factor of the whole term; it rises from 0 over
-    the first `rampup` thousand images. batch_size: images of a global batch that are looked at, 0 for all; every: in each so
-    manieth step only. Neither changes the mean contribution to the loss. weighted: multiply by the run's w(sigma).
+    noise: the distribution that sigma' is drawn from, truncated. weight: (sigma) -> w. batch: images in a global batch.
+    steps, samples: steps of a chain, and independent chains per image (K). coeff: factor of the whole term; it rises from 0 over
+    the first `rampup` thousand images. batch_size: images of a global batch that are used, 0 for all; every: evaluate the term only in
+    every n-th step. Neither changes the mean contribution to the loss. weighted: multiply by the run's w(sigma).
     below: sigma' ~ p anywhere below sigma, or below sigma_n for the noisy images. grad: differentiate through the chains.
-    stop=upper: no gradient into D(x, sigma), which then teaches the lower one. teacher=ema: chains and upper prediction come
-    from the averaged network, without gradient. Raises ValueError for values out of range."""
+    stop=upper: no gradient into D(x, sigma), which then serves as the target of the lower one. teacher=ema: chains and upper prediction
+    come from the averaged network, without gradient. Raises ValueError for values out of range."""
 
     name = 'consistency'
 
-    def __init__(self, noise, weight, batch, *, estimator='u', steps=20, samples=2, coeff=0.1, below='sigma', stop='upper',
-                 teacher='net', grad=False, weighted=False, batch_size=32, rampup=0.0, every=1):
+    def __init__(self, noise, weight: Callable, batch: int, *, estimator: str = 'u', steps: int = 20, samples: int = 2, coeff: float = 0.1,
+                 below: str = 'sigma', stop: str = 'upper', teacher: str = 'net', grad: bool = False, weighted: bool = False,
+                 batch_size: int = 32, rampup: float = 0.0, every: int = 1) -> None:
         super().__init__()
         words = dict(estimator=estimator, stop=stop, teacher=teacher, below=below)
         for key, value in words.items():
@@ -64,13 +66,13 @@ class ConsistencyTerm(Term):
         self.below, self.stop, self.grad, self.weighted, self.rampup, self.every = below, stop, grad, weighted, rampup, every
         self.needs_teacher = teacher == 'ema'
         self.fraction = (batch_size or batch) / batch  # of a global batch
-        # A chain calls the network once a step, and once more for the lower prediction; a teacher makes an upper one of its own.
+        # A chain calls the network once per step, and once more for the lower prediction; a teacher makes its own upper prediction.
         self.evaluations = self.fraction * (samples * (steps + 1) + self.needs_teacher) / every
 
-    def forward(self, net, batch, randn, seen=None):
-        """{'consistency': [N]}, zero on the rows that are not looked at.
+    def forward(self, net: torch.nn.Module, batch, randn: Callable, seen=None) -> dict[str, torch.Tensor]:
+        """{'consistency': [N]}, zero on the rows that are not used.
 
-        randn.step: how many global batches came before. seen: the Evaluation, where there is one already."""
+        randn.step: number of global batches before this one. seen: the Evaluation, if there is one already."""
         coeff = self._coeff(randn.step)
         if coeff == 0:
             return {'consistency': batch.images.new_zeros(len(batch.images))}
@@ -83,14 +85,14 @@ class ConsistencyTerm(Term):
                                   grad=self.grad and guide is net, **labels)
         value = self.estimate(error)
         if self.weighted:
-            # Detached: a learned weight would grow just to shrink this term, which adds no u of its own.
+            # Detached: this term adds no u of its own, so a learned weight would just grow to shrink it.
             value = self.weight(sigma).detach() * value
-        # Rows are whole, the share of the batch need not be: the factor keeps coeff's meaning for every size of micro-batch.
+        # The number of rows is rounded: the factor keeps the meaning of coeff for every size of micro-batch.
         scale = coeff * self.fraction * len(x) / len(rows)
         return {'consistency': value.new_zeros(len(x)).index_put((rows,), scale * value.flatten(1).sum(1))}
 
     def _coeff(self, step):
-        """The factor at this step, which makes up for the skipped ones."""
+        """The factor at this step, which compensates for skipped steps."""
         ramp = min(step * self.batch / (self.rampup * 1e3), 1) if self.rampup else 1
         return self.coeff * self.every * ramp
 
@@ -100,10 +102,10 @@ class ConsistencyTerm(Term):
         return torch.arange(count, device=device) * n // count
 
     def _draw(self, batch, x, randn, rows):
-        """(sigma, sigma', noise of each step) of the rows; drawn for all rows, so that a row's draw is its own.
+        """(sigma, sigma', noise of each step) of the rows; drawn for all rows, so that a row's draw does not depend on the choice of rows.
 
-        sigma' has a draw of its own. The published code reuses the normal that made sigma, so that there sigma' = sigma for every
-        row but the clamped ones, and most of the chains have no length."""
+        sigma' is drawn independently. The published code reuses the normal draw that made sigma, so that there sigma' = sigma for every
+        row except the clamped ones, and most of the chains have no length."""
         sigma, limit = ambient.column(batch.sigma, x), ambient.column(batch.sigma_n, x)
         if self.below == 'sigma':
             limit = sigma
@@ -114,7 +116,7 @@ class ConsistencyTerm(Term):
         return sigma[rows], sigma_prime[rows], [randn(f'consistency_noise_{i}', shape)[rows].to(x) for i in range(self.steps)]
 
     def _guide(self, net, x, sigma, D, labels):
-        """(who walks the chains, the upper prediction)."""
+        """(denoiser of the chains, upper prediction)."""
         if self.needs_teacher:
             (guide,) = self.teacher
             with torch.no_grad():
@@ -123,24 +125,26 @@ class ConsistencyTerm(Term):
 
 
 class Bridge(ConsistencyTerm):
-    """Brownian-bridge steps: exact for linear denoisers in any number of steps."""
+    """Consistency loss whose chains take Brownian-bridge steps, which are exact for linear denoisers at any number of steps."""
 
     step = staticmethod(ambient.bridge_step)
 
 
 class Euler(ConsistencyTerm):
-    """Euler-Maruyama steps of the reverse-time diffusion."""
+    """Consistency loss whose chains take Euler-Maruyama steps of the reverse-time diffusion, as in the published code."""
 
     step = staticmethod(ambient.reverse_step)
 
 
-def consistency_error(net, x, sigma, sigma_prime, D, chain_noise, *, step=ambient.reverse_step, guide=None, grad=True,
-                      class_labels=None, augment_labels=None):
-    """D(x', sigma') - D of K chains an image: [N,K,C,H,W], zero in expectation for the true denoiser and the true process.
+def consistency_error(net: torch.nn.Module, x: torch.Tensor, sigma: torch.Tensor, sigma_prime: torch.Tensor, D: torch.Tensor,
+                      chain_noise: list[torch.Tensor], *, step: Callable = ambient.reverse_step, guide: torch.nn.Module | None = None,
+                      grad: bool = True, class_labels: torch.Tensor | None = None,
+                      augment_labels: torch.Tensor | None = None) -> torch.Tensor:
+    """D(x', sigma') - D of K chains per image: [N,K,C,H,W], zero in expectation for the true denoiser and the true process.
 
-    x, D: [N,C,H,W]; sigma, sigma_prime: [N,1,1,1]; chain_noise: one [N,K,C,H,W] a step. step: the chain's kernel; guide: the
-    denoiser that walks the chains (net by default). Labels go to every call. The levels of a chain are evenly spaced in
-    sigma^(1/7), as EDM's sampling schedule is."""
+    x, D: [N,C,H,W]; sigma, sigma_prime: [N,1,1,1]; chain_noise: one [N,K,C,H,W] per step. step: the chain's kernel; guide: the
+    denoiser used in the chains (net by default). Every call gets the labels. The levels of a chain are evenly spaced in
+    sigma^(1/7), as in EDM's sampling schedule."""
     samples = chain_noise[0].shape[1]
     repeat = lambda t: None if t is None else t.repeat_interleave(samples, dim=0)  # [N,...] -> [N K,...]
     labels = dict(class_labels=repeat(class_labels), augment_labels=repeat(augment_labels))
@@ -157,7 +161,7 @@ def _levels(first, last, steps, rho=7):
     """steps + 1 levels from first down to last, each [N,1,1,1]; the ends are exact."""
     start, end = first ** (1 / rho), last ** (1 / rho)
     between = ((start + (end - start) * (i / steps)) ** rho for i in range(1, steps))
-    # Rounding must not take a level beyond an end: the square root of that step would be noise of a visible size.
+    # Rounding must not move a level beyond an end: the square root of such a step would be visible noise.
     return [first, *(level.clamp(min=last, max=first) for level in between), last]
 
 
@@ -165,8 +169,8 @@ def _take(labels, rows):
     return None if labels is None else labels[rows]
 
 
-def published_spec(**given):
-    """The --consistency that the published term is, with the keys that are given in place of its own."""
+def published_spec(**given) -> str:
+    """The published consistency term as a --consistency spec; `given` replaces some of its keys."""
     published = dict(estimator='mean', steps=5, samples=6, batch_size=32, weighted=False, stop='no', grad=True)
     return 'euler:' + ','.join(f'{key}={value}' for key, value in (published | given).items())
 

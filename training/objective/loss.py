@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Objectives: a batch of images, each at its own noise level sigma_n, and a denoiser -> named loss terms, one number an image.
+"""Objectives: from a batch of images, each at its own noise level sigma_n, and a denoiser to named loss terms, one number per image.
 
-Terms are sums over C, H, W; whoever calls takes the mean over the batch. Everything runs in the dtype of the images."""
+Terms are sums over C, H, W; the caller takes the mean over the batch. Everything is computed in the dtype of the images."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -14,56 +15,59 @@ from training.objective.timesteps import Uniform
 
 
 class Evaluation(NamedTuple):
-    """The images at level sigma, and the denoiser's answer; shared by the terms of an objective."""
+    """The images at level sigma, and the denoiser's output; shared by the terms of an objective."""
 
     x: torch.Tensor  # [N,C,H,W]
     D: torch.Tensor  # [N,C,H,W], estimates E[x_0 | x]
-    rest: torch.Tensor | None = None  # [N,K,H,W], what else the network gives, where it was asked for it
+    rest: torch.Tensor | None = None  # [N,K,H,W], further channels of the network, where they were asked for
 
 
-def evaluate(net, batch, outputs=False):
-    """Takes the images up from sigma_n to sigma and calls the denoiser, once. outputs: for all that it gives, see Precond.outputs()."""
+def evaluate(net: torch.nn.Module, batch, outputs: bool = False) -> Evaluation:
+    """Adds noise to the images, from sigma_n up to sigma, and calls the denoiser once. outputs: also its further channels, see
+    Precond.outputs()."""
     x = ambient.add_noise(batch.images, batch.sigma_n, batch.sigma, batch.noise)
     labels = dict(class_labels=batch.class_labels, augment_labels=batch.augment_labels)
     return Evaluation(x, *net.outputs(x, batch.sigma, **labels)) if outputs else Evaluation(x, net(x, batch.sigma, **labels))
 
 
 class Term(torch.nn.Module):
-    """A part of an objective, and what it needs of the rest of the program.
+    """A term of an objective, a piece of TERMS.
 
-    A piece of TERMS. What its constructor asks for by name is given to it: `noise` (p(sigma)), `weight`, `penalty`, `batch` (images of
-    a global batch), `diffusion` (of a discrete-time network, else None); its other parameters are the keys of --term=NAME:key=value.
-    forward(net, batch, randn, seen) -> {name: [N]}; seen is the Evaluation that all terms share, randn(name, shape) its keyed draws.
-    Its parameters are trained with the network's and stored with them."""
+    Constructor arguments with these names are supplied: `noise` (p(sigma)), `weight`, `penalty`, `batch` (images of a global batch),
+    `diffusion` (of a discrete-time network, else None); its other parameters are the keys of --term=NAME:key=value.
+    forward(net, batch, randn, seen) -> {name: [N]}; seen is the Evaluation that all terms share, randn(name, shape) gives keyed draws.
+    Its parameters are trained and stored together with those of the network."""
 
-    name = ''              # of its values, logged as Loss/NAME
-    needs_outputs = False  # all that the network gives, not D alone: Evaluation.rest
-    needs_teacher = False  # the averaged network, by set_teacher(net) before the first step
-    every = 1              # it is looked at in each so manieth step only, and 0 in the others
-    evaluations = 0.0      # network evaluations an image and step that it adds to the shared one, on average
+    name = ''              # name of its values, logged as Loss/NAME
+    needs_outputs = False  # whether it needs the network's further channels, Evaluation.rest
+    needs_teacher = False  # whether it needs the averaged network, by set_teacher(net) before the first step
+    every = 1              # it is evaluated only in every n-th step, and is 0 in the others
+    evaluations = 0.0      # network evaluations per image and step, on average, in addition to the shared one
 
-    def set_teacher(self, net):
-        """Takes the averaged network where needs_teacher says so. In a tuple: not trained, not moved, not in the state."""
+    def set_teacher(self, net: torch.nn.Module) -> None:
+        """Stores the averaged network, for needs_teacher, in a tuple, so that it is not trained, moved or saved with this module."""
         self.teacher = (net,)
 
 
 class AmbientLoss(Term):
-    """Denoising score matching against the image as it is, at its own level sigma_n (Daras et al. 2024, 2025).
+    """Ambient denoising score matching: predicts each image at its own noise level sigma_n, which for clean images is the usual denoising
+    loss (Daras et al. 2024, 2025).
 
-    weight: (sigma) -> w; penalty: (error, sigma) -> rho. With sigma_n = 0 this is the plain EDM, VP or VE loss.
-    inverse: multiply by (1 - r)^-2, r = sigma_n^2 / sigma^2, so that w weighs the squared x_0 error of noisy images as it does that of
-    clean ones (Ambient Omni, Daras et al. 2025). It is without bound near sigma_n: pairs.with_inverse_weight keeps a distance."""
+    weight: (sigma) -> w; penalty: (error, sigma) -> rho. With sigma_n = 0 this is the standard EDM, VP or VE loss.
+    inverse: multiply by (1 - r)^-2, r = sigma_n^2 / sigma^2, so that w weights the squared x_0 error of noisy images as it does that of
+    clean ones (Ambient Omni, Daras et al. 2025). The factor is unbounded near sigma_n: pairs.with_inverse_weight keeps a distance."""
 
     name = 'denoise'
 
-    def __init__(self, weight, penalty=penalty.squared, inverse=False):
+    def __init__(self, weight: Callable, penalty: Callable = penalty.squared, inverse: bool = False) -> None:
         super().__init__()
         self.weight, self.penalty, self.inverse = weight, penalty, inverse
 
-    def forward(self, net, batch, randn=None, seen=None):
+    def forward(self, net: torch.nn.Module, batch, randn: Callable | None = None,
+                seen: Evaluation | None = None) -> dict[str, torch.Tensor]:
         """{'denoise': [N]}, and 'log_weight' where the weight is learned.
 
-        seen: the Evaluation, where the caller has it already. This term draws nothing from randn."""
+        seen: the Evaluation, if there is one already. Draws nothing from randn."""
         x, D, _ = seen or evaluate(net, batch)
         y_hat = ambient.predict_at(D, x, batch.sigma, level=batch.sigma_n)  # E[y | x]
         sigma = ambient.column(batch.sigma, x)
@@ -80,37 +84,37 @@ class AmbientLoss(Term):
 class Objective(torch.nn.Module):
     """Terms that share one evaluation of the denoiser; parameters of the terms are parameters of the objective.
 
-    The first term is looked at in every step; it is what the run is judged by. timesteps: a piece of timesteps.TIMESTEPS over its
-    levels; whoever calls lets it redraw() a batch before, and update() after the last micro-batch of a step.
-    Raises ValueError for terms of one name."""
+    The first term is evaluated in every step, and is the one used for validation. timesteps: a piece of timesteps.TIMESTEPS over its
+    levels; the caller calls its redraw() for each batch before, and its update() after the last micro-batch of a step.
+    Raises ValueError for two terms with the same name."""
 
-    def __init__(self, terms, timesteps=None):
+    def __init__(self, terms: list[Term], timesteps: Uniform | None = None) -> None:
         super().__init__()
         names = [term.name for term in terms]
         if len(set(names)) < len(names):
-            raise ValueError(f'two of the terms {", ".join(names)} have one name; take one of them')
+            raise ValueError(f'two of the terms {", ".join(names)} have the same name; use one of them')
         if terms[0].every != 1:
-            raise ValueError(f'every={terms[0].every}: the first term, {names[0]}, must be looked at in every step')
+            raise ValueError(f'every={terms[0].every}: the first term, {names[0]}, must be evaluated in every step')
         self.terms, self.timesteps = torch.nn.ModuleDict(zip(names, terms)), timesteps or Uniform()
 
     @property
-    def first(self):
-        """The term that the run is judged by."""
+    def first(self) -> Term:
+        """The main term, which is used for validation."""
         return next(iter(self.terms.values()))
 
     @property
-    def evaluations(self):
-        """Network evaluations (forward passes of one image) that a pair costs on average."""
+    def evaluations(self) -> float:
+        """Network evaluations (forward passes of one image) per image and step, on average."""
         return 1 + sum(term.evaluations for term in self.terms.values())
 
-    def set_teacher(self, net):
+    def set_teacher(self, net: torch.nn.Module) -> None:
         """Gives the averaged network to the terms that need it."""
         for term in self.terms.values():
             if term.needs_teacher:
                 term.set_teacher(net)
 
-    def forward(self, net, batch, randn):
-        """{term name: [N]} of all terms; nothing is summed here, so that each can be reported by itself."""
+    def forward(self, net: torch.nn.Module, batch, randn: Callable) -> dict[str, torch.Tensor]:
+        """{term name: [N]} of all terms; they are not summed, so that each can be reported separately."""
         due = {name: randn.step % term.every == 0 for name, term in self.terms.items()}
         seen = evaluate(net, batch, outputs=any(term.needs_outputs for name, term in self.terms.items() if due[name]))
         values = {}
@@ -119,13 +123,13 @@ class Objective(torch.nn.Module):
         return self.timesteps.weigh(values, batch)
 
     def _nothing(self, term, seen):
-        """Zeros that hang on the term's own parameters: every rank must have gradients of all of them in every step."""
+        """Zeros that depend on the term's own parameters: every rank must have gradients of all of them in every step."""
         return seen.x.new_zeros(len(seen.x)) + sum(0 * p.sum() for p in term.parameters() if p.requires_grad)
 
 
-def build_terms(specs, **context):
-    """The Terms that specs of TERMS name, such as "denoise:inverse=true"; context: what Term says they may ask for. Raises UserError."""
+def build_terms(specs: list[str], **context) -> list[Term]:
+    """The Terms that specs of TERMS name, such as "denoise:inverse=true"; context: the arguments that Term supplies. Raises UserError."""
     return [registry.build(spec, TERMS, '--term', **context) for spec in specs]
 
 
-TERMS = {'denoise': AmbientLoss}  # the other files of this wing add theirs
+TERMS = {'denoise': AmbientLoss}  # the other files of this package add theirs

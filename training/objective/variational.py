@@ -2,6 +2,7 @@
 """Discrete-time objectives (Nichol & Dhariwal 2021): L_simple, the variational bound L_vlb, and L_hybrid = L_simple + coeff L_vlb."""
 
 import math
+from collections.abc import Callable
 
 import torch
 
@@ -12,25 +13,26 @@ from training.objective.loss import TERMS, Term, evaluate
 
 
 class Bound(Term):
-    """coeff L_vlb, by its term of the timestep at which an image is seen, times T, in bits: {'bound': [N]}, summed over C, H, W.
+    """Variational bound: coeff L_vlb in bits, estimated as T times its term at the timestep of each image (Nichol & Dhariwal 2021).
 
-    The network gives a variance beside D (see Diffusion.log_variance). frozen: the term teaches the variance alone, and D passes for a
-    constant. Only clean images have a bound, for it needs x_0. Where D is to be learned from it, noisy ones give what it says of D:
-    their error at sigma_n, as heavy as that of x_0 is in the divergence of clean ones; otherwise they give 0."""
+    forward() returns {'bound': [N]}, sums over C, H, W. The network predicts a variance beside D (see Diffusion.log_variance). frozen:
+    the term trains the variance only, and D is treated as a constant. The bound needs x_0, so only clean images have one. With
+    frozen=False noisy images contribute their squared error at sigma_n, weighted as the x_0 error of clean images is in the divergence;
+    otherwise they contribute 0."""
 
     name = 'bound'
     needs_outputs = True
 
-    def __init__(self, diffusion, coeff=1.0, frozen=True):
+    def __init__(self, diffusion: discrete.Diffusion | None, coeff: float = 1.0, frozen: bool = True) -> None:
         super().__init__()
         if diffusion is None:
-            raise ValueError('the bound is one over timesteps: use --precond=iddpm with an --objective')
+            raise ValueError('the variational bound needs discrete timesteps: use --precond=iddpm with an --objective')
         if not 0 < coeff < math.inf:
             raise ValueError(f'coeff={coeff} must be positive')
         self.diffusion, self.factor, self.frozen = diffusion, coeff * diffusion.steps, frozen
 
-    def forward(self, net, batch, randn=None, seen=None):
-        """seen: the Evaluation, with the network's channels for the variance, where there is one. Draws nothing from randn."""
+    def forward(self, net: torch.nn.Module, batch, randn: Callable | None = None, seen=None) -> dict[str, torch.Tensor]:
+        """{'bound': [N]}. seen: the Evaluation with the network's channels for the variance, if there is one. Draws nothing from randn."""
         x, D, rest = seen or evaluate(net, batch, outputs=True)
         D = D.detach() if self.frozen else D
         t = self.diffusion.timestep(batch.sigma.flatten())
@@ -41,31 +43,34 @@ class Bound(Term):
         return {'bound': self.factor / math.log(2) * nats.flatten(1).sum(1)}
 
     def _error(self, batch, x, D, t, log_variance):
-        """(from_x0 error)^2 / (2 variance), what an error of D costs in the divergence, with the error of an image at sigma_n."""
+        """(from_x0 error)^2 / (2 variance), the cost of an error of D in the divergence, with the error of an image at sigma_n."""
         error = ambient.predict_at(D, x, batch.sigma, level=batch.sigma_n) - batch.images
         return (self.diffusion.at('from_x0', t, x) * error).square() * (-log_variance).exp() / 2
 
 
-def simple():
-    """The squared error of the predicted noise, at timesteps drawn alike: the denoising term with the weight snr = 1 / sigma^2."""
+def simple() -> list[str]:
+    """L_simple: the squared error of the predicted noise at uniform timesteps, that is the denoising term with the weight 1 / sigma^2 (Ho
+    et al. 2020)."""
     return ['denoise']
 
 
-def hybrid(coeff=0.001):
-    """L_simple + coeff L_vlb, L_vlb = T times the mean term over t; the bound teaches the variance, and L_simple the mean.
+def hybrid(coeff: float = 0.001) -> list[str]:
+    """L_hybrid = L_simple + coeff L_vlb, where L_simple trains the mean and L_vlb only the variance (Nichol & Dhariwal 2021).
 
-    coeff=1/T is the published code without "rescale_learned_sigmas"."""
+    L_vlb is T times the mean of the bound's terms over t; coeff=1/T is the published code without "rescale_learned_sigmas"."""
     if not 0 < coeff < math.inf:
         raise ValueError(f'coeff={coeff} must be positive; --objective=simple has no bound')
     return ['denoise', registry.unparse('bound', {'coeff': coeff})]
 
 
-def vlb():
-    """L_vlb alone, T times the mean term over t, which teaches mean and variance."""
+def vlb() -> list[str]:
+    """L_vlb: the variational bound alone, which trains both mean and variance (Nichol & Dhariwal 2021).
+
+    L_vlb is T times the mean of the bound's terms over t."""
     return ['bound:frozen=False']
 
 
-def terms_of(kind=None, inverse=False, slot='--objective'):
+def terms_of(kind: str | None = None, inverse: bool = False, slot: str = '--objective') -> list[str]:
     """The terms, as specs of TERMS, of a piece of OBJECTIVES; None: the denoising term alone. inverse: see AmbientLoss."""
     try:
         terms = registry.build(kind, OBJECTIVES, slot)() if kind else ['denoise']

@@ -11,58 +11,60 @@ import torch
 GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 
 
-def edm(sigma, sigma_data=0.5):
-    """EDM's weight (sigma^2 + sigma_data^2) / (sigma sigma_data)^2 = 1 / c_out^2 (Karras et al. 2022, table 1)."""
-    # Written as a sum of two inverse squares, which neither overflows nor cancels.
+def edm(sigma: torch.Tensor, sigma_data: float = 0.5) -> torch.Tensor:
+    """EDM's weight: (sigma^2 + sigma_data^2) / (sigma sigma_data)^2 = 1 / c_out^2 (Karras et al. 2022, table 1)."""
+    # Written as a sum of two inverse squares, which avoids overflow and cancellation.
     return sigma ** -2 + _positive('sigma_data', sigma_data) ** -2
 
 
-def snr(sigma, signal=1.0):
-    """The signal-to-noise ratio signal^2 / sigma^2: signal=1 is the weight of the published VP and VE losses."""
+def snr(sigma: torch.Tensor, signal: float = 1.0) -> torch.Tensor:
+    """Signal-to-noise ratio: signal^2 / sigma^2; with signal=1 this is the weight of the published VP and VE losses."""
     return (_positive('signal', signal) / sigma).square()
 
 
-def min_snr(sigma, gamma=5.0, signal=1.0):
-    """min(snr, gamma), snr = signal^2 / sigma^2 (Hang et al. 2023, who write 1 / sigma^2 and take gamma = 5).
+def min_snr(sigma: torch.Tensor, gamma: float = 5.0, signal: float = 1.0) -> torch.Tensor:
+    """Min-SNR: min(snr, gamma) with snr = signal^2 / sigma^2 (Hang et al. 2023, with snr = 1 / sigma^2 and gamma = 5).
 
     The same threshold in EDM's convention is gamma sigma_data^2, up to a constant factor: gamma=1.25,signal=0.5."""
     return snr(sigma, signal).clamp(max=_positive('gamma', gamma))
 
 
-def soft_min_snr(sigma, gamma=4.0, signal=1.0):
-    """snr gamma / (snr + gamma), snr = signal^2 / sigma^2: min_snr with a smooth knee (Crowson et al. 2024).
+def soft_min_snr(sigma: torch.Tensor, gamma: float = 4.0, signal: float = 1.0) -> torch.Tensor:
+    """Soft Min-SNR: snr gamma / (snr + gamma) with snr = signal^2 / sigma^2, a smooth version of min_snr (Crowson et al. 2024).
 
-    The paper's gamma = 4 is 1 / sigma_data^2, for which this is 1 / (sigma^2 + sigma_data^2)."""
+    The paper's gamma = 4 is 1 / sigma_data^2, which makes this 1 / (sigma^2 + sigma_data^2)."""
     return 1 / ((sigma / _positive('signal', signal)).square() + 1 / _positive('gamma', gamma))
 
 
-def truncated_snr(sigma, signal=1.0):
-    """max(snr, 1), snr = signal^2 / sigma^2: the ratio, but never less than uniform (Salimans & Ho 2022)."""
+def truncated_snr(sigma: torch.Tensor, signal: float = 1.0) -> torch.Tensor:
+    """Truncated SNR: max(snr, 1) with snr = signal^2 / sigma^2, so that the weight never falls below 1 (Salimans & Ho 2022)."""
     return snr(sigma, signal).clamp(min=1)
 
 
-def p2(sigma, k=1.0, gamma=1.0, signal=1.0):
-    """snr / (k + snr)^gamma, snr = signal^2 / sigma^2 (Choi et al. 2022, who take k = 1 and gamma = 0.5 or 1)."""
+def p2(sigma: torch.Tensor, k: float = 1.0, gamma: float = 1.0, signal: float = 1.0) -> torch.Tensor:
+    """P2 weighting: snr / (k + snr)^gamma with snr = signal^2 / sigma^2 (Choi et al. 2022, with k = 1 and gamma = 0.5 or 1)."""
     if not (0 <= gamma < math.inf):
         raise ValueError(f'gamma={gamma} must be 0 or more')
     ratio = snr(sigma, signal)
     return ratio * (_positive('k', k) + ratio) ** -gamma
 
 
-def uniform(sigma):
-    """1 at every level."""
+def uniform(sigma: torch.Tensor) -> torch.Tensor:
+    """Uniform weight: 1 at every noise level."""
     return torch.ones_like(sigma)
 
 
 class LearnedWeight(torch.nn.Module):
-    """EDM's weight over exp(u(sigma)), u learned along with the network (Karras et al. 2024, equations 14 to 16 and 21).
+    """Learned uncertainty weighting: EDM's weight divided by exp(u(sigma)), with u learned together with the network (Karras et al. 2024,
+    equations 14 to 16 and 21).
 
-    The loss is lambda / exp(u) cost + u, so that exp(u) becomes the mean of lambda cost and every level counts the same. forward()
-    gives the factor, and offset() the u that the loss must add, once for every cost that it sums; who adds no u must detach the factor.
-    u is linear in `channels` waves of c_noise = ln(sigma) / 4 and starts at 0, at EDM's weight; EDM2 keeps its norm at 1 instead.
-    The linear map is all the state: frequencies (normal quantiles) and phases (multiples of the golden ratio) are fixed."""
+    The loss is lambda / exp(u) cost + u, so that exp(u) tends to the mean of lambda cost and every level contributes equally. forward()
+    returns the factor, and offset() the u that the loss must add once for every cost in the sum; a caller that adds no u must detach the
+    factor. u is linear in `channels` cosines of c_noise = ln(sigma) / 4 and starts at 0, which is EDM's weight; EDM2 keeps the norm of the
+    linear map at 1 instead. Only the linear map is learned: frequencies (normal quantiles) and phases (multiples of the golden ratio) are
+    fixed."""
 
-    def __init__(self, sigma_data=0.5, channels=128):
+    def __init__(self, sigma_data: float = 0.5, channels: int = 128) -> None:
         super().__init__()
         self.sigma_data = _positive('sigma_data', sigma_data)
         if channels < 1:
@@ -72,13 +74,13 @@ class LearnedWeight(torch.nn.Module):
         self.register_buffer('phases', (place * GOLDEN_RATIO).frac().float(), persistent=False)
         self.linear = torch.nn.Parameter(torch.zeros(channels))
 
-    def offset(self, sigma):
+    def offset(self, sigma: torch.Tensor) -> torch.Tensor:
         """u(sigma), of the shape of sigma."""
         c_noise = (sigma.log() / 4).unsqueeze(-1).to(self.linear.dtype)
         waves = (2 * math.pi * (c_noise * self.frequencies + self.phases)).cos()  # [..., channels], variance 1/2
         return (waves @ self.linear * math.sqrt(2 / len(self.linear))).to(sigma.dtype)
 
-    def forward(self, sigma):
+    def forward(self, sigma: torch.Tensor) -> torch.Tensor:
         """lambda(sigma) / exp(u(sigma))."""
         return edm(sigma, self.sigma_data) * (-self.offset(sigma)).exp()
 

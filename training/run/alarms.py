@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What may go wrong with a training's images, looked at with every snapshot: colours, copies of training images, broken weights.
+"""Checks of the samples at every snapshot: wrong colours, copies of training images, broken weights.
 
-Nothing here decides anything about the training: an alarm is a line on the console, and its numbers are in stats.jsonl."""
+They do not influence the training: a warning is a line on the console, and its numbers are in stats.jsonl."""
+
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -11,27 +13,27 @@ from torch_utils import misc
 from training.checkpoints.load import non_finite
 from training.sampling.channels import Channels, moments, statistics
 
-MOST_IMAGES, MOST_VALUES = 10_000, 2 ** 25  # of the training data that are looked at; 2 ** 25: 10,922 images of 3x32x32
-ENOUGH_CLEAN = 1000  # clean images that make noisy ones needless
-CHUNK, QUERY_VALUES = 256, 2 ** 21  # images, or numbers, at a time
-FEWEST = 16          # images of the data that statistics, and a search for copies, need
+MOST_IMAGES, MOST_VALUES = 10_000, 2 ** 25  # upper limits of the training data that are used; 2 ** 25: 10,922 images of 3x32x32
+ENOUGH_CLEAN = 1000  # with this many clean images, noisy ones are not needed
+CHUNK, QUERY_VALUES = 256, 2 ** 21  # images, and numbers, processed at a time
+FEWEST = 16          # images needed for statistics, and for a search for copies
 REAL = 128           # real images that samples are compared with
-RATIO = 1 / 3        # d1 / d2 of a copy, as of metrics/memorisation.py
-LIMIT = 0.1          # share of copies, beyond that among real images
+RATIO = 1 / 3        # a sample with d1 / d2 below this is a copy, as in metrics/memorisation.py
+LIMIT = 0.1          # share of copies that is tolerated, beyond that among real images
 
 
-def pick(items, shape, seed, name):
-    """At most MOST_IMAGES and MOST_VALUES of the items, int64, ascending: a function of the seed."""
+def pick(items: np.ndarray, shape: Sequence[int], seed: int, name: str) -> np.ndarray:
+    """A random subset of the items within MOST_IMAGES and MOST_VALUES, int64, ascending; depends on the seed only."""
     most = min(MOST_IMAGES, MOST_VALUES // int(np.prod(shape)))
     generator = np.random.Generator(np.random.Philox(key=misc.seed_of(seed, name)))
     return np.sort(generator.permutation(items)[:most])
 
 
-def data_statistics(store, dataset, sigma_n, items, seed):
+def data_statistics(store, dataset, sigma_n: np.ndarray, items: np.ndarray, seed: int) -> dict | None:
     """Statistics (sampling/channels.py) of the training items, or None for fewer than FEWEST.
 
-    Clean images alone where there are ENOUGH_CLEAN of them, otherwise noisy ones too: their noise leaves the mean as it is, and adds
-    sigma_n^2 to the mean square. Images with a sigma_max are like those wanted in their details only, and are left out."""
+    Only clean images where there are ENOUGH_CLEAN of them, otherwise noisy ones too: their noise does not change the mean, and adds
+    sigma_n^2 to the mean square. Images with a sigma_max resemble the data in their details only, and are left out."""
     items = items[~dataset.flip[items] & np.isinf(dataset.sigma_max[items])]
     clean = items[sigma_n[items] == 0]
     items = pick(clean if len(clean) >= ENOUGH_CLEAN else items, dataset.image_shape, seed, 'data statistics')
@@ -45,20 +47,21 @@ def data_statistics(store, dataset, sigma_n, items, seed):
 
 
 class Copies:
-    """How many of some samples are copies: nearer to one training image than a third of the distance to any other (d1/d2 < 1/3).
+    """Counts samples that are copies of a training image: the distance d1 to the nearest one is less than a third of d2, that to the
+    second nearest.
 
-    Euclidean distance of pixels; with xflip the nearer of an image and its mirror image. Clean training images alone are compared with,
-    because a copy of a noisy image without its noise is as far from it as any. Real images show what share is to be expected: held-out
-    ones, or else training images, each compared with the others. Where near copies are in the training set already, d2 is as small as d1,
-    and none is found. The cost is that of 2 (samples + REAL) queries among MOST_IMAGES images of MOST_VALUES numbers together at most."""
+    Euclidean distance of pixels; with xflip the nearer of an image and its mirror image. Only clean training images are searched,
+    because a copy of a noisy image without its noise is as far from it as any other image. Real images show what share is to be expected:
+    held-out ones, or else training images, each compared with the others. Near-duplicates in the training set make d2 as small as d1, so
+    that their copies are not found. Costs 2 (samples + REAL) queries among at most MOST_IMAGES images with MOST_VALUES numbers in all."""
 
-    def __init__(self, store, train, held_out, xflip):
+    def __init__(self, store, train: np.ndarray, held_out: tuple | None, xflip: bool) -> None:
         """store: an ImageStore. train: clean items; held_out: (store, items), or None."""
         self.store, self.train, self.xflip = store, train, xflip
         self.real = held_out
         self._real_share = None
 
-    def __call__(self, images):
+    def __call__(self, images: torch.Tensor) -> tuple[float, float, np.ndarray]:
         """(share of copies among images [n,C,H,W], that among real images, index of the nearest item of each [n])."""
         points = self._gather(self.store, self.train)
         if self._real_share is None:
@@ -93,22 +96,22 @@ class Copies:
 
 
 class Alarms:
-    """Looks at the sample grid of each snapshot, on rank 0.
+    """Checks the sample grid of each snapshot, on rank 0.
 
-    found: Inspection of the training data. net: the average that is sampled, which is given the statistics for its snapshots."""
+    found: Inspection of the training data. net: the weight average that is sampled; gets the statistics, for its snapshots."""
 
-    def __init__(self, found, net):
+    def __init__(self, found: 'Inspection', net: torch.nn.Module) -> None:
         self.net, self.copies = net, found.copies
         net.data_statistics = found.statistics
 
-    def look(self, images, fields):
-        """Puts what is seen in sampled images [n,C,H,W] into `fields`, {name: number}, and prints warnings."""
+    def look(self, images: torch.Tensor, fields: dict) -> None:
+        """Adds what is measured on sampled images [n,C,H,W] to `fields`, {name: number}, and prints warnings."""
         found, warnings = self.judge(images)
         fields |= found
         for warning in warnings:
             print(f'Warning: {warning}', flush=True)
 
-    def judge(self, images):
+    def judge(self, images: torch.Tensor) -> tuple[dict, list[str]]:
         """({name: number}, [warnings]) of sampled images [n,C,H,W]."""
         bad = int((~images.isfinite().flatten(1).all(1)).sum())
         if bad:
@@ -120,22 +123,22 @@ class Alarms:
             share, real, _ = self.copies(images if self.net.units is not None else images.clamp(-1, 1))
             fields |= {'Copies/num_images': len(images), 'Copies/share': share, 'Copies/share_real': real}
             if share > real + LIMIT and share * len(images) > 2:
-                warnings.append(f'{share:.0%} of {len(images)} samples are copies of training images (d1/d2 < 1/3 in pixels, as of '
+                warnings.append(f'{share:.0%} of {len(images)} samples are copies of training images (d1/d2 < 1/3 in pixels, against '
                                 f'{real:.0%} of real images): the network memorises')
         return fields, [warning for warning in warnings if warning]
 
 
 class Inspection:
-    """What alarms know of the training data: statistics, or None; copies, a Copies, or None. All of it is None on ranks but the first."""
+    """What the checks need of the training data: statistics or None, and copies, a Copies or None. Both are None except on rank 0."""
 
-    def __init__(self, statistics=None, copies=None):
+    def __init__(self, statistics: dict | None = None, copies: Copies | None = None) -> None:
         self.statistics, self.copies = statistics, copies
 
 
-def inspect(store, dataset, sigma_n, train, validation, seed):
+def inspect(store, dataset, sigma_n: np.ndarray, train: np.ndarray, validation, seed: int) -> Inspection:
     """The Inspection of the training items; validation: a Validation with held-out items, or None.
 
-    Copies are looked for where all clean images together are within MOST_IMAGES and MOST_VALUES, and FEWEST at least."""
+    Copies are searched for where there are at least FEWEST clean images, and all of them are within MOST_IMAGES and MOST_VALUES."""
     statistics = data_statistics(store, dataset, sigma_n, train, seed)
     clean = train[(sigma_n[train] == 0) & ~dataset.flip[train]]
     if not FEWEST <= len(clean) <= min(MOST_IMAGES, MOST_VALUES // int(np.prod(dataset.image_shape))):
@@ -147,7 +150,7 @@ def inspect(store, dataset, sigma_n, train, validation, seed):
     return Inspection(statistics, Copies(store, clean, held_out, bool(dataset.flip.any())))
 
 
-def broken(averages):
-    """Which of {name: average of weights} are not finite: {name: words}."""
+def broken(averages: dict) -> dict[str, str]:
+    """Which of {name: weight average} are not finite: {name: description}."""
     found = {name: non_finite(average.module) for name, average in averages.items()}
     return {name: words for name, words in found.items() if words}

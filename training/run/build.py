@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Configuration -> the objects of a run: network, objective, optimizer, averages, data. Equal configurations make equal objects."""
+"""From a configuration to the objects of a run: network, objective, optimizer, averages, data. Equal configurations give equal objects."""
 
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -29,8 +30,8 @@ from training.run import alarms, validation
 from training.run.optimizer import OPTIMIZERS
 
 
-def build_net(config, device='cpu', *, seed=0, precision='fp32'):
-    """The network of a NetworkConfig in training mode, with the weights that the seed gives it."""
+def build_net(config, device: torch.device | str = 'cpu', *, seed: int = 0, precision: str = 'fp32') -> torch.nn.Module:
+    """The network of a NetworkConfig in training mode, with initial weights that depend on the seed."""
     with misc.seeded(seed, 'init'):
         net = build_network(config.arguments)
     net.compute_dtype = misc.PRECISIONS[precision]
@@ -41,8 +42,8 @@ def build_net(config, device='cpu', *, seed=0, precision='fp32'):
     return net.to(device).train()
 
 
-def build_cep(spec, label_dim):
-    """The perturbation that --cep names; refused where there is no condition to perturb."""
+def build_cep(spec: str, label_dim: int) -> Callable:
+    """The perturbation that --cep names; refused for unconditional networks."""
     if not label_dim:
         raise UserError(f'--cep={spec} perturbs the embedding of a class label; train with --cond=1')
     perturb = registry.build(spec, conditioning.CEP, '--cep')
@@ -51,7 +52,7 @@ def build_cep(spec, label_dim):
     return perturb
 
 
-def build_objective(config, net, batch):
+def build_objective(config, net: torch.nn.Module, batch: int) -> tuple:
     """(noise distribution, Objective) of an ObjectiveConfig for this network. batch: images of a global batch."""
     diffusion = net.own_diffusion() if config.noise is None else None
     noise = Levels(diffusion.levels.tolist()) if diffusion else registry.build(config.noise, NOISE, '--noise')
@@ -68,48 +69,49 @@ def build_objective(config, net, batch):
         raise UserError(f'--term={",".join(config.terms)}: {err}') from None
 
 
-def probe(slot, spec, call):
-    """Functions check their options when they are first called: calls one, before anything is made."""
+def probe(slot: str, spec: str, call: Callable) -> None:
+    """Calls a function once, early, because functions check their options when they are called; its ValueError becomes a UserError."""
     try:
         call()
     except ValueError as err:
         raise UserError(f'{slot}={spec}: {err}') from None
 
 
-def build_optimizer(config, params):
-    """The optimizer of an OptimizerConfig, a fused one: it skips an update on the device where found_inf says so."""
+def build_optimizer(config, params: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    """The optimizer of an OptimizerConfig. It must be fused: such an optimizer skips an update on the device where found_inf is set."""
     try:
         made = registry.build(config.kind, OPTIMIZERS, '--optimizer')(params, config.lr)
     except ValueError as err:
         raise UserError(f'--optimizer={config.kind}: {err}') from None
     if not all(group.get('fused') for group in made.param_groups):
-        raise UserError(f'--optimizer={config.kind}: it must be made with fused=True, or updates with bad gradients could not be skipped')
+        raise UserError(f'--optimizer={config.kind}: it must be created with fused=True, so that updates with bad gradients can be skipped')
     return made
 
 
-def build_averages(config, net):
-    """{name: average} of the network's weights: "halflife", which snapshots hold, and a "power_..." for each of --power-ema."""
+def build_averages(config, net: torch.nn.Module) -> dict:
+    """{name: average} of the network's weights: "halflife", which snapshots hold, and one "power_..." for each length of --power-ema."""
     lengths = {f'power_{sigma_rel:.3f}': PowerFunctionEMA(net, sigma_rel) for sigma_rel in config.power_ema}
     return {'halflife': HalfLifeEMA(net, config.ema_halflife_kimg, config.ema_rampup_ratio), **lengths}
 
 
-def transfer_weights(ref, net):
-    """Copies every tensor of another network that has the same name and shape; says what was left as initialised."""
+def transfer_weights(ref: str, net: torch.nn.Module) -> None:
+    """Copies every tensor of another network that has the same name and shape; prints which keep their initial values."""
     other, own = load_network(ref), net.state_dict()
     fitting = {name: tensor for name, tensor in other.state_dict().items() if name in own and own[name].shape == tensor.shape}
     if not fitting:
-        raise UserError(f'--transfer={ref}: none of its tensors fits this network; use its architecture (see its config.json)')
+        raise UserError(f'--transfer={ref}: none of its tensors fits this network; use the same architecture (see its config.json)')
     net.load_state_dict(fitting, strict=False)
     theirs, ours = (getattr(one, 'prediction', None) for one in (other, net))
     if None not in (theirs, ours) and theirs != ours:
-        distributed.print0(f'Warning: {ref} predicts {theirs}, which this network is to unlearn; --prediction={theirs} keeps it')
+        distributed.print0(f'Warning: {ref} predicts {theirs}, and this network has to learn another prediction; --prediction={theirs} '
+                           'keeps it')
     left = sorted(set(own) - set(fitting))
-    rest = f'; as initialised: {", ".join(left[:8])}' if left else ''
-    few = 'Warning: another architecture? ' if 2 * len(fitting) < len(own) else ''
+    rest = f'; initialised at random: {", ".join(left[:8])}' if left else ''
+    few = 'Warning: is this another architecture? ' if 2 * len(fitting) < len(own) else ''
     distributed.print0(f'{few}Transferred {len(fitting)} of {len(own)} tensors from {ref}{rest}')
 
 
-def build_corruption(config):
+def build_corruption(config) -> Corruption:
     """The Corruption of a CorruptionConfig."""
     return Corruption(config.sigma, config.probability, config.seed, config.protocol, config.sigma_min_as)
 
@@ -121,11 +123,11 @@ class Data(NamedTuple):
     feed: Feed
     validation: validation.Validation | None
     line: str  # for people
-    inspection: alarms.Inspection  # empty on ranks but the first
+    inspection: alarms.Inspection  # empty except on rank 0
 
 
-def load_data(config, net, noise, rows, device):
-    """Opens, decodes and corrupts the data of a run (Config). rows: slice of the global batch that is this rank's."""
+def load_data(config, net: torch.nn.Module, noise, rows: slice, device: torch.device | str) -> Data:
+    """Opens, decodes and corrupts the data of a run (Config). rows: this rank's slice of the global batch."""
     data, run = config.data, config.run
     corruption = build_corruption(config.corruption)
     copy = distributed.from_node(cache.decode, data.path, data.cache_dir)
@@ -152,34 +154,34 @@ def load_data(config, net, noise, rows, device):
     return Data(stream, feed, checker, describe(config.objective, dataset, store, stream, sigma_n[train]), found)
 
 
-def describe(objective, dataset, store, stream, sigma_n):
+def describe(objective, dataset: ImageDataset, store, stream: PairStream, sigma_n) -> str:
     """One line, or two, about the images that a run trains on."""
     noisy, count = int((sigma_n > 0).sum()), len(sigma_n)
     limited = f', {stream.limited} with a sigma_min or sigma_max' if stream.limited else ''
     line = (f'{count} training images of shape {"x".join(map(str, dataset.image_shape))}: {count - noisy} clean, '
-            f'{noisy} noisy ({noisy / count:.2%}){limited}; {store.words()}; {stream.acceptance():.1%} of the images passed '
-            f'are used by --pairing={objective.pairing}')
+            f'{noisy} noisy ({noisy / count:.2%}){limited}; {store.words()}; --pairing={objective.pairing} uses '
+            f'{stream.acceptance():.1%} of the images that it draws')
     if noisy and registry.parse(objective.penalty)[0] != 'squared':
-        line += (f'\nNote: --penalty={objective.penalty} aims between mean and median, where the ambient loss counts on the '
-                 'mean; see docs/penalties.md')
+        line += (f'\nNote: the minimiser of --penalty={objective.penalty} lies between mean and median, and the ambient loss relies on '
+                 'the mean; see docs/penalties.md')
     return line
 
 
-def check_timesteps(spec, stream):
-    """Refuses to draw anew the levels of clean images where these are not free to have any level, or where there are none."""
+def check_timesteps(spec: str, stream: PairStream) -> None:
+    """Refuses timesteps that redraw the levels of clean images where these may not have every level, or where no image is clean."""
     if registry.parse(spec)[0] == 'uniform':
         return
     here, clean = f'--timesteps={spec} draws the levels of clean images', stream.levels == 0
     if not clean.any():
-        raise UserError(f'{here}, and all of these are noisy; use uniform')
+        raise UserError(f'{here}, and all images are noisy; use uniform')
     if not clean.all() and registry.parse(stream.spec)[0] == 'sigma_first':
         raise UserError(f'{here}, and --pairing={stream.spec} chooses images by their level; use skip or truncate, or uniform')
     if stream.limited:
-        raise UserError(f'{here}, and some of these have a sigma_min or sigma_max; use uniform')
+        raise UserError(f'{here}, and some images have a sigma_min or sigma_max; use uniform')
 
 
-def corrupt_labels(config, dataset, labels, train):
-    """Wrong classes for the share of the training images that a LabelConfig asks for; held-out images keep theirs."""
+def corrupt_labels(config, dataset: ImageDataset, labels: torch.Tensor, train) -> torch.Tensor:
+    """Labels with wrong classes for the fraction of the training images that a LabelConfig says; held-out images keep theirs."""
     if dataset.classes is None:
         raise UserError('--label-corruption needs classes: train with --cond=1 on labels that are classes, not vectors')
     classes = dataset.classes[train]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run is made from: a tree of frozen dataclasses, one for each wing, to JSON and back.
+"""The configuration of a run: a tree of frozen dataclasses, one for each part of the program, to JSON and back.
 
-config.json of a network, options.json of a run and "options" of a training state hold what to_json() gives. from_json() reads those of
-version 0.1.0 as well, which knew no wings."""
+options.json of a run and "options" of a training state hold what to_json() returns; the network's part is its config.json. from_json()
+also reads those of version 0.1.0, which were one flat object."""
 
 import dataclasses
 import types
@@ -20,7 +20,7 @@ class ValidationConfig:
 
     share: float = 0.0
     path: str | None = None
-    fingerprint: dict | None = None  # of the data set of its own; None where version 0.2.0 or an older one wrote this
+    fingerprint: dict | None = None  # of that data set; None where version 0.2.0 or an older one wrote this
 
 
 @dataclass(frozen=True)
@@ -29,20 +29,20 @@ class DataConfig:
 
     path: str
     use_labels: bool = False
-    keep: float = 1.0  # share of the images that is used at all
+    keep: float = 1.0  # fraction of the images that are used at all
     xflip: bool = False
     augment: float = 0.0  # probability of augmentation
     validation: ValidationConfig | None = None
-    cache_gib: float = 8.0  # memory of a node for noisy images
-    cache_dir: str | None = None  # where decoded copies lie
-    on: str = 'auto'  # where batches are put together: host, device, or there where they fit
+    cache_gib: float = 8.0  # memory per node for noisy images
+    cache_dir: str | None = None  # folder of decoded copies
+    on: str = 'auto'  # where batches are assembled: host, device, or auto: on the device if the images fit
     workers: int = 1
-    fingerprint: dict | None = None  # what the data are known by (dnnlib.fingerprint); None where version 0.2.0 or an older one wrote this
+    fingerprint: dict | None = None  # identifies the data (dnnlib.fingerprint); None where version 0.2.0 or an older one wrote this
 
 
 @dataclass(frozen=True)
 class LabelConfig:
-    """Which share of the images gets a wrong class, and which classes are confused (None: all)."""
+    """Which fraction of the images gets a wrong class, and which classes are confused with each other (None: all)."""
 
     rate: float
     seed: int = 0
@@ -51,7 +51,7 @@ class LabelConfig:
 
 @dataclass(frozen=True)
 class CorruptionConfig:
-    """Who is noisy, how noisy, with which noise; whose label is wrong."""
+    """Which images are noisy, at which level and with which noise, and which labels are wrong."""
 
     sigma: float = 0.0
     probability: float = 0.0
@@ -63,7 +63,7 @@ class CorruptionConfig:
 
 @dataclass(frozen=True)
 class NetworkConfig:
-    """arguments: config.json of the network, the published constructor arguments. cep: a piece of conditioning.CEP."""
+    """The network. arguments: its config.json, the published constructor arguments. cep: a piece of conditioning.CEP."""
 
     arguments: dict
     cep: str | None = None
@@ -72,7 +72,7 @@ class NetworkConfig:
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """Pieces of the slots as the command line names them; noise None: the levels of the network's own timesteps."""
+    """Pieces as the command line names them; noise None: the levels of the network's own timesteps."""
 
     noise: str | None
     weight: str
@@ -84,7 +84,7 @@ class ObjectiveConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """How gradients become weights, and weights averages."""
+    """Optimizer, learning rate, gradient handling and weight averages."""
 
     kind: str = 'adam'
     lr: float = 1e-3
@@ -99,7 +99,7 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class MetricsConfig:
-    """Metrics of the weight average's images, every so many ticks."""
+    """Metrics of samples of the weight average, every `every` ticks."""
 
     every: int
     num: int
@@ -110,7 +110,7 @@ class MetricsConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Length, batches, intervals and speed; and what made the run."""
+    """Length, batch sizes, intervals and speed of the run, and the versions and command that started it."""
 
     seed: int
     batch: int
@@ -132,12 +132,12 @@ class RunConfig:
     desc: str | None = None
     ranks: int = 1
     versions: dict = field(default_factory=dict)
-    command: dict = field(default_factory=dict)  # the options that were given, which --config gives again
+    command: dict = field(default_factory=dict)  # the options that were given, for --config
 
 
 @dataclass(frozen=True)
 class Config:
-    """Everything of a run; each builder takes its own part."""
+    """The whole configuration of a run; each builder takes its own part."""
 
     data: DataConfig
     corruption: CorruptionConfig
@@ -147,13 +147,13 @@ class Config:
     run: RunConfig
 
 
-def to_json(config):
+def to_json(config: Config) -> dict:
     """The tree as nested dicts of JSON types."""
     return dataclasses.asdict(config)
 
 
-def from_json(values, kind=Config, where=''):
-    """The tree from what to_json() gave, of this version or of 0.1.0. Raises UserError for keys that are unknown or missing."""
+def from_json(values: object, kind: type = Config, where: str = ''):
+    """The tree from the result of to_json(), of this version or of 0.1.0. Raises UserError for unknown or missing keys."""
     if not isinstance(values, dict):
         raise UserError(f'configuration: "{where.rstrip(".") or "it"}" must be an object, got {type(values).__name__}')
     if kind is Config and 'run' not in values and 'lr_rampup_kimg' in values:
@@ -162,7 +162,7 @@ def from_json(values, kind=Config, where=''):
         except KeyError as err:
             raise UserError(f'configuration: missing key {err} of version 0.1.0') from None
         except (AttributeError, TypeError, ValueError):
-            raise UserError('configuration: its keys are those of version 0.1.0, and its values are not') from None
+            raise UserError('configuration: it has the keys of version 0.1.0, but not their kinds of values') from None
     fields = {f.name: f for f in dataclasses.fields(kind)}
     unknown = sorted(str(name) for name in set(values) - set(fields))
     missing = [name for name, f in fields.items()
@@ -175,7 +175,7 @@ def from_json(values, kind=Config, where=''):
 
 
 def _value(hint, value, where):
-    """A value of the kind that the field wants: a tree of its own, or a plain JSON value."""
+    """A value of the type that the field has: a subtree, or a plain JSON value."""
     choices = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if value is None and type(None) in choices:
         return None
@@ -189,7 +189,7 @@ def _value(hint, value, where):
 
 
 def _is_json(value):
-    """Whether a value is one of JSON, and its numbers are such that a machine can count with them."""
+    """Whether a value is made of JSON types, with finite numbers below 2^64."""
     if isinstance(value, dict):
         return all(isinstance(key, str) and _is_json(item) for key, item in value.items())
     if isinstance(value, list):
@@ -197,17 +197,17 @@ def _is_json(value):
     return value is None or isinstance(value, str) or isinstance(value, int | float) and abs(value) < 2 ** 64
 
 
-# ---- options of version 0.1.0, which are one flat dict with a few dicts in it
+# ---- options of version 0.1.0: one flat dict with a few dicts in it
 
 
-def of_version_0_1(o):
-    """The nested dict that today's program would have written for a run of version 0.1.0."""
+def of_version_0_1(o: dict) -> dict:
+    """The nested dict that this version would have written for a run of version 0.1.0."""
     optimizer, objective = dict(o['optimizer']), dict(o['objective'])
     take = lambda *names: {name: o[name] for name in names}
     decay = optimizer['weight_decay']
     arguments = dict(o['network'])
     if 'diffusion' in arguments:
-        arguments.setdefault('prediction', 'eps')  # the one that there was
+        arguments.setdefault('prediction', 'eps')  # the only one in that version
     return dict(
         data=dict(o['data'], augment=o['augment'], validation=o['val'] or None),
         corruption=dict(o['corruption'], labels=o['label_corruption'] or None),

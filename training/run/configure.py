@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the command line says -> the Config that a run is made from; what cannot work is refused here."""
+"""From the options of train.py to the Config that a run is built from; combinations that cannot work are refused here."""
 
 import dataclasses
 import os
 
 import torch
 
-from dnnlib import UserError
+from dnnlib import EasyDict, UserError
 from torch_utils import distributed, misc, registry
 from training.data.corruption import LabelCorruption
 from training.data.dataset import ImageDataset
@@ -23,18 +23,18 @@ from training.run.optimizer import LearningRate
 from training.run.options import DIFFUSION, PREDICTION
 from training.sampling.pixels import is_picture
 
-# The sampler of networks of a discrete-time objective, in fewer steps where it has fewer. What predicts eps needs one that clips D.
+# Sampler of networks with a discrete-time objective, in fewer steps where the schedule has fewer. With eps it has to be one that clips D.
 SAMPLING = {name: {'sampler': 'dpmpp_2m', 'steps': 18} for name in PREDICTIONS} | {'eps': {'sampler': 'ancestral', 'steps': 50}}
 
 # Noise distribution and weight that each preconditioning was published with.
 PUBLISHED = {'edm': ('lognormal', 'edm'), 'iddpm': ('iddpm_levels', 'snr'), 've': ('loguniform', 'snr'), 'vp': ('vp_uniform', 'snr')}
 
 
-def configure(o):
+def configure(o: EasyDict) -> config.Config:
     """The options of train.py, by their names -> the Config."""
     check_batch(o)
     if o.power_ema and not o.snap:
-        raise UserError('--power-ema stores averages at snapshots, and --snap=0 makes none; raise --snap')
+        raise UserError('--power-ema stores averages at snapshots, and --snap=0 disables them; raise --snap')
     corruption = config.CorruptionConfig(o.sigma, o.corruption_probability, o.corruption_seed, o.corruption_protocol, label_corruption(o),
                                            o.sigma_min_as)
     corrupter = build_corruption(corruption)  # refuses values out of range
@@ -55,17 +55,18 @@ def configure(o):
             ranks=distributed.size(), versions=misc.versions(), command=o.get('command') or {}))
 
 
-def check_corruption(o):
-    """Refuses half of a corruption, which would train on clean images without a word; a 0 that was typed is meant."""
-    halves = [('sigma', 'how noisy the corrupted images are'), ('corruption_probability', 'which share of the images is corrupted')]
+def check_corruption(o: EasyDict) -> None:
+    """Refuses one of --sigma and --corruption-probability without the other, which would silently train on clean images; an explicit 0 is
+    accepted."""
+    halves = [('sigma', 'how noisy the corrupted images are'), ('corruption_probability', 'which fraction of the images is corrupted')]
     for (one, _), (other, meaning) in (halves, halves[::-1]):
         if o[one] and not o[other] and other not in o.get('command', {}):
             raise UserError(f'--{one.replace("_", "-")}={o[one]:g} does nothing without --{other.replace("_", "-")}, {meaning}; '
-                            f'add it (0 trains on clean images)')
+                            f'add it (0: train on clean images)')
 
 
-def check_batch(o):
-    """Refuses batch sizes that do not go into equal whole parts."""
+def check_batch(o: EasyDict) -> None:
+    """Refuses batch sizes that cannot be divided evenly."""
     world = distributed.size()
     if o.batch < world:
         raise UserError(f'--batch={o.batch} is smaller than the {world} ranks; use at least --batch={world}, or fewer ranks')
@@ -73,15 +74,15 @@ def check_batch(o):
         raise UserError(f'--batch={o.batch} is not divisible by the {world} ranks; try --batch={o.batch // world * world}')
     part = o.batch // world
     if o.gns and world == 1 and (o.batch_gpu or part) == part:
-        raise UserError('--gns=1 compares the gradients of parts of a batch: use several ranks, or a --batch-gpu below --batch')
+        raise UserError('--gns=1 compares the gradients of parts of a batch: use several ranks, or a --batch-gpu smaller than --batch')
     if o.batch_gpu and part % o.batch_gpu:
         good = max(n for n in range(1, min(o.batch_gpu, part) + 1) if part % n == 0)
         raise UserError(f'--batch={o.batch} is not divisible by {world} ranks x --batch-gpu={o.batch_gpu}; '
                         f'try --batch-gpu={good}')
 
 
-def open_data(o, corruption):
-    """(DataConfig, Form) of --data and --val, which are the same on all ranks, and which the Corruption can be used with."""
+def open_data(o: EasyDict, corruption):
+    """(DataConfig, Form) of --data and --val, after checking that they are the same on all ranks and fit the Corruption."""
     held_out = validation(o)
 
     def opened(path, **options):
@@ -95,7 +96,7 @@ def open_data(o, corruption):
     if held_out and held_out.path:
         openers[f'--val={held_out.path}'] = lambda: opened(held_out.path, use_labels=o.cond)
     if o.data_on == 'device' and not torch.cuda.is_available():
-        raise UserError('--data-on=device needs a GPU, and there is none here; use auto or host')
+        raise UserError('--data-on=device needs a GPU, and none is available; use auto or host')
     (form, *_), (fingerprint, *own) = open_everywhere(openers)
     if own:
         held_out = dataclasses.replace(held_out, fingerprint=own[0])
@@ -107,15 +108,15 @@ def open_data(o, corruption):
 # ---- the objective
 
 
-def objective(o, dataset):
-    """The ObjectiveConfig: the slots as they are named, and the terms that the options add up to."""
+def objective(o: EasyDict, dataset) -> config.ObjectiveConfig:
+    """The ObjectiveConfig: the chosen pieces, and the loss terms that the options amount to."""
     noise, weight = PUBLISHED[o.precond]
     if o.objective:
         check_discrete(o, dataset)
     else:
         for name, value in [('diffusion', o.diffusion), ('timesteps', o.timesteps), ('prediction', o.prediction)]:
             if value is not None:
-                raise UserError(f'--{name}={value} is for discrete-time objectives: add --objective=hybrid, say')
+                raise UserError(f'--{name}={value} is for discrete-time objectives: add one, such as --objective=hybrid')
     inverse = o.ambient_weight == 'inverse'
     terms = terms_of(o.objective, inverse)
     if spec := published.consistency(o):
@@ -126,26 +127,26 @@ def objective(o, dataset):
                                   timesteps=o.timesteps or 'uniform')
 
 
-def check_discrete(o, dataset):
+def check_discrete(o: EasyDict, dataset) -> None:
     """Refuses what does not go with --objective."""
     here, (name, _) = f'--objective={o.objective}', registry.parse(o.objective)
     if o.precond != 'iddpm':
-        raise UserError(f'{here} has discrete timesteps, which --precond={o.precond} does not know; use --precond=iddpm')
+        raise UserError(f'{here} has discrete timesteps, which --precond={o.precond} does not have; use --precond=iddpm')
     if o.noise:
-        raise UserError(f'--noise={o.noise} does not go with {here}, whose levels are those of --diffusion; leave it out')
+        raise UserError(f'--noise={o.noise} cannot be combined with {here}, whose levels are those of --diffusion; leave it out')
     if name != 'simple' and dataset.units is not None:
-        raise UserError(f'{here} is about the probability of grey levels, and this data is not 8-bit; use --objective=simple')
+        raise UserError(f'{here} bounds the likelihood of 8-bit images, and this data is not 8-bit; use --objective=simple')
     own = [('weight', o.weight, None), ('penalty', o.penalty, 'squared'), ('ambient-weight', o.ambient_weight, 'none')]
     for option, value, plain in own if name == 'vlb' else []:
         if value != plain:
-            raise UserError(f'--{option}={value} does not go with {here}: the bound says what an error costs; '
+            raise UserError(f'--{option}={value} cannot be combined with {here}: the bound alone defines the cost of an error; '
                             'use hybrid or simple, or leave it out')
 
 
 # ---- the network
 
 
-def network_arguments(o, dataset):
+def network_arguments(o: EasyDict, dataset) -> dict:
     """config.json of the network: published constructor arguments."""
     (height, width), prediction = dataset.resolution, o.prediction or PREDICTION
     found = dict(img_resolution=height if height == width else [height, width], img_channels=dataset.image_shape[0],
@@ -154,7 +155,7 @@ def network_arguments(o, dataset):
     found |= {key: value for key, value in given.items() if value is not None}
     if o.label_dropout:
         if not o.cond:
-            raise UserError(f'--label-dropout={o.label_dropout:g} leaves out labels; train with --cond=1')
+            raise UserError(f'--label-dropout={o.label_dropout:g} drops class labels; train with --cond=1')
         if not takes(found, 'label_dropout'):
             raise UserError(f'--label-dropout={o.label_dropout:g}: --arch={o.arch} has no label dropout; leave it out')
         found['label_dropout'] = o.label_dropout
@@ -163,8 +164,8 @@ def network_arguments(o, dataset):
     if o.precond != 'edm':
         found['precond'] = o.precond
         if o.sigma_data is not None and not (o.objective and prediction == 'edm'):
-            raise UserError(f'--sigma-data={o.sigma_data} goes with --precond=edm; --precond={o.precond} has no such constant '
-                            'but under --objective with --prediction=edm')
+            raise UserError(f'--sigma-data={o.sigma_data} is for --precond=edm; --precond={o.precond} has no such constant '
+                            'except with --objective and --prediction=edm')
     if o.objective:
         found |= dict(diffusion=o.diffusion or DIFFUSION, prediction=prediction)
         own = SAMPLING[prediction]
@@ -176,12 +177,12 @@ def network_arguments(o, dataset):
     return found
 
 
-def architecture(o):
-    """What --arch and the published options that are keys of it say about the network."""
+def architecture(o: EasyDict) -> dict:
+    """The network's part of config.json, from --arch and the published options that are keys of it."""
     return registry.build(published.architecture(o), ARCHS, '--arch')()
 
 
-def takes(arguments, name):
+def takes(arguments: dict, name: str) -> bool:
     """Whether the network's class has such a constructor argument."""
     return name in registry.parameters(network_class(arguments['model_type']))
 
@@ -189,7 +190,7 @@ def takes(arguments, name):
 # ---- optimizer, averages, run
 
 
-def optimizer(o):
+def optimizer(o: EasyDict) -> config.OptimizerConfig:
     """The OptimizerConfig."""
     found = config.OptimizerConfig(kind=published.optimizer(o), lr=o.lr, schedule=lr_schedule(o), rampup_kimg=o.lr_rampup * 1e3,
                                    clip=o.clip, loss_scale=o.ls, ema_halflife_kimg=o.ema * 1e3, power_ema=o.power_ema)
@@ -198,15 +199,15 @@ def optimizer(o):
     return found
 
 
-def lr_schedule(o):
-    """--lr-schedule; where its length is that of the run, with the length, so that a longer continuation is told to be another run."""
-    name, told = registry.parse(o.lr_schedule)
-    if name == 'cosine' and not told.get('kimg'):
-        return registry.unparse(name, told | {'kimg': o.duration * 1e3})
+def lr_schedule(o: EasyDict) -> str:
+    """--lr-schedule; where its length is that of the run, it is written out, so that a longer continuation does not change it unnoticed."""
+    name, given = registry.parse(o.lr_schedule)
+    if name == 'cosine' and not given.get('kimg'):
+        return registry.unparse(name, given | {'kimg': o.duration * 1e3})
     return o.lr_schedule
 
 
-def label_corruption(o):
+def label_corruption(o: EasyDict) -> config.LabelConfig | None:
     """The LabelConfig, or None."""
     if not o.label_corruption:
         if o.label_corruption_groups is not None:
@@ -218,32 +219,32 @@ def label_corruption(o):
     return config.LabelConfig(rate=o.label_corruption, seed=o.corruption_seed, groups=o.label_corruption_groups)
 
 
-def choose_precision(o):
-    """fp32 unless told otherwise; fp16 is for GPUs."""
+def choose_precision(o: EasyDict) -> str:
+    """The precision, by default fp32; fp16 needs a GPU."""
     if o.fp16 and o.precision not in (None, 'fp16'):
         raise UserError(f'--fp16=1 and --precision={o.precision} exclude each other; give one of them')
     precision = 'fp16' if o.fp16 else o.precision or 'fp32'
     if precision == 'fp16' and not torch.cuda.is_available():
-        raise UserError('--precision=fp16 needs a GPU, and there is none here; use fp32 or bf16')
+        raise UserError('--precision=fp16 needs a GPU, and none is available; use fp32 or bf16')
     return precision
 
 
-def validation(o):
-    """The ValidationConfig, or None; without a fingerprint yet."""
+def validation(o: EasyDict) -> config.ValidationConfig | None:
+    """The ValidationConfig, still without a fingerprint, or None."""
     if o.val is None:
         return None
     if not o.snap:
-        raise UserError(f'--val={o.val} is evaluated at snapshots, and --snap=0 makes none; raise --snap')
+        raise UserError(f'--val={o.val} is evaluated at snapshots, and --snap=0 disables them; raise --snap')
     try:
         share = float(o.val)
     except ValueError:
         return config.ValidationConfig(path=o.val)
     if not 0 < share < 1:
-        raise UserError(f'--val={o.val}: a share must lie between 0 and 1; or give a data set')
+        raise UserError(f'--val={o.val}: a fraction must lie between 0 and 1; or give the path of a data set')
     return config.ValidationConfig(share=share)
 
 
-def metrics(o, dataset):
+def metrics(o: EasyDict, dataset) -> config.MetricsConfig | None:
     """The MetricsConfig, or None."""
     if not o.metrics_every:
         if o.metrics_ref is not None:
@@ -251,7 +252,7 @@ def metrics(o, dataset):
         return None
     here = f'--metrics-every={o.metrics_every}'
     if o.metrics_ref is None:
-        raise UserError(f'{here} compares with reference statistics: add --metrics-ref=NPZ, as "eval_fid.py ref" writes it')
+        raise UserError(f'{here} needs reference statistics: add --metrics-ref=NPZ, a file written by "eval_fid.py ref"')
     if not is_picture(dataset.image_shape[0], dataset.units):
         raise UserError(f'{here} compares 8-bit grey or RGB images, and --data={o.data} has none; use --metrics-every=0')
     return config.MetricsConfig(every=o.metrics_every, num=o.metrics_num, ref=o.metrics_ref, names=list(o.metrics),

@@ -1,28 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the options of train.py to a run: its configuration, its folder, its lock, its end."""
+"""From the options of train.py to a finished run: configuration, folder, lock, training, and what is left when it ends."""
 
 import contextlib
 import functools
 import json
 import os
 import traceback
+from collections.abc import Callable
 
 import click
 import torch
 
-from dnnlib import Logger, UserError, format_time
+from dnnlib import EasyDict, Logger, UserError, format_time
 from torch_utils import checkpoint, distributed, registry
 from training.networks.preconditioning import build_network
 from training.run import folder, states
 from training.run.build import build_objective
-from training.run.config import from_json, to_json
+from training.run.config import Config, from_json, to_json
 from training.run.configure import configure
 from training.run.stopping import STOPPED, Requests, Signals, Stop
 from training.run.summary import closing_lines
 from training.run.training_loop import training_loop
 
 
-def run(o, open_mirrors):
+def run(o: EasyDict, open_mirrors: Callable) -> None:
     """Trains as the options `o` say. open_mirrors(o, folder, config, nimg) -> Mirrors of the statistics."""
     if o.threads:
         torch.set_num_threads(o.threads)
@@ -38,8 +39,8 @@ def run(o, open_mirrors):
         launch(config, o, place, open_mirrors)
 
 
-def print_config(config, o):
-    """What will be trained, on rank 0: the configuration, the size of the network, the network evaluations an image."""
+def print_config(config: Config, o: EasyDict) -> None:
+    """Prints, on rank 0, what will be trained: the configuration, the size of the network, and the network evaluations per image."""
     with torch.device('meta'):
         net = build_network(config.network.arguments)
     _, objective = build_objective(config.objective, net, config.run.batch)
@@ -47,30 +48,30 @@ def print_config(config, o):
     if o.dry_run:
         distributed.print0(json.dumps(to_json(config), indent=2))
     distributed.print0(f'{type(net.model).__name__} with {params / 1e6:.2f} M parameters, {type(net).__name__}; '
-                       f'{objective.evaluations:.3g} network evaluations an image and step; seed {config.run.seed}')
+                       f'{objective.evaluations:.3g} network evaluations per image and step; seed {config.run.seed}')
 
 
-def find_run(config, o):
-    """(Config, where the run goes on): ("file", its state), ("latest", its folder) or None for a fresh start; the same on every rank."""
+def find_run(config: Config, o: EasyDict) -> tuple[Config, tuple[str, str] | None]:
+    """(Config, where to resume): ("file", state), ("latest", folder) or None for a fresh start; the same on every rank."""
     if o.resume is None:
         return config, None
     if o.transfer and o.resume != 'latest':
         raise UserError('--resume=FILE and --transfer exclude each other: one continues a run, the other starts a new one')
 
     def look():
-        # A continued run keeps its seed, and what its network predicts: its first command may have had another default.
+        # A continued run keeps its seed and its prediction, whose defaults may have been different for its first command.
         if o.resume != 'latest':
             return ('file', o.resume), to_json(states.check(o.resume, config, o.free))
         found = states.find(o.outdir, config, folder_name(config, o), o.free)
         return (('latest', found[0]), to_json(found[1])) if found else (None, None)
 
     o.free = [key for key, given in (('run.seed', o.seed), ('network.arguments.prediction', o.prediction)) if given is None]
-    place, told = distributed.from_rank0(look)
-    return (states.adopt(config, from_json(told)), place) if told else (config, None)
+    place, stored = distributed.from_rank0(look)
+    return (states.adopt(config, from_json(stored)), place) if stored else (config, None)
 
 
-def launch(config, o, place, open_mirrors):
-    """Makes or finds the run's folder, and trains in it. Only rank 0 reads the state, and holds the lock of the folder."""
+def launch(config: Config, o: EasyDict, place: tuple[str, str] | None, open_mirrors: Callable) -> None:
+    """Creates or finds the run's folder, and trains in it. Only rank 0 reads the state and holds the lock of the folder."""
     held = []  # on rank 0: lock, content of the state
     run_dir, state_path = distributed.from_rank0(open_folder, config, o, place, held)
     lock, state = held or (None, None)
@@ -82,7 +83,7 @@ def launch(config, o, place, open_mirrors):
             train_in(run_dir, config, o, state, state_path, requests, open_mirrors)
     except Stop as stop:
         if lock:
-            folder.note_end(run_dir, f'Stopped: {stop.reason}; the state is written, and the same command with --resume=latest goes on')
+            folder.note_end(run_dir, f'Stopped: {stop.reason}; the state is saved, and the same command with --resume=latest continues it')
         raise click.exceptions.Exit(STOPPED) from None
     except UserError as err:
         note(f'Error: {err.message}', shown=False)
@@ -91,7 +92,7 @@ def launch(config, o, place, open_mirrors):
             folder.take_back(run_dir)
         raise
     except BaseException as err:
-        if distributed.explain(err) is None:  # which notes what it has to say
+        if distributed.explain(err) is None:  # otherwise on_abort notes the explanation
             note(traceback.format_exc(), shown=False)
         raise
     finally:
@@ -99,7 +100,8 @@ def launch(config, o, place, open_mirrors):
             lock.release()
 
 
-def train_in(run_dir, config, o, state, state_path, requests, open_mirrors):
+def train_in(run_dir: str, config: Config, o: EasyDict, state: dict | None, state_path: str | None, requests: Requests,
+             open_mirrors: Callable) -> None:
     """training_loop, with a log on rank 0."""
     if distributed.rank() != 0:
         training_loop(config, run_dir, distributed.device(), None, None, state_path, requests)
@@ -110,8 +112,8 @@ def train_in(run_dir, config, o, state, state_path, requests, open_mirrors):
         print('\n'.join(closing_lines(run_dir, format_time(run.seconds()))), flush=True)
 
 
-def open_folder(config, o, place, held):
-    """(folder, path of the state or None): locked, the state read, both put into `held`."""
+def open_folder(config: Config, o: EasyDict, place: tuple[str, str] | None, held: list) -> tuple[str, str | None]:
+    """(folder, path of the state or None). Locks the folder and reads the state, and appends lock and state to `held`."""
     kind, where = place or (None, None)
     if kind is None:
         run_dir = new_folder(config, o)
@@ -124,7 +126,7 @@ def open_folder(config, o, place, held):
         elif kind == 'latest':
             path, state = states.load_latest(run_dir, config, o.free)
         else:
-            folder.RunFolder(run_dir, False).write_options(config)  # the same command finds it, should it end before its first state
+            folder.RunFolder(run_dir, False).write_options(config)  # so that --resume=latest finds it, should it end before its first state
     except BaseException:
         lock.release()
         raise
@@ -132,18 +134,18 @@ def open_folder(config, o, place, held):
     return run_dir, path
 
 
-def new_folder(config, o):
-    """Makes the folder of a new run."""
+def new_folder(config: Config, o: EasyDict) -> str:
+    """Creates the folder of a new run."""
     if not o.nosubdir:
         return folder.create(o.outdir, folder_name(config, o))
     os.makedirs(o.outdir, exist_ok=True)
     if os.path.exists(os.path.join(o.outdir, folder.OPTIONS)):
-        raise UserError(f'--outdir={o.outdir} holds a run already; continue it with --resume=latest, or choose another folder')
+        raise UserError(f'--outdir={o.outdir} already holds a run; continue it with --resume=latest, or choose another folder')
     return o.outdir
 
 
-def folder_name(config, o):
-    """What the folder of a new run is called, behind its number."""
+def folder_name(config: Config, o: EasyDict) -> str:
+    """Name of a new run's folder, after its number."""
     kind = 'cond' if o.cond else 'uncond'
     stem = os.path.splitext(os.path.basename(os.path.normpath(o.data)))[0]
     parts = [stem, kind, registry.parse(o.arch)[0], o.precond, f'batch{o.batch}', config.run.precision, o.desc]

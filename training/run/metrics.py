@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Metrics of the weight average's images, every so many ticks of a training, against reference statistics."""
+"""Metrics of samples of the weight average during training, every --metrics-every ticks, against reference statistics."""
 
 import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 
@@ -14,10 +15,10 @@ from metrics.statistics import load_statistics
 from torch_utils import distributed, misc, registry
 from training.evaluation.images import uint8_batches
 
-BATCH = 64  # images a rank makes together; eval_fid.py's default
-# Where the log is briefer than the published name, and where the count of images must not run into its digits.
+BATCH = 64  # batch size per rank; eval_fid.py's default
+# Names in the log, where they are shorter than the published ones, or end in a digit that would run into the number of images.
 NAMES = {'fid_score': 'fid', 'fd_dinov2': 'fd_dinov2_', 'fd_vgg16': 'fd_vgg16_'}
-# What eval_fid.py calls its options, in errors of the rooms that the two share, and what train.py calls them.
+# Options of eval_fid.py that errors of the shared code name, and what train.py calls them.
 RENAMED = {'--detector-weights=': '--metrics-detector=inception:weights=', '--detector=': '--metrics-detector=',
            'make them anew with "ref", or pass the images with --ref-path': 'make them anew with "eval_fid.py ref"',
            'pass the --detector ': 'pass the --metrics-detector ',
@@ -26,12 +27,12 @@ RENAMED = {'--detector-weights=': '--metrics-detector=inception:weights=', '--de
 
 
 class PeriodicMetrics:
-    """Measures a network by the images of seeds 0 .. num - 1, rounded to 8 bits as their PNGs would be.
+    """Evaluates a network on the images of seeds 0 .. num - 1, rounded to 8 bits as in a PNG.
 
     num: images over all ranks. ref: .npz or URL of Statistics. names: of evaluate.METRICS. detector: a spec of DETECTORS.
-    shape: (C,H,W) of the images. Raises UserError, on all ranks, for whatever would fail later."""
+    shape: (C,H,W) of the images. Raises UserError, on all ranks, for everything that would fail later."""
 
-    def __init__(self, num, ref, names, detector, shape, device):
+    def __init__(self, num: int, ref: str, names: Iterable[str], detector: str, shape: Sequence[int], device: torch.device) -> None:
         self.num, self.names = num, tuple(names)
         with _as_train_says():
             path = distributed.first_on_node(fetch, ref, '--metrics-ref')
@@ -43,7 +44,7 @@ class PeriodicMetrics:
         self.settings = self._settings()
 
     def _check(self, name, shape):
-        """Refuses what the metrics cannot be computed from."""
+        """Refuses references, detectors and counts of images from which the metrics cannot be computed."""
         chosen, reference = f'--metrics={",".join(self.names)}', self.reference
         if needs_features(self.names) and reference.features is None:
             raise UserError(f'{name}: {chosen} compare images, and these statistics hold no features; '
@@ -62,28 +63,28 @@ class PeriodicMetrics:
             raise UserError(f'--metrics-num={self.num}: {chosen} need more than {PR_K} images')
 
     def _settings(self):
-        """The published settings, cut to the number of images: KID is unbiased for subsets of any size."""
+        """The published settings, limited by the number of images: KID is unbiased for subsets of any size."""
         rows = len(self.reference.features) if self.reference.features is not None else self.num
         plain = Settings()
         return Settings(kid_subset_size=min(plain.kid_subset_size, self.num, rows), splits=min(plain.splits, self.num))
 
-    def __call__(self, net, stop=lambda: False, **pieces):
-        """{'Metrics/fid2k': value, ...} of a network in eval mode, on every rank; {} and a warning where its images have none.
+    def __call__(self, net: torch.nn.Module, stop: Callable[[], bool] = lambda: False, **pieces) -> dict[str, float | None]:
+        """{'Metrics/fid2k': value, ...} of a network in eval mode, on every rank; {} and a warning where they cannot be computed.
 
-        stop(): whether to leave off on this rank; what is returned then is {}.
-        pieces: schedule, stepper and num_steps of generate_images; EDM's sampler in 18 steps, where they are not given."""
+        stop(): whether this rank should stop early, which makes the result {}.
+        pieces: schedule, stepper and num_steps of generate_images; by default EDM's sampler with 18 steps."""
         try:
             batches = until(stop, uint8_batches(net, range(self.num), BATCH, 'the weight average', **pieces))
             values = evaluate_batches(batches, self.detector, self.reference, self.names, self.settings, self.num)
-        except UserError as err:  # of images that are not finite, say: training may recover from them
+        except UserError as err:  # such as non-finite images, from which training may recover
             distributed.print0(f'Warning: no metrics this time: {err.message}')
             return {}
         return {f'Metrics/{NAMES.get(name, name)}{short(self.num)}': misc.as_float(value)
                 for name, value in values.items()}
 
 
-def until(stop, batches):
-    """The batches; UserError, which metrics tell to every rank, where stop() says so before one of them."""
+def until(stop: Callable[[], bool], batches: Iterable) -> Iterator:
+    """The batches; raises UserError, which the metrics pass on to every rank, as soon as stop() is true."""
     for batch in batches:
         if stop():
             raise UserError('the run was asked to end')
@@ -92,7 +93,7 @@ def until(stop, batches):
 
 @contextlib.contextmanager
 def _as_train_says():
-    """Errors inside name the options of train.py."""
+    """Rewrites errors raised inside so that they name the options of train.py."""
     try:
         yield
     except UserError as err:
@@ -102,6 +103,6 @@ def _as_train_says():
         raise UserError(message) from None
 
 
-def short(num):
-    """2000 -> "2k"; 512 -> "512": how many images a metric's name says it is of."""
+def short(num: int) -> str:
+    """Number of images in a metric's name: 2000 -> "2k", 512 -> "512"."""
     return f'{num // 1000}k' if num % 1000 == 0 else str(num)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whoever else is told of a run's statistics and sample grids, beside its folder. The programs that they go to are the scripts' affair.
+"""Mirrors: other loggers, such as TensorBoard, that receive a run's statistics and sample grids. The scripts implement them.
 
 A mirror is an object with scalars(fields, nimg), picture(path, nimg) and close()."""
 
@@ -11,39 +11,39 @@ from dnnlib import UserError
 
 
 class Mirrors:
-    """All mirrors of a run, {option: mirror}, as one. A mirror that fails is told of once, and never ends the training.
+    """All mirrors of a run, {option: mirror}, as one. A mirror that fails is reported once, and never ends the training.
 
-    Rank 0 alone has any; those of other ranks are empty."""
+    Only rank 0 has mirrors."""
 
-    def __init__(self, mirrors=None):
-        self._mirrors, self._told = mirrors or {}, set()
+    def __init__(self, mirrors: dict | None = None) -> None:
+        self._mirrors, self._reported = mirrors or {}, set()
 
-    def scalars(self, fields, nimg):
-        """A line of stats.jsonl: {name: number or None}. Several lines may be of one nimg."""
+    def scalars(self, fields: dict, nimg: int) -> None:
+        """A line of stats.jsonl: {name: number or None}. Several lines may have the same nimg."""
         fine = lambda value: isinstance(value, int | float) and math.isfinite(value)
         numbers = {name: value for name, value in fields.items() if fine(value) and name != 'nimg'}
         self._each('scalars', numbers, nimg)
 
-    def picture(self, path, nimg):
+    def picture(self, path: str | os.PathLike, nimg: int) -> None:
         """A PNG of samples."""
         self._each('picture', path, nimg)
 
-    def close(self):
-        """Nothing more comes."""
+    def close(self) -> None:
+        """Closes all mirrors."""
         self._each('close')
 
     def _each(self, what, *args):
         for option, mirror in self._mirrors.items():
             try:
                 getattr(mirror, what)(*args)
-            except Exception as err:  # a disk that is full, a network that is down, whatever else another program raises
-                if option not in self._told:
-                    print(f'Warning: {option} fails ({reason(err)}); the training goes on, and stats.jsonl has all numbers', flush=True)
-                self._told.add(option)
+            except Exception as err:  # a full disk, a network that is down, or anything else that another program raises
+                if option not in self._reported:
+                    print(f'Warning: {option} fails ({reason(err)}); the training continues, and stats.jsonl has all numbers', flush=True)
+                self._reported.add(option)
 
 
-def reason(err):
-    """What an error was, and where. Its text stays untold where it is another program's: it may hold addresses, hosts and keys."""
+def reason(err: Exception) -> str:
+    """What an error was, and where. The text of another program's error is not shown: it may hold addresses, hosts and keys."""
     if isinstance(err, UserError):
         return err.message
     if isinstance(err, OSError) and err.errno and err.strerror == os.strerror(err.errno):

@@ -1,23 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """Optimizers and learning-rate schedules.
 
-An optimizer is called as (params, lr) and its keys; a schedule as (nimg, batch) and its keys, and gives the factor of --lr when nimg
-images came before the step. Every schedule is multiplied by the ramp-up."""
+An optimizer is called as (params, lr) with its keys; a schedule as (nimg, batch) with its keys, and returns the factor of --lr for the
+step after nimg images. Every schedule is multiplied by the ramp-up."""
 
 import math
+from collections.abc import Iterable
 
 import torch
 
 from torch_utils import registry
 
 
-def adam(params, lr, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0):
-    """Adam (Kingma & Ba 2015); weight_decay is an L2 penalty, part of the gradient, as in the published code."""
+def adam(params: Iterable[torch.nn.Parameter], lr: float, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8,
+         weight_decay: float = 0.0) -> torch.optim.Optimizer:
+    """Adam (Kingma & Ba 2015), whose weight_decay is an L2 penalty added to the gradient, as in the published code."""
     return torch.optim.Adam(params, lr=lr, betas=_betas(beta1, beta2), eps=eps, weight_decay=weight_decay, fused=True)
 
 
-def adamw(params, lr, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.01):
-    """AdamW (Loshchilov & Hutter 2019): every step takes lr weight_decay off each weight, whatever its gradient."""
+def adamw(params: Iterable[torch.nn.Parameter], lr: float, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8,
+          weight_decay: float = 0.01) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov & Hutter 2019): Adam with decoupled weight decay, every step multiplying each weight by 1 - lr weight_decay."""
     return torch.optim.AdamW(params, lr=lr, betas=_betas(beta1, beta2), eps=eps, weight_decay=weight_decay, fused=True)
 
 
@@ -28,22 +31,25 @@ def _betas(beta1, beta2):
     return beta1, beta2
 
 
-def constant(nimg, batch):
-    """The learning rate stays as it is, as in EDM."""
+def constant(nimg: int, batch: int) -> float:
+    """Constant learning rate, as in EDM (Karras et al. 2022)."""
     return 1.0
 
 
-def inverse_sqrt(nimg, batch, ref=70000):
-    """1 / sqrt(max(t / ref, 1)) after t steps (Karras et al. 2024, equation 67). ref: steps before it falls; 0: never."""
+def inverse_sqrt(nimg: int, batch: int, ref: float = 70000) -> float:
+    """Inverse square root decay: 1 / sqrt(max(t / ref, 1)) after t steps, constant for the first `ref` of them (Karras et al. 2024,
+    equation 67).
+
+    ref=0: constant throughout."""
     if not 0 <= ref < math.inf:
         raise ValueError(f'ref={ref} must be 0 or more steps')
     return 1 / math.sqrt(max(nimg / (ref * batch), 1)) if ref else 1.0
 
 
-def cosine(nimg, batch, kimg=0.0, least=0.0):
-    """From 1 down to `least` on half a cosine (Loshchilov & Hutter 2017) over kimg thousand images; 0: those of --duration.
+def cosine(nimg: int, batch: int, kimg: float = 0.0, least: float = 0.0) -> float:
+    """Cosine decay from 1 to `least` over `kimg` thousand images, by default the whole of --duration (Loshchilov & Hutter 2017).
 
-    The length stays that of the run's first command: a curve that changes on the way would be another run."""
+    kimg=0 stands for --duration of the run's first command; a run that is continued with a longer --duration keeps its curve."""
     if not (0 < kimg < math.inf and 0 <= least <= 1):
         raise ValueError(f'kimg={kimg} must be above 0, and least={least} from 0 to 1')
     return least + (1 - least) * (1 + math.cos(math.pi * min(nimg / (kimg * 1e3), 1))) / 2
@@ -52,11 +58,11 @@ def cosine(nimg, batch, kimg=0.0, least=0.0):
 class LearningRate:
     """(nimg, batch) -> the learning rate of an OptimizerConfig: lr times ramp-up times schedule."""
 
-    def __init__(self, config):
+    def __init__(self, config) -> None:
         self.lr, self.rampup = config.lr, max(config.rampup_kimg * 1e3, 1e-8)
         self.schedule = registry.build(config.schedule, LR_SCHEDULES, '--lr-schedule')
 
-    def __call__(self, nimg, batch):
+    def __call__(self, nimg: int, batch: int) -> float:
         return self.lr * min(nimg / self.rampup, 1) * self.schedule(nimg, batch)
 
 

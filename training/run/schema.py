@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a training state must be before a run takes it over: whatever is not so is refused, by name, while the run is as it was."""
+"""Checks of a training state before a run continues from it: whatever does not fit is refused by name, and the run is left unchanged."""
 
 import math
 
@@ -10,15 +10,15 @@ from training.checkpoints.load import check_tensors, check_weights
 from training.run.build import build_optimizer
 from training.sampling.pieces import own_sampling
 
-MOST = 2 ** 53  # of counts: what JSON and float64 hold exactly
-PENDING = ('validate', 'snapshot', 'measure', 'state')  # what can be left to do of a tick
+MOST = 2 ** 53  # upper limit of counts: what JSON and float64 hold exactly
+PENDING = ('validate', 'snapshot', 'measure', 'state')  # what may still have to be done at the end of a tick
 
 
-def checked(state, run, path):
-    """The content of a state file (checkpoint.load), ready for a Run whose configuration is the state's own; nothing is changed here.
+def checked(state: dict, run, path: str) -> dict:
+    """The content of a state file (checkpoint.load), checked for a Run with the same configuration; changes nothing.
 
-    Its optimizer has the hyperparameters of this run, which are those of its configuration, and the file's moments. Raises UserError,
-    in one line that names `path`, for parts of other types, names or shapes than the run's, and counts that cannot be."""
+    Its optimizer gets the hyperparameters of this run, which are those of its configuration, and the file's moments. Raises UserError,
+    in one line that names `path`, for parts whose types, names or shapes differ from the run's, and for impossible counts."""
     try:
         check_progress(state['progress'], run.config.run.batch)
         check_module(run.net, state['net'], 'net')
@@ -30,15 +30,15 @@ def checked(state, run, path):
         check_module(run.objective, state['objective'], 'objective')
         check_optimizer(state['optimizer'], run)
         check_stats(state.get('stats', []))
-        own_sampling(run.net)  # which came with the state, and is needed only at the next grid of samples
+        own_sampling(run.net)  # it came with the state, and would otherwise fail only at the next grid of samples
     except UserError as err:
-        raise UserError(f'{path}: cannot be continued from: {err.message}; is it damaged? Continue from an older state') from None
+        raise UserError(f'{path}: cannot resume from this state: {err.message}; is it damaged? Resume from an older state') from None
     groups = run.optimizer.state_dict()['param_groups']
     return {**state, 'optimizer': {'state': state['optimizer']['state'], 'param_groups': groups}}
 
 
-def check_progress(progress, batch):
-    """Refuses counts that no run with this global batch size has."""
+def check_progress(progress: dict, batch: int) -> None:
+    """Refuses counts that are impossible for a run with this global batch size."""
     _check_dict(progress, 'progress')
     for name in ('nimg', 'step', 'tick', 'log_bytes'):
         _check_count(progress, name, 'progress')
@@ -62,11 +62,11 @@ def check_progress(progress, batch):
     nimg, used = progress['nimg'], stream['used']
     if not (nimg == progress['step'] * batch == used <= stream['cursor']) or not scale[0]:
         raise UserError(f'"progress" contradicts itself: {nimg} images in {progress["step"]} steps of {batch}, {used} pairs used of '
-                        f'{stream["cursor"]} passed, loss scale {scale[0]}')
+                        f'{stream["cursor"]} drawn, loss scale {scale[0]}')
 
 
-def check_module(module, found, where):
-    """Refuses a state dict whose names, shapes or types are not those of the module's."""
+def check_module(module: torch.nn.Module, found: object, where: str) -> None:
+    """Refuses a state dict whose names, shapes or dtypes are not those of the module."""
     try:
         check_tensors(found)
         check_weights(module, found)
@@ -77,8 +77,8 @@ def check_module(module, found, where):
             raise UserError(f'"{where}": {name} is {_shown(found[name].dtype)}, and must be {_shown(own.dtype)}')
 
 
-def check_optimizer(found, run):
-    """Refuses an optimizer's state that is not one of the run's optimizer and parameters."""
+def check_optimizer(found: object, run) -> None:
+    """Refuses a state that does not belong to the run's kind of optimizer and its parameters."""
     _check_dict(found, 'optimizer')
     _check_dict(found.get('state'), 'optimizer.state')
     own, groups = run.optimizer.state_dict()['param_groups'], found.get('param_groups')
@@ -98,8 +98,8 @@ def check_optimizer(found, run):
             _check_moment(entry.get(name), value, like, f'{where}.{name}')
 
 
-def check_stats(stats):
-    """Refuses what training_stats.Collector.state() of no rank gave."""
+def check_stats(stats: object) -> None:
+    """Refuses what cannot be a list of training_stats.Collector.state() results, one per rank."""
     if not isinstance(stats, list):
         raise UserError(f'"stats" must be a list, got {_shown(stats)}')
     moments = lambda value, rows: torch.is_tensor(value) and value.dtype == torch.float64 and list(value.shape) == [*rows, 3]
@@ -109,12 +109,12 @@ def check_stats(stats):
         parts = [found.get(key) for key in ('sums', 'tables')] if isinstance(found, dict) else [None, None]
         if not (all(isinstance(part, dict) and all(isinstance(name, str) for name in part) for part in parts)
                 and all(moments(value, []) for value in parts[0].values()) and all(map(table, parts[1].values()))):
-            raise UserError('"stats" holds other things than sums and tables of what was reported')
+            raise UserError('"stats" must hold sums and tables of reported values only')
 
 
-def example(config):
-    """({name: value} of what the optimizer of an OptimizerConfig remembers of a parameter, that parameter)."""
-    param = torch.nn.Parameter(torch.zeros(2, 3, 5, 7))  # of a shape that nothing else has by chance
+def example(config) -> tuple[dict, torch.nn.Parameter]:
+    """({name: value} that the optimizer of an OptimizerConfig keeps for a parameter, that parameter)."""
+    param = torch.nn.Parameter(torch.zeros(2, 3, 5, 7))  # a shape that nothing else has by chance
     param.grad = torch.zeros_like(param)
     optimizer = build_optimizer(config, [param])
     optimizer.step()
@@ -122,7 +122,7 @@ def example(config):
 
 
 def _check_moment(value, own, shape, where):
-    """Refuses what cannot stand for `own`: a tensor of the parameter's shape where one is given, numbers of 0 or more, other tensors."""
+    """Refuses a value that cannot replace `own`: a tensor of the parameter's `shape`, any other tensor, or a number of 0 or more."""
     if not torch.is_tensor(own):
         if isinstance(own, int | float) and not isinstance(own, bool):
             _check_number(value, where)

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a run is asked to end before its time: signals and the clock; and how its ranks agree on it."""
+"""Requests to end a run early, by signals or the clock, and how its ranks agree on them."""
 
 import os
 import signal
 import socket
 import threading
 import time
+from collections.abc import Callable
 
 from torch_utils import distributed
 
@@ -15,9 +16,9 @@ SAME_SEC = 0.2  # two signals closer than this are one request: timeout(1), for 
 
 
 class Stop(Exception):
-    """The run ends here, its state is to be written. reason: for people."""
+    """The run ends here, and its state is to be saved. reason: text for the user."""
 
-    def __init__(self, reason):
+    def __init__(self, reason: str) -> None:
         super().__init__(reason)
         self.reason = reason
 
@@ -25,11 +26,11 @@ class Stop(Exception):
 class Signals:
     """Inside the context SIGTERM, SIGUSR1 and Ctrl-C are requests: the first is remembered, a second ends the process at once.
 
-    A thread of its own hears them, so that the second works also while the main thread hangs in a collective. Until `patient` is set,
-    when there is something to finish, the first ends the process, too. on_exit(text): called before the process is ended.
-    Attribute name: of the first signal, or None. Outside the main thread, where Python allows no handlers, nothing is heard."""
+    They are handled in a separate thread, so that the second also works while the main thread hangs in a collective. Until `patient` is
+    set, when there is something to finish, the first one ends the process, too. on_exit(text): called before the process ends.
+    Attribute name: of the first signal, or None. Outside the main thread, where Python allows no handlers, signals are not handled."""
 
-    def __init__(self, on_exit=lambda text: None):
+    def __init__(self, on_exit: Callable[[str], None] = lambda text: None) -> None:
         self.name, self.patient, self.on_exit = None, False, on_exit
         self._since = None
 
@@ -64,7 +65,7 @@ class Signals:
         if self.name is not None and now - self._since < SAME_SEC:
             return
         if self.name is not None:
-            self._exit(f'a second signal, {number.name}: stopped at once; what was done since the last state is lost', 128 + number)
+            self._exit(f'a second signal, {number.name}: stopped at once; progress since the last state is lost', 128 + number)
         self.name, self._since = number.name, now
         if not self.patient:
             self._exit(f'{number.name} before the first step: stopped', STOPPED)
@@ -75,28 +76,28 @@ class Signals:
 
 
 class Requests:
-    """What may end or interrupt the training, and the ranks' agreement on it, one step later than it was asked for.
+    """Requests to end the run or to save a state, and the ranks' agreement on them, one step after they are made.
 
-    signals: Signals. max_hours: of this process, since `start` (seconds of time.time()); 0: any. state_minutes: between states; 0: none
-    by the clock. The clock of rank 0 counts."""
+    signals: Signals. max_hours: time limit of this process, counted from `start` (seconds of time.time()); 0: none. state_minutes:
+    between states; 0: none by the clock. The clock of rank 0 counts."""
 
-    def __init__(self, signals, max_hours=0.0, state_minutes=0.0, start=None):
+    def __init__(self, signals: Signals, max_hours: float = 0.0, state_minutes: float = 0.0, start: float | None = None) -> None:
         self.signals, self.max_hours, self.state_sec = signals, max_hours, state_minutes * 60
         self.start = time.time() if start is None else start
-        self.state_at = time.time()  # when the last state was written, or tried to be
-        self.retry_at = None         # when one that failed is tried again
+        self.state_at = time.time()  # time of the last attempt to write a state
+        self.retry_at = None         # when a failed attempt is repeated
         self._vote = None
 
-    def begin(self):
-        """From here on there is something to finish, and to save."""
+    def begin(self) -> None:
+        """Marks the start of training: from here on there is something to finish, and to save."""
         self.signals.patient, self.state_at = True, time.time()
 
-    def asked(self):
-        """Whether this rank has been asked to end. Others may not know yet: whoever cuts work short for it agrees() afterwards."""
+    def asked(self) -> bool:
+        """Whether this rank has been asked to end. Other ranks may not know yet: after stopping work early for it, call now()."""
         return self._reason() > 0
 
     def _reason(self):
-        """0: none; 1: hours are up; 2 + i: SIGNALS[i]."""
+        """0: none; 1: the time is up; 2 + i: SIGNALS[i]."""
         if self.signals.name is not None:
             return 2 + [number.name for number in SIGNALS].index(self.signals.name)
         return int(distributed.rank() == 0 and 0 < self.max_hours * 3600 <= time.time() - self.start)
@@ -106,13 +107,13 @@ class Requests:
         due = 0 < self.state_sec <= now - self.state_at or (self.retry_at is not None and now >= self.retry_at)
         return distributed.agree([self._reason(), int(due and distributed.rank() == 0)])
 
-    def after_step(self):
-        """Whether a state is due, as all ranks agreed while this step was under way. Raises Stop on all of them."""
+    def after_step(self) -> bool:
+        """Whether a state is due, as all ranks agreed during this step. Raises Stop on all of them where the run is to end."""
         vote, self._vote = self._vote, self._ask()
         return self._verdict(vote)
 
-    def now(self):
-        """after_step(), about this moment: waits for every rank."""
+    def now(self) -> bool:
+        """Like after_step(), for requests up to this moment: waits for every rank."""
         return self._verdict(self._ask())
 
     def _verdict(self, vote):
@@ -120,5 +121,5 @@ class Requests:
             return False
         reason, due = vote.result()
         if reason:
-            raise Stop(f'--max-hours={self.max_hours:g} are over' if reason == 1 else SIGNALS[reason - 2].name)
+            raise Stop(f'--max-hours={self.max_hours:g} reached' if reason == 1 else SIGNALS[reason - 2].name)
         return bool(due)

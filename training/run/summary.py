@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run says at its end: where the last snapshot is, the held-out loss, and what to type next."""
+"""What is printed at the end of a run: the last snapshot, the held-out loss, and the next command."""
 
 import json
 import os
@@ -8,11 +8,11 @@ from pathlib import Path
 
 from training.run.folder import STATS
 
-TAIL = 2 ** 20  # bytes of the log's end that are looked through for the last held-out loss
+TAIL = 2 ** 20  # bytes at the end of the log that are searched for the last held-out loss
 
 
-def closing_lines(run_dir, duration):
-    """Lines for the console. duration: of the whole run, as people read it."""
+def closing_lines(run_dir: str | os.PathLike, duration: str) -> list[str]:
+    """Lines for the console. duration: of the whole run, as text."""
     snapshots = sorted(path for path in Path(run_dir).glob('network-snapshot-*') if path.is_dir())
     lines = [f'Done: {run_dir} (trained for {duration})']
     loss = last_held_out(os.path.join(run_dir, STATS))
@@ -20,12 +20,12 @@ def closing_lines(run_dir, duration):
         lines.append(f'Held-out loss of the weight average: {loss}')
     if snapshots:
         network = shlex.quote(os.path.relpath(snapshots[-1]))
-        lines += [f'Last snapshot: {network}', 'Next, 64 images from it and a picture of them:',
+        lines += [f'Last snapshot: {network}', 'To generate 64 images with it, and one picture of them:',
                   f'  python generate.py --network={network} --outdir=out --grid']
     return lines
 
 
-def last_held_out(path):
+def last_held_out(path: str | os.PathLike) -> str | None:
     """"clean 0.123, noisy 0.456" of the last validation in stats.jsonl; None where there was none."""
     if not os.path.exists(path):
         return None

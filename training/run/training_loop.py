@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The loop: setup, restore, step, report, save. Time is counted in pairs used (nimg); a step sees one global batch."""
+"""The training loop: setup, restore, step, report, save. Progress is counted in images, that is pairs used (nimg); a step takes one global
+batch."""
 
 import contextlib
 import inspect
@@ -7,6 +8,7 @@ import os
 import re
 import time
 import warnings
+from collections.abc import Callable
 
 import psutil
 import torch
@@ -23,7 +25,7 @@ from training.data.batches import micro_batches
 from training.networks.rows import attach_row_draws
 from training.run import alarms, gradients, schema
 from training.run.build import build_averages, build_net, build_objective, build_optimizer, load_data, transfer_weights
-from training.run.config import to_json
+from training.run.config import Config, to_json
 from training.run.folder import RunFolder, cannot_write, stop_if_orphan
 from training.run.metrics import PeriodicMetrics
 from training.run.mirrors import Mirrors
@@ -34,31 +36,32 @@ from training.sampling import pieces as sampling
 from training.sampling.generate import resolution, sample_grid
 
 GROUPS = [f'{kind}/q{quartile}' for kind in ('clean', 'noisy') for quartile in (1, 2, 3, 4)]  # losses are reported by these
-SHOWN = r'Loss/[^/]+|Loss/{first}/(clean|noisy)'  # losses of the console's line; stats.jsonl has them all
-HEARTBEAT_SEC = 60     # a line at least this often, so that nobody wonders whether a run hangs
-RETRY_SEC = 60         # between attempts to write a state that the disk did not take
+SHOWN = r'Loss/[^/]+|Loss/{first}/(clean|noisy)'  # losses shown on the console; stats.jsonl has them all
+HEARTBEAT_SEC = 60     # print a line at least this often, to show that the run is alive
+RETRY_SEC = 60         # between attempts to write a state after a failure
 
 
 class TrainStep(torch.nn.Module):
-    """The one module that DistributedDataParallel wraps: network and objective, one forward a micro-batch."""
+    """The module that DistributedDataParallel wraps: network and objective, one forward pass per micro-batch."""
 
-    def __init__(self, net, objective):
+    def __init__(self, net: torch.nn.Module, objective: torch.nn.Module) -> None:
         super().__init__()
         self.net, self.objective = net, objective
 
-    def forward(self, batch, randn):
+    def forward(self, batch, randn: Callable) -> dict[str, torch.Tensor]:
         return self.objective(self.net, batch, randn)
 
 
 class Run:
     """Everything of one run on this rank."""
 
-    def __init__(self, config, folder, device, mirrors=None, resuming=False, requests=None):
-        """config: a Config. mirrors: Mirrors, on rank 0. requests: Requests to end before the time."""
+    def __init__(self, config: Config, folder: RunFolder, device: torch.device, mirrors: Mirrors | None = None, resuming: bool = False,
+                 requests: Requests | None = None) -> None:
+        """config: a Config. mirrors: Mirrors, on rank 0. requests: Requests to end early."""
         self.config, self.device, self.mirrors = config, device, mirrors or Mirrors()
         self.folder, self.requests = folder, requests or Requests(Signals())
         self.states, self.missed = StateWriter(config.run.keep_states), set()
-        # tick_nimg: where the tick began; pending: what is left to do of one that has ended.
+        # tick_nimg: nimg at the start of the tick; pending: what is left to do for one that has ended.
         self.progress = EasyDict(nimg=0, step=0, tick=0, tick_nimg=0, pending=[], seconds=0.0, log_bytes=0, stream=None)
         self._start_clock()
         self.rank_batch = config.run.batch // distributed.size()
@@ -101,16 +104,16 @@ class Run:
 
     def _setup_step(self):
         if self.config.run.compile:
-            self.net.model.compile()  # in place: whatever is asked of the network runs through it
+            self.net.model.compile()  # in place: every call of the network uses it
         self.train_step = TrainStep(self.net, self.objective)
         if torch.distributed.is_initialized():
             ids = [self.device] if self.device.type == 'cuda' else None
             ddp = torch.nn.parallel.DistributedDataParallel
-            # Buffers are constants. PyTorch 2.13 gave the switch another name.
+            # Buffers are constants. PyTorch 2.13 renamed the argument.
             known = inspect.signature(ddp).parameters
             switch = 'forward_sync_buffers' if 'forward_sync_buffers' in known else 'broadcast_buffers'
             self.train_step = ddp(self.train_step, device_ids=ids, **{switch: False})
-            warnings.filterwarnings('ignore', 'Grad strides do not match')  # 1x1 kernels have several equal layouts; the sum is right
+            warnings.filterwarnings('ignore', 'Grad strides do not match')  # 1x1 kernels have several equivalent layouts
         self.noise_scale = self._noise_scale() if self.config.run.gns else None
         self.params = [p for p in (*self.net.parameters(), *self.objective.parameters()) if p.requires_grad]
         self.optimizer = build_optimizer(self.config.optimizer, self.params)
@@ -121,7 +124,7 @@ class Run:
         self.objective.set_teacher(self.ema.module)
 
     def _noise_scale(self):
-        """Compares ranks where there are several, otherwise the first round of a step with all of them."""
+        """Compares the ranks where there are several, otherwise the first micro-batch of a step with the whole batch."""
         batch = self.config.run.batch
         if distributed.size() == 1:
             return gradients.NoiseScale(self.config.run.batch_gpu, batch)
@@ -131,10 +134,10 @@ class Run:
 
     # ---- restore
 
-    def restore(self, state, path):
-        """Continues from a state file's content, which only rank 0 needs to have; says what was restored. Empties `state`.
+    def restore(self, state: dict | None, path: str) -> None:
+        """Continues from the content of a state file, which only rank 0 needs to have; prints what was restored. Empties `state`.
 
-        Raises UserError, with the run as it was, where the content is not that of such a run."""
+        Raises UserError, and leaves the run unchanged, where the content does not fit the run."""
         found = {}
         distributed.from_rank0(lambda: found.update(schema.checked(state, self, path)))
         part = lambda name: distributed.share(found.pop(name, None), what='reading the state')
@@ -144,21 +147,21 @@ class Run:
             load_weights(average.module, averages[name], path)
         del averages
         self.objective.load_state_dict(part('objective'))
-        self.optimizer.load_state_dict(on_host(part('optimizer')))  # which keeps what it is given
+        self.optimizer.load_state_dict(on_host(part('optimizer')))  # a copy, because the optimizer keeps the tensors it is given
         self.stats.restore(part('stats') or [])
         progress = part('progress')
         self.progress = EasyDict({'tick_nimg': progress['nimg'], 'pending': [], **progress})
         self.scale.restore(self.progress.loss_scale)
         self.data.stream.restore(self.progress.stream)
         if distributed.rank() == 0:
-            state.clear()  # so that the file is let go
+            state.clear()  # releases the file
             self.folder.rewind_log(self.progress.log_bytes)
         self._start_clock()
         distributed.print0(f'Restored network, EMA, optimizer, objective and data position from {path} ({self.progress.nimg / 1e3:g} kimg)')
 
     # ---- step
 
-    def step(self):
+    def step(self) -> None:
         """One update on one global batch. Nothing here waits for the device."""
         p, run = self.progress, self.config.run
         host = self.data.feed.next()
@@ -171,13 +174,13 @@ class Run:
                 batch = batch._replace(images=images, augment_labels=augment_labels)
             batch = self.objective.timesteps.redraw(batch, draws)
             self.row_draws.begin(draws, len(batch.images))
-            # seeded: for what row_draws does not reach, such as nn.Dropout in a network from outside.
+            # seeded: for layers that do not use row_draws, such as nn.Dropout in other people's networks.
             with self._sync(i == rounds - 1), misc.seeded(run.seed, p.step, 'dropout', distributed.rank(), i, device=self.device):
                 terms = self.train_step(batch, draws)
                 total = sum(term.sum() for term in terms.values())
                 (total * (self.scale.value / self.rank_batch)).backward()
             if i == 0 and self.noise_scale is not None and distributed.size() == 1:
-                part = self.rank_batch / run.batch_gpu  # the gradient of the round's own mean
+                part = self.rank_batch / run.batch_gpu  # makes it the gradient of the micro-batch's own mean
                 self.noise_scale.note_part([p.grad for p in self.params if p.grad is not None], part)
             self._report_terms(terms, batch)
         self.objective.timesteps.update()
@@ -187,7 +190,7 @@ class Run:
         p.stream = host.stream_state
 
     def _sync(self, last):
-        """Gradients are summed over the ranks once a step, in the last round."""
+        """Context in which gradients are summed over the ranks only once per step, with the last micro-batch."""
         ddp = isinstance(self.train_step, torch.nn.parallel.DistributedDataParallel)
         return self.train_step.no_sync() if ddp and not last else contextlib.nullcontext()
 
@@ -217,18 +220,18 @@ class Run:
         self._report_step('Grad/skipped', bad)
 
     def _report_step(self, name, value):
-        """A number of the whole step, which all ranks know: counted once, so that a tick's mean is over steps on any number of ranks."""
+        """Reports a number of the whole step, known to all ranks, only once, so that a mean is over steps on any number of ranks."""
         self.stats.report(name, value if distributed.rank() == 0 else value.new_zeros(0))
 
     def _report_terms(self, terms, batch):
-        """Each term under its own name, for clean and noisy rows apart, and by quartile of p(sigma). All are sums over C, H, W."""
+        """Reports each term by its name, separately for clean and noisy rows, and by quartile of p(sigma). Sums over C, H, W."""
         self.guard.note_terms(terms, batch, self.progress.step)
         group = torch.bucketize(batch.sigma.flatten(), self.quartiles) + 4 * (batch.sigma_n.flatten() > 0)
         for name, values in terms.items():
             self.stats.report_groups(f'Loss/{name}', values, group, GROUPS)
 
-    def stop_if_spoiled(self):
-        """Ends a run whose updates have been skipped over and over: says where the non-finite values come from, and saves the state."""
+    def stop_if_spoiled(self) -> None:
+        """Ends a run after too many skipped updates: saves the state, and says where the non-finite values come from."""
         if not self.guard.must_stop(self.progress.step):
             return
         lines = [f'rank {rank}, term {term}, {line}' for rank, found in enumerate(distributed.all_values(self.guard.culprits()))
@@ -237,24 +240,25 @@ class Run:
         self.finish_states()
         where = f'the last non-finite losses: {"; ".join(lines[:8])}' if lines else 'all losses were finite'
         raise UserError(
-            f'{int(self.guard.in_row)} updates in a row were skipped for non-finite gradients, up to step {self.progress.step}; {where}. '
-            'The weights before them are saved; lower --lr, set --clip or use --precision=bf16 or fp32, with --transfer from that state')
+            f'{int(self.guard.in_row)} updates in a row were skipped because of non-finite gradients, up to step {self.progress.step}; '
+            f'{where}. The weights before them are saved; start a new run from that state with --transfer and a lower --lr, with --clip, '
+            'or with --precision=bf16 or fp32')
 
     # ---- report
 
     def _start_clock(self):
-        """The tick's time, of which a continued run knows its own part only."""
+        """Starts the tick's clock; in a continued run it covers only the part after the restart."""
         self.clock_nimg, self.clock = self.progress.nimg, time.time()
 
-    def rate(self):
-        """Images a second since the clock was started."""
+    def rate(self) -> float:
+        """Images per second since the clock was started."""
         return (self.progress.nimg - self.clock_nimg) / max(time.time() - self.clock, 1e-9)
 
-    def seconds(self):
-        """Of the whole run, as far as they were trained for."""
+    def seconds(self) -> float:
+        """Training time of the whole run, in seconds, including earlier processes."""
         return self.progress.seconds + time.time() - self.clock
 
-    def report(self):
+    def report(self) -> None:
         """Gathers the statistics of a tick, writes one line to stats.jsonl and one to the console. Synchronises once."""
         p = self.progress
         stats = self.stats.flush()
@@ -283,15 +287,15 @@ class Run:
                            f'eta {format_time(left)}  mem {fields["Resources/cpu_gib"]:.2f} GiB{warning}')
 
     def _log(self, fields):
-        """A line of stats.jsonl beside that of the tick."""
+        """Writes another line to stats.jsonl, in addition to that of the tick."""
         if distributed.rank() == 0:
             self.folder.log({'nimg': self.progress.nimg, **fields})
             self.mirrors.scalars(fields, self.progress.nimg)
 
-    # ---- what ticks bring
+    # ---- ends of ticks
 
-    def end_tick(self, done):
-        """Reports, and notes what else is due; done: whether the training is at its end."""
+    def end_tick(self, done: bool) -> None:
+        """Reports, and notes what else is due; done: whether the training is finished."""
         p, run = self.progress, self.config.run
         p.tick += 1
         self.report()
@@ -303,7 +307,7 @@ class Run:
         self.missed.clear()
         self._start_clock()
 
-    def do_pending(self):
+    def do_pending(self) -> None:
         """Does what is due, in order. Where Stop is raised meanwhile, what was cut short is left in progress.pending and has nothing in
         the log: the continued run does it."""
         p = self.progress
@@ -318,7 +322,7 @@ class Run:
         p.seconds = self.seconds()
         self._start_clock()
 
-    def validate(self):
+    def validate(self) -> None:
         """Held-out loss of the EMA into stats.jsonl."""
         fields = self.data.validation(self.ema.module, self.objective.first, self.device, stop=self.requests.asked)
         self.requests.now()
@@ -326,8 +330,8 @@ class Run:
         means = '  '.join(f'{name} {fields[name]:.5g}' for name in ('Val/clean', 'Val/noisy') if fields.get(name) is not None)
         distributed.print0(f'    held out: {means}  of {fields["Val/num_images"]} images')
 
-    def measure(self):
-        """Metrics of the EMA's images into stats.jsonl."""
+    def measure(self) -> None:
+        """Writes metrics of samples of the EMA to stats.jsonl."""
         fields = self.metrics(self.ema.module, stop=self.requests.asked, **sampling.default_pieces(self.ema.module))
         self.requests.now()
         if fields:
@@ -335,8 +339,8 @@ class Run:
             shown = '  '.join(f'{name.removeprefix("Metrics/")} {value:.5g}' for name, value in fields.items() if value is not None)
             distributed.print0(f'    metrics: {shown}')
 
-    def snapshot(self):
-        """EMA network folder and sample grid; where the disk does not take them, those of the next tick."""
+    def snapshot(self) -> None:
+        """Writes the EMA's network folder and a sample grid; if that fails, it is tried again at the next tick."""
         found = {}
         failed = distributed.share(distributed.rank() == 0 and not self._save_snapshot(found), what='writing the snapshot')
         self.requests.now()
@@ -346,7 +350,8 @@ class Run:
             self.missed.add('snapshot')
 
     def _save_snapshot(self, found):
-        """False where it cannot be written; broken weights are not, and the training goes on. found: takes what the alarms measure."""
+        """False where it cannot be written. Non-finite weights are not saved, and the training continues. found: gets what the alarms
+        measure."""
         stop_if_orphan()
         kimg = self.progress.nimg / 1e3
         for name, words in alarms.broken(self.averages).items():
@@ -367,14 +372,14 @@ class Run:
                     self.mirrors.picture(path, self.progress.nimg)
                     self.alarms.look(drawn, found)
         except OSError as err:
-            cannot_write(path, err, 'and the next tick tries again')
+            cannot_write(path, err, 'and it is tried again at the next tick')
             return False
         return True
 
     # ---- states
 
-    def state(self):
-        """Everything needed to continue, on rank 0; None on the others, which give their part. Copies nothing."""
+    def state(self) -> dict | None:
+        """Everything needed to continue, on rank 0; None on the others, which contribute their part. Copies nothing."""
         stats = distributed.all_values(self.stats.state(), what='writing the state')
         if distributed.rank() != 0:
             return None
@@ -385,9 +390,9 @@ class Run:
                      objective=self.objective.state_dict())
         return state if p.nimg == p.tick_nimg else state | {'stats': stats}
 
-    def save_state(self):
-        """Copies the state to host memory, to be written while the training goes on. All ranks call this."""
-        self.states.wait()  # for the one before, here, where the other ranks are patient
+    def save_state(self) -> None:
+        """Copies the state to host memory, to be written while the training continues. All ranks call this."""
+        self.states.wait()  # for the previous one: here the other ranks can wait as well
         state = self.state()
         self.requests.state_at, self.requests.retry_at = time.time(), None
         if state is None:
@@ -395,29 +400,29 @@ class Run:
         stop_if_orphan()
         path = self.folder.numbered('training-state', self.progress.nimg / 1e3, '.pt')
         try:
-            self.folder.flush_log()  # a state tells how long the log is
+            self.folder.flush_log()  # because a state holds the length of the log
         except OSError as err:
             self.states.failed(path, err)
         else:
             self.states.write(path, on_host(state))
 
-    def look_at_states(self):
-        """Says so where the disk did not take the last state, which is tried again; does not wait for one that is being written."""
+    def look_at_states(self) -> None:
+        """Reports where the last state could not be written, and schedules another attempt; does not wait for a state in progress."""
         found = None if self.states.busy else self.states.finish()
         if found:
-            cannot_write(*found, f'the states before it are kept, and it is tried again in {RETRY_SEC} s')
+            cannot_write(*found, f'earlier states are kept, and it is tried again in {RETRY_SEC} s')
             self.requests.retry_at = time.time() + RETRY_SEC
 
-    def finish_states(self):
-        """Waits until the last state is written. All ranks call this. Raises UserError on all of them where the disk does not take it."""
+    def finish_states(self) -> None:
+        """Waits until the last state is written. All ranks call this. Raises UserError on all of them where it cannot be written."""
         found = self.states.finish()
-        told = distributed.share(found and f'{found[0]} could not be written ({found[1].strerror or found[1]})', what='writing the state')
-        if told:
-            raise UserError(f'{told}; make room, and go on from the last state that was written, with --resume=latest')
+        failed = distributed.share(found and f'{found[0]} could not be written ({found[1].strerror or found[1]})', what='writing the state')
+        if failed:
+            raise UserError(f'{failed}; free disk space, and continue from the last saved state with --resume=latest')
 
 
-def memory_gib(device):
-    """Memory of this process, and the peak on its GPU since the last call."""
+def memory_gib(device: torch.device) -> dict[str, float]:
+    """Memory of this process in GiB, and the peak on its GPU since the last call."""
     found = {'cpu_gib': round(psutil.Process(os.getpid()).memory_info().rss / 2**30, 3)}
     if device.type == 'cuda':
         found['gpu_peak_gib'] = round(torch.cuda.max_memory_allocated(device) / 2**30, 3)
@@ -425,10 +430,11 @@ def memory_gib(device):
     return found
 
 
-def training_loop(config, run_dir, device, mirrors=None, state=None, state_path=None, requests=None):
-    """Trains until config.run.duration_kimg, in the folder run_dir; continues from `state`, which rank 0 has, where there is a state_path.
+def training_loop(config: Config, run_dir: str, device: torch.device, mirrors: Mirrors | None = None, state: dict | None = None,
+                  state_path: str | None = None, requests: Requests | None = None) -> Run:
+    """Trains until config.run.duration_kimg, in the folder run_dir; with a state_path it continues from `state`, which rank 0 has.
 
-    Raises Stop, with the state written, where `requests` (or the hours of the Config) say so."""
+    Raises Stop, after saving the state, where `requests` ask the run to end. Returns the Run."""
     every = config.run
     folder = RunFolder(run_dir, fractional=every.tick_kimg % 1 != 0)
     run = Run(config, folder, device, mirrors, resuming=state_path is not None, requests=requests)
@@ -436,9 +442,9 @@ def training_loop(config, run_dir, device, mirrors=None, state=None, state_path=
     if state_path is not None:
         run.restore(state, state_path)
     elif distributed.rank() == 0:
-        folder.rewind_log(0)  # of a run that ended before its first state
+        folder.rewind_log(0)  # lines of a run that ended before its first state
     if distributed.rank() == 0:
-        folder.write_options(config)  # nothing is refused from here on: those of a continued run give way to what works
+        folder.write_options(config)  # only here, where nothing is refused any more, may they replace those of a continued run
     distributed.print0(f'Training for {every.duration_kimg:g} kimg in {run_dir}')
     run.requests.begin()
     try:
@@ -454,13 +460,13 @@ def training_loop(config, run_dir, device, mirrors=None, state=None, state_path=
     return run
 
 
-def train(run, total_nimg, tick_nimg):
-    """Steps and ticks, up to total_nimg. Raises Stop where the run is asked to end."""
+def train(run: Run, total_nimg: int, tick_nimg: int) -> None:
+    """Runs steps and ticks up to total_nimg. Raises Stop where the run is asked to end."""
     p = run.progress
-    run.do_pending()  # of the tick in which the run was stopped
+    run.do_pending()  # for the tick in which the run was stopped
     last_line = time.time()
     while True:
-        # First of all, because a state may have been written between the last step of a tick and its end.
+        # This comes first, because a state may have been written between the last step of a tick and its end.
         if p.nimg > p.tick_nimg and p.nimg >= min(total_nimg, p.tick_nimg + tick_nimg):
             run.end_tick(done=p.nimg >= total_nimg)
             run.do_pending()

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Held-out loss that two evaluations of one state agree on: fixed noise, fixed levels, clean and noisy images apart."""
+"""Reproducible held-out loss: fixed noise and fixed levels, with clean and noisy images reported separately."""
+
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -15,26 +17,27 @@ from training.data.limits import usable_levels
 from training.data.pairs import PAIRINGS
 from training.data.store import ImageStore
 
-LEVELS = 8  # middles of as many equally probable bins of the run's noise distribution
+LEVELS = 8  # number of levels: the medians of equally probable bins of the run's noise distribution
 
 
-def split(raw_idx, share, seed):
-    """(training items, held-out items), int64: round(share * images) images are held out, with both of an image's x-flips."""
+def split(raw_idx: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """(training items, held-out items), int64: round(share * images) images are held out, each together with its x-flip."""
     if not share:
         return np.arange(len(raw_idx)), np.arange(0)
     images = tables.distinct(raw_idx)
     chosen = np.random.Generator(np.random.Philox(key=misc.seed_of(seed, 'held out'))).permutation(images)[:round(share * len(images))]
     if not 0 < len(chosen) < len(images):
         raise UserError(f'--val={share}: holds out {len(chosen)} of {len(images)} images; '
-                        'choose a share that leaves some on both sides')
+                        'choose a fraction that leaves some images for training and for validation')
     held_out = np.isin(raw_idx, chosen)
     return np.flatnonzero(~held_out), np.flatnonzero(held_out)
 
 
-def build(config, noise, store, dataset, held_out, sigma_n, sigma_min, labels):
-    """The Validation that a run's Config asks for: a share of the training data (`held_out` of it), or a data set of its own.
+def build(config, noise, store: ImageStore, dataset: ImageDataset, held_out: np.ndarray, sigma_n: np.ndarray, sigma_min: np.ndarray,
+          labels: torch.Tensor | None) -> 'Validation':
+    """The Validation that a run's Config asks for: a share of the training data (`held_out`), or a separate data set.
 
-    sigma_n, sigma_min, labels: of every item of the training data. A data set of its own is corrupted like that, under another seed."""
+    sigma_n, sigma_min, labels: of every item of the training data. A separate data set is corrupted like it, with another seed."""
     data, corrupt = config.data, config.corruption
     if data.validation.path:
         corruption = Corruption(corrupt.sigma, corrupt.probability, corrupt.seed + (corrupt.protocol == 'fixed'), corrupt.protocol,
@@ -48,44 +51,46 @@ def build(config, noise, store, dataset, held_out, sigma_n, sigma_min, labels):
         labels = torch.from_numpy(dataset.label_table) if data.use_labels else None
         held_out = np.arange(len(dataset))
     else:
-        held_out = held_out[~dataset.flip[held_out]]  # an image once
+        held_out = held_out[~dataset.flip[held_out]]  # each image once
     middles = (torch.arange(LEVELS, dtype=torch.float64) + 0.5) / LEVELS
     limits = usable_levels(sigma_n, registry.build(config.objective.pairing, PAIRINGS, '--pairing').buffer, sigma_min, dataset.sigma_max)
     return Validation(store, held_out, sigma_n, labels, noise.icdf(middles).tolist(), config.run.batch_gpu, config.run.seed, limits)
 
 
-def check_alike(training, held_out):
-    """Returns the held-out ImageDataset, which must have the form of the training data, and no more classes than these."""
+def check_alike(training: ImageDataset, held_out: ImageDataset) -> ImageDataset:
+    """Returns the held-out ImageDataset. Refuses one whose images differ in form from the training data, or that has more classes."""
     for name in ('image_shape', 'label_dim', 'units'):
         expected, found = getattr(training, name), getattr(held_out, name)
         classes = name == 'label_dim' and expected and found and training.classes is not None and held_out.classes is not None
         if classes and found > expected:
-            raise UserError(f'--val={held_out.path}: it has {found} classes, and the training data {expected}, which are all that the '
+            raise UserError(f'--val={held_out.path}: it has {found} classes, and the training data has {expected}, which are all that the '
                             'network learns; leave the others out')
         if found != expected and not classes:
-            raise UserError(f'--val={held_out.path}: its {name} is {found}, that of the training data {expected}; '
-                            'convert the two alike with dataset_tool.py')
+            raise UserError(f'--val={held_out.path}: its {name} is {found}, that of the training data is {expected}; '
+                            'convert both in the same way with dataset_tool.py')
     return held_out
 
 
 class Validation:
     """validation(net, term, device) -> {"Val/clean": ..., "Val/noisy": ..., "Val/clean/sigma=0.0478": ..., ..., "Val/num_images"}.
 
-    Every held-out image is judged at every level that it might be trained at, by the loss term that the run trains with. limits:
+    Every held-out image is evaluated at every level at which it could be trained, with the run's own loss term. limits:
     Limits of the levels of all items of the store, by default those above sigma_n. The noise is a function of the seed, the level
-    and the image's place, so that neither ranks nor batch size matter."""
+    and the image's index, so that the result does not depend on ranks or batch size."""
 
-    def __init__(self, store, items, sigma_n, labels, levels, batch, seed, limits=None):
+    def __init__(self, store: ImageStore, items: np.ndarray, sigma_n: np.ndarray | torch.Tensor, labels: torch.Tensor | None,
+                 levels: list[float], batch: int, seed: int, limits=None) -> None:
         self.store, self.labels, self.levels, self.batch, self.seed = store, labels, levels, batch, seed
         self.items, self.sigma_n = np.asarray(items), torch.as_tensor(sigma_n, dtype=torch.float32)
         self.limits = usable_levels(sigma_n) if limits is None else limits
 
     @torch.no_grad()
-    def __call__(self, net, term, device, stop=lambda: False):
-        """stop(): whether to leave off on this rank; what is returned then is of a part of the images, and of no use."""
+    def __call__(self, net: torch.nn.Module, term: torch.nn.Module, device: torch.device,
+                 stop: Callable[[], bool] = lambda: False) -> dict[str, float | None]:
+        """stop(): whether this rank should stop early; the result then covers only a part of the images, and is to be discarded."""
         stats = training_stats.Collector(device)
         rows = np.array_split(np.arange(len(self.items)), distributed.size())[distributed.rank()]
-        for first in range(0, len(self.items), self.batch):  # as many rounds on every rank, so that all report the same names
+        for first in range(0, len(self.items), self.batch):  # the same number of rounds on every rank, so that all report the same names
             part = rows[first:first + self.batch]
             if len(part) and not stop():
                 self._judge(net, term, device, part, stats)
@@ -100,7 +105,7 @@ class Validation:
         for k, sigma in enumerate(self.levels):
             level = torch.full_like(sigma_n, sigma)
             draws = misc.Draws(self.seed, k, first_row=int(rows[0]), device=device)
-            # Rows whose own level is above this one are computed at theirs, where the loss is zero, and not counted.
+            # Rows whose own level is above this one are evaluated at their own, where the loss is zero, and not counted.
             batch = Batch(images, misc.batched(sigma_n), misc.batched(torch.maximum(level, sigma_n)),
                           draws('held out', images.shape), class_labels=labels)
             values = next(iter(term(net, batch).values()))
@@ -110,7 +115,7 @@ class Validation:
                 stats.report(f'{name}/sigma={sigma:.4g}', values, mask=mask)
 
     def _fill(self, stats):
-        """Names without a value here, so that every rank adds up the same table."""
+        """Reports all names without a value, so that every rank sums the same table."""
         none = torch.zeros(0)
         for name in ('clean', 'noisy'):
             for sigma in (None, *self.levels):

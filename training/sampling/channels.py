@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mean and standard deviation of images by channel, and whether those of samples can be those of the data: an alarm for wrong colours.
+"""Mean and standard deviation of images per channel, and a check of samples against those of the data that detects wrong colours.
 
 Statistics are {"mean", "std", "image_mean_std", "image_variance_std": a number for each channel, "num_images", "classes"}, in network
-units: of all pixels, and the standard deviations over images of their mean and of their mean square about "mean". classes: "balanced"
-where every class counts alike, "as they are" where labels do not matter or are no classes."""
+units: mean and std of all pixels, and the standard deviations over images of their mean and of their mean square about "mean". classes:
+"balanced" where every class has the same weight, "as they are" where labels do not matter or are not classes."""
 
 import math
 
@@ -12,19 +12,19 @@ import torch
 from torch_utils import distributed
 
 NUMBERS = ('mean', 'std', 'image_mean_std', 'image_variance_std')
-LEAST = 16        # samples that are compared
-LIMIT = 6.0       # standard errors: 2e-9 of a normal law
-VISIBLE = 0.1     # difference of a mean or std that is worth a word: of 8-bit images in [-1,1], of others in stds of the channel x 2
+LEAST = 16        # fewest samples that are compared
+LIMIT = 6.0       # standard errors: a normal variable exceeds them with probability 2e-9
+VISIBLE = 0.1     # smallest difference of a mean or std to warn about: in [-1,1] for 8-bit images, in units of 2 channel stds for others
 
 
-def moments(images):
+def moments(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(means, mean squares) of each image's channels, float64 [n,C] each; images [n,C,H,W] in network units."""
     images = images.double()
     return images.mean(dim=(2, 3)), images.square().mean(dim=(2, 3))
 
 
-def statistics(means, squares, classes=None):
-    """Statistics of a set of images from their moments, [N,C] each. classes: int64 [N], each of which counts alike, or None."""
+def statistics(means: torch.Tensor, squares: torch.Tensor, classes: torch.Tensor | None = None) -> dict:
+    """Statistics of a set of images from their moments, [N,C] each. classes: int64 [N], to give every class the same weight, or None."""
     weights = torch.ones(len(means), dtype=torch.float64)
     if classes is not None:
         _, which, counts = classes.unique(return_inverse=True, return_counts=True)
@@ -39,16 +39,17 @@ def statistics(means, squares, classes=None):
             'classes': 'as they are' if classes is None else 'balanced'}
 
 
-def checked(found, channels):
-    """The statistics, where they are such of so many channels; None where they are anything else, for they decide no result."""
+def checked(found: object, channels: int) -> dict | None:
+    """The statistics, if they are well-formed and of that many channels; else None, because no result depends on them."""
     number = lambda value: isinstance(value, int | float) and not isinstance(value, bool) and 0 <= abs(value) < math.inf
     numbers = lambda value: isinstance(value, list) and len(value) == channels and all(map(number, value))
     good = isinstance(found, dict) and all(numbers(found.get(key)) for key in NUMBERS) and type(found.get('num_images')) is int
     return found if good and found['num_images'] > 0 else None
 
 
-def expected(net, labels=None, class_idx=None, stop_sigma=None, stop_variance=None):
-    """The statistics that samples of a network should have with these options of generate.py; None where nothing is known about that."""
+def expected(net, labels: str | None = None, class_idx: int | None = None, stop_sigma: float | None = None,
+             stop_variance: float | None = None) -> dict | None:
+    """The statistics that samples of a network should have with these options of generate.py; None where they are unknown."""
     found = checked(getattr(net, 'data_statistics', None), net.img_channels)
     chosen = class_idx is not None or labels not in (None, 'uniform')
     if found is None or stop_sigma or stop_variance or net.label_dim and (chosen or found.get('classes') != 'balanced'):
@@ -57,15 +58,15 @@ def expected(net, labels=None, class_idx=None, stop_sigma=None, stop_variance=No
 
 
 class Channels:
-    """Sums over sampled images, for means that ranks can make together. Attribute sums: float64 [2C + 2]."""
+    """Sums over sampled images, from which the ranks together compute means. Attribute sums: float64 [2C + 2]."""
 
-    def __init__(self, net, **options):
+    def __init__(self, net, **options) -> None:
         """options: those of expected()."""
         self.data, self.units = expected(net, **options), net.units
         self.sums = torch.zeros(2 * net.img_channels + 2, dtype=torch.float64)
 
-    def take(self, images):
-        """Counts images [n,C,H,W] in network units, 8-bit ones as they will be written: within [-1,1]. Those not finite are left out."""
+    def take(self, images: torch.Tensor) -> None:
+        """Adds images [n,C,H,W] in network units; 8-bit ones are clipped to [-1,1] as in their files. Non-finite images are left out."""
         if self.data is None:
             return
         finite = images.isfinite().flatten(1).all(1)
@@ -73,13 +74,13 @@ class Channels:
         means, squares = moments(good)
         self.sums += torch.cat([means.sum(0), squares.sum(0), finite.sum()[None].double(), (~finite).sum()[None].double()]).cpu()
 
-    def report(self):
+    def report(self) -> None:
         """Prints the warning about the images of all ranks. Every rank calls this, once."""
         self.sums = distributed.all_sum(self.sums.to(distributed.device())).cpu()
         if warning := self.warning():
             distributed.print0(f'Warning: {warning}')
 
-    def fields(self):
+    def fields(self) -> dict:
         """{"Samples/num_images", "Samples/mean_0", "Samples/std_0", ...}; {} where nothing is known of the data."""
         count, mean, std = self._measured()
         if self.data is None:
@@ -92,11 +93,11 @@ class Channels:
         mean, square = (torch.tensor(sums, dtype=torch.float64) / max(count, 1)).chunk(2)
         return int(count), mean, (square - mean ** 2).clamp(min=0).sqrt()
 
-    def warning(self):
-        """One line about channels whose mean or std is neither that of the data nor explained by how few images these are, else None.
+    def warning(self) -> str | None:
+        """One line about channels whose mean or std differs from that of the data by more than chance explains, else None.
 
-        A difference counts from LIMIT standard errors on, which follow from the spread of the data's own images and both counts, and
-        from VISIBLE on. Fewer than LEAST images say nothing."""
+        A difference counts if it exceeds VISIBLE and LIMIT standard errors, which follow from the spread of the data's own images and
+        both numbers of images. Fewer than LEAST images are not compared."""
         (count, mean, std), data = self._measured(), self.data
         if data is None or count < LEAST:
             return None
@@ -107,7 +108,7 @@ class Channels:
             error = data['image_mean_std'][c] * share
             error_2 = data['image_variance_std'][c] * share  # of the variance
             if abs(away) > max(visible, LIMIT * error):
-                found.append(f'channel {c} has the mean {float(mean[c]):.2f}, the data {data["mean"][c]:.2f}')
+                found.append(f'channel {c} has mean {float(mean[c]):.2f}, the data {data["mean"][c]:.2f}')
             elif abs(apart) > visible and abs(float(std[c]) ** 2 - data['std'][c] ** 2) > LIMIT * error_2:
-                found.append(f'channel {c} has the std {float(std[c]):.2f}, the data {data["std"][c]:.2f}')
-        return f'the colours of {count} samples are not those of the data: {"; ".join(found)} (in network units)' if found else None
+                found.append(f'channel {c} has std {float(std[c]):.2f}, the data {data["std"][c]:.2f}')
+        return f'the colours of {count} samples differ from those of the data: {"; ".join(found)} (in network units)' if found else None

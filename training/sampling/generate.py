@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Seeds to images: one random generator a seed, so that an image is a function of its seed and of nothing else in the batch."""
+"""From seeds to images: one random generator per seed, so that an image depends on its seed and not on the rest of the batch."""
 
 import functools
 import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,7 +19,7 @@ from training.sampling.pixels import pictures
 from training.sampling.writers import write_grid
 
 NO_GUIDANCE = Guidance()
-GRID_BATCH = 16  # of a training's samples: between two of them it can be stopped
+GRID_BATCH = 16  # batch size of sample_grid(), which can be stopped between two batches
 
 
 class Samples(NamedTuple):
@@ -29,34 +31,35 @@ class Samples(NamedTuple):
 
 
 class SeededDraws:
-    """Random tensors whose row i comes from a generator of its own, seeded with seeds[i] mod 2^32."""
+    """Random tensors whose row i comes from its own generator, seeded with seeds[i] mod 2^32."""
 
-    def __init__(self, seeds, device='cpu'):
+    def __init__(self, seeds: Iterable[int], device: torch.device | str = 'cpu') -> None:
         self.device = torch.device(device)
         self.generators = [torch.Generator(self.device).manual_seed(int(seed) % 2 ** 32) for seed in seeds]
 
-    def randn(self, shape, dtype=torch.float32):
+    def randn(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Standard normal [n, *shape]."""
         return torch.stack([torch.randn(shape, generator=g, dtype=dtype, device=self.device) for g in self.generators])
 
-    def randn_like(self, x):
+    def randn_like(self, x: torch.Tensor) -> torch.Tensor:
         """Standard normal of x's shape and dtype."""
         return self.randn(x.shape[1:], x.dtype)
 
-    def randint(self, high):
+    def randint(self, high: int) -> torch.Tensor:
         """int64 [n], uniform over 0 .. high - 1."""
         return torch.stack([torch.randint(high, [], generator=g, device=self.device) for g in self.generators])
 
 
 @torch.no_grad()
-def generate_images(net, seeds, *, schedule=schedules.edm, stepper=steppers.heun, num_steps=18, batch=64, labels=None,
-                    guidance=NO_GUIDANCE, device=None, rank=0, world=1):
+def generate_images(net, seeds: Iterable[int], *, schedule: Callable = schedules.edm, stepper: Callable = steppers.heun,
+                    num_steps: int | None = 18, batch: int = 64, labels: Callable | None = None, guidance: Guidance = NO_GUIDANCE,
+                    device: torch.device | str | None = None, rank: int = 0, world: int = 1) -> Iterator[Samples]:
     """Yields Samples for this rank's share of the seeds, in order, `batch` at a time.
 
     net: a denoiser in eval mode. schedule(num_steps) -> levels, and stepper: pieces with their options bound.
     labels: a source of labels.py; None draws a class for each seed. guidance: a Guidance. device: where to sample, by default
-    where the network is. rank, world: this process takes every world-th seed. The images depend on neither of these nor on
-    `batch`: bit for bit on the CPU at equal threads, to rounding of the network on a GPU. No autograd graph is kept.
+    where the network is. rank, world: this process takes every world-th seed. The images do not depend on rank, world or `batch`:
+    bit for bit on the CPU with equal threads, up to rounding of the network on a GPU. No autograd graph is kept.
     Raises ValueError for guidance that the network does not allow and for levels that the schedule refuses."""
     assert not getattr(net, 'training', False), 'sampling needs the network in eval mode'
     assert batch >= 1, f'batch must be 1 or more, got {batch}'
@@ -71,7 +74,7 @@ def generate_images(net, seeds, *, schedule=schedules.edm, stepper=steppers.heun
 
 
 def _sample(net, seeds, sigmas, stepper, source, guidance, device, rows):
-    # The order of the draws is the published one: latents, class, then one draw a step.
+    # The order of the draws is the published one: latents, class, then one draw per step.
     draws = SeededDraws(seeds, device)
     latents = draws.randn([net.img_channels, *resolution(net)])
     labels = source(draws, seeds) if source else None
@@ -80,8 +83,8 @@ def _sample(net, seeds, sigmas, stepper, source, guidance, device, rows):
     return Samples(seeds, x, labels)
 
 
-def guided(net, labels=None, guidance=NO_GUIDANCE, rows=misc.CPU_CHUNK):
-    """The denoiser that a stepper walks: the network with its labels, led away from what the guidance says."""
+def guided(net, labels: torch.Tensor | None = None, guidance: Guidance = NO_GUIDANCE, rows: int = misc.CPU_CHUNK) -> Callable:
+    """The denoiser that a stepper calls: the network with its labels, and with guidance where its weight is not 1."""
     denoise = ConditionedDenoiser(net, labels, rows)
     if guidance.weight == 1:
         return denoise
@@ -94,26 +97,26 @@ class ConditionedDenoiser:
 
     labels: int64 [N] classes, float32 [N, label_dim] vectors, or None for "no label". Attribute calls: evaluations so far."""
 
-    def __init__(self, net, labels=None, rows=misc.CPU_CHUNK):
+    def __init__(self, net, labels: torch.Tensor | None = None, rows: int = misc.CPU_CHUNK) -> None:
         self.net, self.rows, self.calls = net, rows, 0
         classes = labels is not None and labels.ndim == 1
         self.labels = torch.nn.functional.one_hot(labels, net.label_dim).to(torch.float32) if classes else labels  # [N, label_dim]
 
-    def __call__(self, x, sigma):
+    def __call__(self, x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
         return self._in_chunks(self.net, x, sigma)[0]
 
-    def outputs(self, x, sigma):
+    def outputs(self, x: torch.Tensor, sigma: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(D, what else the network gives [N,K,H,W], K = 0 where that is nothing)."""
         if not hasattr(self.net, 'outputs'):
             return self(x, sigma), x[:, :0]
         return self._in_chunks(self.net.outputs, x, sigma)
 
     @property
-    def gives_variance(self):
+    def gives_variance(self) -> bool:
         """Whether outputs() has the variance of a sampling step."""
         return getattr(self.net, 'gives_variance', False)
 
-    def round_sigma(self, sigma):
+    def round_sigma(self, sigma: torch.Tensor) -> torch.Tensor:
         """The network's nearest level, for networks that know discrete levels only; sigma on the CPU in and out."""
         if not hasattr(self.net, 'round_sigma'):
             return sigma
@@ -131,22 +134,22 @@ class ConditionedDenoiser:
         return [torch.cat(pieces) for pieces in zip(*parts)]
 
 
-def noise_levels(net, schedule, num_steps):
-    """The schedule's levels within the network's range, rounded to levels that it knows; float64 [T + 1], ending in 0."""
+def noise_levels(net, schedule: Callable, num_steps: int | None) -> torch.Tensor:
+    """The schedule's levels within the network's range, rounded to the network's own levels; float64 [T + 1], ending in 0."""
     levels = schedule(num_steps, **sigma_range(net, schedule))
     return torch.cat([ConditionedDenoiser(net).round_sigma(levels[:-1]), levels[-1:]])
 
 
-def sigma_range(net, schedule):
-    """{sigma_min, sigma_max} of a schedule (those that it has), cut to the network's."""
+def sigma_range(net, schedule: Callable) -> dict[str, float]:
+    """{sigma_min, sigma_max} of a schedule (those that it has), limited to the network's range."""
     chosen, cut = registry.parameters(schedule), {'sigma_min': max, 'sigma_max': min}
     return {key: limit(chosen[key], getattr(net, key)) for key, limit in cut.items() if key in chosen}
 
 
-def with_time(net, schedule, stepper, sigmas):
-    """The stepper, its sigma(t) fitted to the schedule's range where it has one by name, and to the levels where that has no bounds.
+def with_time(net, schedule: Callable, stepper: Callable, sigmas: torch.Tensor) -> Callable:
+    """The stepper; where its sigma(t) is given by name, the curve is fitted to the schedule's range, or to the levels if that is unbounded.
 
-    Raises ValueError for a range that the curve does not join."""
+    Raises ValueError for a range that no such curve has."""
     name = stepper.keywords.get('schedule')
     if name is None:
         return stepper
@@ -156,28 +159,28 @@ def with_time(net, schedule, stepper, sigmas):
     return functools.partial(stepper, schedule=registry.build(name, schedules.TIMES, '--schedule', **ends))
 
 
-def check_finite(part, who=''):
-    """Refuses Samples that are no numbers, which would become black pictures. who: what errors call the network."""
+def check_finite(part: Samples, who: str = '') -> None:
+    """Raises UserError for Samples that are not finite, which would become black pictures. who: what errors call the network."""
     bad = (~part.images.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
     if bad:
         raise UserError(f'{who and f"{who}: "}the image of seed {part.seeds[bad[0]]} is not finite ({len(bad)} of {len(part.seeds)} in '
-                        'its batch are not); the weights are broken, or too large for --precision=fp16')
+                        'its batch are not); the weights are broken, or overflow in --precision=fp16')
 
 
-def resolution(net):
+def resolution(net) -> list[int]:
     """[H, W] of a network's images."""
     return misc.height_width(net.img_resolution)
 
 
-def network_device(net):
+def network_device(net) -> torch.device:
     """Where the network's parameters are; the CPU for a denoiser that has none."""
     parameters = net.parameters() if hasattr(net, 'parameters') else ()
     return next((p.device for p in parameters), torch.device('cpu'))
 
 
-def sample_grid(net, count, path, stop=lambda: False, **options):
-    """Writes one picture of the images of seeds 0 .. count - 1, and returns them, [count,C,H,W] in network units; none of both, but None,
-    where stop() says so between two batches.
+def sample_grid(net, count: int, path: str | os.PathLike, stop: Callable[[], bool] = lambda: False, **options) -> torch.Tensor | None:
+    """Writes one picture of the images of seeds 0 .. count - 1, and returns them, [count,C,H,W] in network units. Writes nothing and
+    returns None if stop() is true after a batch.
 
     options: those of generate_images, on one rank."""
     parts = []

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The work of generate.py: images of seeds into a folder with its record, and a picture of the first."""
+"""The work of generate.py: writes the images of seeds to a folder with its record, and a picture of the first ones."""
 
 import os
+from collections.abc import Iterable
 
 import torch
 
-from dnnlib import UserError
+from dnnlib import EasyDict, UserError
 from dnnlib.files import check_writable, prepare_output
 from dnnlib.progress import Progress
 from torch_utils import distributed
@@ -20,8 +21,8 @@ from training.sampling.writers import Files, Writers, read_image, write_grid
 GRID_IMAGES = 64
 
 
-def run(o):
-    """Sets up, samples and writes this rank's share, then counts over all ranks. o: the options."""
+def run(o: EasyDict) -> None:
+    """Samples and writes this rank's share, then checks the count over all ranks. o: the options."""
     if o.threads:
         torch.set_num_threads(o.threads)
     distributed.init()
@@ -36,7 +37,7 @@ def run(o):
     if distributed.rank() == 0:
         guided = f', {guidance.describe(pieces["guidance"])}' if o.guidance != 1 else ''
         print(f'Generating {len(missing)} images from {o.network} to {o.outdir}{guided}: {folder.facts["evaluations"]} network evaluations '
-              'an image', flush=True)
+              'per image', flush=True)
     first_images = FirstImages(net, seeds[:GRID_IMAGES] if grid else [])
     if distributed.rank() == 0:
         first_images.read(files, set(seeds) - set(missing))
@@ -47,32 +48,32 @@ def run(o):
         write_first_images(grid, first_images.images, net)
     check_count(written, len(missing), files)
     distributed.from_rank0(folder.close, seeds)
-    there = f': {len(missing)} written, {len(seeds) - len(missing)} were there already' if len(missing) < len(seeds) else ''
+    there = f': {len(missing)} written, {len(seeds) - len(missing)} existed already' if len(missing) < len(seeds) else ''
     distributed.print0(f'{len(seeds)} images ({files.format}) in {files.outdir}{there}')
     channels.report()
 
 
 class FirstImages:
-    """The images of the first few seeds, in network units, for the grid; those that other ranks have are zeros."""
+    """The images of the first few seeds, in network units, for the grid; those of other ranks are zeros."""
 
-    def __init__(self, net, seeds):
+    def __init__(self, net, seeds: Iterable[int]) -> None:
         self.row, self.units = {seed: i for i, seed in enumerate(seeds)}, net.units
         self.images = torch.zeros([len(seeds), net.img_channels, *resolution(net)], device=network_device(net))
 
-    def read(self, files, seeds):
-        """Takes those of the seeds that were there already from their files."""
+    def read(self, files: Files, seeds: Iterable[int]) -> None:
+        """Reads those of the seeds whose files existed already."""
         for seed in self.row.keys() & seeds:
             self.images[self.row[seed]] = to_network(read_image(files.path(seed)), self.units)
 
-    def take(self, part):
-        """Takes what a batch has of them."""
+    def take(self, part) -> None:
+        """Takes those that are in a batch of Samples."""
         for seed, image in zip(part.seeds, part.images):
             if seed in self.row:
                 self.images[self.row[seed]] = image
 
 
-def write_all(net, batches, share, files, first_images, channels):
-    """Samples and writes this rank's images; returns how many. Raises UserError that says how many came to be."""
+def write_all(net, batches, share: int, files: Files, first_images: FirstImages, channels: Channels) -> int:
+    """Samples and writes this rank's images; returns how many. Raises UserError, with that number, where a file cannot be written."""
     writers = Writers()
     try:
         with writers, Progress(share, 'rank 0' if distributed.size() > 1 else None, show=distributed.rank() == 0) as bar:
@@ -85,36 +86,36 @@ def write_all(net, batches, share, files, first_images, channels):
     except OSError as err:
         whose = f' of rank {distributed.rank()}' if distributed.size() > 1 else ''
         raise UserError(f'{err.filename}: {err.strerror}; {writers.written} of {share} images{whose} were written; '
-                        'make room, and go on with --skip-existing') from None
+                        'free disk space, and resume with --skip-existing') from None
     return writers.written
 
 
-def submit(writers, part, units, files):
+def submit(writers: Writers, part, units: dict | None, files: Files) -> None:
     """Hands one batch to the writer threads, already on the CPU."""
     arrays = to_uint8(part.images) if files.format == 'png' else to_physical(part.images, units).float()
-    told = [None] * len(part.seeds) if part.labels is None else part.labels.cpu().numpy()
-    for seed, array, label in zip(part.seeds, arrays.cpu().numpy(), told):
+    labels = [None] * len(part.seeds) if part.labels is None else part.labels.cpu().numpy()
+    for seed, array, label in zip(part.seeds, arrays.cpu().numpy(), labels):
         writers.submit(files.write, seed, array, label)
 
 
-def check_count(written, missing, files):
-    """Refuses another number of images, over all ranks, than was wanted."""
-    distributed.wait_for_all('sampling')  # ranks may be of different speeds
+def check_count(written: int, missing: int, files: Files) -> None:
+    """Raises UserError where the number of images written, over all ranks, is not the number wanted."""
+    distributed.wait_for_all('sampling')  # ranks may differ in speed
     written = int(distributed.all_sum(torch.tensor(written, device=distributed.device())))
     if written != missing:
         raise UserError(f'{written} of {missing} images were written to {files.outdir}')
 
 
-def write_first_images(path, first_images, net):
-    """The picture of the first images, each of which one rank has."""
+def write_first_images(path: str, first_images: torch.Tensor, net) -> None:
+    """Writes the picture of the first images, each of which one rank has."""
     first_images = distributed.all_sum(first_images.to(distributed.device()))
     if distributed.rank() == 0:
         write_grid(path, pictures(first_images, net.units))
         print(f'The first {len(first_images)} images in one picture: {path}')
 
 
-def grid_path(grid, outdir):
-    """Where to write the grid: as told, or beside `outdir`, so that `outdir` holds the images and nothing else."""
+def grid_path(grid: str | None, outdir: str) -> str | None:
+    """Where to write the grid: the given path, or beside `outdir`, so that `outdir` holds only the images."""
     if grid is None:
         return None
     path = os.path.abspath(outdir) + '-grid.png' if grid == 'beside outdir' else grid
@@ -122,8 +123,8 @@ def grid_path(grid, outdir):
     return path
 
 
-def pick_format(format, net):
-    """The file format asked for, or the one that fits; refuses PNG for what is no 8-bit picture."""
+def pick_format(format: str | None, net) -> str:
+    """The format asked for, or the default for the data; refuses PNG for data that is not 8-bit grey or RGB."""
     picture = is_picture(net.img_channels, net.units)
     if format == 'png' and not picture:
         what = f'{net.img_channels} channels' if net.units is None else 'data that is not 8-bit'

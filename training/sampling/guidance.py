@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Guidance: a denoiser led away from a worse one, D_0 + w (D_1 - D_0), at the noise levels of an interval or at all."""
+"""Guidance: a denoiser extrapolated away from a worse one, D_0 + w (D_1 - D_0), at all noise levels or those of an interval."""
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
+
+import torch
 
 from torch_utils import misc
 
@@ -11,42 +14,43 @@ OFFSET = 0.008  # s of that schedule
 
 
 class Guidance(NamedTuple):
-    """What generate_images needs to know of guidance; the default is none."""
+    """The guidance of generate_images; the default is none."""
 
     weight: float = 1.0  # w; 1 is the conditional network alone
     interval: tuple = (0.0, math.inf)  # (lo, hi]: the levels sigma at which it acts
-    net: object = None  # D_0 of autoguidance, told the same labels; None is D_1's own network, told no label
+    net: object = None  # D_0 of autoguidance, with the same labels; None: D_0 is the unconditional prediction of D_1's network
 
 
 class Guided:
     """(x, sigma) -> D_0 + w (D_1 - D_0) inside the interval, and D_1 from a single call outside of it.
 
-    denoise, guide: (x, sigma) -> D_1, D_0. Ho & Salimans 2022 with w = 1 + their w: D_0 has no label; Karras et al. 2024a: D_0 is a
-    worse network. interval: (lo, hi] in sigma, Kynkäänniemi et al. 2024. Where a stepper says with begin_step at which level its
-    step starts, that decides for all evaluations of the step; otherwise the level of each call does. w = 1 calls no guide."""
+    denoise, guide: (x, sigma) -> D_1, D_0. D_0 is the unconditional prediction in Ho & Salimans 2022, with w = 1 + their w, and a worse
+    network in Karras et al. 2024a. interval: (lo, hi] in sigma, Kynkäänniemi et al. 2024. Where a stepper announces with begin_step the
+    level at which its step starts, that level decides for all evaluations of the step; otherwise that of each call does. With w = 1 the
+    guide is not called."""
 
-    def __init__(self, denoise, guide, weight, interval=(0.0, math.inf)):
+    def __init__(self, denoise: Callable, guide: Callable, weight: float, interval: tuple[float, float] = (0.0, math.inf)) -> None:
         self.denoise, self.guide, self.weight, self.interval = denoise, guide, weight, interval
         self._start = None
 
-    def begin_step(self, sigma):
+    def begin_step(self, sigma: torch.Tensor) -> None:
         """The level, before churn, at which the next calls' step starts."""
         self._start = sigma
 
-    def __call__(self, x, sigma):
+    def __call__(self, x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
         return self._led(x, sigma, self.denoise(x, sigma))
 
-    def outputs(self, x, sigma):
+    def outputs(self, x: torch.Tensor, sigma: torch.Tensor) -> tuple:
         """(the guided D, what else D_1's network gives)."""
         D_1, rest = self.denoise.outputs(x, sigma)
         return self._led(x, sigma, D_1), rest
 
     @property
-    def gives_variance(self):
+    def gives_variance(self) -> bool:
         """Whether D_1's network gives the variance of a sampling step."""
         return self.denoise.gives_variance
 
-    def round_sigma(self, sigma):
+    def round_sigma(self, sigma: torch.Tensor) -> torch.Tensor:
         """D_1's nearest level."""
         return self.denoise.round_sigma(sigma)
 
@@ -58,26 +62,25 @@ class Guided:
         return D_0 + self.weight * (D_1 - D_0)
 
 
-def check(net, guidance):
+def check(net, guidance: Guidance) -> None:
     """Raises ValueError where a network cannot be guided in this way."""
     weight, guide = guidance.weight, guidance.net
     if not 0 <= weight < math.inf:
         raise ValueError(f'the weight must be 0 or more, got {weight:g}')
     if guide is None:
         if weight != 1 and not net.label_dim:
-            raise ValueError('the network is unconditional, so that there is no label to leave out; give a worse network to lead '
-                             'away from (--gnet)')
+            raise ValueError('the network is unconditional, so it has no label to drop; guide with a worse network instead (--gnet)')
         return
     for what, of in (('images', _shape), ('label_dim', lambda net: net.label_dim), ('units', lambda net: getattr(net, 'units', None))):
         if of(guide) != of(net):
-            raise ValueError(f'the guiding network has {what} {of(guide)}, the network {of(net)}; they must be equal')
+            raise ValueError(f'the guiding network has {what} {of(guide)}, and the network has {of(net)}; they must be equal')
 
 
 def _shape(net):
     return [net.img_channels, *misc.height_width(net.img_resolution)]
 
 
-def interval(text):
+def interval(text: str) -> tuple[float, float]:
     """"lo,hi" in sigma, or "t:lo,hi" in indices 0 to 999, as (lo, hi) in sigma. Raises ValueError for anything else.
 
     t counts the levels of IDDPM's cosine schedule with T = 1000, from the lowest noise up; a level is in t:lo,hi where its nearest
@@ -94,13 +97,13 @@ def interval(text):
     raise ValueError(f'give lo,hi with 0 <= lo < hi in sigma, or t:lo,hi with whole numbers 0 <= lo <= hi <= {LEVELS - 1}')
 
 
-def level_at(t):
+def level_at(t: float) -> float:
     """sigma at the index t (fractions too): alpha_bar = cos^2(pi/2 (u + s) / (1 + s)) over its value at u = 0, u = (t + 1) / T."""
     share = _angle_cosine((t + 1) / LEVELS) / _angle_cosine(0.0)  # sqrt(alpha_bar)
     return math.sqrt(max(1 / share ** 2 - 1, 0.0))
 
 
-def index_at(sigma):
+def index_at(sigma: float) -> int:
     """The index t of 0 ... 999 whose level is nearest to sigma, along the schedule."""
     angle = math.acos(_angle_cosine(0.0) / math.sqrt(1 + sigma ** 2)) if sigma < math.inf else math.pi / 2
     t = ((1 + OFFSET) * angle * 2 / math.pi - OFFSET) * LEVELS - 1
@@ -111,7 +114,7 @@ def _angle_cosine(u):
     return math.cos(math.pi / 2 * (u + OFFSET) / (1 + OFFSET))
 
 
-def describe(guidance):
+def describe(guidance: Guidance) -> str:
     """One line: the weight, and the interval in sigma and in t."""
     low, high = guidance.interval
     where = 'at all levels' if (low, high) == (0, math.inf) else (

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which label each seed is sampled with: one class, uniform classes, those of a data set, or those of a file.
+"""The label of each seed: one class, uniform classes, labels drawn from a data set, or those of a file.
 
 A source is called as (draws, seeds) -> labels, int64 [n] classes or float32 [n, label_dim] vectors. Every source draws exactly one
-random number of each seed's generator, so that a seed's later draws do not depend on where its label came from. Those of a table have it as
-their attribute `table`."""
+random number from each seed's generator, so that a seed's later draws do not depend on where its label came from. Sources that use a
+table have it as attribute `table`."""
 
 import json
 import os
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -18,18 +19,18 @@ from training.data.dataset import ImageDataset
 DATASET = 'dataset:'
 
 
-def uniform(label_dim):
-    """Each seed's own class, as published: uniform over 0 ... label_dim - 1."""
+def uniform(label_dim: int) -> Callable:
+    """A class drawn for each seed, uniform over 0 ... label_dim - 1, as published."""
     return lambda draws, seeds: draws.randint(label_dim)
 
 
-def one_class(index):
+def one_class(index: int) -> Callable:
     """The same class for every seed."""
     return lambda draws, seeds: torch.full_like(draws.randint(2), index)
 
 
-def drawn(table):
-    """Each seed's own row of the table: labels are as frequent as they are in it."""
+def drawn(table: torch.Tensor) -> Callable:
+    """A row of the table drawn for each seed: labels are as frequent as in the table."""
 
     def source(draws, seeds):
         return table[draws.randint(len(table)).cpu()].to(draws.device)
@@ -38,7 +39,7 @@ def drawn(table):
     return source
 
 
-def listed(table):
+def listed(table: torch.Tensor) -> Callable:
     """Row s of the table for seed s."""
 
     def source(draws, seeds):
@@ -49,16 +50,16 @@ def listed(table):
     return source
 
 
-def pick(net, seeds, spec=None, class_idx=None):
+def pick(net, seeds: Iterable[int], spec: str | None = None, class_idx: int | None = None) -> Callable | None:
     """The source that the options name; None for unconditional networks.
 
-    spec: "uniform", "dataset:PATH", or a file: .npy, .json (a list) or .txt (a line a label), whose row s is for seed s. A whole number
-    is a class, several numbers are a vector. class_idx: one class for all. Raises ValueError, in one line, for what does not fit."""
+    spec: "uniform", "dataset:PATH", or a file: .npy, .json (a list) or .txt (one label per line), whose row s is for seed s. A whole
+    number is a class, several numbers are a vector. class_idx: one class for all. Raises ValueError, in one line, for what does not fit."""
     if spec is not None and class_idx is not None:
-        raise ValueError('one class for all and a source of labels exclude each other; give one of them')
+        raise ValueError('one class for all images and a source of labels exclude each other; give one of them')
     if not net.label_dim:
         if spec is not None or class_idx is not None:
-            raise ValueError('the network is unconditional: it has no classes; leave the option out')
+            raise ValueError('the network is unconditional and has no classes; leave the option out')
         return None
     if class_idx is not None:
         if not 0 <= class_idx < net.label_dim:
@@ -70,11 +71,11 @@ def pick(net, seeds, spec=None, class_idx=None):
         return drawn(of_dataset(spec[len(DATASET):], net.label_dim))
     table = of_file(spec, net.label_dim)
     if max(seeds, default=0) >= len(table):
-        raise ValueError(f'its {len(table)} rows are for the seeds 0 to {len(table) - 1}, and there is none for seed {max(seeds)}')
+        raise ValueError(f'it has {len(table)} rows, for seeds 0 to {len(table) - 1}, and none for seed {max(seeds)}')
     return listed(table)
 
 
-def of_dataset(path, label_dim):
+def of_dataset(path: str | os.PathLike, label_dim: int) -> torch.Tensor:
     """The labels of a data set's images, as a table."""
     if not ImageDataset(path).has_labels:
         raise ValueError('the data set has no labels in its dataset.json; make them with dataset_tool.py --labels')
@@ -82,14 +83,14 @@ def of_dataset(path, label_dim):
     return _table(dataset.labels(range(len(dataset))) if dataset.classes is None else dataset.classes, label_dim)
 
 
-def of_file(path, label_dim):
+def of_file(path: str, label_dim: int) -> torch.Tensor:
     """The labels of a file, as a table."""
     readers = {'.json': lambda text: json.loads(text), '.txt': _lines}
     suffix = Path(path).suffix.lower()
     if not os.path.isfile(path):
         raise ValueError(f'no such file; choose uniform, {DATASET}PATH, or a file: .npy, .json or .txt')
     if suffix != '.npy' and suffix not in readers:
-        raise ValueError('a file of labels is .npy, .json or .txt')
+        raise ValueError('a file of labels must be .npy, .json or .txt')
     try:
         values = arrays.open_npy(path) if suffix == '.npy' else np.array(readers[suffix](Path(path).read_text('utf-8')))
     except (OSError, ValueError, RecursionError) as err:
@@ -98,7 +99,7 @@ def of_file(path, label_dim):
 
 
 def _lines(text):
-    """A label a line: one whole number, or numbers with commas or spaces between them."""
+    """One label per line: a whole number, or numbers separated by commas or spaces."""
     number = lambda word: int(word) if word.lstrip('+-').isdigit() else float(word)
     rows = [[number(word) for word in line.replace(',', ' ').split()] for line in text.splitlines() if line.strip()]
     return [row[0] for row in rows] if all(len(row) == 1 for row in rows) else rows

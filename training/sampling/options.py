@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The options of every script that samples a network; pieces.py makes of them what they name. Nothing here imports torch."""
+"""The options of every script that samples a network; pieces.py builds what they name. Nothing here imports torch."""
+
+from collections.abc import Callable
 
 import click
 
@@ -18,11 +20,11 @@ def _word(name, choices, text):
 
 
 # What `eval_fid.py sweep` takes several values of.
-GUIDANCE = 'Weight w of D_0 + w (D_1 - D_0), D_0 being the unconditional prediction; 1 is off'
-INTERVAL = 'Guide at LO < sigma <= HI only; or at t:LO,HI, indices 0 to 999 of the cosine schedule'
+GUIDANCE = 'Guidance weight w in D_0 + w (D_1 - D_0), where D_0 is the unconditional prediction; 1: off'
+INTERVAL = 'Guide only at LO < sigma <= HI, or with t:LO,HI at these indices (0 to 999) of the cosine schedule'
 WEIGHTS = 'Which weights of a training state: ema, raw or ema:LENGTH, such as ema:0.05'
-SOLVER = 'Solver; --sampler=help lists them'
-SOLVER_DEFAULT = f'  [default: "sampling" of the network\'s config.json, else {SAMPLER}]'
+SOLVER = 'Sampler; --sampler=help lists them'
+SOLVER_DEFAULT = f'  [default: that of the network\'s config.json, else {SAMPLER}]'
 EVALUATES = 'Sampling steps N; heun takes 2N - 1 network evaluations, the others N'
 STEPS_DEFAULT = f'  [default: those of config.json with its sampler, else {STEPS}]'
 STEPPERS = Spec('training.sampling.steppers:STEPPERS')
@@ -30,10 +32,10 @@ STEPPERS = Spec('training.sampling.steppers:STEPPERS')
 CONDITIONS = group(
     'Labels and guidance',
     click.option('--class', 'class_idx', metavar='INT', type=click.IntRange(min=0), help='Class of all images'),
-    click.option('--labels', metavar='SOURCE', help='uniform: a class drawn for each seed; dataset:PATH: as often as in a data set; FILE: '
-                 '.npy, .json or .txt, whose row s (a class, or a vector) is for seed s  [default: uniform]'),
-    click.option('--gnet', metavar='REF', help='Take D_0 from this network, with the same labels (autoguidance)'),
-    click.option('--gnet-weights', metavar='WHICH', default='ema', show_default=True, help='--weights of that network'),
+    click.option('--labels', metavar='SOURCE', help='uniform: draw a class for each seed; dataset:PATH: draw a label of that data set; '
+                 'FILE: .npy, .json or .txt, row s (a class or a vector) for seed s  [default: uniform]'),
+    click.option('--gnet', metavar='REF', help='Autoguidance: take D_0 from this network, with the same labels'),
+    click.option('--gnet-weights', metavar='WHICH', default='ema', show_default=True, help='Like --weights, for --gnet'),
 )
 ONE = group(
     'Sampler',
@@ -56,39 +58,38 @@ REST = group(
     'Sampler',
     click.option('--levels', '--disc', type=Spec('training.diffusion.schedules:SCHEDULES'),
                  help='Noise levels, such as explicit:sigmas=80|10|1; --levels=help lists them  [default: those of config.json with its '
-                 'sampler; else edm, or the network\'s own timesteps for ancestral and ddim]'),
-    _number('--sigma-min', 'Key of --levels: the lowest  [default: its own, or the network\'s]'),
-    _number('--sigma-max', 'Key of --levels: the highest  [default: its own, or the network\'s]'),
-    _number('--rho', 'Key of --levels=edm: their exponent  [default: 7]'),
-    _number(('--S-churn', '--s-churn', 'S_churn'), 'Key of --sampler=heun or euler: strength of added noise  [default: 0]', POSITIVE),
-    _number(('--S-min', '--s-min', 'S_min'), 'Lowest level at which noise is added  [default: 0]', POSITIVE),
-    _number(('--S-max', '--s-max', 'S_max'), 'Highest level at which it is added  [default: inf]', POSITIVE),
-    _number(('--S-noise', '--s-noise', 'S_noise'), 'Scale of the added noise  [default: 1]', POSITIVE),
-    _word('--schedule', ('linear', 've', 'vp'), 'Key of --sampler=heun or euler: sigma(t) whose t the steps follow  [default: linear]'),
-    _word('--scaling', ('none', 'vp'), 'Key of --sampler=heun or euler: scaling of x along the path  [default: none]'),
-    _number('--stop-sigma', 'End with the mean E[x_0 | x] at the last level not below this, for models of noisy images  [default: 0]',
-            POSITIVE),
-    _number('--stop-variance', 'The same, as the square of the level', POSITIVE),
+                 'sampler, else edm; for ancestral and ddim the network\'s own timesteps]'),
+    _number('--sigma-min', 'Lowest noise level (key of --levels)  [default: that of --levels, within the network\'s range]'),
+    _number('--sigma-max', 'Highest noise level (key of --levels)  [default: that of --levels, within the network\'s range]'),
+    _number('--rho', 'Exponent of --levels=edm  [default: 7]'),
+    _number(('--S-churn', '--s-churn', 'S_churn'), 'Strength of the noise that heun and euler add (churn)  [default: 0]', POSITIVE),
+    _number(('--S-min', '--s-min', 'S_min'), 'Lowest level at which churn is applied  [default: 0]', POSITIVE),
+    _number(('--S-max', '--s-max', 'S_max'), 'Highest level at which churn is applied  [default: inf]', POSITIVE),
+    _number(('--S-noise', '--s-noise', 'S_noise'), 'Scale of the noise that churn adds  [default: 1]', POSITIVE),
+    _word('--schedule', ('linear', 've', 'vp'), 'sigma(t) in whose time t heun and euler take their steps  [default: linear]'),
+    _word('--scaling', ('none', 'vp'), 'Scaling s(t) of x along the path of heun and euler  [default: none]'),
+    _number('--stop-sigma', 'Truncated sampling: end with E[x_0 | x] at the last level not below this  [default: 0]', POSITIVE),
+    _number('--stop-variance', '--stop-sigma given as a variance, its square', POSITIVE),
 )
 SPEED = group(
     'Speed',
-    _word('--precision', ('fp32', 'bf16', 'fp16'), 'Arithmetic of the network; the sampler is float64  [default: as it was saved]'),
+    _word('--precision', ('fp32', 'bf16', 'fp16'), 'Arithmetic of the network; the sampler uses float64  [default: that of the network]'),
     click.option('--compile', metavar='[BOOL]', type=bool, is_flag=False, flag_value=True, default=False, show_default=True,
-                 help='Compile the network (torch.compile): a minute or so at the start, then faster; changes pixels a little'),
+                 help='Compile the network with torch.compile: faster after a minute or so, with slightly different rounding'),
 )
 
 
-def OPTIONS(command):
-    """A decorator that adds all of them to a command."""
+def OPTIONS(command: Callable) -> Callable:
+    """Decorator that adds all of these options to a command."""
     return CONDITIONS(ONE(REST(SPEED(command))))
 
 
-def SWEEP(command):
+def SWEEP(command: Callable) -> Callable:
     """The same with lists of guidance weights, intervals, weights, samplers and step counts."""
     return CONDITIONS(SEVERAL(REST(SPEED(command))))
 
 
-# Parameters of these options, and the keys of --levels and of --sampler among them.
+# Parameter names of these options: those that stand alone, and those that are keys of --levels or --sampler.
 NAMES = ('class_idx', 'labels', 'guidance', 'guidance_interval', 'gnet', 'weights', 'gnet_weights', 'sampler', 'levels', 'steps',
          'stop_sigma', 'stop_variance', 'precision', 'compile')
 KEYS = ('sigma_min', 'sigma_max', 'rho', 'S_churn', 'S_min', 'S_max', 'S_noise', 'schedule', 'scaling')

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a network is sampled, as the options of a command line (options.py) or its own config.json say it: the pieces that they name.
+"""How a network is sampled: the pieces that the options of a command line (options.py) or its own config.json name.
 
-Training, whose grids and metrics are told nothing, has default_pieces()."""
+Grids and metrics during training use default_pieces()."""
 
 import contextlib
 import functools
 import json
 import math
+from collections.abc import Callable, Iterable
 
-from dnnlib import UserError
+from dnnlib import EasyDict, UserError
 from torch_utils import distributed, misc, registry
 from training.checkpoints.load import load_network, show_recipe
 from training.diffusion import schedules
@@ -20,12 +21,12 @@ CONFIG = 'network configuration: sampling'  # the key of config.json, in errors
 
 
 class Networks:
-    """The network of --network and the one of --gnet, loaded once for all that is made with them, and anew where --weights change.
+    """The networks of --network and --gnet, loaded once for everything that uses them, and again where --weights change.
 
-    One set of weights is held at a time."""
+    One set of weights is in memory at a time."""
 
     def __init__(self):
-        self._held, self._guides, self._digests, self._labels, self._told = {}, {}, {}, None, set()
+        self._held, self._guides, self._digests, self._labels, self._printed = {}, {}, {}, None, set()
 
     def open(self, o):
         """(network, guiding network or None) on their device. Raises UserError."""
@@ -39,12 +40,12 @@ class Networks:
         return self._held[o.weights], self._guides[o.gnet] if o.gnet else None
 
     def labels(self, net, seeds, o):
-        """The source of labels that the options name, and that all share."""
+        """The source of labels that the options name; all cells share it."""
         self._labels = self._labels or (pick_labels(net, seeds, o.labels, o.class_idx),)
         return self._labels[0]
 
     def digest(self, net):
-        """misc.state_digest of one of the networks that are held."""
+        """misc.state_digest of one of the networks in memory."""
         key = next((ref for ref, guide in self._guides.items() if guide is net), None)
         if key not in self._digests:
             self._digests[key] = misc.state_digest(net)
@@ -52,42 +53,42 @@ class Networks:
 
     def warn(self, text):
         """Prints a line, once."""
-        if text not in self._told:
-            self._told.add(text)
+        if text not in self._printed:
+            self._printed.add(text)
             distributed.print0(f'Warning: {text}')
 
 
-def prepare(o, seeds, networks=None):
-    """(network on its device, arguments for generate_images) from the options above, --network and --device; o: an EasyDict of them.
+def prepare(o: EasyDict, seeds: Iterable[int], networks=None) -> tuple:
+    """(network on its device, arguments for generate_images) from those options, --network and --device; o: an EasyDict of them.
 
-    networks: Networks, where several such calls share them. Raises UserError, in one line, for whatever they or the network refuse;
-    nothing has been sampled then."""
+    networks: Networks, where several such calls share them. Raises UserError, in one line, for whatever they or the network refuse,
+    before anything is sampled."""
     networks = networks or Networks()
     net, gnet = networks.open(o)
     guidance = pick_guidance(net, gnet, o.guidance, o.guidance_interval, networks.warn)
     keys = {key: o[key] for key in KEYS}
     pieces = sampler_pieces(net, o.steps, o.sampler, o.levels, o.stop_sigma, o.stop_variance, **keys)
-    o.sampler, o.levels, o.steps = choose(net, o.sampler, o.levels, o.steps, o.rho)  # so that a record of the options tells what was done
+    o.sampler, o.levels, o.steps = choose(net, o.sampler, o.levels, o.steps, o.rho)  # so that records of the options hold what was used
     return net, {'labels': networks.labels(net, seeds, o), 'guidance': guidance, **pieces}
 
 
-def open_network(ref, weights, device, precision, compile):
-    """The network, as it is to run."""
+def open_network(ref: str, weights: str, device, precision: str | None, compile: bool):
+    """Loads the network, with the precision and compilation that are asked for."""
     net = load_network(ref, device=device, weights=weights)
     show_recipe(ref)
     if precision:
         net.compute_dtype = misc.DTYPES[precision]
     if compile:
-        # The U-Net alone: what is around it is in float32 and costs little, and some samplers ask for more than D.
+        # Only the U-Net: the preconditioning around it is cheap and in float32, and some samplers call outputs().
         net.model.compile(dynamic=False)
     return net
 
 
-def pick_guidance(net, gnet, weight, interval, warn):
-    """The Guidance that the options ask for; refuses options that would do nothing. warn(text): tells of what means little."""
+def pick_guidance(net, gnet, weight: float, interval: str | None, warn: Callable) -> guidance.Guidance:
+    """The Guidance that the options ask for; refuses options that would do nothing. warn(text) prints a warning."""
     if weight == 1 and (gnet is not None or interval):
         option = 'gnet' if gnet is not None else 'guidance-interval'
-        raise UserError(f'--{option} does nothing without a --guidance other than 1; give --guidance=2, say')
+        raise UserError(f'--{option} has no effect without a --guidance other than 1, such as --guidance=2')
     try:
         limits = guidance.interval(interval) if interval else (0.0, math.inf)
     except ValueError as err:
@@ -98,12 +99,12 @@ def pick_guidance(net, gnet, weight, interval, warn):
     except ValueError as err:
         raise UserError(f'--guidance={weight:g}: {err}') from None
     if weight != 1 and gnet is None and not net.config.get('label_dropout'):
-        warn('the network was trained without label dropout, so that what it makes of no label means little; '
-             'train with --label-dropout, or give --gnet')
+        warn('the network was trained without label dropout, so its unconditional prediction is not meaningful; '
+             'train with --label-dropout, or use --gnet')
     return found
 
 
-def pick_labels(net, seeds, spec, class_idx):
+def pick_labels(net, seeds: Iterable[int], spec: str | None, class_idx: int | None) -> Callable | None:
     """The source of labels that the options name."""
     try:
         return labels.pick(net, seeds, spec, class_idx)
@@ -111,11 +112,12 @@ def pick_labels(net, seeds, spec, class_idx):
         raise UserError(f'--class={class_idx}: {err}' if class_idx is not None else f'--labels={spec}: {err}') from None
 
 
-def sampler_pieces(net, steps=None, sampler=None, levels=None, stop_sigma=None, stop_variance=None, sigma_min=None, sigma_max=None,
-                   rho=None, **keys):
-    """{schedule, num_steps, stepper} with their options bound; what they or the network refuse is found before any file is written."""
+def sampler_pieces(net, steps: int | None = None, sampler: str | None = None, levels: str | None = None, stop_sigma: float | None = None,
+                   stop_variance: float | None = None, sigma_min: float | None = None, sigma_max: float | None = None,
+                   rho: float | None = None, **keys) -> dict:
+    """{schedule, num_steps, stepper} with their options bound. Raises UserError for what they or the network refuse."""
     if stop_sigma is not None and stop_variance is not None:
-        raise UserError('--stop-sigma and --stop-variance are the same option, as a level and as its square; give one of them')
+        raise UserError('--stop-sigma and --stop-variance are the same option, given as a level or as its square; give one of them')
     keys['stop_sigma'] = stop_sigma if stop_variance is None else math.sqrt(stop_variance)
     by_config = own_sampling(net) and (steps, sampler, levels) == (None, None, None)
     sampler, levels, steps = choose(net, sampler, levels, steps, rho)
@@ -134,20 +136,21 @@ def sampler_pieces(net, steps=None, sampler=None, levels=None, stop_sigma=None, 
         except ValueError as err:
             raise UserError(f'--sampler={sampler} with its keys: {err}') from None
         if stepper.keywords.get('variance') == 'learned' and net.output_multiple < 2:
-            raise UserError(f'--sampler={sampler}: the network gives no variance; choose variance=small or large')
+            raise UserError(f'--sampler={sampler}: the network does not predict a variance; choose variance=small or large')
     return {'schedule': schedule, 'num_steps': steps, 'stepper': stepper}
 
 
-def default_pieces(net):
-    """The same where a user says nothing: what grids and metrics during training, and plain commands, sample a network with."""
+def default_pieces(net) -> dict:
+    """sampler_pieces() without any option, as for grids and metrics during training."""
     return sampler_pieces(net)
 
 
-def choose(net, sampler=None, levels=None, steps=None, rho=None):
-    """(sampler, levels, steps) that are meant: what is given, else what the network's config.json says, else EDM's.
+def choose(net, sampler: str | None = None, levels: str | None = None, steps: int | None = None,
+           rho: float | None = None) -> tuple[str, str, int | None]:
+    """(sampler, levels, steps): what is given, else what the network's config.json says, else EDM's.
 
-    The network's levels and steps are those of its sampler, and do not count where another is named; its keys go where any is named.
-    rho asks for EDM's levels. steps: None where the levels are told one by one."""
+    The levels and steps of config.json belong to its sampler and do not apply to another one; the keys of its sampler are dropped where
+    --sampler is given. rho selects EDM's levels. steps: None where the levels are listed one by one."""
     own = own_sampling(net)
     if sampler and own and registry.parse(sampler)[0] != registry.parse(own['sampler'])[0]:
         own = {}
@@ -157,14 +160,14 @@ def choose(net, sampler=None, levels=None, steps=None, rho=None):
     return sampler, levels, steps or (None if own_number else own.get('steps', STEPS))
 
 
-def own_sampling(net):
-    """{"sampler", and "levels", "steps" where they are told} of the network's config.json, checked; {} where that says nothing."""
+def own_sampling(net) -> dict:
+    """The checked "sampling" of the network's config.json, {"sampler": ...} with optional "levels" and "steps"; {} where there is none."""
     found = getattr(net, 'sampling', None)
     if found is None:
         return {}
     shown = f'{CONFIG}={json.dumps(found)}'
     if not isinstance(found, dict) or 'sampler' not in found or found.keys() - {'sampler', 'levels', 'steps'}:
-        raise UserError(f'{shown}: expected such as {{"sampler": "ancestral", "steps": 50}}, and "levels" where need be')
+        raise UserError(f'{shown}: expected an object such as {{"sampler": "ancestral", "steps": 50}}, optionally with "levels"')
     for key, pieces in (('sampler', steppers.STEPPERS), ('levels', schedules.SCHEDULES)):
         if key in found:
             registry.build(found[key], pieces, f'{CONFIG}: {key}')
@@ -176,36 +179,36 @@ def own_sampling(net):
 
 @contextlib.contextmanager
 def _said_by(whose):
-    """Errors inside say who asked, where that was not the command line."""
+    """Puts `whose` before errors raised inside, where it is not None: the sampler was not chosen on the command line."""
     try:
         yield
     except UserError as err:
         raise UserError(f'{whose}: {err.message}' if whose else err.message) from None
 
 
-def has_timesteps_for(net, sampler):
-    """Whether the network was trained on timesteps such as the sampler was made for, which is one that can clip D."""
+def has_timesteps_for(net, sampler: str) -> bool:
+    """Whether the network was trained on discrete timesteps, and the sampler is made for them (those are the samplers that can clip D)."""
     return bool(getattr(net, 'diffusion', None)) and 'clip' in registry.parameters(steppers.STEPPERS[registry.parse(sampler)[0]])
 
 
-def default_levels(net, sampler, rho):
-    """The --levels that are meant where none are given: the network's own timesteps for such samplers, EDM's otherwise."""
+def default_levels(net, sampler: str, rho: float | None) -> str:
+    """The default of --levels: the network's own timesteps for samplers of discrete timesteps, EDM's levels otherwise."""
     own = rho is None and has_timesteps_for(net, sampler)
     return f'respaced:diffusion={net.diffusion.replace(",", "|")}' if own else 'edm'
 
 
-def combine(slot, spec, pieces, keys):
-    """The piece that --slot=SPEC names, with keys that have an option of their own; refuses what it does not take or was told twice."""
-    name, told = registry.parse(spec)
+def combine(slot: str, spec: str, pieces: dict, keys: dict) -> Callable:
+    """The piece that --slot=SPEC names, with keys that have their own options; refuses keys that are unknown or given twice."""
+    name, given = registry.parse(spec)
     accepted = registry.parameters(pieces[name])
     keys = {key: value for key, value in keys.items() if value is not None}
     for key, value in keys.items():
         option = f'--{key.replace("_", "-")}={value}'
         if key not in accepted:
-            raise UserError(f'{option} is no key of --{slot}={name}, which takes {", ".join(accepted)}')
-        if key in told:
+            raise UserError(f'{option} is not a key of --{slot}={name}, which takes {", ".join(accepted)}')
+        if key in given:
             raise UserError(f'{option} and --{slot}={spec}: "{key}" is given twice')
-    for key, value in {**told, **keys}.items():
+    for key, value in {**given, **keys}.items():
         if value != value:
             raise UserError(f'--{slot}={name}: "{key}" is nan; give a number')
     return functools.partial(registry.build(spec, pieces, f'--{slot}'), **keys)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images in network units, as 8-bit pictures, in physical units, and many in one picture."""
+"""Conversions between network units, 8-bit pictures and physical units, and grids of images."""
 
 import math
 
@@ -8,18 +8,18 @@ import torch
 
 from training.data.dataset import UNITS_8BIT
 
-GRID_CELL = 64  # images smaller than this are enlarged in grids by a whole factor, so that single pixels can be seen
+GRID_CELL = 64  # grids enlarge images smaller than this by a whole factor, so that single pixels can be seen
 GRID_GAP = 2  # pixels between the images of a grid
 GRID_BACKGROUND = 255
 
 
-def is_picture(channels, units=None):
-    """True where images can be PNGs: 8-bit data (no units), grey or RGB."""
+def is_picture(channels: int, units: dict | None = None) -> bool:
+    """Whether images can be written as PNG: 8-bit data (no units), grey or RGB."""
     return channels in (1, 3) and units is None
 
 
-def grid(images, columns=None):
-    """One picture of many, row by row, as square as it gets unless `columns` is given.
+def grid(images: np.ndarray | torch.Tensor, columns: int | None = None) -> np.ndarray:
+    """Many images in one picture, row by row, as nearly square as possible unless `columns` is given.
 
     images: uint8 [N,C,H,W], C = 1 or 3. Returns uint8 [C,H',W']; small images are enlarged."""
     images = np.asarray(images)
@@ -35,20 +35,20 @@ def grid(images, columns=None):
     return canvas
 
 
-def as_pictures(images):
+def as_pictures(images: np.ndarray | torch.Tensor) -> np.ndarray:
     """Float images [N,C,H,W] as grey uint8 [N,1,H,W] to look at: the first channel, from its lowest to its highest value."""
     first = np.asarray(images, dtype=np.float64)[:, :1]
     low, high = np.nanmin(first), np.nanmax(first)
     return np.nan_to_num((first - low) / max(high - low, 1e-12) * 255).round().astype(np.uint8)
 
 
-def to_uint8(images):
+def to_uint8(images: torch.Tensor) -> torch.Tensor:
     """Network units [-1,1] to 8-bit grey levels, as published: x * 127.5 + 128, clipped, truncated."""
     return (images * 127.5 + 128).clip(0, 255).to(torch.uint8)
 
 
-def to_physical(images, units):
-    """Network units to the data's own, x * scale + offset; as they are where units is None.
+def to_physical(images: torch.Tensor, units: dict | None) -> torch.Tensor:
+    """Network units to the data's own, x * scale + offset; unchanged where units is None.
 
     images: [N,C,H,W]. units: {"scale", "offset"}, each a number or one per channel."""
     if units is None:
@@ -57,8 +57,8 @@ def to_physical(images, units):
     return images * scale + offset
 
 
-def to_network(image, units):
-    """An image as it lies in its file back in network units, float64 [C,H,W]: to_uint8 and to_physical undone, within their rounding.
+def to_network(image: np.ndarray, units: dict | None) -> torch.Tensor:
+    """The image of a file in network units, float64 [C,H,W]: inverts to_uint8 and to_physical, up to rounding.
 
     image: an array [C,H,W]; uint8 for pictures."""
     image = torch.as_tensor(image, dtype=torch.float64)
@@ -67,8 +67,8 @@ def to_network(image, units):
     return (image - offset) / scale
 
 
-def pictures(batch, units=None):
-    """Images in network units as pictures, uint8 [N,1 or 3,H,W] in NumPy: data that is not 8-bit shows its first channel."""
+def pictures(batch: torch.Tensor, units: dict | None = None) -> np.ndarray:
+    """Images in network units as pictures, NumPy uint8 [N,1 or 3,H,W]; of data that is not 8-bit the first channel is shown."""
     if is_picture(batch.shape[1], units):
         return to_uint8(batch).cpu().numpy()
     return as_pictures(batch.cpu().numpy())

@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What made images: all that decides their pixels, in a form that can be written down, compared and quoted.
+"""Records of how images were generated: everything that their pixels depend on, to be saved, compared and quoted.
 
-A record is a dict of JSON values, which lists only what applies: no key of the sampler that has its default, no guidance interval
-where nothing is guided, no labels where the network takes none."""
+A record is a dict of JSON values that holds only what applies: no key of the sampler that has its default, no guidance interval
+without guidance, no labels for unconditional networks."""
 
 import hashlib
 import math
+from collections.abc import Callable
 
 import torch
 
+from dnnlib import EasyDict
 from dnnlib.files import finite
 from torch_utils import distributed, misc, registry
 from training.diffusion import schedules
@@ -17,15 +19,15 @@ from training.sampling.generate import ConditionedDenoiser, noise_levels, resolu
 from training.sampling.guidance import Guided
 from training.sampling.labels import DATASET
 
-# Of two records: the keys that decide pixels, each with the option that sets it. Levels count as numbers, "sigmas", and labels without
-# their path; device, threads, ranks, batch and seeds do not count.
+# The keys that are compared between two records, because pixels depend on them, each with the option that sets it. Levels are compared as
+# numbers, "sigmas", and labels without their path; device, threads, ranks, batch size and seeds are not compared.
 DECIDES = {'sha256': '--network', 'gnet_sha256': '--gnet', 'sampler': '--sampler', 'steps': '--steps', 'sigmas': '--levels',
            'stop_sigma': '--stop-sigma', 'guidance': '--guidance', 'guidance_interval': '--guidance-interval', 'labels': '--labels',
            'precision': '--precision', 'compile': '--compile', 'image_shape': '--network', 'units': '--network',
            'format': '--format', 'subdirs': '--subdirs'}
 
 
-def describe(o, net, pieces, digest=misc.state_digest):
+def describe(o: EasyDict, net, pieces: dict, digest: Callable = misc.state_digest) -> dict:
     """How a network is sampled: network, sha256, weights, gnet..., sampler, levels, steps, sigmas, evaluations, stop_sigma, guidance...,
     labels, precision, compile, image_shape, units.
 
@@ -53,16 +55,16 @@ def describe(o, net, pieces, digest=misc.state_digest):
     return finite(found)
 
 
-def precision(net):
-    """The name of the type that a network works in."""
+def precision(net) -> str:
+    """Name of the dtype in which a network computes."""
     dtype = getattr(net, 'compute_dtype', torch.float32)
     return next((name for name, known in misc.DTYPES.items() if known == dtype), str(dtype).removeprefix('torch.'))
 
 
-def spec_of(spec, piece, pieces):
-    """"name:key=value" of a piece with bound options: every way of giving the same keys comes to the same text, defaults left out.
+def spec_of(spec: str, piece: Callable, pieces: dict) -> str:
+    """"name:key=value" of a piece with bound options, without defaults: the same text however the keys were given.
 
-    stop_sigma, which all steppers have, is told apart."""
+    stop_sigma, which all steppers have, is recorded separately."""
     name, defaults = registry.parse(spec)[0], registry.parameters(pieces[registry.parse(spec)[0]])
     keys = {key: _plain(value) for key, value in piece.keywords.items() if key != 'stop_sigma' and key in defaults}
     other = {key: keys[key] for key in defaults if key in keys and keys[key] != _plain(defaults[key])}
@@ -70,7 +72,7 @@ def spec_of(spec, piece, pieces):
 
 
 def _plain(value):
-    """A key's value as it is written: numbers alike whether whole or not, true and false, curves sigma(t) by their names."""
+    """A key's value in a uniform notation: whole floats as integers, true and false, curves sigma(t) by name."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, float) and value.is_integer():
@@ -78,8 +80,8 @@ def _plain(value):
     return next((name for name, kind in schedules.TIMES.items() if type(value) is kind), value)
 
 
-def describe_labels(o, source):
-    """Where labels come from; a table by its digest."""
+def describe_labels(o: EasyDict, source) -> dict:
+    """Where the labels come from; a table is identified by its digest."""
     if o.class_idx is not None:
         return {'source': 'class', 'class': o.class_idx}
     table = getattr(source, 'table', None)
@@ -91,7 +93,7 @@ def describe_labels(o, source):
 
 
 class _Counter:
-    """A denoiser of nothing that counts how often it is asked."""
+    """A denoiser that returns zeros and counts its calls."""
 
     gives_variance = True
 
@@ -106,8 +108,8 @@ class _Counter:
         return self(x, sigma), torch.zeros_like(x)
 
 
-def count_evaluations(net, stepper, sigmas, guidance):
-    """(network evaluations an image, how many of them are D_0's): counted, by walking the levels with a denoiser that does nothing."""
+def count_evaluations(net, stepper: Callable, sigmas: torch.Tensor, guidance) -> tuple[int, int]:
+    """(network evaluations per image, how many of them are D_0's), counted by sampling with a denoiser that returns zeros."""
     denoise, guide = (_Counter(ConditionedDenoiser(net).round_sigma) for _ in range(2))
     led = Guided(denoise, guide, guidance.weight, guidance.interval)
     with torch.no_grad():
@@ -115,8 +117,8 @@ def count_evaluations(net, stepper, sigmas, guidance):
     return denoise.calls + guide.calls, guide.calls
 
 
-def machine(device):
-    """On what something was computed: device, GPU and whether it multiplies float32 as TF32, CPU threads, ranks, versions."""
+def machine(device: torch.device | str) -> dict:
+    """What something was computed on: device, GPU and its TF32 settings, CPU threads, ranks, versions."""
     device = torch.device(device)
     on_gpu = {}
     if device.type == 'cuda':
@@ -126,8 +128,8 @@ def machine(device):
             'ranks': distributed.size(), 'versions': misc.versions()}
 
 
-def differences(old, new):
-    """["--steps: 18, now 6", ...]: what of two records decides pixels and is not the same; [] for images of one set."""
+def differences(old: dict, new: dict) -> list[str]:
+    """["--steps: 18, now 6", ...]: differences between two records that affect pixels; [] where the images belong together."""
     changed = [key for key in DECIDES if not _same(key, old.get(key), new.get(key))]
     if {'sha256', 'sampler', 'steps'} & {*changed} and old.get('levels') == new.get('levels'):
         changed = [key for key in changed if key != 'sigmas']  # which follow from those
@@ -137,7 +139,7 @@ def differences(old, new):
 
 
 def _same(key, old, new):
-    """Whether two values of a key stand for the same; levels may differ by rounding, which is not equal on all machines."""
+    """Whether two values of a key mean the same; levels may differ by rounding, which varies between machines."""
     if key == 'labels' and isinstance(old, dict) and isinstance(new, dict):
         return {**old, 'path': None} == {**new, 'path': None}
     if key == 'sigmas' and isinstance(old, list) and isinstance(new, list):
@@ -146,7 +148,7 @@ def _same(key, old, new):
 
 
 def _shown(record, key):
-    """A value in a line for people."""
+    """A value as text for messages."""
     value = record.get(key)
     if value is None:
         return 'none'

@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sampling is a schedule times a stepper: a stepper walks x down any falling noise levels, by calling a denoiser.
+"""Sampling combines a schedule and a stepper: a stepper takes x down a sequence of falling noise levels, by calling a denoiser.
 
 A stepper is called as (denoise, x, sigmas, randn_like, *, stop_sigma, and its own keys) and returns x at sigmas[-1]:
 denoise(x, sigma) -> D = E[x_0 | x] in any float dtype, for a 0-dim float64 sigma on the CPU. Where it has them, its methods
 round_sigma(sigma), outputs(x, sigma) and begin_step(sigma), at the level where each step starts, are called.
 x: [N,C,H,W], float64: x_0 + sigma * noise at sigma = sigmas[0]. sigmas: float64 [T+1] on the CPU, falling, as a rule to 0.
-randn_like(x) -> unit normal noise. stop_sigma cuts the levels below it (see schedules.truncate). The step to 0 arrives at D,
-other coordinates of euler and heun aside.
+randn_like(x) -> standard normal noise. stop_sigma drops the levels below it (see schedules.truncate). The step to 0 arrives at D,
+except in other coordinates of euler and heun.
 Keys out of range raise ValueError, and unknown names UserError, before anything is evaluated: check() does only that."""
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -18,12 +19,12 @@ from torch_utils import registry
 from training.diffusion import ambient
 from training.diffusion.schedules import TIMES, truncate
 
-MAX_CHURN = math.sqrt(2) - 1  # a step never adds more than it takes to double the variance
+MAX_CHURN = math.sqrt(2) - 1  # a step at most doubles the variance
 VARIANCES = ('auto', 'learned', 'small', 'large')
 
 
 class Churn(NamedTuple):
-    """What a step adds in noise before it goes down. EDM, Algorithm 2."""
+    """Noise that a step adds before it goes down (Karras et al. 2022, algorithm 2)."""
 
     S_churn: float
     S_min: float
@@ -31,48 +32,48 @@ class Churn(NamedTuple):
     S_noise: float
 
 
-def churn_factor(sigma, num_steps, S_churn, S_min=0.0, S_max=math.inf):
-    """gamma: by which share a step raises its level before it goes down. EDM, Algorithm 2, line 4."""
+def churn_factor(sigma: torch.Tensor, num_steps: int, S_churn: float, S_min: float = 0.0, S_max: float = math.inf) -> float:
+    """gamma: the relative increase of the noise level before a step goes down (Karras et al. 2022, algorithm 2, line 4)."""
     return min(S_churn / num_steps, MAX_CHURN) if S_min <= sigma <= S_max else 0.0
 
 
-def unscaled(sigma):
+def unscaled(sigma: torch.Tensor) -> tuple:
     """s = 1 and d ln s / d sigma = 0: the state is x itself."""
     return 1.0, 0.0
 
 
-def variance_preserving(sigma):
+def variance_preserving(sigma: torch.Tensor) -> tuple:
     """s = 1 / sqrt(1 + sigma^2) and d ln s / d sigma: the state keeps about unit variance."""
     variance = 1 + sigma.square()
     return variance.rsqrt(), -sigma / variance
 
 
 class Flow:
-    """The probability-flow ODE of the state s(t) x at level sigma(t). Karras et al. 2022, equation 4.
+    """The probability-flow ODE of the state s(t) x at level sigma(t) (Karras et al. 2022, equation 4).
 
     schedule: a piece of schedules.TIMES, or its name. scaling: a function of SCALINGS, or its name."""
 
-    def __init__(self, denoise, schedule, scaling):
+    def __init__(self, denoise: Callable, schedule: str | object, scaling: str | Callable) -> None:
         named = lambda piece, pieces, slot: registry.build(piece, pieces, slot) if isinstance(piece, str) else piece
         self.denoise = denoise
         self.schedule = named(schedule, TIMES, 'schedule')
         self.scaling = named(scaling, SCALINGS, 'scaling')
 
-    def scale(self, sigma):
+    def scale(self, sigma: torch.Tensor) -> torch.Tensor | float:
         return self.scaling(sigma)[0]
 
-    def mean(self, state, t):
+    def mean(self, state: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """D at the state, unscaled."""
         sigma = self.schedule.sigma(t)
         return _mean(self.denoise, state / self.scale(sigma), sigma)
 
-    def slope(self, state, t):
+    def slope(self, state: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """d state / dt = sigma' ((state - s D) / sigma + (d ln s / d sigma) state)."""
         sigma = self.schedule.sigma(t)
         s, growth = self.scaling(sigma)
         return self.schedule.rate(t) * ((state - s * self.mean(state, t)) / sigma + growth * state)
 
-    def raised(self, state, t, gamma, noise):
+    def raised(self, state: torch.Tensor, t: torch.Tensor, gamma: float, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The state with noise added from its level up to (1 + gamma) times that, and the time there."""
         sigma = self.schedule.sigma(t)
         round_sigma = getattr(self.denoise, 'round_sigma', lambda level: level)
@@ -82,24 +83,29 @@ class Flow:
         return self.scale(higher) * (state / self.scale(sigma) + added), later
 
 
-def euler(denoise, x, sigmas, randn_like, *, S_churn=0.0, S_min=0.0, S_max=math.inf, S_noise=1.0, schedule='linear', scaling='none',
-          stop_sigma=0.0):
-    """First-order steps of the probability-flow ODE, T evaluations; the keys are those of heun."""
+def euler(denoise: Callable, x: torch.Tensor, sigmas: torch.Tensor, randn_like: Callable, *, S_churn: float = 0.0, S_min: float = 0.0,
+          S_max: float = math.inf, S_noise: float = 1.0, schedule: str | object = 'linear', scaling: str | Callable = 'none',
+          stop_sigma: float = 0.0) -> torch.Tensor:
+    """Euler's method on the probability-flow ODE, with optional churn: first order, T evaluations (Karras et al. 2022).
+
+    The keys are those of heun."""
     flow = Flow(denoise, schedule, scaling)
     step = lambda state, t, end: state + (end - t) * flow.slope(state, t)
     return _walk(flow, step, x, sigmas, randn_like, Churn(S_churn, S_min, S_max, S_noise), stop_sigma)
 
 
-def heun(denoise, x, sigmas, randn_like, *, S_churn=0.0, S_min=0.0, S_max=math.inf, S_noise=1.0, alpha=1.0, schedule='linear',
-         scaling='none', stop_sigma=0.0):
-    """Second-order steps of the probability-flow ODE, with optional churn. EDM, Algorithms 1 to 3.
+def heun(denoise: Callable, x: torch.Tensor, sigmas: torch.Tensor, randn_like: Callable, *, S_churn: float = 0.0, S_min: float = 0.0,
+         S_max: float = math.inf, S_noise: float = 1.0, alpha: float = 1.0, schedule: str | object = 'linear',
+         scaling: str | Callable = 'none', stop_sigma: float = 0.0) -> torch.Tensor:
+    """Heun's method on the probability-flow ODE, with optional churn: second order, 2T - 1 evaluations (Karras et al. 2022, algorithms 1 to
+    3).
 
-    S_churn, S_min, S_max, S_noise: how much noise is added on the way, between which levels, and its scale.
-    alpha: where in a step the second slope is taken; 1 is Heun's method, 2/3 Ralston's and 1/2 the midpoint's.
+    S_churn, S_min, S_max, S_noise: how much noise is added along the path, between which levels, and its scale.
+    alpha: where in a step the second slope is taken; 1 is Heun's method, 2/3 Ralston's and 1/2 the midpoint method.
     schedule, scaling: pieces of schedules.TIMES and SCALINGS or their names: the coordinates in which a step is straight. By
-    default dx/dsigma = (x - D) / sigma. In others the step to 0 is Euler's too, as published, so it ends beside D; with stop_sigma
-    it ends at D.
-    2T - 1 evaluations where sigmas[-1] is 0: the slope has no value there, so no correction."""
+    default dx/dsigma = (x - D) / sigma. In others the step to 0 is an Euler step too, as published, so it does not end exactly at D; with
+    stop_sigma it does.
+    2T - 1 evaluations where sigmas[-1] is 0: the slope is undefined there, so the last step has no correction."""
     if not 0 < alpha <= 1:
         raise ValueError(f'alpha must be above 0 and at most 1, got {alpha:g}')
     flow = Flow(denoise, schedule, scaling)
@@ -115,7 +121,7 @@ def heun(denoise, x, sigmas, randn_like, *, S_churn=0.0, S_min=0.0, S_max=math.i
 
 
 def _walk(flow, step, x, sigmas, randn_like, churn, stop_sigma):
-    """Takes x down the levels with step(state, t, next t), in the coordinates of the flow."""
+    """Integrates x over the levels with step(state, t, next t), in the coordinates of the flow."""
     for name, value in churn._asdict().items():
         if not value >= 0:
             raise ValueError(f'{name} must not be negative, got {value:g}')
@@ -133,11 +139,12 @@ def _walk(flow, step, x, sigmas, randn_like, churn, stop_sigma):
     return state / flow.scale(sigmas[-1])
 
 
-def dpmpp_2m(denoise, x, sigmas, randn_like, *, stop_sigma=0.0):
-    """DPM-Solver++(2M): second order from T evaluations, by the D of the step before. Lu et al. 2022, algorithm 2.
+def dpmpp_2m(denoise: Callable, x: torch.Tensor, sigmas: torch.Tensor, randn_like: Callable, *, stop_sigma: float = 0.0) -> torch.Tensor:
+    """DPM-Solver++(2M): second-order multistep method that reuses the D of the previous step, T evaluations, deterministic (Lu et al. 2022,
+    algorithm 2).
 
     A step solves d(x / sigma) = D d(1 / sigma) with one D, extrapolated in lambda = -ln sigma to the middle of the step. The first
-    step is of first order, and so is the one to 0, where lambda has no value. Draws no noise."""
+    step is of first order, and so is the one to 0, where lambda is infinite. Draws no noise."""
     sigmas = truncate(sigmas, stop_sigma)
     before, length_before = None, 0.0
     for start, end in _steps(denoise, sigmas):
@@ -151,10 +158,10 @@ def dpmpp_2m(denoise, x, sigmas, randn_like, *, stop_sigma=0.0):
     return x
 
 
-def sde(denoise, x, sigmas, randn_like, *, stop_sigma=0.0):
-    """Euler-Maruyama steps of the reverse-time VE diffusion (Song et al. 2021); T evaluations, T draws.
+def sde(denoise: Callable, x: torch.Tensor, sigmas: torch.Tensor, randn_like: Callable, *, stop_sigma: float = 0.0) -> torch.Tensor:
+    """Euler-Maruyama on the reverse-time VE SDE: stochastic, T evaluations (Song et al. 2021).
 
-    The step to 0 goes to D, not to the 2 D - x that the rule would give there."""
+    Draws noise T times. The step to 0 goes to D, not to the 2 D - x that the formula would give there."""
     sigmas = truncate(sigmas, stop_sigma)
     for start, end in _steps(denoise, sigmas):
         D, noise = _mean(denoise, x, start), randn_like(x)
@@ -162,11 +169,13 @@ def sde(denoise, x, sigmas, randn_like, *, stop_sigma=0.0):
     return x
 
 
-def ddim(denoise, x, sigmas, randn_like, *, eta=0.0, clip=False, stop_sigma=0.0):
-    """DDIM on x = x_vp sqrt(1 + sigma^2), alpha_bar = 1 / (1 + sigma^2): Song et al. 2020, equation 12. T evaluations.
+def ddim(denoise: Callable, x: torch.Tensor, sigmas: torch.Tensor, randn_like: Callable, *, eta: float = 0.0, clip: bool = False,
+         stop_sigma: float = 0.0) -> torch.Tensor:
+    """DDIM: deterministic for eta=0, with the noise of DDPM for eta=1; T evaluations (Song et al. 2020, equation 12).
 
+    On x = x_vp sqrt(1 + sigma^2) with alpha_bar = 1 / (1 + sigma^2):
     x' = D + sqrt(sigma'^2 - tau^2) (x - D) / sigma + tau noise, with tau = eta sigma' sqrt(1 - sigma'^2 / sigma^2).
-    eta: 0 draws no noise and is Euler's method in sigma, which may also walk up (encoding); 1 is `ancestral` with the small
+    eta: 0 draws no noise and is Euler's method in sigma, which may also go up (encoding); 1 is `ancestral` with the small
     variance. clip: D to [-1,1]."""
     if not 0 <= eta <= 1:
         raise ValueError(f'eta must be between 0 and 1, got {eta:g}')
@@ -180,14 +189,16 @@ def ddim(denoise, x, sigmas, randn_like, *, eta=0.0, clip=False, stop_sigma=0.0)
     return x
 
 
-def ancestral(denoise, x, sigmas, randn_like, *, variance='auto', clip=False, stop_sigma=0.0):
-    """DDPM's sampler on x = x_vp sqrt(1 + sigma^2): x' = D + (sigma' / sigma)^2 (x - D) + std noise. T evaluations, T draws.
+def ancestral(denoise: Callable, x: torch.Tensor, sigmas: torch.Tensor, randn_like: Callable, *, variance: str = 'auto', clip: bool = False,
+              stop_sigma: float = 0.0) -> torch.Tensor:
+    """DDPM's ancestral sampler, with fixed or learned variance: stochastic, T evaluations (Ho et al. 2020; Nichol & Dhariwal 2021).
 
-    variance: small, that of the posterior given x_0 = D ("beta tilde"); large ("beta"); learned, between both as the network says:
-    exp(v ln large + (1 - v) ln small), v = (output + 1) / 2 (Nichol & Dhariwal 2021, equation 15), for which denoise needs a
-    method outputs(x, sigma) -> (D, output [N,C,H,W]); auto, learned where such an output is there and was trained to be that
-    (denoise.gives_variance, True where it does not say), small elsewhere.
-    clip: D to [-1,1], as DDPM does for pictures. Raises ValueError where there is no output to learn from."""
+    On x = x_vp sqrt(1 + sigma^2): x' = D + (sigma' / sigma)^2 (x - D) + std noise; draws noise T times.
+    variance: small, that of the posterior given x_0 = D ("beta tilde"); large ("beta"); learned, predicted by the network between the two:
+    exp(v ln large + (1 - v) ln small), v = (output + 1) / 2 (Nichol & Dhariwal 2021, equation 15), which needs a method
+    denoise.outputs(x, sigma) -> (D, output [N,C,H,W]); auto: learned where there is such an output and it was trained to be the variance
+    (denoise.gives_variance, True by default), small elsewhere.
+    clip: D to [-1,1], as DDPM does for pictures. Raises ValueError for learned where there is no such output."""
     if variance not in VARIANCES:
         raise ValueError(f'variance={variance}: choose from {", ".join(VARIANCES)}')
     sigmas = truncate(sigmas, stop_sigma)
@@ -212,7 +223,7 @@ def _mean_and_share(denoise, x, sigma, variance):
     if output.shape == x.shape:
         return D.to(x.dtype), (output.to(x.dtype) + 1) / 2
     if variance == 'learned':
-        raise ValueError('variance=learned: the network gives no variance; choose small or large')
+        raise ValueError('variance=learned: the network does not predict a variance; choose small or large')
     return D.to(x.dtype), 0.0
 
 
@@ -237,7 +248,7 @@ def _clipped(D, clip):
     return D.clamp(-1, 1) if clip else D
 
 
-def check(stepper, sigmas):
+def check(stepper: Callable, sigmas: torch.Tensor) -> None:
     """Raises ValueError or UserError for keys that a stepper refuses on these levels; evaluates nothing."""
     stepper(None, torch.zeros([1, 1, 1, 1], dtype=torch.float64), sigmas[:1], None)
 

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images to files: PNG, npy, npz and grids, each written whole or not at all, by threads that work while the sampler does."""
+"""Writing images to files: PNG, npy, npz and grids, each complete or not at all, by threads that work during sampling."""
 
 import collections
 import concurrent.futures
 import io
 import os
 import re
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -18,26 +19,26 @@ from training.sampling.pixels import grid
 PNG_END = b'IEND\xaeB`\x82'
 
 
-def write_png(path, image):
-    """image: uint8 [1,H,W] (grey) or [3,H,W] (RGB)."""
+def write_png(path: str | os.PathLike, image) -> None:
+    """Writes a PNG. image: uint8 [1,H,W] (grey) or [3,H,W] (RGB)."""
     with replacing(path) as part, open(part, 'wb') as f:
         _pil(image).save(f, format='PNG')
 
 
-def write_npy(path, image):
-    """image: [C,H,W] of any dtype."""
+def write_npy(path: str | os.PathLike, image) -> None:
+    """Writes an npy file. image: [C,H,W] of any dtype."""
     with replacing(path) as part, open(part, 'wb') as f:
         np.save(f, np.asarray(image))
 
 
-def write_npz(path, image, **facts):
-    """image: [C,H,W] of any dtype, stored as `image`; facts: more arrays by name (those that are None are left out)."""
+def write_npz(path: str | os.PathLike, image, **facts) -> None:
+    """Writes an npz file. image: [C,H,W] of any dtype, stored as `image`; facts: more arrays by name (None is left out)."""
     with replacing(path) as part, open(part, 'wb') as f:
         np.savez(f, image=np.asarray(image), **{name: value for name, value in facts.items() if value is not None})
 
 
-def read_image(path):
-    """The image in a file of write_png, write_npy or write_npz: [C,H,W]. Raises errors of DAMAGE for what is no whole one."""
+def read_image(path: str) -> np.ndarray:
+    """The image in a file of write_png, write_npy or write_npz: [C,H,W]. Raises the errors in DAMAGE for incomplete files."""
     with open(path, 'rb') as f:
         data = f.read()
     if path.endswith('.npz'):
@@ -48,19 +49,19 @@ def read_image(path):
 
 
 class Files(NamedTuple):
-    """Where the images of seeds lie."""
+    """The files of the images of seeds."""
 
     outdir: str
     format: str  # png, npy or npz
-    subdirs: bool = False  # a folder for every 1000 seeds
+    subdirs: bool = False  # one folder per 1000 seeds
 
-    def path(self, seed):
+    def path(self, seed: int) -> str:
         """OUTDIR/000042.png, or OUTDIR/000000/000042.png."""
         folder = os.path.join(self.outdir, f'{seed // 1000 * 1000:06d}') if self.subdirs else self.outdir
         return os.path.join(folder, f'{seed:06d}.{self.format}')
 
-    def write(self, seed, image, label=None):
-        """Writes one image; makes its folder. Raises OSError that names the file."""
+    def write(self, seed: int, image, label: np.ndarray | None = None) -> None:
+        """Writes one image, and creates its folder. Raises OSError that names the file."""
         path = self.path(seed)
         try:
             os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -71,8 +72,8 @@ class Files(NamedTuple):
         except OSError as err:
             raise OSError(err.errno, err.strerror or str(err), err.filename or path) from None
 
-    def missing(self, seeds, shape):
-        """Those of the seeds that have no whole image of the shape [C,H,W]."""
+    def missing(self, seeds: list[int], shape: Sequence[int]) -> list[int]:
+        """Those of the seeds whose image is missing, damaged, or not of the shape [C,H,W]."""
         with concurrent.futures.ThreadPoolExecutor(4) as pool:
             return [seed for seed, whole in zip(seeds, pool.map(lambda seed: self._is_whole(seed, shape), seeds)) if not whole]
 
@@ -82,7 +83,7 @@ class Files(NamedTuple):
         except DAMAGE:
             return False
 
-    def remove_leftovers(self, seeds):
+    def remove_leftovers(self, seeds: list[int]) -> None:
         """Removes the temporary files of these seeds that a killed run left behind."""
         wanted = {os.path.basename(self.path(seed)) for seed in seeds}
         for folder in {os.path.dirname(self.path(seed)) for seed in seeds}:
@@ -95,21 +96,21 @@ class Files(NamedTuple):
 def _pil(image):
     image = np.asarray(image)
     assert image.dtype == np.uint8 and image.ndim == 3 and image.shape[0] in (1, 3), f'{image.dtype} {image.shape} is no picture'
-    # Pillow takes grey images as [H,W]: it has no word for [H,W,1].
+    # Pillow takes grey images as [H,W], and does not accept [H,W,1].
     return PIL.Image.fromarray(image[0] if len(image) == 1 else np.ascontiguousarray(image.transpose(1, 2, 0)))
 
 
-def write_grid(path, images, columns=None):
-    """images: uint8 [N,C,H,W], C = 1 or 3. Writes their grid() as PNG."""
+def write_grid(path: str | os.PathLike, images, columns: int | None = None) -> None:
+    """Writes grid() of images as PNG. images: uint8 [N,C,H,W], C = 1 or 3."""
     write_png(path, grid(images, columns))
 
 
 class Writers:
-    """Threads that write files while the caller goes on. The first error of a file is raised by a later submit or at the end.
+    """Threads that write files in the background. The first error is raised by a later submit or at the end.
 
-    Attribute written: how many calls have come to a good end; exact once the context is left, by an error too."""
+    Attribute written: how many calls have succeeded; exact once the context is left, also by an error."""
 
-    def __init__(self, threads=4, backlog=256):
+    def __init__(self, threads: int = 4, backlog: int = 256) -> None:
         self._pool = concurrent.futures.ThreadPoolExecutor(threads)
         self._backlog, self._pending = backlog, collections.deque()
         self.written = 0
@@ -117,8 +118,8 @@ class Writers:
     def __enter__(self):
         return self
 
-    def submit(self, function, *args, **kwargs):
-        """Calls function(*args, **kwargs) soon; waits where too many calls are outstanding."""
+    def submit(self, function: Callable, *args, **kwargs) -> None:
+        """Calls function(*args, **kwargs) in a thread; waits where too many calls are outstanding."""
         while self._pending and (self._pending[0].done() or len(self._pending) >= self._backlog):
             self._settle()
         self._pending.append(self._pool.submit(function, *args, **kwargs))

@@ -142,7 +142,7 @@ def test_a_training_state_gives_its_first_average_or_its_raw_weights(tmp_path, s
     for weights, seed in (('raw', 1), ('ema:0.05', 3), ('ema:.050', 3), ('ema:0.13', 4)):
         assert torch.equal(output(load_network(path, weights=weights)), output(build(seed)))
     assert refused(path, weights='ema:0.1').endswith(
-        'holds no ema:0.100 weights; give --weights=ema or --weights=ema:0.050 or --weights=ema:0.130 or --weights=raw')
+        'holds no ema:0.100 weights; use --weights=ema or --weights=ema:0.050 or --weights=ema:0.130 or --weights=raw')
 
 
 def test_a_state_of_float32_samples_in_bfloat16(tmp_path, state):
@@ -166,16 +166,16 @@ def test_states_that_are_none_are_refused(tmp_path, state):
     torch.save({**state, 'ema': {}}, path)
     assert '--weights=raw' in refused(path)
     torch.save({**state, 'options': {}}, path)
-    assert 'describes no network' in refused(path)
+    assert 'holds no network' in refused(path)
     torch.save(state['net'], path)
     assert 'not a training state' in refused(path)
     torch.save(state, path)
     path.write_bytes(path.read_bytes()[:5000])
-    assert 'not a whole one' in refused(path)
+    assert 'an incomplete one' in refused(path)
     path.write_text('hello')
-    assert 'no PyTorch file' in refused(path)
+    assert 'not a PyTorch file' in refused(path)
     path.write_bytes(b'')
-    assert 'no PyTorch file' in refused(path)
+    assert 'not a PyTorch file' in refused(path)
 
 
 def test_nothing_in_a_file_is_executed(tmp_path, state):
@@ -238,7 +238,7 @@ def test_folders_that_are_none_are_refused(tmp_path):
     assert '--weights' in refused(inner, weights='raw')
     assert 'choose ema, raw' in pytest.raises(UserError, load_network, inner, weights='best').value.message
     (inner / 'model.safetensors').write_bytes(b'12345678')
-    assert 'no whole safetensors file' in pytest.raises(UserError, load_network, inner).value.message
+    assert 'damaged safetensors file' in pytest.raises(UserError, load_network, inner).value.message
     (inner / 'model.safetensors').unlink()
     assert 'neither model.safetensors nor pytorch_model.bin' in refused(inner)
     (inner / 'config.json').write_text('{')
@@ -299,12 +299,12 @@ def test_sizes_that_files_claim(tmp_path):
     assert f'its header claims {2 ** 40} bytes' in refused(tmp_path / 'net')
     weights.write_bytes(data)
     os.truncate(config, 2 ** 25)
-    assert f'{2 ** 25} bytes, and no configuration' in refused(tmp_path / 'net')
+    assert f'not a network configuration, with {2 ** 25} bytes' in refused(tmp_path / 'net')
 
 
 @pytest.mark.parametrize('change, words', [
-    ({'net': 5}, 'describes no network'), ({'ema': {'halflife': torch.zeros(3)}}, 'describes no network'),
-    ({'options': {'network': []}}, 'describes no network'), ({'ema': {'halflife': {'x': 5}}}, '"x" holds int'),
+    ({'net': 5}, 'holds no network'), ({'ema': {'halflife': torch.zeros(3)}}, 'holds no network'),
+    ({'options': {'network': []}}, 'holds no network'), ({'ema': {'halflife': {'x': 5}}}, '"x" holds int'),
     ({'options': {'network': {'arguments': [1]}}}, 'expected an object, got list'),
     ({'net': {'w': torch.zeros(3, dtype=torch.bfloat16)}, 'ema': {'halflife': {}}}, 'model.'),
 ])
@@ -324,7 +324,7 @@ def test_recipes_in_names(capsys):
         show_recipe(ref)
     assert capsys.readouterr().out == ''
     show_recipe('owner/ambient_laws_celeba_sigma_0.05_corruption_0.1_keep_1.0')
-    assert capsys.readouterr().out == ('Trained, as its name tells, on celeba: --sigma=0.05 --corruption_probability=0.1 '
+    assert capsys.readouterr().out == ('According to its name trained on celeba: --sigma=0.05 --corruption_probability=0.1 '
                                        '--dataset_keep_percentage=1\n')
 
 

@@ -151,9 +151,9 @@ def test_command_refusals(run, tmp_path):
     shutil.copy(folder / 'ema-snapshot-000000.080-0.100.safetensors', bare)
     assert 'network-snapshot' in refused(bare, '--length=0.1', dest)
     (bare / 'ema-snapshot-000000.080-0.100.safetensors').write_bytes(b'cut off')
-    assert 'not an average that train.py wrote' in refused(bare, '--length=0.1', dest)
+    assert 'not an average written by train.py' in refused(bare, '--length=0.1', dest)
     safetensors.torch.save_file({'x': torch.ones(1)}, bare / 'ema-snapshot-000000.080-0.100.safetensors')
-    assert 'not an average that train.py wrote' in refused(bare, '--length=0.1', dest)
+    assert 'not an average written by train.py' in refused(bare, '--length=0.1', dest)
     assert not (tmp_path / 'net').exists()
 
 

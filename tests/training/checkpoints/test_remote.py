@@ -146,7 +146,7 @@ def test_urls_that_fail_are_one_line(files, tmp_path):
             load_network(url)
         assert words in error.value.message and '\n' not in error.value.message and 'put it at' in error.value.message
     weights = (PUBLISHED / 'model.safetensors').read_bytes()
-    for content, words in ((b'<!DOCTYPE html>', 'page of text'), (weights, 'without their config.json')):
+    for content, words in ((b'<!DOCTYPE html>', 'text file'), (weights, 'without their config.json')):
         shutil.rmtree(tmp_path / 'downloads', ignore_errors=True)
         files.content = content
         with pytest.raises(UserError, match=words):

@@ -130,8 +130,8 @@ def test_respacing_keeps_the_levels_and_what_the_network_is_told(spec):
     assert set(again.timesteps.tolist()) <= set(kept.tolist()) and again.trained_steps == 4000
 
 
-@pytest.mark.parametrize('spec, text', [('ddim51', 'try ddim50 or ddim53'), ('0', '1 step at least'), ('x', 'no respacing'),
-                                        ('ddim', 'no respacing'), ('600,600', '600 of 500')])
+@pytest.mark.parametrize('spec, text', [('ddim51', 'try ddim50 or ddim53'), ('0', 'at least 1 step'), ('x', 'not a respacing'),
+                                        ('ddim', 'not a respacing'), ('600,600', '600 of 500')])
 def test_respacing_that_cannot_be_is_refused(spec, text):
     with pytest.raises(ValueError, match=text):
         build_diffusion('linear').respace(spec)

@@ -67,17 +67,17 @@ def test_a_folder_is_told_with_its_record_and_digest(work):
 
 
 @pytest.mark.parametrize('change, words', [
-    (lambda: Path('out/000002.png').unlink(), '1 that it tells of are missing, such as 000002.png'),
-    (lambda: shutil.copy('out/000000.png', 'out/cat.png'), '1 that it does not tell of are there, such as cat.png'),
-    (lambda: Path('out.json').write_text(json.dumps({**read('out.json'), 'image_shape': [3, 8, 8]})), 'tells of images [3, 8, 8]'),
-    (lambda: Path('out.json').write_text('{}'), 'is no record of generated images'),
+    (lambda: Path('out/000002.png').unlink(), '1 images that it lists are missing, such as 000002.png'),
+    (lambda: shutil.copy('out/000000.png', 'out/cat.png'), '1 images are not listed in it, such as cat.png'),
+    (lambda: Path('out.json').write_text(json.dumps({**read('out.json'), 'image_shape': [3, 8, 8]})), 'is of images of shape [3, 8, 8]'),
+    (lambda: Path('out.json').write_text('{}'), 'is not a record of generated images'),
     (lambda: Path('out.json').write_text('{'), 'not a JSON file')])
 def test_a_record_of_other_images_is_not_taken_over(work, change, words):
     make('out')
     change()
     result = evaluate('--gen-path=out', f'--num={len(list(Path("out").iterdir()))}')
     warnings = [line for line in result.output.splitlines() if line.startswith('Warning')]
-    assert len(warnings) == 1 and words in warnings[0] and 'does not say what made the images' in warnings[0]
+    assert len(warnings) == 1 and words in warnings[0] and 'does not say how the images were generated' in warnings[0]
     generated = read('out.fid.json')['generated']
     assert generated['record'] is None and words in generated['record_missing']
 

@@ -157,10 +157,10 @@ def test_option(tmp_path):
 
 
 @pytest.mark.parametrize('flags, words', [
-    (['--prediction=v'], '--prediction=v is for discrete-time objectives: add --objective=hybrid, say'),
+    (['--prediction=v'], '--prediction=v is for discrete-time objectives: add one, such as --objective=hybrid'),
     (['--prediction=eps', '--precond=iddpm'], '--prediction=eps is for discrete-time objectives'),
-    ([*IDDPM, '--prediction=v', '--sigma-data=0.3'], '--sigma-data=0.3 goes with'),
-    (['--precond=iddpm', '--sigma-data=0.3'], '--sigma-data=0.3 goes with')])
+    ([*IDDPM, '--prediction=v', '--sigma-data=0.3'], '--sigma-data=0.3 is for'),
+    (['--precond=iddpm', '--sigma-data=0.3'], '--sigma-data=0.3 is for')])
 def test_refused_in_one_line(tmp_path, flags, words):
     with pytest.raises(UserError) as err:
         tiny.options(tmp_path, *flags)
@@ -184,7 +184,7 @@ def test_transfer_between_predictions_is_warned_of(tmp_path, capsys):
     save_network(small('iddpm'), tmp_path / 'published')
     for prediction, warnings in (('edm', 1), ('eps', 0)):
         transfer_weights(str(tmp_path / 'published'), small('iddpm', diffusion='cosine:steps=50', prediction=prediction))
-        assert capsys.readouterr().out.count('predicts eps, which this network is to unlearn; --prediction=eps keeps it') == warnings
+        assert capsys.readouterr().out.count('has to learn another prediction; --prediction=eps keeps it') == warnings
 
 
 # ---- data that is not 8-bit

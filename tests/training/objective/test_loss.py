@@ -215,7 +215,7 @@ def test_a_specification_names_terms_of_the_registry(monkeypatch):
     objective = Objective(build_terms(['denoise:inverse=True', 'own', 'bridge:steps=3,batch_size=4'], **context))
     assert list(objective.terms) == ['denoise', 'own', 'consistency']
     assert objective.first.inverse and objective.first.penalty is squared and objective.terms['consistency'].steps == 3
-    with pytest.raises(UserError, match='--term=bound: the bound is one over timesteps: use --precond=iddpm'):
+    with pytest.raises(UserError, match='--term=bound: the variational bound needs discrete timesteps: use --precond=iddpm'):
         build_terms(['bound'], **context)
     with pytest.raises(UserError, match='--term=other: unknown name "other"; choose from denoise'):
         build_terms(['other'], **context)

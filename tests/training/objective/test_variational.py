@@ -312,12 +312,12 @@ def test_unknown_diffusion_in_a_config_is_refused():
 
 @pytest.mark.parametrize('flags, text', [
     (['--objective=hybrid', '--precond=edm'], 'use --precond=iddpm'),
-    (['--objective=hybrid', '--precond=iddpm', '--noise=lognormal'], '--noise=lognormal does not go with --objective=hybrid'),
-    (['--diffusion=linear', '--precond=iddpm'], 'add --objective=hybrid'),
-    (['--timesteps=second_moment'], 'add --objective=hybrid'),
-    (['--objective=vlb', '--precond=iddpm', '--weight=min_snr'], '--weight=min_snr does not go with --objective=vlb'),
-    (['--objective=vlb', '--precond=iddpm', '--penalty=pseudo_huber'], '--penalty=pseudo_huber does not go with --objective=vlb'),
-    (['--objective=vlb', '--precond=iddpm', '--ambient-weight=inverse'], '--ambient-weight=inverse does not go with --objective=vlb')])
+    (['--objective=hybrid', '--precond=iddpm', '--noise=lognormal'], '--noise=lognormal cannot be combined with --objective=hybrid'),
+    (['--diffusion=linear', '--precond=iddpm'], 'such as --objective=hybrid'),
+    (['--timesteps=second_moment'], 'such as --objective=hybrid'),
+    (['--objective=vlb', '--precond=iddpm', '--weight=min_snr'], '--weight=min_snr cannot be combined with --objective=vlb'),
+    (['--objective=vlb', '--precond=iddpm', '--penalty=pseudo_huber'], '--penalty=pseudo_huber cannot be combined with --objective=vlb'),
+    (['--objective=vlb', '--precond=iddpm', '--ambient-weight=inverse'], '--ambient-weight=inverse cannot be combined')])
 def test_what_does_not_go_together_is_refused_in_one_line(tmp_path, flags, text):
     with pytest.raises(UserError) as err:
         tiny.options(tmp_path, *flags)
@@ -325,7 +325,7 @@ def test_what_does_not_go_together_is_refused_in_one_line(tmp_path, flags, text)
 
 
 @pytest.mark.parametrize('flags, text', [
-    (['--corruption-probability=1'], 'all of these are noisy'), (['--pairing=sigma_first'], 'chooses images by their level')])
+    (['--corruption-probability=1'], 'all images are noisy'), (['--pairing=sigma_first'], 'chooses images by their level')])
 def test_resampling_needs_clean_images_of_any_level(tmp_path, flags, text):
     with pytest.raises(UserError, match=text):
         tiny.make_run(tmp_path, *IDDPM, '--objective=hybrid', '--timesteps=second_moment', *flags)

@@ -15,8 +15,8 @@ from training.run.build import check_timesteps
 def test_levels_drawn_anew_need_images_without_limits(limits):
     """A lower limit raises the bar of a clean image, which is a clean image nonetheless."""
     check_timesteps('second_moment', PairStream([0.0, 0.1], LogNormal(), batch=4))
-    with pytest.raises(UserError, match='--timesteps=second_moment .* some of these have a sigma_min or sigma_max; use uniform') as err:
+    with pytest.raises(UserError, match='--timesteps=second_moment .* some images have a sigma_min or sigma_max; use uniform') as err:
         check_timesteps('second_moment', PairStream([0.0, 0.1], LogNormal(), batch=4, **limits))
     assert '\n' not in err.value.message
-    with pytest.raises(UserError, match='all of these are noisy'):
+    with pytest.raises(UserError, match='all images are noisy'):
         check_timesteps('second_moment', PairStream([0.2, 0.1], LogNormal(), batch=4, **limits))

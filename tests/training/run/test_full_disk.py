@@ -59,7 +59,7 @@ def test_full_for_a_while(disk, data, monkeypatch, capsys):
     assert tiny.call(*args, '--duration=0.0004') is None
     output, folder = capsys.readouterr().out, tiny.only_folder(disk.path / 'runs')
     for name in ('training-state-000000.160.pt', 'network-snapshot-000000.160', 'stats.jsonl'):
-        assert f'Warning: {folder / name} could not be written (No space left on device); the training goes on, ' in output, name
+        assert f'Warning: {folder / name} could not be written (No space left on device); the training continues, ' in output, name
     assert [name for name in seen[0] if '.160' in name or '.240' in name] == []
     assert [line['nimg'] for line in tiny.read_log(folder) if 'Progress/tick' in line] == [80, 160, 240, 320, 400]
     assert [line['nimg'] for line in tiny.read_log(folder) if 'Val/clean' in line] == [80, 160, 240, 320, 400]
@@ -74,7 +74,7 @@ def test_full_to_the_end(disk, data, monkeypatch, capsys):
     step = training_loop.Run.step
     monkeypatch.setattr(training_loop.Run, 'step', lambda run: (disk.fill() if run.progress.step == 7 else None, step(run)))
     args = [f'--outdir={disk.path / "runs"}', f'--data={data}', *tiny.FLAGS, *ARGS, '--resume=latest']
-    with pytest.raises(Exception, match=r'training-state-000000.160.pt could not be written \(No space left on device\); make room'):
+    with pytest.raises(Exception, match=r'training-state-000000.160.pt could not be written \(No space left on device\); free disk space'):
         tiny.call(*args, '--duration=0.00016')
     monkeypatch.undo()
     folder = tiny.only_folder(disk.path / 'runs')

@@ -173,7 +173,7 @@ def test_nan_from_step_7_on_stops_the_run_and_the_state_resumes(tmp_path, monkey
         result = run_command(outdir, data, '--duration=0.01', '--dump=0', '--snap=0')
     assert result.exit_code == 1 and isinstance(result.exception, SystemExit)
     line = result.output.strip().splitlines()[-1]
-    assert line.startswith(f'Error: {gradients.MAX_SKIPPED} updates in a row were skipped for non-finite gradients, up to step 57; ')
+    assert line.startswith(f'Error: {gradients.MAX_SKIPPED} updates in a row were skipped because of non-finite gradients, up to step 57; ')
     assert 'rank 0, term denoise, step 56, images ' in line and line.count(' at sigma ') == 2
 
     (path,) = checkpoint.states(outdir)

@@ -74,7 +74,7 @@ def test_dry_run_prints_the_settings_and_what_has_changed(tmp_path):
     args = ['--preset=edm-cifar10-cond', f'--data={data}', f'--outdir={tmp_path}/runs', '--arch=ncsnpp', '-n']
     result = CliRunner().invoke(train.main, args)
     assert result.exit_code == 0, result.output
-    assert result.output.startswith('--preset=edm-cifar10-cond: EDM, class-conditional CIFAR-10 32x32; --arch=ncsnpp in place of ddpmpp\n')
+    assert result.output.startswith('--preset=edm-cifar10-cond: EDM, class-conditional CIFAR-10 32x32; --arch=ncsnpp instead of ddpmpp\n')
     assert '"encoder_type": "residual"' in result.output and not (tmp_path / 'runs').exists()
 
 
@@ -93,7 +93,7 @@ def test_help_lists_every_preset():
     (['--preset=ambient-cifar10', '--objective=hybrid'], ['--objective=hybrid', '--precond=edm']),
     (['--preset=iddpm-cifar10-vlb', '--noise=cosine'], ['--noise=cosine']),
     (['--config=nowhere.json'], ['nowhere.json', 'No such file']),
-    (['--config=FOREIGN'], ['tells no options']),
+    (['--config=FOREIGN'], ['holds no options']),
     (['--config=OTHER'], ['unknown option "frobnicate"']),
 ])
 def test_refusals(tmp_path, args, words):
@@ -122,7 +122,7 @@ def test_config_repeats_a_run(tmp_path):
     assert to_json(from_json(to_json(again))) == to_json(again)
     other, ctx = configured(f'--config={tmp_path}/options.json', '--lr=0.5', '--batch-gpu=4')
     assert (other.optimizer.lr, other.run.batch_gpu, other.run.seed) == (0.5, 4, first.run.seed)
-    assert '--batch-gpu=4 in place of 8' in presets.told(ctx) and '--lr' not in presets.told(ctx)
+    assert '--batch-gpu=4 instead of 8' in presets.told(ctx) and '--lr' not in presets.told(ctx)
     third = configured(f'--config={tmp_path}/options.json', '--seed=3')[0]
     (tmp_path / 'third.json').write_text(json.dumps(to_json(third)))
     assert configured(f'--config={tmp_path}/third.json')[0].run.seed == 3

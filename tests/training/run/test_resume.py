@@ -327,7 +327,7 @@ def test_a_damaged_state_is_passed_over(copied, capsys, where):
     capsys.readouterr()
     tiny.call(f'--outdir={outdir}', *args, '--resume=latest', '--duration=0.00016')
     output = capsys.readouterr().out
-    assert f'passes over: {path}: cannot be read as a training state (it is damaged: its record ' in output and 'wrong checksum' in output
+    assert f'skips: {path}: cannot be read as a training state (it is damaged: its record ' in output and 'wrong checksum' in output
     assert f'position from {folder / STATE_5}' in output
     assert 'wrong checksum' not in output.split('Restored')[1] and checkpoint.load(path)
     path.write_bytes(content)
@@ -344,7 +344,7 @@ def test_latest_passes_over_a_truncated_state(copied, capsys):
     (folder / '.training-state-000000.240.pt.123').write_bytes(b'')  # what a kill in the middle of a write leaves
     tiny.call(f'--outdir={outdir}', *args, '--resume=latest', '--duration=0.00016')
     output = capsys.readouterr().out
-    assert f'--resume=latest passes over: {newer}: cannot be read' in output and f'position from {folder / STATE_5}' in output
+    assert f'--resume=latest skips: {newer}: cannot be read' in output and f'position from {folder / STATE_5}' in output
     assert tiny.read_state(newer)['progress']['step'] == 10
 
 
@@ -400,7 +400,7 @@ def test_states_without_a_fingerprint_go_by_the_path(copied, data, tmp_path):
     there = shutil.copy(data, tmp_path / 'other.zip')
     rest = [arg for arg in args if not arg.startswith('--data=')]
     line = refused(f'--outdir={outdir}', *rest, f'--data={there}', f'--resume={folder / STATE_5}', '--duration=0.00016')
-    assert f'--data: {data} -> {there}, and the older state does not tell whether their data are equal' in line
+    assert f'--data: {data} -> {there}, and the older state does not say whether their data are equal' in line
     tiny.call(f'--outdir={outdir}', *args, '--resume=latest', '--duration=0.00016')
     assert json.loads((folder / 'options.json').read_text())['data']['fingerprint']['images'] == 64
 
@@ -408,7 +408,7 @@ def test_states_without_a_fingerprint_go_by_the_path(copied, data, tmp_path):
 def test_nosubdir_is_continued_and_never_overwritten(tmp_path, data):
     args = [f'--outdir={tmp_path / "run"}', f'--data={data}', *tiny.FLAGS, '--dump=1', '--snap=0', '--nosubdir', '--seed=5']
     tiny.call(*args, '--duration=0.00008', '--dump=0')  # no state: as if killed before the first
-    assert 'holds a run already' in refused(*args, '--duration=0.00008')
+    assert 'already holds a run' in refused(*args, '--duration=0.00008')
     tiny.call(*args, '--duration=0.00008', '--resume=latest')
     assert [line['nimg'] for line in tiny.read_log(tmp_path / 'run')] == [80]
     tiny.call(*args, '--duration=0.00016', '--resume=latest')

@@ -32,7 +32,7 @@ def refused(found, change):
     state = copy.deepcopy(state)
     before = tiny.digest([run.net.state_dict(), run.ema.state_dict(), run.optimizer.state_dict(), dict(run.progress)])
     change(state)
-    with pytest.raises(UserError, match='^here.pt: cannot be continued from: .*; is it damaged?') as error:
+    with pytest.raises(UserError, match='^here.pt: cannot resume from this state: .*; is it damaged?') as error:
         schema.checked(state, run, 'here.pt')
     assert tiny.digest([run.net.state_dict(), run.ema.state_dict(), run.optimizer.state_dict(), dict(run.progress)]) == before
     assert error.value.message.isprintable()
@@ -105,15 +105,15 @@ def test_counts(found, name, value):
     (put('progress', 'stream', value=None), '"progress.stream" must be an object, got None'),
     (put('progress', 'stream', 'cursor', value=-5), '"progress.stream.cursor"'),
     (put('progress', 'stream', 'cursor', value=2 ** 60), '"progress.stream.cursor"'),
-    (put('progress', 'stream', 'cursor', value=31), '32 pairs used of 31 passed'),
+    (put('progress', 'stream', 'cursor', value=31), '32 pairs used of 31 drawn'),
     (put('progress', 'stream', 'used', value=16), 'contradicts itself: 32 images in 2 steps of 16, 16 pairs used'),
     (put('progress', 'step', value=3), 'contradicts itself'),
     (put('progress', 'tick_nimg', value=48), '"progress.tick_nimg" must not be above "progress.nimg", got 48'),
     (put('progress', 'tick_nimg', value='x'), '"progress.tick_nimg" must be a whole number'),
     (put('progress', 'pending', value=['state', 'exec']), '"progress.pending" must be a list of validate, snapshot, measure, state'),
     (put('stats', value={}), '"stats" must be a list'),
-    (put('stats', value=[{'sums': {'x': torch.zeros(3)}, 'tables': {}}]), '"stats" holds other things than sums and tables'),
-    (put('stats', value=[{'sums': {}, 'tables': {'x': [['a'], torch.zeros(2, 3).double()]}}]), '"stats" holds other things'),
+    (put('stats', value=[{'sums': {'x': torch.zeros(3)}, 'tables': {}}]), '"stats" must hold sums and tables'),
+    (put('stats', value=[{'sums': {}, 'tables': {'x': [['a'], torch.zeros(2, 3).double()]}}]), '"stats" must hold sums and tables'),
     (put('net', value=3), '"net": expected a state dict'),
     (put('net', 'extra', value=torch.zeros(1)), '"net": the weights do not fit the config: extra is unknown'),
     (put('net', 'x\n\x1b[31m', value=torch.zeros(1)), r'x\n\x1b[31m is unknown'),

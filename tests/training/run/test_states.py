@@ -119,7 +119,7 @@ def test_one_process_at_a_time(tmp_path, monkeypatch):
         assert process.poll() is None, log.read_text()
         time.sleep(0.01)
     monkeypatch.setattr(folder, 'LOCK_WAIT_SEC', 0)
-    with pytest.raises(UserError, match=f'00000-x is being written by process {process.pid} on .*: wait for that run to end or stop it'):
+    with pytest.raises(UserError, match=f'00000-x is in use by process {process.pid} on .*: wait for that run to end, stop it'):
         tiny.call(*args)
     lines = log.read_text().count('tick')
     while log.read_text().count('tick') < lines + 2:

@@ -88,7 +88,7 @@ def test_stopped_and_continued_equals_straight(tmp_path, data, straight, monkeyp
     if place == 'state':  # of the last tick: there is nothing left to stop
         assert code is None and 'Done: ' in output
     else:
-        assert code == STOPPED and 'Stopped: SIGTERM; the state is written' in output
+        assert code == STOPPED and 'Stopped: SIGTERM; the state is saved' in output
         assert 'Stopped: SIGTERM' in (folder / 'log.txt').read_text()
         assert tiny.read_state(checkpoint.states(folder)[0])['progress']['pending'] == pending
     assert tiny.call(*flags(data, tmp_path)) is None
@@ -103,7 +103,7 @@ def test_other_signals_and_the_end_of_the_hours(tmp_path, data, monkeypatch, cap
         assert tiny.call(*flags(data, tmp_path)) == STOPPED
     assert f'Stopped: {number.name}; ' in capsys.readouterr().out
     assert tiny.call(*flags(data, tmp_path), '--max-hours=1e-6') == STOPPED
-    assert 'Stopped: --max-hours=1e-06 are over; ' in capsys.readouterr().out
+    assert 'Stopped: --max-hours=1e-06 reached; ' in capsys.readouterr().out
     states = checkpoint.states(tiny.only_folder(tmp_path))
     assert [tiny.read_state(path)['progress']['step'] for path in states] == [6, 4]  # it is agreed on one step later
 
@@ -243,7 +243,7 @@ def test_requests(monkeypatch):
     assert requests.now()
     requests.start -= 3600
     assert requests.asked()
-    with pytest.raises(Stop, match='--max-hours=1 are over'):
+    with pytest.raises(Stop, match='--max-hours=1 reached'):
         requests.now()
     signals.name = 'SIGUSR1'
     with pytest.raises(Stop, match='SIGUSR1'):

@@ -216,7 +216,7 @@ def test_endless_bad_gradients_stop_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr(training_loop.gradients, 'MAX_SKIPPED', 4)
     poisoned(monkeypatch, at=range(7, 100))
     data = tiny.make_zip(tmp_path / 'tiny.zip')
-    message = '4 updates in a row were skipped for non-finite gradients, up to step 11; .* lower --lr'
+    message = '4 updates in a row were skipped because of non-finite gradients, up to step 11; .* lower --lr'
     with pytest.raises(UserError, match=message) as error:
         tiny.call(f'--outdir={tmp_path}', f'--data={data}', *tiny.FLAGS, '--duration=0.001', '--nosubdir', '--dump=1')
     assert '\n' not in error.value.message

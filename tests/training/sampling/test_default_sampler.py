@@ -153,10 +153,10 @@ def test_what_train_writes(tmp_path):
 
 
 @pytest.mark.parametrize('value, words', [
-    ('ancestral', 'expected such as {"sampler": "ancestral", "steps": 50}'),
-    ({}, 'expected such as'),
-    ({'steps': 3}, 'expected such as'),
-    ({'sampler': 'ddim', 'solver': 'heun'}, 'expected such as'),
+    ('ancestral', 'expected an object such as {"sampler": "ancestral", "steps": 50}'),
+    ({}, 'expected an object such as'),
+    ({'steps': 3}, 'expected an object such as'),
+    ({'sampler': 'ddim', 'solver': 'heun'}, 'expected an object such as'),
     ({'sampler': 'odd'}, 'sampler=odd: unknown name "odd"; choose from ancestral, ddim'),
     ({'sampler': 3}, 'unknown name "3"'),
     ({'sampler': 'ddim:order=3'}, 'has no key "order"'),
@@ -178,4 +178,4 @@ def test_a_broken_config_is_refused_in_one_line(tmp_path, value, words):
 def test_keys_of_another_sampler_are_refused_and_say_whose_it_is(folder):
     with pytest.raises(UserError) as err:
         sampling.sampler_pieces(load_network(folder), S_churn=4.0)
-    assert err.value.message.startswith('network configuration: sampling: --S-churn=4.0 is no key of --sampler=ancestral')
+    assert err.value.message.startswith('network configuration: sampling: --S-churn=4.0 is not a key of --sampler=ancestral')

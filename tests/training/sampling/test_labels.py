@@ -100,7 +100,7 @@ def test_labels_of_a_data_set_come_as_often_as_they_are(net, tmp_path):
     ('a.npy', np.zeros([2, 4]), 'rows have 4 numbers, and the network takes 3'),
     ('a.npy', np.zeros([2, 1, 3]), r'\[2, 1, 3\]'),
     ('a.npy', np.array([[0, 0, 1], [0, np.nan, 0]]), 'row 1 is not finite'),
-    ('a.npy', np.array([0]), 'seeds 0 to 0, and there is none for seed 1'),
+    ('a.npy', np.array([0]), 'seeds 0 to 0, and none for seed 1'),
     ('a.json', [[1, 2, 3], [1]], 'cannot be read'),
     ('a.json', '[1, 2', 'cannot be read'),
     ('a.json', {'0': 1}, 'whole numbers'),

@@ -140,7 +140,7 @@ def test_images_without_a_record_are_no_set_to_go_on_with(folders, tmp_path):
     generated(folders / 'a', tmp_path / 'out', '--seeds=0-1')
     (tmp_path / 'out.json').unlink()
     line = refused(run(folders / 'a', tmp_path / 'out', '--seeds=0-3', '--skip-existing'))
-    assert f'holds 2 images of which no record {tmp_path / "out.json"} tells; leave --skip-existing out' in line
+    assert f'holds 2 images without a record {tmp_path / "out.json"}; leave --skip-existing out' in line
     assert generated(folders / 'a', tmp_path / 'out', '--seeds=0-3')['num_images'] == 4
 
 
@@ -156,7 +156,7 @@ def test_images_that_the_record_does_not_tell_of_are_made(folders, tmp_path, mon
         assert run(folders / 'a', tmp_path / 'out', '--seeds=0-2', '--skip-existing').exit_code
     assert read(tmp_path / 'out')['seeds'] == '0-2'
     result = run(folders / 'a', tmp_path / 'out', '--seeds=0-2', '--skip-existing')
-    assert '1 written, 2 were there already' in result.output
+    assert '1 written, 2 existed already' in result.output
     generated(folders / 'a', tmp_path / 'whole', '--seeds=0-2')
     assert contents(tmp_path / 'out') == contents(tmp_path / 'whole')
 
@@ -234,7 +234,7 @@ def test_a_killed_run_leaves_a_record_that_says_so(folders, tmp_path):
 
 
 @pytest.mark.parametrize('text, words', [
-    ('[]', 'expected a JSON object'), ('{"a": 1}', 'is no record of generated images, whose place it takes'),
+    ('[]', 'expected a JSON object'), ('{"a": 1}', 'is not a record of generated images, which has to go there'),
     ('{"kind": "generated images", "format": "png", "subdirs": false, "seeds": "1-"}', '"seeds" must be ranges'),
     ('{"kind": "generated images", "format": "png", "subdirs": false, "seeds": "0-999999999999"}', 'names more than'),
     ('{"kind": "generated images", "format": "png", "subdirs": false}', '"seeds" must be ranges')])

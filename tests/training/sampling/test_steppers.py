@@ -480,7 +480,7 @@ def test_learned_variances_lie_between_the_fixed_ones():
     torch.testing.assert_close(run(Offering(1, 1.0), 'auto'), large)
     assert torch.equal(run(Mixture(), 'auto'), small) and torch.equal(run(Offering(0), 'auto'), small)
     for denoise in (Mixture(), Offering(0)):
-        with pytest.raises(ValueError, match='the network gives no variance; choose small or large'):
+        with pytest.raises(ValueError, match='the network does not predict a variance; choose small or large'):
             run(denoise, 'learned')
 
 

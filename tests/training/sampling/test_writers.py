@@ -56,7 +56,7 @@ def test_whole_images_are_kept_and_the_others_made(folders, tmp_path, format, su
     assert last_line(some).startswith('2 images')
     before = times(tmp_path / 'out')
     rest = run(folders / 'rgb', tmp_path / 'out', *options, '--skip-existing')
-    assert last_line(rest) == f'6 images ({format}) in {tmp_path / "out"}: 4 written, 2 were there already'
+    assert last_line(rest) == f'6 images ({format}) in {tmp_path / "out"}: 4 written, 2 existed already'
     after = times(tmp_path / 'out')
     assert all(after[name] == before[name] for name in before)
     found, expected = contents(tmp_path / 'out'), contents(tmp_path / 'whole')
@@ -67,7 +67,7 @@ def test_whole_images_are_kept_and_the_others_made(folders, tmp_path, format, su
     else:
         assert found == expected
     again = run(folders / 'rgb', tmp_path / 'out', *options, '--skip-existing')
-    assert last_line(again).endswith('0 written, 6 were there already')
+    assert last_line(again).endswith('0 written, 6 existed already')
 
 
 def test_without_skip_existing_all_are_made_again(folders, tmp_path):
@@ -90,7 +90,7 @@ def test_files_that_are_no_whole_images_are_replaced(folders, tmp_path, format):
     assert last_line(run(folders / 'grey', tmp_path / 'grey', *options)).startswith('5 images')
     paths[3].write_bytes((tmp_path / 'grey' / paths[3].name).read_bytes())  # an image of another network
     result = run(folders / 'rgb', tmp_path, *options, '--skip-existing')
-    assert last_line(result).endswith('4 written, 1 were there already')
+    assert last_line(result).endswith('4 written, 1 existed already')
     assert all(np.array_equal(read_image(str(path)), image) for path, image in zip(paths, whole))
 
 
@@ -101,7 +101,7 @@ def test_the_grid_is_whole_where_images_were_there(folders, tmp_path, kind):
     expected = np.asarray(PIL.Image.open(tmp_path / 'grid.png')).astype(int)
     for path in sorted((tmp_path / 'out').iterdir())[::2]:
         path.unlink()
-    assert last_line(run(folders / kind, tmp_path / 'out', *options, '--skip-existing')).endswith('5 written, 4 were there already')
+    assert last_line(run(folders / kind, tmp_path / 'out', *options, '--skip-existing')).endswith('5 written, 4 existed already')
     found = np.asarray(PIL.Image.open(tmp_path / 'grid.png')).astype(int)
     # Pictures come back exactly; other data to float32, which may move a grey level by one.
     assert np.abs(found - expected).max() <= (0 if kind == 'rgb' else 1)
@@ -143,7 +143,7 @@ def kill_and_go_on(network, tmp_path, kills, seeds, seed=0):
     there = len(list(out.glob('[0-9]*.png')))
     assert interrupted >= kills * 0.8 and 0 < there < seeds, (interrupted, there)
     output = tiny_run.finish([*options, f'--outdir={out}', '--skip-existing'], tmp_path / 'log.txt', script=ROOT / 'generate.py')
-    assert f'{seeds - there} written, {there} were there already' in output
+    assert f'{seeds - there} written, {there} existed already' in output
     tiny_run.finish([*options, f'--outdir={tmp_path / "whole"}'], tmp_path / 'log.txt', script=ROOT / 'generate.py')
     assert contents(out) == contents(tmp_path / 'whole') and len(contents(out)) == seeds
 
@@ -175,12 +175,12 @@ def test_a_full_disk(folders, small_disk, tmp_path):
     result = run(folders / 'rgb', small_disk, '--seeds=0-39', '--batch=8')
     line = refused(result)
     files = sorted(path.name for path in small_disk.iterdir())
-    assert re.fullmatch(rf'Error: \S+: No space left on device; {len(files)} of 40 images were written; make room, and go on with '
+    assert re.fullmatch(rf'Error: \S+: No space left on device; {len(files)} of 40 images were written; free disk space, and resume with '
                         r'--skip-existing', line), line
     assert 0 < len(files) <= 16 and all(read_image(str(small_disk / name)).shape == (3, 8, 8) for name in files)
     subprocess.run(['mount', '-o', 'remount,size=1m', str(small_disk)], check=True)
     assert last_line(run(folders / 'rgb', small_disk, '--seeds=0-39', '--skip-existing')).endswith(
-        f'{40 - len(files)} written, {len(files)} were there already')
+        f'{40 - len(files)} written, {len(files)} existed already')
     run(folders / 'rgb', tmp_path / 'whole', '--seeds=0-39')
     assert contents(small_disk) == contents(tmp_path / 'whole')
 
@@ -193,7 +193,7 @@ def test_a_disk_that_fills_up_is_told_with_the_count(folders, tmp_path, monkeypa
 
     monkeypatch.setattr(writers, 'write_png', full)
     line = refused(run(folders / 'rgb', tmp_path, '--seeds=0-19', '--batch=4'))
-    assert re.search(r'/0000\d\d.png: No space left on device; 5 of 20 images were written; make room', line), line
+    assert re.search(r'/0000\d\d.png: No space left on device; 5 of 20 images were written; free disk space', line), line
     assert sorted(contents(tmp_path)) == [f'{seed:06d}.png' for seed in range(5)]
 
 
@@ -231,7 +231,7 @@ def test_counts_over_ranks(folders, tmp_path):
     log = tmp_path / 'log.txt'
     tiny_run.finish([*options[:2], '--seeds=0,2,4,6', *options[3:]], log, script=ROOT / 'generate.py')
     output = tiny_run.finish([*options, '--skip-existing'], log, ranks=2, script=ROOT / 'generate.py')
-    assert output.count('10 images (png)') == 1 and '6 written, 4 were there already' in output
+    assert output.count('10 images (png)') == 1 and '6 written, 4 existed already' in output
     expected = to_uint8(all_images(load_network(folders / 'rgb'), range(10), num_steps=2))
     for seed in range(10):  # threads may differ between this process and those: by one grey level
         found = read_image(str(tmp_path / 'out' / f'{seed:06d}.png'))
