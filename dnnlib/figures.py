@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures of curves: matplotlib, which is loaded only for them, without a display."""
+"""Figures by matplotlib, which is imported only when one is drawn, without a display."""
 
 import contextlib
 
@@ -9,9 +9,9 @@ from dnnlib.util import UserError
 
 @contextlib.contextmanager
 def figure(path, who, rows, columns, size):
-    """(figure, axes [rows, columns]) to draw on; written to `path` as a PNG when the block ends well.
+    """(figure, axes [rows, columns]) to draw on; saved to `path` as a PNG when the block ends without an error.
 
-    who: what needs matplotlib, in the error where it is not there. size: (width, height) in inches."""
+    who: what needs matplotlib, for the error if it is missing. size: (width, height) in inches."""
     try:
         import matplotlib
     except ImportError:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a result was made with: the program, its commit, Python, torch and CUDA, told without importing torch, which takes seconds."""
+"""Versions of the program, its commit, Python, torch and CUDA, found without importing torch, which takes seconds."""
 
 import functools
 import importlib.metadata
@@ -12,7 +12,7 @@ VERSION = '0.2.0'
 
 
 def versions():
-    """{name: version} of the program and of what decides its numbers."""
+    """{name: version} of the program and of what its results depend on."""
     torch, cuda = torch_versions()
     return dict(version=VERSION, commit=git_commit(), python=platform.python_version(), torch=torch, cuda=cuda or 'none')
 
@@ -20,7 +20,7 @@ def versions():
 @functools.cache
 def torch_versions():
     """(version of torch, version of CUDA that it was built for or None), from its file version.py."""
-    spec = importlib.util.find_spec('torch')  # of a package at the top level: imports nothing
+    spec = importlib.util.find_spec('torch')  # for a top-level package this imports nothing
     if spec is None:
         return 'none', None
     path = Path(spec.origin).with_name('version.py')

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many generated images are evaluated, and those that lie in files."""
+"""Generated images in files, and the number of images to evaluate."""
 
 from dnnlib import UserError
 from dnnlib.files import beside, file_digest
@@ -9,10 +9,10 @@ from torch_utils import distributed
 
 
 class FileImages:
-    """--gen-path, and how many of its images are evaluated. What eval_fid.py evaluates has the attributes and methods of this.
+    """The images of --gen-path. Everything that eval_fid.py evaluates has the attributes and methods of this class.
 
-    shape: (C, H, W). found: how many images there are. count: how many are evaluated. labels: what each repeat is.
-    facts(): what a result is quoted with, on one rank. default_path(suffix): where it goes."""
+    shape: (C, H, W). found: number of images available. count: number of images to evaluate. labels: a description of each repeat.
+    facts(): what to quote with a result, on one rank. default_path(suffix): the default path of the result."""
 
     def __init__(self, o):
         self._o, self.files = o, ImageFiles(o.gen_path, '--gen-path')
@@ -37,7 +37,7 @@ class FileImages:
 
 
 def choose_count(o, found, what):
-    """How many generated images are evaluated; published distances need the published number unless told otherwise."""
+    """The number of generated images to evaluate; refuses any other than the published one unless the user asks for it."""
     option = distributed.num_option()
     if o.num is None and found != PROTOCOL_NUM:
         raise UserError(f'{what}, expected {PROTOCOL_NUM}; pass {option}={found} to evaluate these')

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""VGG-16 (Simonyan and Zisserman 2015): features of its second fully connected layer, which precision and recall were published with."""
+"""VGG-16 (Simonyan and Zisserman 2015): features of its second fully connected layer, with which precision and recall were published."""
 
 import safetensors
 import safetensors.torch
@@ -19,9 +19,9 @@ HIDDEN = 4096
 class VGG16(torch.nn.Module):
     """uint8 images [N,3,H,W] -> features [N,4096], float32: the second fully connected layer after its ReLU (Kynkäänniemi et al. 2019).
 
-    Images are resized to 224 x 224 (bilinear, with a filter) and normalised as ImageNet's. weights: path of a state dict with
-    torchvision's names, a .safetensors or a file of torch.save; the last layer, classifier.6, may be there and is not used.
-    Raises UserError where the file holds something else."""
+    Images are resized to 224 x 224 (bilinear with antialiasing) and normalised like ImageNet's. weights: path of a state dict with
+    torchvision's names, a .safetensors or a torch.save file; the last layer, classifier.6, may be present and is not used.
+    Raises UserError if the file holds something else."""
 
     def __init__(self, weights):
         super().__init__()
@@ -48,24 +48,24 @@ def layers():
             continue
         found += [torch.nn.Conv2d(channels, width, 3, padding=1), torch.nn.ReLU(inplace=True)]
         channels = width
-    classifier = torch.nn.Sequential(  # with dropout, which does nothing here, for the numbers
+    classifier = torch.nn.Sequential(  # dropout, inactive here, only keeps the numbering
         torch.nn.Linear(channels * 7 * 7, HIDDEN), torch.nn.ReLU(inplace=True), torch.nn.Dropout(),
         torch.nn.Linear(HIDDEN, HIDDEN), torch.nn.ReLU(inplace=True))
     return torch.nn.Sequential(*found), classifier
 
 
 def weights_file(weights=None):
-    """Local path of the weights: torchvision's public file, fetched once and checked, or the given path or URL."""
+    """Local path of the weights: torchvision's public file, downloaded once and checked, or the given path or URL."""
     if weights not in (None, URL):
         return open_url(weights)
     try:
         return open_url(URL, SHA256)
     except UserError as err:
-        raise UserError(f'{err.message}, or name it: --detector=vgg16:weights=PATH') from None
+        raise UserError(f'{err.message}, or give its path: --detector=vgg16:weights=PATH') from None
 
 
 def _read_weights(path, expected):
-    """The tensors of the file that the network has, after a check of their names and shapes."""
+    """The tensors of the network from the file, after a check of their names and shapes."""
     where = f'--detector=vgg16:weights={path}'
     if str(path).endswith('.safetensors'):
         try:
@@ -77,5 +77,5 @@ def _read_weights(path, expected):
     held = lambda key: state.get(key) if isinstance(state, dict) else None
     wrong = next((key for key in expected if getattr(held(key), 'shape', None) != expected[key].shape), None)
     if wrong:
-        raise UserError(f'{where}: not a VGG-16 with torchvision\'s names: "{wrong}" is missing or misshapen')
+        raise UserError(f'{where}: not a VGG-16 with torchvision\'s names: "{wrong}" is missing or has the wrong shape')
     return {key: state[key].float() for key in expected}

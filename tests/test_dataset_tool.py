@@ -477,7 +477,7 @@ def test_as_a_program(tmp_path):
     program = [sys.executable, str(ROOT / 'dataset_tool.py')]
     good = subprocess.run([*program, f'--source={DATA / "A_subfolders.zip"}', '--dest=x.zip', '--max_images=5'], cwd=tmp_path,
                           capture_output=True, text=True)
-    assert good.returncode == 0 and good.stdout.endswith('x-sheet.png: 5 of them to look at\nx.zip: 5 images\n'), good.stderr
+    assert good.returncode == 0 and good.stdout.endswith('x-sheet.png: contact sheet with 5 of them\nx.zip: 5 images\n'), good.stderr
     bad = subprocess.run([*program, '--source=none', '--dest=x.zip'], cwd=tmp_path, capture_output=True, text=True)
     assert bad.returncode == 1 and bad.stderr.startswith('Error: ') and bad.stderr.count('\n') == 1
     assert sorted(os.listdir(tmp_path)) == ['x-sheet.png', 'x.zip']
@@ -508,7 +508,7 @@ def test_stats_of_noisy_floats(tmp_path):
     output = run('stats', tmp_path / 'x.zip').output
     signal = float(output.split('without the noise')[0].split()[-1])
     assert abs(signal - 0.5) < 5 * 0.5 / np.sqrt(2 * 30 * 1024) * 1.25
-    assert '30 of 30 images are noisy; least 0.25' in output and 'float32' in output
+    assert '30 of 30 images are noisy; min 0.25' in output and 'float32' in output
 
 
 def test_stats_of_nothing(tmp_path):

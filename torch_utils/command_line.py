@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the scripts' command lines share: groups of options, --version, NAME=help, underscores as hyphens, errors in one line.
+"""Shared parts of the scripts' command lines: groups of options, --version, NAME=help, underscores as hyphens, one-line errors.
 
-Nothing here imports torch before a command runs: --help and --version answer at once."""
+Nothing here imports torch before a command runs, so that --help and --version answer at once."""
 
 import contextlib
 import functools
@@ -20,10 +20,10 @@ from dnnlib.versions import versions
 from torch_utils import registry
 from torch_utils.monitor import EXIT_LOST
 
-PATIENCE_SEC = 5  # what torchrun needs, amply, to end the other ranks after the first has failed
-WIDTH, NAMES_WIDTH = 120, 34  # of the help, and of the column of names in it
-LAUNCHED = {'WORLD_SIZE', 'SLURM_PROCID'}  # in the environment of ranks of several
-HELP = 'help'  # the value of an option that has its choices printed
+PATIENCE_SEC = 5  # more than torchrun needs to end the other ranks after the first has failed
+WIDTH, NAMES_WIDTH = 120, 34  # characters: of the help, and of its column of names
+LAUNCHED = {'WORLD_SIZE', 'SLURM_PROCID'}  # environment variables that are set if there are several ranks
+HELP = 'help'  # the value that makes an option print its choices
 
 
 def ranks():
@@ -33,9 +33,10 @@ def ranks():
 
 
 class Command(click.Command):
-    """A click command in which --batch_size is --batch-size, an error is one line, once for all ranks, and the ranks part at the end.
+    """A click command that accepts --batch_size for --batch-size, prints an error as one line, once for all ranks, and shuts down the
+    process group at the end.
 
-    Its help stands in groups (see group()), with the defaults in brackets."""
+    Its help lists the options in groups (see group()), with the defaults in brackets."""
 
     def __init__(self, *args, **kwargs):
         kwargs['context_settings'] = {'help_option_names': ['-h', '--help'], **(kwargs.get('context_settings') or {})}
@@ -51,7 +52,7 @@ class Command(click.Command):
                 return super().invoke(ctx)
         except click.exceptions.Exit:
             raise
-        except (Exception, KeyboardInterrupt) as err:  # but not SystemExit, with which a rank ends of its own will
+        except (Exception, KeyboardInterrupt) as err:  # but not SystemExit, with which a rank ends on purpose
             ranks().fail(f'{type(err).__name__} {err}')
             raise
         finally:
@@ -61,7 +62,7 @@ class Command(click.Command):
         try:
             return super().main(*args, **kwargs)
         except SystemExit as end:
-            if 'torch_utils.distributed' in sys.modules:  # otherwise there are no other ranks to part from
+            if 'torch_utils.distributed' in sys.modules:  # otherwise there are no other ranks to leave
                 ranks().end(end.code if isinstance(end.code, int) else 1)
             raise
         except Exception:
@@ -74,7 +75,7 @@ class Command(click.Command):
         return super().make_context(info_name, args, parent, **{'terminal_width': WIDTH, **extra})
 
     def format_options(self, ctx, formatter):
-        """The options by their groups, each with its name, and those of one row() in a row."""
+        """Writes the options by group, one per row; those of one row() share a row."""
         rows = {}  # group -> row -> [names, text]
         for param in self.get_params(ctx):
             record = param.get_help_record(ctx)
@@ -92,7 +93,7 @@ class Command(click.Command):
 
 
 class Group(Command, click.Group):
-    """Commands under one name; an unknown one is refused in one line. `group.default` is the command that is meant without a name."""
+    """A group of commands; an unknown command is refused in one line. `group.default` is the command that runs if none is named."""
 
     default = None
 
@@ -109,15 +110,15 @@ class Group(Command, click.Group):
 
     def format_options(self, ctx, formatter):
         super().format_options(ctx, formatter)
-        formatter.write('\nCommands (COMMAND --help tells their options):\n')
+        formatter.write('\nCommands (COMMAND --help lists their options):\n')
         for name, command in sorted(self.commands.items()):
             formatter.write(help_row(name, command.get_short_help_str(WIDTH)))
 
 
 def help_row(names, text):
-    """Names and text in two columns; text as told by click, but for the word "default"."""
+    """Names and text in two columns; text as given by click, without the word "default"."""
     text = re.sub(r'\[default: ', '[', ' '.join((text or '').split())).replace('[(', '[').replace(')]', ']')
-    bounds = r'[-\d.<>=]*x[-\d.<>=]*\]'  # which errors tell
+    bounds = r'[-\d.<>=]*x[-\d.<>=]*\]'  # bounds, which are shown in errors instead
     text = re.sub(r' \[' + bounds, '', re.sub('; ' + bounds, ']', text))
     lines = textwrap.wrap(text, WIDTH - NAMES_WIDTH - 4) or ['']
     if len(names) > NAMES_WIDTH:
@@ -129,7 +130,7 @@ def help_row(names, text):
 
 
 def group(title, *options):
-    """A decorator that adds click options to a command, in this order, under a title of its help."""
+    """A decorator that adds click options to a command, in this order, under this title in its help."""
     def decorate(command):
         for option in reversed(options):
             option(command)
@@ -139,7 +140,7 @@ def group(title, *options):
 
 
 def row(text, option):
-    """A click option that shares one row of the help, which says `text`, with others of the same text."""
+    """A click option that shares one row of the help with other options of the same `text`."""
     def decorate(command):
         option(command)
         command.__click_params__[-1].row = text
@@ -159,18 +160,19 @@ def hyphens(args):
 
 @contextlib.contextmanager
 def rank0_first():
-    """An error that all ranks meet is shown once: by rank 0, after which torchrun ends the others. Theirs alone is shown a little later.
+    """Shows an error that all ranks raise once: by rank 0, after which torchrun ends the others. An error of another rank alone is shown
+    a little later.
 
-    The waiting comes before the process group is left: rank 0 would fail for its lack, and torchrun end this rank unheard."""
+    That rank waits before it leaves the process group: rank 0 would fail at once, and torchrun end this rank before it has printed."""
     try:
         yield
     except click.ClickException as err:
         if not LAUNCHED & os.environ.keys() and 'torch_utils.distributed' not in sys.modules:
-            raise  # one process: nobody else to tell
+            raise  # a single process: there are no other ranks
         ranks().fail(err.format_message())
         if not ranks().rank():
             raise
-        # All ranks lose one that is gone: the first of another node speaks for its own.
+        # If a rank is lost, all others notice: on other nodes, the first rank reports for its node.
         time.sleep(PATIENCE_SEC * (2 if err.exit_code == EXIT_LOST and ranks().local_rank() else 1))
         err.show()
         raise SystemExit(err.exit_code) from None
@@ -178,15 +180,15 @@ def rank0_first():
 
 @contextlib.contextmanager
 def one_line_errors():
-    """Turns mistakes of the user, of usage (which click shows in three lines) and errors of the file system into one-line errors."""
+    """Turns user errors, usage errors (which click shows in three lines) and file system errors into one-line errors."""
     try:
         yield
-    except (click.exceptions.Exit, click.Abort):  # RuntimeErrors, as it happens
+    except (click.exceptions.Exit, click.Abort):  # subclasses of RuntimeError
         raise
     except UserError as err:
         raise click.ClickException(err.message) from None
     except click.UsageError as err:
-        if type(err).__name__ == 'NoArgsIsHelpError':  # a group without a command: its help
+        if type(err).__name__ == 'NoArgsIsHelpError':  # a group without a command prints its help
             raise
         plain = click.ClickException(err.format_message())
         plain.exit_code = err.exit_code
@@ -237,7 +239,7 @@ class IntList(click.ParamType):
 
 
 def ranges(numbers):
-    """Whole numbers as IntList reads them: [0, 1, 2, 5] -> "0-2,5"."""
+    """Whole numbers in the notation of IntList: [0, 1, 2, 5] -> "0-2,5"."""
     numbers = sorted(set(numbers))
     starts = [n for i, n in enumerate(numbers) if not i or n != numbers[i - 1] + 1]
     ends = [n for i, n in enumerate(numbers) if i == len(numbers) - 1 or numbers[i + 1] != n + 1]
@@ -245,7 +247,7 @@ def ranges(numbers):
 
 
 class Names(click.ParamType):
-    """"fid,kid" -> ('fid', 'kid'), of the choices, in their order. "help" lists them.
+    """"fid,kid" -> ('fid', 'kid'), in the order of the choices. "help" lists the choices.
 
     choices: names, a registry, or "package.module:NAME", which is imported when it is needed."""
 
@@ -269,7 +271,7 @@ class Names(click.ParamType):
 
 
 class Number(click.ParamType):
-    """A finite number within bounds; the bounds of click let nan through."""
+    """A finite number within bounds; click's own ranges accept nan."""
 
     name = 'NUMBER'
 
@@ -305,9 +307,9 @@ def groups(ctx, param, value):
 
 
 class Spec(click.ParamType):
-    """A command-line option that names a piece of a registry; checked at once, handed on as the text it is. "help" lists the pieces.
+    """A command-line option that names an entry of a registry; checked at once, passed on as text. "help" lists the entries.
 
-    registry: the dict, or "package.module:NAME", which is imported when it is needed. keys: whether a piece may be given keys."""
+    registry: the dict, or "package.module:NAME", which is imported when it is needed. keys: whether an entry may be given keys."""
 
     name = 'NAME[:key=value,...]'
 
@@ -333,14 +335,14 @@ class Spec(click.ParamType):
 
 
 def show_choices(ctx, text):
-    """Prints the choices of an option, once for all ranks, and ends the program well."""
+    """Prints the choices of an option, once for all ranks, and exits with code 0."""
     if os.environ.get('RANK', '0') == '0':
         click.echo(text)
     ctx.exit()
 
 
 def choices_text(option, choices, keys=True):
-    """What --OPTION=help prints: each choice with a sentence, and its keys with their defaults."""
+    """The text that --OPTION=help prints: each choice with a sentence, and its keys with their defaults."""
     found = registry.listing(choices) if isinstance(choices, dict) else [(name, '', {}) for name in choices]
     width = max(len(name) for name, *_ in found) + 2
     lines = [f'{option}=NAME' + (f' or {option}=NAME:key=value,key=value' if keys and any(told for *_, told in found) else ''), '']

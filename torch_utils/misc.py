@@ -8,12 +8,12 @@ import hashlib
 import torch
 
 from dnnlib.files import finite
-from dnnlib.versions import VERSION, versions  # noqa: F401 (records of results call them misc.versions())
+from dnnlib.versions import VERSION, versions  # noqa: F401 (used as misc.VERSION and misc.versions())
 
 PRECISIONS = {'fp32': torch.float32, 'tf32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
-DTYPES = {name: dtype for name, dtype in PRECISIONS.items() if name != 'tf32'}  # tf32 is a way to multiply float32, for training
+DTYPES = {name: dtype for name, dtype in PRECISIONS.items() if name != 'tf32'}  # tf32 is no dtype, but a way to multiply float32
 
-CPU_CHUNK = 8    # rows per network call on the CPU, where PyTorch's results depend on the batch size; so they are always as many
+CPU_CHUNK = 8    # rows per network call on the CPU, always the same, because PyTorch's results there depend on the batch size
 BLOCK_ROWS = 16  # rows of the global batch that are drawn together; a rank draws only the blocks that hold its rows
 
 
@@ -29,10 +29,10 @@ def generator(*key, device='cpu'):
 
 
 class Draws:
-    """randn(name, shape): this rank's rows of the global batch's standard normal draw named (seed, step, name).
+    """randn(name, shape): this rank's rows of the global batch's standard normal draw with key (seed, step, name).
 
-    first_row: global index of this rank's first row. The draw does not depend on how the rows are shared out: the global batch is
-    drawn in blocks of BLOCK_ROWS rows, each from a generator of its own, so that a rank makes only what it needs."""
+    first_row: global index of this rank's first row. The draw does not depend on how the rows are divided among ranks: the global batch is
+    drawn in blocks of BLOCK_ROWS rows, each from its own generator, so that a rank draws only what it needs."""
 
     def __init__(self, seed, step, first_row=0, device='cpu'):
         self.seed, self.step, self.first_row, self.device = seed, step, first_row, torch.device(device)
@@ -51,7 +51,7 @@ class Draws:
 
 @contextlib.contextmanager
 def seeded(*key, device='cpu'):
-    """Inside the context torch's own random state is a function of the key (for initialisers and dropout); outside it is as it was."""
+    """Inside the context torch's own random state is a function of the key (for initialisers and dropout); afterwards it is restored."""
     source = torch.default_generator
     if torch.device(device).type == 'cuda':
         torch.cuda.init()
@@ -66,7 +66,7 @@ def seeded(*key, device='cpu'):
 
 @contextlib.contextmanager
 def full_float32():
-    """Inside the context a GPU multiplies float32 as such: no TF32 (10 bits of mantissa), which PyTorch allows convolutions by default."""
+    """Inside the context a GPU multiplies float32 in full precision: no TF32 (10-bit mantissa), PyTorch's default for convolutions."""
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     before = cudnn.allow_tf32, matmul.allow_tf32
     cudnn.allow_tf32 = matmul.allow_tf32 = False
@@ -77,13 +77,13 @@ def full_float32():
 
 
 def device_name(device):
-    """What results call a device: the name of a GPU's model, or "cpu"."""
+    """The name of a device in results: the GPU's model, or "cpu"."""
     device = torch.device(device)
     return torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type
 
 
 def require(holds, text):
-    """Raises ValueError with the text where a condition does not hold."""
+    """Raises ValueError with the text if a condition does not hold."""
     if not holds:
         raise ValueError(text)
 
@@ -94,7 +94,7 @@ def height_width(img_resolution):
 
 
 def chunks(count, device, size=None):
-    """Yields (indices [size], how many of them count) of `count` rows: all are of one size, and the last row fills up the last chunk.
+    """Yields (indices [size], number of valid ones) over `count` rows in chunks of equal size; the last chunk is padded with the last row.
 
     size: by default CPU_CHUNK on the CPU, and all rows at once elsewhere."""
     size = size or (CPU_CHUNK if torch.device(device).type == 'cpu' else count)
@@ -108,12 +108,12 @@ def batched(values):
 
 
 def as_float(value):
-    """A number for JSON: None in place of nan and infinity, which JSON does not have."""
+    """A number for JSON: None in place of nan and infinity, which JSON cannot represent."""
     return finite(float(value))
 
 
 def state_digest(net):
-    """SHA-256 over names, types and values of a network's tensors: equal for equal weights, whatever file they come from."""
+    """SHA-256 over names, types and values of a network's tensors: equal for equal weights, whichever file they come from."""
     sha = hashlib.sha256()
     for name, value in sorted(net.state_dict().items()):
         value = value.detach().cpu().contiguous()
@@ -122,6 +122,6 @@ def state_digest(net):
 
 
 def give_memory_back():
-    """Returns to the system what was freed: glibc keeps freed arrays of up to 32 MiB, a third of what setting up a large data set takes."""
-    with contextlib.suppress(OSError, AttributeError):  # other systems
+    """Returns freed memory to the system: glibc keeps freed arrays of up to 32 MiB, a third of what setting up a large data set takes."""
+    with contextlib.suppress(OSError, AttributeError):  # systems without glibc
         ctypes.CDLL('libc.so.6').malloc_trim(0)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""HTML that escapes by construction: whatever is not made by tag() is text."""
+"""Builds HTML that is always escaped: everything not made by tag() is text."""
 
 import html
 import json
@@ -10,7 +10,7 @@ VOID = ('img', 'input', 'meta')
 
 
 class Html(str):
-    """Text that is HTML already."""
+    """Text that already is HTML."""
 
 
 def text(value):
@@ -33,7 +33,7 @@ def join(*parts):
 
 
 def table(head, rows, caption=None):
-    """A table that scrolls by itself where the page is too narrow: names of the columns, and rows whose first cell names them."""
+    """A table that scrolls on its own if the page is too narrow. head: column names; rows: the first cell names the row."""
     lines = [tag('tr', *(tag('th', cell, scope='col') for cell in head))]
     body = [tag('tr', tag('th', first, scope='row'), *(tag('td', cell) for cell in rest)) for first, *rest in rows]
     return tag('div', tag('table', *([tag('caption', caption)] if caption else []), tag('thead', *lines), tag('tbody', *body)),
@@ -41,7 +41,7 @@ def table(head, rows, caption=None):
 
 
 def json_script(value, ident):
-    """JSON that a script reads from an element that runs nothing: no value in it can end the element."""
+    """JSON data in a script element that is not executed; escaped so that no value can end the element."""
     data = json.dumps(value, allow_nan=False, separators=(',', ':'))
     for character in '<>&':
         data = data.replace(character, f'\\u{ord(character):04x}')

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the folder of a run holds: the curves of stats.jsonl, options.json, and the grids of samples."""
+"""Reads the folder of a run: the curves of stats.jsonl, options.json, and the grids of samples."""
 
 import math
 import os
@@ -14,7 +14,7 @@ SAMPLES = re.compile(r'samples-(\d+(?:\.\d+)?)\.png')
 
 @dataclass
 class Run:
-    """One run. name: short, and different from those of the runs beside it. options: {dotted name: value}, without the versions.
+    """One run. name: short, and unique among the runs shown. options: {dotted name: value}, without the versions.
 
     curves: {name: [(nimg, value), ...]}. versions: {program: version}. samples: [(kimg, path of a picture), ...], in order of kimg."""
 
@@ -30,17 +30,17 @@ class Run:
         return [value for _, value in self.curves.get(name, [])]
 
     def last(self, name):
-        """The last value of a curve, None of one that is not there."""
+        """The last value of a curve, None if there is no such curve."""
         return self.curves[name][-1][1] if name in self.curves else None
 
     @property
     def nimg(self):
-        """Images trained on, as far as stats.jsonl tells."""
+        """Images trained on, according to stats.jsonl."""
         return max((points[-1][0] for points in self.curves.values()), default=0)
 
 
 def read_stats(folder):
-    """{name: [(nimg, value), ...]} of a run's folder. Left out are values that are not finite, and a last line cut off by a crash."""
+    """{name: [(nimg, value), ...]} of a run's folder, without non-finite values and without a last line cut off by a crash."""
     path = os.path.join(folder, 'stats.jsonl')
     if not os.path.isfile(path):
         raise UserError(f'{folder}: no stats.jsonl in it; give the folder of a run, such as runs/00000-name')
@@ -54,7 +54,7 @@ def read_stats(folder):
 
 
 def _points(line, where, cut_off):
-    """[(name, (nimg, value)), ...] of a line. cut_off: whether the line may be unfinished, and then counts for nothing."""
+    """[(name, (nimg, value)), ...] of a line. cut_off: whether the line may be unfinished, and is then ignored."""
     if not line.strip():
         return []
     try:
@@ -77,7 +77,7 @@ def _is_number(value):
 
 
 def read_run(folder, name=None):
-    """The Run in a folder. Raises UserError where it has no stats.jsonl, or where a file of it is broken.
+    """The Run in a folder. Raises UserError if it has no stats.jsonl, or one of its files is damaged.
 
     Runs without options.json have no options."""
     run = Run(folder, name or os.path.basename(os.path.abspath(folder)), read_stats(folder))
@@ -101,7 +101,7 @@ def read_runs(folders):
 
 
 def names(folders):
-    """The last parts of the paths, as many of each as tell them apart: ["a/x", "b/x", "y"] -> ["a/x", "b/x", "y"]."""
+    """The shortest endings of the paths that differ from all others: ["a/x", "b/x", "y"] -> ["a/x", "b/x", "y"]."""
     parts = [os.path.realpath(folder).split(os.sep) for folder in folders]
     found = []
     for own in parts:

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Grids of samples as small pictures inside a page, within a number of bytes that does not depend on how large they are."""
+"""Grids of samples as small pictures inside a page, with a fixed limit on their total size."""
 
 import base64
 import io
 import warnings
 
-SIDE = 512        # pixels, at most, of the longer side
-PER_RUN = 8       # pictures of one run
-TOGETHER = 48     # pictures of all runs, as far as two of each run allow
-BUDGET = 2.8e6    # characters that all pictures take in the page
-SMALLEST = 32     # pixels; a picture that needs more bytes even then is left out
+SIDE = 512        # pixels of the longer side, at most
+PER_RUN = 8       # pictures of one run, at most
+TOGETHER = 48     # pictures of all runs, at most; but always two per run
+BUDGET = 2.8e6    # characters of all pictures in the page
+SMALLEST = 32     # pixels; a picture that is too large even at this size is left out
 QUALITIES = (90, 80, 65)
 
 
@@ -31,7 +31,7 @@ def spaced(items, count):
 
 
 def data_uri(path, limit):
-    """A picture as a data: URI of at most `limit` bytes before base64, made smaller as far as that needs; None where it cannot be read."""
+    """A picture as a data: URI of at most `limit` bytes before base64, reduced in size as needed; None if it cannot be read."""
     from PIL import Image
 
     try:
@@ -39,7 +39,7 @@ def data_uri(path, limit):
             warnings.simplefilter('ignore', Image.DecompressionBombWarning)
             with Image.open(path, formats=('PNG',)) as picture:
                 picture = picture.convert('L' if picture.mode in ('1', 'L') else 'RGB')
-    except Exception:  # Pillow raises errors of many kinds for damaged files, none of which should cost the page
+    except Exception:  # Pillow raises errors of many kinds for damaged files; none may prevent the page
         return None
     side, kinds = SIDE, [('png', {}), *(('jpeg', {'quality': quality}) for quality in QUALITIES)]
     while side >= SMALLEST:
@@ -49,5 +49,5 @@ def data_uri(path, limit):
             picture.save(data, kind, **options)
             if data.tell() <= limit:
                 return f'data:image/{kind};base64,{base64.b64encode(data.getvalue()).decode()}'
-        side, kinds = side // 2, kinds[-len(QUALITIES):]  # what is too large as a PNG is one for JPEG
+        side, kinds = side // 2, kinds[-len(QUALITIES):]  # a picture too large as a PNG is tried as a JPEG only
     return None

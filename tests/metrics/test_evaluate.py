@@ -142,8 +142,8 @@ def test_collect_refuses_other_arrays():
 
 
 @pytest.mark.parametrize('metrics, message', [
-    (('kid',), '--metrics=kid: subsets of 10 images asked for, a set has 3; pass --kid-subset-size'),
-    (('fid', 'pr'), '--metrics=fid,pr: 3 nearest neighbours asked for, 2 there are'), (('is',), '--splits=4: 4 splits asked for')])
+    (('kid',), '--metrics=kid: subsets of 10 images requested, but a set has only 3; pass --kid-subset-size'),
+    (('fid', 'pr'), '--metrics=fid,pr: 3 nearest neighbours requested, only 2 available'), (('is',), '--splits=4: 4 splits requested')])
 def test_too_few_images(metrics, message):
     with pytest.raises(UserError, match=message) as caught:
         evaluate.evaluate_batches([batch_of(3)], Toy(), reference_of(batch_of(20)), metrics, SETTINGS)

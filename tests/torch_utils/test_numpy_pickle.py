@@ -68,7 +68,7 @@ def test_dicts_of_other_programs(no_unpickling, monkeypatch):
 @pytest.mark.parametrize('protocol', [2, 3, 4])
 @pytest.mark.parametrize('module, name', [('os', 'system'), ('builtins', 'eval'), ('numpy', 'load'), ('numpy.core.multiarray', 'fromfile')])
 def test_globals_are_refused_by_name(protocol, module, name, no_unpickling):
-    with pytest.raises(Refused, match=f'asks for {module}.{name}, which is not read'):
+    with pytest.raises(Refused, match=f'asks for {module}.{name}, which is not allowed'):
         read(edm_pickle.ask_for(module, name, protocol))
 
 

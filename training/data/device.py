@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pixels of a data set in the memory of a GPU, so that only indices travel to it."""
+"""The pixels of a data set in GPU memory, so that only indices are transferred."""
 
 import math
 
@@ -10,11 +10,11 @@ from dnnlib import UserError
 from training.data.tables import distinct
 
 PLACES = ('auto', 'host', 'device')
-SHARE = 0.25  # of the device's free memory, which "auto" takes at most; the network comes into the rest
+SHARE = 0.25  # largest share of the device's free memory that "auto" takes; the network needs the rest
 
 
 class DeviceStore:
-    """What an ImageStore gives, with the same bits, on a device: clean images as they are stored, noisy ones each from its first use on.
+    """An ImageStore on a device, with bit-identical results: clean images as stored, noisy ones kept from their first use on.
 
     store: ImageStore, on the host. Raises torch.OutOfMemoryError."""
 
@@ -34,7 +34,7 @@ class DeviceStore:
         self._have = torch.zeros(store.noisy_count, dtype=torch.bool)
 
     def words(self):
-        """Where the images are and what that takes, for people."""
+        """Where the images are, and how much memory they take, as text."""
         return f'{needed(self._store) / 2 ** 30:.2f} GiB in the memory of {self._device}'
 
     def gather(self, indices):
@@ -72,7 +72,7 @@ def needed(store):
 
 
 def on_device(store, where, device, free=None):
-    """The ImageStore, or its DeviceStore where that is asked for or, "auto", where it fits. where: of PLACES. free: bytes, for tests."""
+    """The ImageStore, or its DeviceStore if `where` asks for it ("auto": if it fits). where: one of PLACES. free: bytes, for tests."""
     if where == 'host' or torch.device(device).type != 'cuda' and free is None:
         return store
     free, nbytes = torch.cuda.mem_get_info(device)[0] if free is None else free, needed(store)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What dataset.json says of each image: labels, noise levels, limits, units; checked, whoever wrote it.
+"""Checks the tables of dataset.json: labels, noise levels, limits, units.
 
-Functions of values raise ValueError that says what is wrong with them; who calls them knows what they are called."""
+The functions raise ValueError with a message that lacks its subject, such as "must be one number per file": the caller adds it."""
 
 import itertools
 import math
@@ -9,14 +9,14 @@ import sys
 
 import numpy as np
 
-MAX_CLASSES = 2 ** 17  # a class is a one-hot vector wherever a network sees it
-MAX_SHOWN = 8  # numbers of a list
+MAX_CLASSES = 2 ** 17  # limited because networks take classes as one-hot vectors
+MAX_SHOWN = 8  # numbers of a list that are shown
 NUMBERS = {int, float, bool}
 LARGEST = sys.float_info.max
 
 
 def distinct(indices):
-    """Sorted distinct whole numbers from 0, int64; numpy.unique takes 20 times as long for a million, and memory that stays taken."""
+    """Sorted distinct values of whole numbers from 0, int64; for a million, 20 times as fast as numpy.unique, and with less memory."""
     return np.flatnonzero(np.bincount(indices))
 
 
@@ -44,26 +44,26 @@ def by_name(pairs):
     if len(found) < len(pairs):
         told = next((name for name, value in pairs if found[name.replace('\\', '/')] != value), None)
         if told is not None:
-            raise ValueError(f'gives {told} several values')
+            raise ValueError(f'has several values for {told}')
     return found
 
 
 def numbers(values):
-    """A list of numbers as they stand in JSON, or an array -> float64 [N]; those beyond float64 become infinite. Raises ValueError."""
+    """A list of numbers from JSON, or an array -> float64 [N]; numbers beyond float64 become infinite. Raises ValueError."""
     if isinstance(values, np.ndarray):
         return values.astype(np.float64)
     kinds = set(map(type, values))
     if not kinds <= NUMBERS:
-        raise ValueError('must be one number a file')
-    if int in kinds:  # of any length
+        raise ValueError('must be one number per file')
+    if int in kinds:  # JSON's integers may have any length
         values = [math.inf if value > LARGEST else -math.inf if value < -LARGEST else value for value in values]
     return np.array(values, np.float64)
 
 
 def labels(values):
-    """A list, or an array, of labels, all of them classes or all of them vectors -> int64 [N] or float32 [N, D]. Raises ValueError.
+    """A list or array of labels, either all classes or all vectors -> int64 [N] or float32 [N, D]. Raises ValueError.
 
-    Classes are whole numbers, also with a point, as in 3.0; a vector is a list, also of one number."""
+    Classes are whole numbers, possibly written as floats (3.0); a vector is a list, possibly of one number."""
     wrong = ValueError('must be classes 0, 1, ... or finite vectors of one length')
     if isinstance(values, np.ndarray):
         if values.ndim == 2:
@@ -96,18 +96,18 @@ def _classes(values, wrong):
     if low < 0:
         raise wrong
     if high >= MAX_CLASSES:
-        raise ValueError(f'give class {str(high)[:20]}, and the last that can be is {MAX_CLASSES - 1}')
+        raise ValueError(f'contain class {str(high)[:20]}, but the largest allowed is {MAX_CLASSES - 1}')
     return np.array(values, np.int64)
 
 
 def _whole(values):
-    """Numbers that are whole, though they may be written with a point, as a list of int."""
+    """Whole numbers, possibly written as floats, as a list of int."""
     found = numbers(values)
     _check_finite(np.isfinite(found))
     broken = np.flatnonzero(found % 1)
     if len(broken):
         told = f'{found[broken[0]]:g}'
-        raise ValueError(f'gives {len(broken)} of {len(found)} images a label that is no whole number, such as {told}; a vector is '
+        raise ValueError(f'has labels that are not whole numbers for {len(broken)} of {len(found)} images, such as {told}; a vector is '
                          f'[{told}]')
     return list(map(int, found.tolist()))
 
@@ -122,12 +122,12 @@ def levels(values, names, scale=1.0):
     found = _over(numbers(values), scale)
     bad = np.flatnonzero(~(np.isfinite(found) & (found >= 0)))
     if len(bad):
-        raise ValueError(f'gives {names[bad[0]]} the level {shown(values[bad[0]])}; levels must be 0 or more' + _more(bad, found))
+        raise ValueError(f'has the level {shown(values[bad[0]])} for {names[bad[0]]}; levels must be 0 or more' + _more(bad, found))
     return found
 
 
 def limits(values, names, scale=1.0):
-    """Upper limits of levels divided by the scale, float64 [N]; inf for null, which is none. Raises ValueError."""
+    """Upper limits of levels divided by the scale, float64 [N]; null means no limit and becomes inf. Raises ValueError."""
     try:
         listed = values if isinstance(values, np.ndarray) else [math.inf if value is None else value for value in values]
         found = _over(numbers(listed), scale)
@@ -135,29 +135,29 @@ def limits(values, names, scale=1.0):
         raise ValueError(f'{err}, or null') from None
     bad = np.flatnonzero(~(found > 0))
     if len(bad):
-        raise ValueError(f'gives {names[bad[0]]} the limit {shown(values[bad[0]])}; limits must be above 0, or null for none'
+        raise ValueError(f'has the limit {shown(values[bad[0]])} for {names[bad[0]]}; limits must be above 0, or null for no limit'
                          + _more(bad, found))
     return found
 
 
 def lower_limits(values, names, scale=1.0):
-    """Lower limits of levels divided by the scale, float64 [N]; 0 for null, which is none, and inf for what no level is above.
+    """Lower limits of levels divided by the scale, float64 [N]; null means no limit and becomes 0; inf: no level is allowed.
 
-    JSON has no infinity: the largest float64 stands for it. Raises ValueError."""
+    JSON has no infinity: the largest float64 represents it. Raises ValueError."""
     try:
         told = numbers(values if isinstance(values, np.ndarray) else [0.0 if value is None else value for value in values])
     except ValueError as err:
         raise ValueError(f'{err}, or null') from None
     bad = np.flatnonzero(~(told >= 0))
     if len(bad):
-        raise ValueError(f'gives {names[bad[0]]} the limit {shown(values[bad[0]])}; lower limits must be 0 or more, or null for none')
+        raise ValueError(f'has the limit {shown(values[bad[0]])} for {names[bad[0]]}; lower limits must be 0 or more, or null for no limit')
     return np.where(told < LARGEST, _over(told, scale), math.inf)
 
 
 def units(value):
-    """{offset, scale} of float data: floats, or a list of floats each, one a channel; they matter as float32.
+    """{offset, scale} of float data: floats, or lists of floats with one per channel; both must be valid as float32.
 
-    Raises ValueError, or KeyError where one is missing or no number."""
+    Raises ValueError, or KeyError if one is missing or not a number."""
     if not isinstance(value, dict):
         raise KeyError('units')
     found = {key: value[key] for key in ('offset', 'scale')}
@@ -167,7 +167,7 @@ def units(value):
     told = ', '.join(f'{key}: {shown_all(one)}' for key, one in found.items())
     count = max(map(len, lists.values()))
     if not all(len(ones) in (1, count) for ones in lists.values()):
-        raise ValueError(f'units {{{told}}}; give one number each, or one a channel')
+        raise ValueError(f'units {{{told}}}; give one number each, or one per channel')
     with np.errstate(over='ignore', under='ignore'):
         offset, scale = (numbers(ones * (count // len(ones))) for ones in lists.values())
         usable = np.isfinite(np.float32([offset, scale])).all() and (np.float32(scale) > 0).all()
@@ -183,21 +183,21 @@ def per_channel(values):
 
 
 def level_scale(units):
-    """What levels in dataset.json are divided by to be in network units: the scale of float data (units; None for 8-bit images: 1).
+    """The divisor that converts levels in dataset.json to network units: the scale of float data (units; None for 8-bit images: 1).
 
-    Where channels have different scales, noise that is white for the network is not in the units that are stored: levels then stand in
+    If channels have different scales, noise that is white in network units is not white in stored units: levels are then given in
     network units, and this is 1."""
     return 1.0 if units is None else common_scale(units) or 1.0
 
 
 def common_scale(units):
-    """The scale that all channels share; None where they differ."""
+    """The common scale of all channels; None if they differ."""
     scales = np.unique(units['scale'])
     return float(scales[0]) if len(scales) == 1 else None
 
 
 def shown_all(value):
-    """A number of JSON, or a list of them, for an error or a line of text; of a long list the first few."""
+    """A number from JSON, or a list of them, as text; of a long list only the first few."""
     if not isinstance(value, list):
         return shown(value)
     more = f', ... ({len(value)} in all)' if len(value) > MAX_SHOWN else ''
@@ -205,12 +205,12 @@ def shown_all(value):
 
 
 def shown(value):
-    """A number of JSON for an error, however long it is."""
+    """A number from JSON as text; whole numbers beyond float64 are shortened."""
     return f'{value:g}' if isinstance(value, float) or abs(value) <= LARGEST else f'{"-" * (value < 0)}1e308 or more'
 
 
 def _more(bad, values):
-    """How many are bad, where it is more than the one that is told of."""
+    """How many values are bad, if there are more than the one that the message names."""
     return f' ({len(bad)} of {len(values)} are not)' if len(bad) > 1 else ''
 
 

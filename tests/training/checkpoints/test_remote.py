@@ -144,7 +144,7 @@ def test_urls_that_fail_are_one_line(files, tmp_path):
     for url, words in ((f'{files.url}/other.pkl', '404'), ('http://127.0.0.1:9/network.pkl', 'refused')):
         with pytest.raises(UserError) as error:
             load_network(url)
-        assert words in error.value.message and '\n' not in error.value.message and 'put it at' in error.value.message
+        assert words in error.value.message and '\n' not in error.value.message and 'save it as' in error.value.message
     weights = (PUBLISHED / 'model.safetensors').read_bytes()
     for content, words in ((b'<!DOCTYPE html>', 'page of text'), (weights, 'without their config.json')):
         shutil.rmtree(tmp_path / 'downloads', ignore_errors=True)

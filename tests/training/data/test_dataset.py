@@ -176,7 +176,7 @@ def test_channels_with_units_of_their_own(tmp_path):
     dataset = ImageDataset(write(tmp_path / 'g.zip', members, units={'offset': offset.tolist(), 'scale': 2}, **levels))
     np.testing.assert_allclose(dataset.native_sigma, [0.1, 0])
     np.testing.assert_allclose(dataset.sigma_max, [0.3, np.inf])
-    assert 'units of 3 channels, and its images have 2' in refusal(
+    assert 'units of 3 channels, but its images have 2' in refusal(
         write(tmp_path / 'h.zip', members, units={'offset': [0, 0, 0], 'scale': 1}))
 
 
@@ -297,7 +297,7 @@ def test_what_is_kept_fits_the_memory_of_the_node(tmp_path):
     for gib, kept in ((nbytes / 2 ** 30, nbytes), ((nbytes - 1) / 2 ** 30, 0)):
         store = store_of(data, Corruption(0.2, 0.5), cache_gib=gib)
         assert store.kept_bytes == kept
-        assert ('keep noisy images' in store.words()) == bool(kept) and ('made at each use' in store.words()) == (not kept)
+        assert ('keep noisy images' in store.words()) == bool(kept) and ('recomputed at each use' in store.words()) == (not kept)
 
 
 RANKS = '''

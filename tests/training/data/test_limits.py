@@ -172,7 +172,7 @@ def test_images_that_can_never_be_used_are_counted(policy, capsys):
 
 def test_levels_below_every_sigma_min_are_said(capsys):
     PairStream([0.0, 0.0], P, batch=4, lower=[0.5, 0.3])
-    assert f'no image may be seen at {(1 - sf(0.3)) * 100:.1f}% of the levels of --noise (between 0 and 0.3)' in capsys.readouterr().out
+    assert f'no image may be used at {(1 - sf(0.3)) * 100:.1f}% of the levels of --noise (between 0 and 0.3)' in capsys.readouterr().out
     PairStream([0.0, 0.0], P, batch=4, lower=[0.5, 0.0])
     assert capsys.readouterr().out == ''
 

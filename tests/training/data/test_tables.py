@@ -37,7 +37,7 @@ def test_labels():
     for values in ([3.0, 0, 1], [3.0, 0.0, 1.0], [3, False, True]):
         assert tables.labels(values).dtype == np.int64 and tables.labels(values).tolist() == [3, 0, 1]
     assert tables.labels([0, tables.MAX_CLASSES - 1]).max() == tables.MAX_CLASSES - 1
-    with pytest.raises(ValueError, match='give class 131072, and the last that can be is 131071'):
+    with pytest.raises(ValueError, match='contain class 131072, but the largest allowed is 131071'):
         tables.labels([0, tables.MAX_CLASSES])
 
 
@@ -73,7 +73,7 @@ def test_lower_limits():
     for bad in (-1, math.nan, -FAR):
         with pytest.raises(ValueError, match='gives b.png the limit .*; lower limits must be 0 or more, or null'):
             tables.lower_limits([None, bad], NAMES)
-    with pytest.raises(ValueError, match='one number a file, or null'):
+    with pytest.raises(ValueError, match='one number per file, or null'):
         tables.lower_limits([1, 'x'], NAMES)
 
 
@@ -110,7 +110,7 @@ def test_units_of_channels():
     for offset, scale in (([], 1), (0, []), ([[1]], 1), (['1'], 1), ([True], 1), ([None], 1), ({}, 1)):
         with pytest.raises(KeyError):
             tables.units({'offset': offset, 'scale': scale})
-    for offset, scale, text in (([1, 2], [1, 2, 3], 'one a channel'), ([0, 0], [1, 0], 'scale above 0'), ([0, math.nan], 1, 'finite'),
+    for offset, scale, text in (([1, 2], [1, 2, 3], 'one per channel'), ([0, 0], [1, 0], 'scale above 0'), ([0, math.nan], 1, 'finite'),
                                 ([FAR, 0], 1, '1e308 or more'), (0, [1, 1e-60], 'scale above 0')):
         with pytest.raises(ValueError, match=text):
             tables.units({'offset': offset, 'scale': scale})

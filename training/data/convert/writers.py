@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Members of an archive as bytes, and a zip or folder that appears only when it is whole."""
+"""Encodes members of an archive, and writes zips and folders that appear only when they are complete."""
 
 import contextlib
 import io
@@ -41,7 +41,7 @@ def encode_npy(image):
 
 
 class ArchiveWriter:
-    """A stored zip, or a folder, which is there when the context ends well."""
+    """Writes an uncompressed zip, or a folder, which appears when the context ends without an error."""
 
     def __init__(self, dest):
         self.dest = dest = os.path.abspath(dest)
@@ -65,9 +65,9 @@ class ArchiveWriter:
         return self
 
     def write(self, name, data):
-        """Adds a member (bytes). Raises UserError for a name that leads out of the archive."""
+        """Adds a member (bytes). Raises UserError for a name that points outside the archive."""
         if os.path.isabs(name) or '..' in name.replace('\\', '/').split('/'):
-            raise UserError(f'{name}: leads out of {self.dest}; a member is named relative to it')
+            raise UserError(f'{name}: points outside {self.dest}; names of members are relative to it')
         if self._as_zip:
             # One date for all: the same images give the same file, byte by byte.
             self._zip.writestr(zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0)), data)
@@ -86,13 +86,14 @@ class ArchiveWriter:
 
 
 class PackedWriter:
-    """A packed data set, an .npz or a folder, which is there when the context ends well; it takes what an ArchiveWriter takes."""
+    """Writes a packed data set, an .npz or a folder, with the interface of ArchiveWriter; it appears when the context ends without an
+    error."""
 
     def __init__(self, dest):
         self.dest = os.path.abspath(dest)
         as_npz = self.dest.lower().endswith('.npz')
         if os.path.splitext(self.dest)[1] and not as_npz:
-            raise UserError(f'--dest={dest}: packed data end in .npz, or are a folder named without an extension')
+            raise UserError(f'--dest={dest}: packed data go into an .npz, or a folder named without an extension')
         if as_npz and os.path.isdir(self.dest):
             raise UserError(f'--dest={dest}: is a folder; name a file')
         if not as_npz and os.path.exists(self.dest) and (not os.path.isdir(self.dest) or os.listdir(self.dest)):
@@ -109,8 +110,8 @@ class PackedWriter:
         if self._packed is None:
             self._packed = self._open.enter_context(new_packed(self.dest, image.shape, image.dtype))
         if image.shape != self._packed.shape:
-            raise UserError(f'{name} has the shape {list(image.shape)}, others {list(self._packed.shape)}, and packed images are of one '
-                            'shape; make them equal with --resolution')
+            raise UserError(f'{name} has the shape {list(image.shape)}, others have {list(self._packed.shape)}, but packed images '
+                            'must have one shape; make them equal with --resolution')
         self._packed.append(image.tobytes())
 
     def write_json(self, name, value):
@@ -124,5 +125,5 @@ class PackedWriter:
 
 
 def open_writer(dest, packed):
-    """The writer for --dest, packed where that is asked for or where the name says so. Raises UserError."""
+    """The writer for --dest, packed if `packed` is true or the name ends in .npz. Raises UserError."""
     return PackedWriter(dest) if packed or str(dest).lower().endswith('.npz') else ArchiveWriter(dest)

@@ -96,7 +96,8 @@ def test_tables_that_miss_images_or_name_others(archive):
 @pytest.mark.parametrize('change, text', [
     (lambda meta: meta.update(labels=[['a', 1, 2]]), '"labels" must be [file, value] pairs'),
     (lambda meta: meta['labels'].append([names(0)[0], 5]), f'"labels" gives {names(0)[0]} several values'),
-    (lambda meta: [pair.__setitem__(1, 0.5) for pair in meta['labels']], '"labels" gives 6 of 6 images a label that is no whole number'),
+    (lambda meta: [pair.__setitem__(1, 0.5) for pair in meta['labels']],
+     '"labels" has labels that are not whole numbers for 6 of 6 images'),
     (lambda meta: meta.update(sigma_max=dict.fromkeys(names(*range(6)), 0)), '"sigma_max" gives'),
     (lambda meta: meta.update(sigma_min=dict.fromkeys(names(*range(6)), -1)), '"sigma_min" gives'),
     (lambda meta: meta.update(sigmas=7), '"sigmas" must be')])

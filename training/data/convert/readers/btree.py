@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the values of an LMDB data file lie: a walk over its tree of pages that believes nothing it says.
+"""Finds the values in an LMDB data file by walking its tree of pages, all of whose entries are checked.
 
-The library itself follows whatever a page says to wherever that is in memory, so that a damaged file ends the process that reads it;
-and it opens a file once in a process only. The format (0.9, of 64-bit little-endian machines) is that of the symas/mdb sources:
+The LMDB library follows any offset in a page without a check, so that a damaged file crashes the process that reads it; and it can open
+a file only once per process. The format (0.9, of 64-bit little-endian machines) is that of the symas/mdb sources:
 page = number (8 bytes), pad (2), flags (2), lower (2), upper (2) or pages (4), then the places of its nodes (2 each);
 node = low and high half of a size or page number (2, 2), flags or its top (2), size of the key (2), key, data."""
 
@@ -77,7 +77,7 @@ class Tree:
         """The places of a page's nodes."""
         lower, = struct.unpack_from('<H', page, 12)
         if not HEAD <= lower <= len(page) or lower % 2:
-            raise ValueError('a page without sense')
+            raise ValueError('a page with an invalid header')
         places = struct.unpack_from(f'<{(lower - HEAD) // 2}H', page, HEAD)
         if places and not lower <= min(places) <= max(places) <= len(page) - 8:
             raise ValueError('a page whose nodes lie outside of it')

@@ -66,7 +66,7 @@ class LmdbSource(EncodedSource):
         kept = [i for i, own in enumerate(tree.keys) if not NOTES.fullmatch(own.lower())]
         if not kept:
             inside = ', '.join(name.decode(errors='replace') for name in tree.databases)
-            raise ValueError('no images in it' + (f'; it has databases with names, say key= one of {inside}' if inside else ''))
+            raise ValueError('no images in it' + (f'; it has databases with names, give key= one of {inside}' if inside else ''))
         self._offsets, self._sizes = (array('q', (values[i] for i in kept)) for values in (tree.offsets, tree.sizes))
         self.names = [self._name(tree.keys[i], tree.integer_keys) for i in kept]
         if len(set(self.names)) < len(self.names):
@@ -90,7 +90,7 @@ class LmdbSource(EncodedSource):
         """The value of a key."""
         offset, size = self._offsets[index], self._sizes[index]
         if size > MAX_MEMBER:
-            raise ValueError(f'it has {size} bytes, more than the {MAX_MEMBER} that are read of it')
+            raise ValueError(f'it has {size} bytes, more than the limit of {MAX_MEMBER}')
         return self._file().read(offset, size)
 
 
@@ -201,7 +201,7 @@ def _first(path):
     try:
         with tarfile.open(path) as archive:
             return next((member for member in itertools.islice(archive, 100) if member.isfile()), None)
-    except Exception:  # whatever is wrong with it is told where it is read
+    except Exception:  # errors are reported when it is read
         return None
 
 
@@ -228,7 +228,7 @@ def _samples(shard):
                 continue  # other programs' notes
             sample = found.setdefault(os.path.join(folder, name), {})
             if ending.lower() in sample:
-                raise ValueError(f'{member.name} stands twice in {os.path.basename(shard)}')
+                raise ValueError(f'{member.name} occurs twice in {os.path.basename(shard)}')
             sample[ending.lower()] = member.offset_data, member.size
             archive.members = []  # tarfile would keep all of them
     return list(found.items())
@@ -241,7 +241,7 @@ def _image_member(members, key):
     found = [ending for ending in members if f'.{ending}'.endswith((*IMAGES, *RARER_IMAGES))]
     found = [ending for ending in found if '.' not in ending] or found
     if len(found) > 1:
-        raise ValueError(f'its samples have several images: {", ".join(found)}; say key= one of them')
+        raise ValueError(f'its samples have several images: {", ".join(found)}; give key= one of them')
     return found[0] if found else None
 
 

@@ -32,7 +32,7 @@ class Hdf5Source(Source):
     def __init__(self, path, key=None, label_key=None, layout=None):
         needs('h5py', path)
         if layout not in (None, *LAYOUTS):
-            raise UserError(f'--source={path}: layout={layout} is none of {", ".join(LAYOUTS)}')
+            raise UserError(f'--source={path}: layout={layout} is unknown; choose from {", ".join(LAYOUTS)}')
         with guarded():
             file = _open(path)
             with contextlib.closing(file):
@@ -102,7 +102,7 @@ def _images(file, key):
     named = [name for name in found if name.split('/')[-1] == 'images']
     if len(found) != 1 and len(named) != 1:
         told = '; '.join(list(found.values())[:20])
-        raise ValueError(f'several data sets may be the images: {told}; say key= one of them' if found else
+        raise ValueError(f'several data sets may be the images: {told}; give key= one of them' if found else
                          'no data set of numbers with three or four dimensions in it')
     return named[0] if len(named) == 1 else next(iter(found))
 
@@ -115,7 +115,7 @@ def _data_sets(file):
         above, group = groups.pop()
         for name in group:
             if len(seen) > MOST_OBJECTS:
-                raise ValueError(f'it has more than {MOST_OBJECTS} groups and data sets; say key= where the images are')
+                raise ValueError(f'it has more than {MOST_OBJECTS} groups and data sets; give the path of the images with key=')
             if not isinstance(group.get(name, getlink=True), h5py.HardLink):
                 continue
             item = group[name]

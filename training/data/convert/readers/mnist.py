@@ -24,14 +24,15 @@ class MnistSource(ArraySource):
 
     def __init__(self, path, split=None):
         if split not in (None, *SPLITS):
-            raise UserError(f'--source={path}: split={split} is none of {", ".join(SPLITS)}')
+            raise UserError(f'--source={path}: split={split} is unknown; choose from {", ".join(SPLITS)}')
         folder, name = os.path.split(path)
         if os.path.isdir(path):
             folder, name = path, next(iter(_files(path, split or 'train')), None)
             if name is None:
                 raise ValueError(f'no {SPLITS[split or "train"]}-images-idx3-ubyte(.gz) in it')
         elif split and SPLITS[split] not in name.lower():
-            raise UserError(f'--source={path}: split={split} is told by {SPLITS[split]} in its name; name that file, or their folder')
+            raise UserError(f'--source={path}: split={split}: the file of this split has {SPLITS[split]} in its name; give that file, '
+                            'or the folder of all files')
         images = read_idx(os.path.join(folder, name))
         if images.ndim != 3:
             raise ValueError(f'an array of shape {list(images.shape)}, expected images [N,H,W]')

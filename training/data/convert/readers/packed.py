@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Packed data sets as sources: what dataset_tool.py --packed has written."""
+"""Packed data sets, as written by dataset_tool.py --packed, as sources."""
 
 import contextlib
 import os
@@ -13,7 +13,7 @@ from training.data.packed import Packed, is_packed
 class PackedSource(ArraySource):
     """The images of a packed .npz or folder, with their labels, levels and units."""
 
-    what = 'what --packed has written'
+    what = 'a data set written with --packed'
 
     def __init__(self, path):
         self._path, contents = path, Packed(path, where=f'--source={path}')

@@ -173,7 +173,7 @@ def _one(splits, split):
         return 'train' if 'train' in splits else next(iter(splits))
     if split not in splits:
         raise ValueError(f'{"it has" if split is None else f"split={split}: it has"} the splits {", ".join(map(str, splits)) or "none"}; '
-                         'say split= one of them')
+                         'give split= one of them')
     return split
 
 
@@ -199,7 +199,7 @@ def _image_column(schema, features, key):
     found = next((way for way in ways if way), [])
     if len(found) != 1:
         told = f'several columns of images: {", ".join(found)}' if found else f'no column of images among {", ".join(schema.names)}'
-        raise ValueError(f'{told}; say key= one of them')
+        raise ValueError(f'{told}; give key= one of them')
     return found[0]
 
 
@@ -211,7 +211,7 @@ def _label_column(schema, features, key):
         return key
     found = [name for name in schema.names if features.get(name, {}).get('_type') == 'ClassLabel']
     if len(found) > 1:
-        raise ValueError(f'several columns of classes: {", ".join(found)}; say label_key= one of them')
+        raise ValueError(f'several columns of classes: {", ".join(found)}; give label_key= one of them')
     plain = lambda kind: pyarrow.types.is_integer(kind) or pyarrow.types.is_string(kind)
     found = found or [name for name in LABELS if name in schema.names and plain(schema.field(name).type)]
     return found[0] if found else None
@@ -221,10 +221,10 @@ def _bytes(value):
     """The bytes of an image as a column has them: themselves, or in a struct; a path to a file elsewhere is not followed."""
     if isinstance(value, dict):
         if value.get('bytes') is None and value.get('path') is not None:
-            raise ValueError('the table has the path of a picture, and not the picture; make it again with the pictures in it')
+            raise ValueError('the table has the path of a picture instead of the picture; make it again with embedded pictures')
         value = value.get('bytes')
     if not isinstance(value, bytes):
         raise ValueError('the table has no picture there')
     if len(value) > MAX_MEMBER:
-        raise ValueError(f'it has {len(value)} bytes, more than the {MAX_MEMBER} that are read of it')
+        raise ValueError(f'it has {len(value)} bytes, more than the limit of {MAX_MEMBER}')
     return value

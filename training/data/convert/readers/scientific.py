@@ -66,7 +66,7 @@ class FitsFile:
         found = {k: one for k, one in enumerate(file) if one.is_image and len(one.shape or ()) >= 2 and min(one.shape) > 0}
         if len(found) != 1:
             told = ', '.join(f'{k} {one.name} {list(one.shape)}' for k, one in list(found.items())[:20])
-            raise ValueError(f'several HDUs hold images: {told}; say hdu= one of them' if found else 'no HDU in it holds an image')
+            raise ValueError(f'several HDUs hold images: {told}; give hdu= one of them' if found else 'no HDU in it holds an image')
         return next(iter(found.values()))
 
     def _check(self, path):
