@@ -4,6 +4,7 @@
 import math
 import os
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -22,7 +23,7 @@ class Header(NamedTuple):
     offset: int  # bytes before the numbers
 
 
-def read_header(head, size):
+def read_header(head: bytes, size: int) -> Header:
     """The Header of an .npy file of `size` bytes whose first bytes are `head`.
 
     Raises ValueError for other files, for arrays of anything but plain numbers, and for files shorter than the header says."""
@@ -50,14 +51,14 @@ def read_header(head, size):
     return Header(dtype, shape, 'F' if order == 'True' else 'C', offset)
 
 
-def from_bytes(data):
+def from_bytes(data: bytes) -> np.ndarray:
     """The array in the bytes of an .npy file, writable. Raises ValueError."""
     found = read_header(data, len(data))
     flat = np.frombuffer(data, found.dtype, math.prod(found.shape), found.offset)
     return flat.reshape(found.shape, order=found.order).copy(order='K')
 
 
-def open_npy(path, start=0, size=None):
+def open_npy(path: str | os.PathLike, start: int = 0, size: int | None = None) -> np.ndarray:
     """The array in an .npy file, mapped from the disk, read-only. Raises ValueError and OSError.
 
     start, size: in bytes, for an .npy that is part of the file at `path`, such as a member of an uncompressed .npz."""
@@ -70,7 +71,7 @@ def open_npy(path, start=0, size=None):
     return np.memmap(path, found.dtype, 'r', start + found.offset, found.shape, found.order)
 
 
-def header(dtype, shape):
+def header(dtype: np.dtype, shape: Sequence[int]) -> bytes:
     """The header of an .npy file of an array in C order: always HEADER bytes, so that it can be written last, once the shape is known."""
     text = repr({'descr': np.dtype(dtype).str, 'fortran_order': False, 'shape': tuple(int(side) for side in shape)})
     return b'\x93NUMPY\1\0' + (HEADER - 10).to_bytes(2, 'little') + text.ljust(HEADER - 11).encode() + b'\n'

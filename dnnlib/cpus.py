@@ -10,13 +10,13 @@ CGROUPS = Path('/sys/fs/cgroup')
 
 
 @functools.cache
-def cpu_count():
+def cpu_count() -> int:
     """Cores that this process may use: limited by its affinity (taskset, Slurm) and by the quota of its container; at least 1."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
     return max(1, math.floor(min(cores, quota())))
 
 
-def quota(root=CGROUPS, own=Path('/proc/self/cgroup')):
+def quota(root: Path = CGROUPS, own: Path = Path('/proc/self/cgroup')) -> float:
     """The strictest CPU limit of this process's control groups, in cores; inf without a limit."""
     return min((_share(folder) for folder in _groups(root, own)), default=math.inf)
 

@@ -16,18 +16,18 @@ from dnnlib.progress import Progress
 from dnnlib.util import UserError
 
 
-def cache_dir():
+def cache_dir() -> str:
     """Where downloads are kept: $AMBIENT_CACHE, else the user's cache folder."""
     root = os.environ.get('XDG_CACHE_HOME') or os.path.join(os.path.expanduser('~'), '.cache')
     return os.environ.get('AMBIENT_CACHE') or os.path.join(root, 'ambient-trainer')
 
 
-def is_url(ref):
+def is_url(ref: str | os.PathLike) -> bool:
     """True for http:// and https:// references."""
     return urllib.parse.urlparse(str(ref)).scheme in ('http', 'https')
 
 
-def open_url(ref, sha256=None):
+def open_url(ref: str | os.PathLike, sha256: str | None = None) -> str:
     """Local path of a file that may be a URL; URLs are downloaded once into cache_dir(), where an interrupted download is resumed.
 
     ref: a path, or a URL that may end in #sha256=DIGEST. sha256: expected hexadecimal digest, or its first digits; a file that

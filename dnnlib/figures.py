@@ -2,13 +2,15 @@
 """Figures by matplotlib, which is imported only when one is drawn, without a display."""
 
 import contextlib
+import os
+from collections.abc import Iterator
 
 from dnnlib.files import replacing
 from dnnlib.util import UserError
 
 
 @contextlib.contextmanager
-def figure(path, who, rows, columns, size):
+def figure(path: str | os.PathLike, who: str, rows: int, columns: int, size: tuple[float, float]) -> Iterator[tuple]:
     """(figure, axes [rows, columns]) to draw on; saved to `path` as a PNG when the block ends without an error.
 
     who: what needs matplotlib, for the error if it is missing. size: (width, height) in inches."""

@@ -10,6 +10,8 @@ import os
 import shutil
 import tempfile
 import uuid
+from collections.abc import Iterator
+from typing import Any
 
 from dnnlib.util import UserError, one_line
 
@@ -18,7 +20,7 @@ from dnnlib.util import UserError, one_line
 
 
 @contextlib.contextmanager
-def replacing(path):
+def replacing(path: str | os.PathLike) -> Iterator[str]:
     """A temporary path beside `path`, renamed to it when the block ends without an error, and removed otherwise."""
     folder, name = os.path.split(os.path.abspath(path))
     part = os.path.join(folder, f'.{name}.{os.getpid()}')
@@ -31,7 +33,7 @@ def replacing(path):
 
 
 @contextlib.contextmanager
-def new_folder(dest, over='nothing'):
+def new_folder(dest: str | os.PathLike, over: str = 'nothing') -> Iterator[str]:
     """A temporary folder beside `dest`, renamed to it when the block ends without an error, and removed otherwise.
 
     over: what may exist at `dest`: "nothing", "empty" (nothing, or a folder without files) or "anything", which is then replaced."""
@@ -62,19 +64,19 @@ TOO_LARGE = f'{{}}: larger than the limit of {MAX_JSON} bytes for JSON'
 
 
 
-def write_json(path, value, null=False):
+def write_json(path: str | os.PathLike, value: Any, null: bool = False) -> None:
     """Writes a JSON file. null: whether nan and infinity become null; otherwise they raise ValueError."""
     with replacing(path) as part, open(part, 'w', encoding='utf-8') as f:
         json.dump(finite(value) if null else value, f, indent=2, allow_nan=False)
         f.write('\n')
 
 
-def read_json(path):
+def read_json(path: str | os.PathLike) -> dict:
     """The object in a JSON file. Raises UserError, in one line, where it holds anything else."""
     return _object(read_value(path), path)
 
 
-def read_value(path, name=None):
+def read_value(path: str | os.PathLike, name: str | None = None) -> Any:
     """The value in a JSON file, of any type; `name`: its name in errors. Raises UserError."""
     name = name or path
     try:
@@ -86,12 +88,12 @@ def read_value(path, name=None):
         raise UserError(f'{name}: {err.strerror or err}') from None
 
 
-def json_object(data, name):
+def json_object(data: str | bytes, name: str) -> dict:
     """The object in JSON text or bytes; `name`: their name in errors."""
     return _object(json_value(data, name), name)
 
 
-def json_value(data, name):
+def json_value(data: str | bytes, name: str) -> Any:
     """The value in JSON text or bytes from any source. Raises UserError, in one line."""
     if len(data) > MAX_JSON:
         raise UserError(TOO_LARGE.format(name))
@@ -111,7 +113,7 @@ def _object(value, name):
     return value
 
 
-def finite(value):
+def finite(value: Any) -> Any:
     """A value of JSON types with None in place of nan and infinity, which JSON cannot represent."""
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
@@ -124,7 +126,7 @@ def finite(value):
 # Where results go, and digests of files
 
 
-def file_digest(path):
+def file_digest(path: str | os.PathLike) -> str:
     """SHA-256, hexadecimal, of a file, or of all files of a folder: of their sorted names, each followed by a zero byte and the
     32 bytes of its own SHA-256. Hidden files, such as unfinished ones, and __MACOSX do not count; neither do times or the path."""
     if not os.path.isdir(path):
@@ -154,19 +156,19 @@ def _visible_files(folder):
     return sorted(names)
 
 
-def beside(ref, suffix):
+def beside(ref: str | os.PathLike, suffix: str) -> str:
     """A path for output that belongs to `ref`: beside a local file or folder; in the working folder for a name of the Hub."""
     return (os.path.abspath(ref) if os.path.exists(ref) else ref.replace('/', '--')) + suffix
 
 
-def check_writable(folder):
+def check_writable(folder: str | os.PathLike) -> None:
     """Creates the folder; raises OSError if no file can be created in it."""
     os.makedirs(folder, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder):
         pass
 
 
-def prepare_output(path, option, suffix=''):
+def prepare_output(path: str | os.PathLike, option: str, suffix: str = '') -> None:
     """Creates the folder of an output file, and refuses a path that cannot be written, before hours of work are spent on it."""
     if os.path.isdir(path) or not path.endswith(suffix):
         found, ending = 'is a folder, ' if os.path.isdir(path) else '', suffix and f' that ends in {suffix}'

@@ -2,6 +2,8 @@
 """The fingerprint of a set of images, independent of its path: a few JSON values that show how two sets differ."""
 
 import hashlib
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -11,7 +13,7 @@ OTHER_TIMES = 'its files have other modification times: copy them with their tim
 OTHER_CONTENT = {'folder': f'{OTHER_TIMES}, or make a zip of them', 'packed folder': OTHER_TIMES}
 
 
-def fingerprint(kind, names, sizes, contents, labels):
+def fingerprint(kind: str, names: Sequence[str], sizes: Sequence[int], contents: Sequence[int], labels: str | None) -> dict:
     """{kind, images, names, content, labels}: the number of images, and digests of names and sizes, of contents, of the labels' file.
 
     kind: what holds the images. names: sorted, without "\\0". sizes: of each in bytes. contents: for each a whole number that changes
@@ -22,7 +24,7 @@ def fingerprint(kind, names, sizes, contents, labels):
     return {'kind': kind, 'images': len(names), 'names': digest(text, numbers), 'content': digest(content), 'labels': labels}
 
 
-def digest(*parts):
+def digest(*parts: bytes) -> str:
     """The first 128 bits of the SHA-256 of bytes, hexadecimal."""
     found = hashlib.sha256()
     for part in parts:
@@ -31,7 +33,7 @@ def digest(*parts):
     return found.hexdigest()[:32]
 
 
-def data_differences(old, new):
+def data_differences(old: Any, new: Any) -> list[str]:
     """The differences of a new fingerprint from an old one, as readable phrases; [] if both are of the same data."""
     get, found = (lambda one, key: one.get(key) if isinstance(one, dict) else None), []
     differs = lambda key: get(old, key) != get(new, key)

@@ -3,13 +3,14 @@
 
 import contextlib
 import re
+from collections.abc import Iterator
 
 from dnnlib.util import UserError, one_line
 
 NAME = re.compile(r'(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>\S+))?')
 
 
-def fetch(ref, *files, repo=None, revision=None):
+def fetch(ref: str, *files: str | tuple[str, ...], repo: str | None = None, revision: str | None = None) -> list[str]:
     """Local paths of the files of a repository; a file may be given as a tuple of names, of which the first that exists is taken.
 
     ref: the repository's name in errors. repo: owner/name, by default ref itself. Raises UserError."""
@@ -30,7 +31,8 @@ def fetch(ref, *files, repo=None, revision=None):
 
 
 @contextlib.contextmanager
-def hub_errors(ref, revision=None, refusal='no such folder here, and the Hugging Face Hub says', files='a file'):
+def hub_errors(ref: str, revision: str | None = None, refusal: str = 'no such folder here, and the Hugging Face Hub says',
+               files: str = 'a file') -> Iterator[None]:
     """Turns errors of the Hub's client into one line that says what to do; its own log messages are suppressed.
 
     refusal: how the line begins for errors without a message of their own here. files: what the repository may lack."""

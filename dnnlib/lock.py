@@ -20,10 +20,10 @@ class FolderLock:
     Such a lock belongs to the process, and is lost when the process closes any descriptor of the file: nothing else here opens it.
     Attribute known: False if the file system has no locks, so that none is held."""
 
-    def __init__(self, folder):
+    def __init__(self, folder: str | os.PathLike):
         self.path, self._handle, self.known = os.path.join(folder, NAME), None, True
 
-    def acquire(self, wait_sec=0.0):
+    def acquire(self, wait_sec: float = 0.0) -> str | None:
         """Takes the lock; returns None, or a short description of its owner if the lock cannot be taken in time."""
         end = time.monotonic() + wait_sec
         while not self._try():
@@ -68,7 +68,7 @@ class FolderLock:
         except (OSError, ValueError, KeyError, TypeError):
             return 'another process'
 
-    def release(self):
+    def release(self) -> None:
         """Releases the lock, and removes its file."""
         if self._handle is not None:
             with contextlib.suppress(OSError):

@@ -7,6 +7,7 @@ import re
 import warnings
 
 import numpy as np
+import PIL.Image
 import PIL.ImageMode
 
 # Pillow's modes whose values are not intensities, or are multiplied by alpha.
@@ -25,7 +26,7 @@ TURNS = {2: lambda x: x[:, ::-1], 3: lambda x: x[::-1, ::-1], 4: lambda x: x[::-
 warnings.filterwarnings('ignore', category=UserWarning, module='PIL.TiffImagePlugin')  # about damaged EXIF, which is ignored
 
 
-def check(picture, data):
+def check(picture: PIL.Image.Image, data: bytes) -> None:
     """Raises ValueError for a picture that would not be read completely."""
     remedy = 'save it as .npy' + ', or install tifffile, which lets dataset_tool.py read it' * (picture.format == 'TIFF')
     if picture.format in SEVERAL and getattr(picture, 'is_animated', False):
@@ -44,7 +45,7 @@ def check(picture, data):
             raise ValueError(f'{bits} bits with white at 0, which would be read as black; {remedy}')
 
 
-def header(picture, data):
+def header(picture: PIL.Image.Image, data: bytes) -> tuple[int, int, int, bool]:
     """(channels, height, width, is_8bit) of the array that pixels() returns."""
     height, width = picture.height, picture.width
     if orientation(picture, data) >= 5:
@@ -53,7 +54,7 @@ def header(picture, data):
     return len(bands), height, width, not picture.mode.startswith(('I', 'F'))
 
 
-def pixels(picture, data):
+def pixels(picture: PIL.Image.Image, data: bytes) -> np.ndarray:
     """The pixels [C,H,W]: uint8, or the deeper type that they are stored in."""
     turn = TURNS.get(orientation(picture, data))  # read before the file is closed
     largest = _largest(picture, data)
@@ -69,7 +70,7 @@ def pixels(picture, data):
     return np.ascontiguousarray(array[None] if array.ndim == 2 else array.transpose(2, 0, 1))
 
 
-def orientation(picture, data):
+def orientation(picture: PIL.Image.Image, data: bytes) -> int:
     """EXIF's orientation, 1 to 8; 1 if there is none, and for TIFF, which Pillow turns by itself."""
     if picture.format == 'TIFF' or picture.format == 'PNG' and not any(name in NOTES for name in _chunks(data)):
         return 1

@@ -3,6 +3,8 @@
 
 import sys
 import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 from tqdm import tqdm
 
@@ -18,7 +20,8 @@ class Progress:
     nothing: "Decoding: 12000 of 50000 img (24%), 1750 img/s, ETA 22s". total: None if unknown. desc: None for a bar without a
     name. show: whether this process prints at all. initial: items done before. unit "B" is printed in MiB. options: passed to tqdm."""
 
-    def __init__(self, total, desc=None, unit='img', *, show=True, initial=0, interval=INTERVAL_SEC, clock=time.monotonic, **options):
+    def __init__(self, total: int | None, desc: str | None = None, unit: str = 'img', *, show: bool = True, initial: int = 0,
+                 interval: float = INTERVAL_SEC, clock: Callable[[], float] = time.monotonic, **options: Any):
         self.total, self.desc, self.unit, self.done, self.initial = total, desc, unit, initial, initial
         self._show, self._interval, self._clock = show, interval, clock
         self._options, self._bar = options, None
@@ -33,7 +36,7 @@ class Progress:
         if self._bar is not None:
             self._bar.close()
 
-    def update(self, n=1):
+    def update(self, n: int = 1) -> None:
         """Counts n more items as done."""
         self.done += n
         if self._bar is not None:
@@ -42,14 +45,14 @@ class Progress:
             self._last = self._clock()
             print(self.line(self._last - self._start), flush=True)
 
-    def over(self, items):
+    def over(self, items: Iterable) -> Iterator:
         """Yields the items; each is counted when the loop has finished with it."""
         with self:
             for item in items:
                 yield item
                 self.update()
 
-    def line(self, seconds):
+    def line(self, seconds: float) -> str:
         """The line to print after `seconds`."""
         unit, scale = ('MiB', 2 ** 20) if self.unit == 'B' else (self.unit, 1)
         done, rate = f'{self.done / scale:.0f}', (self.done - self.initial) / seconds if seconds else 0

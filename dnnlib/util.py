@@ -13,7 +13,7 @@ class UserError(Exception):
 
     The command line shows it without a traceback and exits with code 1."""
 
-    def __init__(self, message):
+    def __init__(self, message: str):
         message = printable(message if len(message) <= LONGEST else f'{message[:LONGEST]}...')
         super().__init__(message)
         self.message = message
@@ -42,7 +42,7 @@ class Logger:
 
     Printing never fails because of the file: see LogFile. Thread-safe."""
 
-    def __init__(self, path):
+    def __init__(self, path: str | os.PathLike):
         self.path = path
 
     def __enter__(self):
@@ -55,7 +55,7 @@ class Logger:
         sys.stdout, sys.stderr = self._streams
         self._file.close()
 
-    def note(self, text):
+    def note(self, text: str) -> None:
         """Writes a line to the file only, at once."""
         self._file.write(f'{text}\n')
 
@@ -68,12 +68,12 @@ class LogFile:
 
     KEPT = 1 << 20
 
-    def __init__(self, path):
+    def __init__(self, path: str | os.PathLike):
         self._fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         self._lock = threading.RLock()  # a signal handler may print while its own thread prints
         self._waiting, self._dropped, self._reason = bytearray(), 0, ''
 
-    def write(self, text):
+    def write(self, text: str) -> None:
         """Takes text; complete lines are in the file when this returns, if possible."""
         data = text.encode('utf-8', 'backslashreplace')
         with self._lock:
@@ -86,12 +86,12 @@ class LogFile:
             if b'\n' in data:
                 self._drain()
 
-    def flush(self):
+    def flush(self) -> None:
         """Writes the pending text, if possible."""
         with self._lock:
             self._drain()
 
-    def close(self):
+    def close(self) -> None:
         """Writes the pending text, if possible, and closes the file; later text is discarded."""
         with self._lock:
             self._drain()
@@ -115,7 +115,7 @@ class LogFile:
         return not self._waiting
 
 
-def append_line(path, text):
+def append_line(path: str | os.PathLike, text: str) -> bool:
     """Appends a line to a file that other processes and threads may write to; returns whether that worked, and never raises."""
     data = memoryview(f'{text}\n'.encode('utf-8', 'backslashreplace'))
     try:
@@ -149,7 +149,7 @@ class _Tee:
         return getattr(self._stream, name)
 
 
-def format_time(seconds):
+def format_time(seconds: float) -> str:
     """A duration in the two largest fitting units: 42s, 3m 07s, 5h 02m, 2d 11h."""
     s = int(round(seconds))
     if s < 60:
@@ -161,11 +161,11 @@ def format_time(seconds):
     return f'{s // 86400}d {s // 3600 % 24:02}h'
 
 
-def printable(text):
+def printable(text: str) -> str:
     """Text with line ends and control characters, which file names may contain, replaced by escapes."""
     return text if text.isprintable() else ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
-def one_line(err, last=False):
+def one_line(err: BaseException | str, last: bool = False) -> str:
     """The message of an error in at most 200 characters: its first line, or its last; the type of the error if it has no message."""
     return (str(err).strip().splitlines() or [type(err).__name__])[-1 if last else 0][:200]

@@ -5,6 +5,7 @@ user's own."""
 import importlib
 import os
 import sys
+from collections.abc import Callable, Sequence
 
 import safetensors
 import safetensors.torch
@@ -31,12 +32,13 @@ class Detector:
 
     tf32 = False
 
-    def __init__(self, name, net, device, weights=None, sha256=None, rgb=True, max_dim=None, spatial_dim=None):
+    def __init__(self, name: str, net: Callable, device: torch.device | str, weights: str | os.PathLike | None = None,
+                 sha256: str | None = None, rgb: bool = True, max_dim: int | None = None, spatial_dim: int | None = None):
         self.name, self.net, self.device = name, net, torch.device(device)
         self.weights, self.sha256, self.spatial_dim = weights, sha256, spatial_dim
         self._rgb, self._max_dim, self._dims = rgb, max_dim, {}
 
-    def dim(self, shape):
+    def dim(self, shape: Sequence[int]) -> int:
         """Number of features of images [C,H,W]; raises UserError for images that it does not accept."""
         shape = tuple(shape)
         if self._rgb and shape[0] not in (1, 3):
@@ -49,7 +51,7 @@ class Detector:
         return self._dims[shape]
 
     @torch.no_grad()
-    def __call__(self, images, spatial=False):
+    def __call__(self, images: torch.Tensor, spatial: bool = False) -> tuple:
         images = images.to(self.device)
         images = images.expand(-1, 3, -1, -1) if self._rgb and images.shape[1] == 1 else images
         with misc.full_float32():
@@ -64,7 +66,8 @@ class Detector:
         return features, logits
 
 
-def inception_detector(device, weights=None, channels_last=False, precision='fp32', compile=False):
+def inception_detector(device: torch.device | str, weights: str | os.PathLike | None = None, channels_last: bool = False,
+                       precision: str = 'fp32', compile: bool = False) -> Detector:
     """The FID network. weights: a local copy of its file, or another URL for it.
 
     channels_last, compile: faster, with sums in another order. precision: fp32, bf16 or fp16; the last two have their own names and need
@@ -84,7 +87,7 @@ def inception_detector(device, weights=None, channels_last=False, precision='fp3
     return Detector(name, net, device, weights or inception.URL, sha256, spatial_dim=inception.SPATIAL_DIM)
 
 
-def vgg16_detector(device, weights=None):
+def vgg16_detector(device: torch.device | str, weights: str | os.PathLike | None = None) -> Detector:
     """VGG-16, the 4096 features after the ReLU of its second fully connected layer: precision and recall as in Kynkäänniemi et al. 2019.
 
     weights: path or URL of torchvision's file, or of another with the same names; .pth or .safetensors."""
@@ -92,12 +95,12 @@ def vgg16_detector(device, weights=None):
     return Detector('vgg16', vgg.VGG16(path).to(device), device, weights or vgg.URL, file_digest(path))
 
 
-def pixel_detector(device):
+def pixel_detector(device: torch.device | str) -> Detector:
     """No network: images / 127.5 - 1, flattened; for small images, offline. No logits."""
     return Detector('pixels', lambda images: images.flatten(1).double() / 127.5 - 1, device, rgb=False, max_dim=PIXELS_MAX_DIM)
 
 
-def torchscript_detector(device, path='', return_features=False):
+def torchscript_detector(device: torch.device | str, path: str = '', return_features: bool = False) -> Detector:
     """A TorchScript archive, called as net(uint8 [n,3,H,W]), or as net(images, return_features=True), which NVIDIA's archives need.
 
     Opening an archive executes the code in it: use only files that you trust."""
@@ -113,7 +116,7 @@ def torchscript_detector(device, path='', return_features=False):
     return Detector('torchscript', _guarded(call, f'torchscript:path={path}'), device, path, file_digest(path))
 
 
-def module_detector(device, name='', weights=None):
+def module_detector(device: torch.device | str, name: str = '', weights: str | os.PathLike | None = None) -> Detector:
     """Your own class on the Python path, package.module.Class: instantiated without arguments, loaded from a .safetensors file, and called
     with uint8 [n,3,H,W]. The code that you name is imported and executed."""
     module, _, attribute = name.rpartition('.')
@@ -131,7 +134,7 @@ def module_detector(device, name='', weights=None):
     return Detector(f'module:{name}', _guarded(made, f'module:name={name}'), device, weights, weights and file_digest(weights))
 
 
-def dinov2_detector(device, model='facebook/dinov2-large'):
+def dinov2_detector(device: torch.device | str, model: str = 'facebook/dinov2-large') -> Detector:
     """DINOv2 from the package transformers: the class token after the last norm, 1024 features for ViT-L/14 (FD_DINOv2).
 
     model: a Hugging Face name or a local folder of config.json and model.safetensors. Images are resized to 224 x 224 (bicubic with
@@ -157,7 +160,7 @@ def _resize_positions(net):
     embeddings.position_embeddings = torch.nn.Parameter(torch.cat([positions[:, :1], grid], dim=1), requires_grad=False)
 
 
-def clip_detector(device, model='openai/clip-vit-large-patch14-336'):
+def clip_detector(device: torch.device | str, model: str = 'openai/clip-vit-large-patch14-336') -> Detector:
     """CLIP's image encoder from the package transformers: embeddings of norm 1, 768 features for ViT-L/14 (CMMD).
 
     model: a Hugging Face name or a local folder of config.json and model.safetensors or pytorch_model.bin. Images are resized to the

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Euclidean distances between large sets of features, block by block, so that the whole matrix is never in memory."""
 
+from collections.abc import Iterator
+
+import numpy as np
 import torch
 
 ROWS, COLUMNS = 2048, 4096  # size of one block: 64 MB in float64
@@ -10,18 +13,19 @@ TIE = 1e-11  # squared distances this close, relative to the squared norms, are 
 class Block:
     """One block of the matrix of squared distances: d2 [n,m] float64 between the rows `i` and the columns `j` (slices)."""
 
-    def __init__(self, x, y, norms, i, j):
+    def __init__(self, x: torch.Tensor, y: torch.Tensor, norms: tuple[torch.Tensor, torch.Tensor], i: slice, j: slice):
         self.i, self.j, self._norms = i, j, norms
         # float32 products would leave 1e-4 of a squared distance between equal images; in float64 it is 1e-13.
         self.d2 = torch.addmm(norms[0] + norms[1], x, y.T, alpha=-2).clamp_(min=0)
 
     @property
-    def slack(self):
+    def slack(self) -> torch.Tensor:
         """The rounding error of d2 [n,m]; two distances that differ by less are a tie."""
         return TIE * (self._norms[0] + self._norms[1])
 
 
-def blocks(queries, points, device=None):
+def blocks(queries: torch.Tensor | np.ndarray, points: torch.Tensor | np.ndarray,
+           device: torch.device | str | None = None) -> Iterator[Block]:
     """Yields the Blocks of all pairs, row by row.
 
     queries [N,D], points [M,D]: float tensors or arrays. device: where to compute, by default the device of queries."""
@@ -44,7 +48,8 @@ def _slices(count, size):
     return [slice(first, min(first + size, count)) for first in range(0, count, size)]
 
 
-def nearest(queries, points, k=1, exclude_self=False, device=None):
+def nearest(queries: torch.Tensor | np.ndarray, points: torch.Tensor | np.ndarray, k: int = 1, exclude_self: bool = False,
+            device: torch.device | str | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """The k nearest points of each query: squared distances [N,k] float64, ascending, and indices [N,k], on the CPU.
 
     exclude_self: queries are the points themselves, and a point is not its own neighbour (but an identical other point is).

@@ -3,13 +3,14 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
 from dnnlib import UserError
 from dnnlib.progress import Progress
 from metrics import intervals, kernel, manifold, scores
+from metrics.detectors import Detector
 from metrics.frechet import frechet_distance
 from metrics.image_files import BadImages
 from metrics.statistics import Moments, Statistics
@@ -39,7 +40,8 @@ class Collected:
     class_sums: torch.Tensor | None   # scores.split_sums of all images; None if not needed, or if the detector has no logits
 
 
-def evaluate_batches(batches, detector, reference, metrics=('fid',), settings=Settings(), total=None):
+def evaluate_batches(batches: Iterable, detector: Detector, reference: Statistics, metrics: Sequence[str] = ('fid',),
+                     settings: Settings = Settings(), total: int | None = None) -> dict:
     """{published name: value} of images against reference Statistics, on every rank; with settings.intervals also
     'intervals': {published name: {'low', 'high', 'level', 'method'}}.
 
@@ -48,7 +50,8 @@ def evaluate_batches(batches, detector, reference, metrics=('fid',), settings=Se
     return distributed.from_rank0(numbers, found, reference, metrics, settings, detector.device)
 
 
-def collect(batches, detector, total=None, metrics=('fid',), settings=Settings(), keep_features=False, keep_spatial=False):
+def collect(batches: Iterable, detector: Detector, total: int | None = None, metrics: Sequence[str] = ('fid',),
+            settings: Settings = Settings(), keep_features: bool = False, keep_spatial: bool = False) -> Collected:
     """Features and statistics of all ranks' images, a Collected on every rank.
 
     batches: an iterable of uint8 tensors or arrays [n,C,H,W]; rank r of R yields images r, r + R, r + 2R, ... in this order, so that
@@ -165,7 +168,7 @@ class _Run:
         return None if whole is None else whole.numpy()
 
 
-def needs_features(metrics):
+def needs_features(metrics: Sequence[str]) -> bool:
     """Whether any of the metrics, or their intervals, needs features of single reference images, not only their statistics."""
     return any(metric.features == 'both' for metric in _chosen(metrics))
 
@@ -174,7 +177,7 @@ def _chosen(metrics):
     return [METRICS[name] for name in METRICS if name in metrics]
 
 
-def check_detector(detector, metrics):
+def check_detector(detector: Detector, metrics: Sequence[str]) -> None:
     """Refuses metrics that the detector does not support."""
     for name in metrics:
         kind = METRICS[name].detector
@@ -183,7 +186,7 @@ def check_detector(detector, metrics):
                             f'leave {name} out, or evaluate it with --detector={kind}')
 
 
-def check_shape(found, shape, name, other_shape=False):
+def check_shape(found: Sequence[int] | None, shape: Sequence[int], name: str, other_shape: bool = False) -> None:
     """Refuses a reference whose images have another size or mode than [C,H,W], if that is known; name: the reference's.
 
     other_shape: whether the user has allowed that."""
@@ -192,7 +195,8 @@ def check_shape(found, shape, name, other_shape=False):
                         'or --other-shape to compare them all the same')
 
 
-def check_reference(reference, detector, shape, name, metrics=('fid',), other_shape=False):
+def check_reference(reference: Statistics, detector: Detector, shape: Sequence[int], name: str, metrics: Sequence[str] = ('fid',),
+                    other_shape: bool = False) -> None:
     """Refuses reference statistics that cannot be compared with features of images [C,H,W] from the detector; name: the file's.
 
     other_shape: whether images of another size or mode are allowed; for raw pixels they never are."""
@@ -217,7 +221,8 @@ def check_reference(reference, detector, shape, name, metrics=('fid',), other_sh
                         'make them with "ref --keep-features", or pass the images with --ref-path')
 
 
-def numbers(found, reference, metrics=('fid',), settings=Settings(), device=None):
+def numbers(found: Collected, reference: Statistics, metrics: Sequence[str] = ('fid',), settings: Settings = Settings(),
+            device: torch.device | str | None = None) -> dict:
     """{published name: value} of found, a Collected, against the reference Statistics; features are compared on `device`."""
     task, values = Task(found, reference, tuple(metrics), settings, device), {}
     try:
@@ -229,7 +234,7 @@ def numbers(found, reference, metrics=('fid',), settings=Settings(), device=None
     return values | ({'intervals': task.intervals} if settings.intervals else {})
 
 
-def distance_name(detector):
+def distance_name(detector: Detector) -> str:
     """The name of the Fréchet distance in results. With other features than Inception's it is not an FID, and must not be quoted as one."""
     return {'dinov2': 'fd_dinov2', 'clip': 'fd_clip', 'vgg16': 'fd_vgg16'}.get((detector or '').partition(':')[0], 'fid_score')
 

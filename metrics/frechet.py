@@ -3,12 +3,14 @@
 
 import numpy as np
 import scipy.linalg.lapack
+import torch
 
 INDEFINITE = 1e-4  # a negative eigenvalue beyond this share of the largest one is not rounding
 ACCURACY = 1e-9    # of the overlap, relative to the two traces
 
 
-def frechet_distance(mu1, cov1, mu2, cov2):
+def frechet_distance(mu1: torch.Tensor | np.ndarray, cov1: torch.Tensor | np.ndarray, mu2: torch.Tensor | np.ndarray,
+                     cov2: torch.Tensor | np.ndarray) -> float:
     """|mu1 - mu2|^2 + Tr(cov1 + cov2 - 2 (cov1 cov2)^(1/2)), in float64.
 
     mu: [D], cov: [D,D] symmetric positive semi-definite; arrays or tensors. Returns a float, which rounding may make negative for

@@ -23,11 +23,11 @@ class FileImages:
         if self.count < self.found:
             distributed.print0(f'evaluating the first {self.count} of {self.found} images, in sorted order')
 
-    def facts(self):
+    def facts(self) -> dict:
         """Path and digest; reads all files."""
         return {'path': self._o.gen_path, 'sha256': file_digest(self._o.gen_path)}
 
-    def default_path(self, suffix):
+    def default_path(self, suffix: str) -> str:
         """GEN_PATH and the suffix."""
         return beside(self._o.gen_path, suffix)
 
@@ -36,7 +36,7 @@ class FileImages:
         yield self.files.batches(self._o.batch_size, self.count)
 
 
-def choose_count(o, found, what):
+def choose_count(o, found: int, what: str) -> int:
     """The number of generated images to evaluate; refuses any other than the published one unless the user asks for it."""
     option = distributed.num_option()
     if o.num is None and found != PROTOCOL_NUM:

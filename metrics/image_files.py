@@ -5,6 +5,7 @@ import collections
 import concurrent.futures
 import os
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ UNREADABLE = 'cannot be read as an image ({})'
 class BadImages(UserError):
     """Images that cannot be used. bad: [(name, reason)]; total: number of images checked."""
 
-    def __init__(self, where, bad, total):
+    def __init__(self, where: str, bad: Sequence[tuple[str, str]], total: int):
         self.where, self.bad, self.total = where, sorted(bad), total
         named = '; '.join(f'{name} {why}' for name, why in self.bad[:NAMED])
         more = f'; and {len(bad) - NAMED} more' if len(bad) > NAMED else ''
@@ -34,7 +35,7 @@ class ImageFiles:
 
     len() is their number, `shape` (C, H, W). option: the name of the source in errors, such as "--gen-path"."""
 
-    def __init__(self, path, option):
+    def __init__(self, path: str | os.PathLike, option: str):
         self.path, self._where = str(path), f'{option}={path}'
         self._names, self._load = _open_source(self.path, self._where)
         if not len(self._names):
@@ -56,11 +57,11 @@ class ImageFiles:
             raise BadImages(self._where, [(self.name(index), why)], 1)
         return image
 
-    def name(self, index):
+    def name(self, index: int) -> str:
         """The name of an image within its folder or archive; its number in an array."""
         return str(self._names[index])
 
-    def batches(self, batch_size, count=None):
+    def batches(self, batch_size: int, count: int | None = None) -> Iterator[torch.Tensor]:
         """uint8 tensors [n,C,H,W]: this rank's share of the first `count` images, decoded by threads one batch ahead.
 
         Images that cannot be used are left out, and reported by BadImages when all others have been read."""
@@ -79,7 +80,7 @@ class ImageFiles:
         if bad:
             raise BadImages(self._where, bad, len(mine))
 
-    def check_unchanged(self):
+    def check_unchanged(self) -> None:
         """Refuses a source whose files were added, removed or changed since it was opened, on any rank. Every rank calls it after
         reading."""
         now = _state_of_files(self.path)

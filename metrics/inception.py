@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Inception-v3 of 2015-12-05 whose pooled features define the FID: published weights, TensorFlow 1's resize, uint8 input."""
 
+import os
+
 import torch
 
 from dnnlib import UserError, open_url
@@ -24,7 +26,7 @@ class Inception(torch.nn.Module):
     The attribute compute_dtype is the dtype of the convolutions; published numbers need the default, torch.float32.
     Raises UserError if the file is missing, cannot be downloaded, or holds something else."""
 
-    def __init__(self, weights=None):
+    def __init__(self, weights: str | os.PathLike | None = None):
         super().__init__()
         with torch.device('meta'):  # takes no memory and no random numbers; the state dict's tensors become the parameters
             for name, *conv in STEM:
@@ -36,7 +38,7 @@ class Inception(torch.nn.Module):
         self.eval().requires_grad_(False)
         self.compute_dtype = torch.float32
 
-    def forward(self, images, spatial=False):
+    def forward(self, images: torch.Tensor, spatial: bool = False) -> tuple[torch.Tensor, ...]:
         chunks = images.split(CPU_CHUNK) if images.device.type == 'cpu' and len(images) else [images]
         found = tuple(torch.cat(parts) for parts in zip(*map(self._look, chunks)))
         return found if spatial else found[:2]
@@ -51,7 +53,7 @@ class Inception(torch.nn.Module):
         spatial = spatial[:, :SPATIAL_CHANNELS].float().permute(0, 2, 3, 1).flatten(1)
         return features, features @ self.fc.weight.T, spatial
 
-    def trunk(self, x):
+    def trunk(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Pictures [N,3,299,299] in [-1,1] -> maps of features [N,2048,8,8], and those of the 1x1 branch of Mixed_6d [N,192,17,17]."""
         for name, *_ in STEM:
             x = getattr(self, name)(x)
@@ -72,7 +74,7 @@ class Conv(torch.nn.Module):
         self.conv = torch.nn.Conv2d(in_channels, out_channels, kernel, stride, padding, bias=False)
         self.bn = torch.nn.BatchNorm2d(out_channels, eps=1e-3)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.bn(self.conv(x)).relu_()
 
 
@@ -83,7 +85,7 @@ class Mixed(torch.nn.Module):
     resolution and does not pad). A step "a|b" stacks two convolutions of the same input. The chain `branch_pool` follows the
     pooling; pool is a key of POOLS."""
 
-    def __init__(self, in_channels, pool, branches):
+    def __init__(self, in_channels: int, pool: str, branches: str):
         super().__init__()
         self.pool = POOLS[pool]
         self.chains, self.pooled = [], []  # each chain: a list of lists of names
@@ -105,7 +107,7 @@ class Mixed(torch.nn.Module):
         self.add_module(name, Conv(in_channels, int(out_channels), sides, 2 if halved else 1, padding))
         return name, int(out_channels)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         outputs = [self._run(chain, x) for chain in self.chains]
         return torch.cat([*outputs, self._run(self.pooled, self.pool(x))], dim=1)
 
@@ -116,7 +118,7 @@ class Mixed(torch.nn.Module):
         return x
 
 
-def resize(x, side):
+def resize(x: torch.Tensor, side: int) -> torch.Tensor:
     """Bilinear resize [N,C,H,W] -> [N,C,side,side] as TensorFlow 1 does it: pixel i comes from i * in / out, without half-pixel
     centres and without antialiasing; beyond the last pixel the last pixel is repeated."""
     for dim in (3, 2):
@@ -129,7 +131,7 @@ def resize(x, side):
     return x
 
 
-def weights_file(weights=None):
+def weights_file(weights: str | os.PathLike | None = None) -> str:
     """Local path of the weights: the published file, downloaded once and checked, or the given path or URL."""
     if weights not in (None, URL):
         return open_url(weights)
@@ -139,7 +141,7 @@ def weights_file(weights=None):
         raise UserError(f'{err.message}, or give its path: --detector-weights=PATH') from None
 
 
-def read_weights(weights, expected):
+def read_weights(weights: str | os.PathLike, expected: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The state dict in the file, after a check of its names and shapes against those expected."""
     path = weights_file(weights)
     state = checkpoint.read_tensors(path, 'weights', option='--detector-weights=')

@@ -36,7 +36,8 @@ class Spread:
     variance: float
 
 
-def frechet_spread(features, mu2, cov2, seed=0, device=None):
+def frechet_spread(features: torch.Tensor | np.ndarray, mu2: torch.Tensor | np.ndarray, cov2: torch.Tensor | np.ndarray, seed: int = 0,
+                   device: torch.device | str | None = None) -> Spread:
     """The Spread of the Fréchet distance of features [N,D] to the Gaussian mu2 [D], cov2 [D,D], under new draws of the features.
 
     The influence function estimates V = a + 2 b where the variance is a + b: a of the first order, falling as 1/N, and b of the
@@ -55,7 +56,7 @@ def frechet_spread(features, mu2, cov2, seed=0, device=None):
     return Spread(sum(distance for distance, _ in parts) / 2, first, min(max(corrected, first / 2), first))
 
 
-def frechet_influence(features, mu2, half2):
+def frechet_influence(features: torch.Tensor, mu2: torch.Tensor, half2: torch.Tensor) -> tuple[float, torch.Tensor]:
     """(Fréchet distance, its influence function at each image [N]) of features [N,D] against the Gaussian of mean mu2 [D] and
     covariance half2 half2^T, half2 [D,r] float64, on whose device it is computed.
 
@@ -78,17 +79,17 @@ def frechet_influence(features, mu2, half2):
     return float(distance), torch.cat(found)
 
 
-def frechet_bounds(distance, spread):
+def frechet_bounds(distance: float, spread: Spread) -> tuple[float, float]:
     """(low, high) of the expected distance of as many images of the same generator to this reference: those of its logarithm."""
     return _log_bounds(distance, 0.0, spread.variance)
 
 
-def extrapolated(distance, spread):
+def extrapolated(distance: float, spread: Spread) -> float:
     """The distance of infinitely many images (Chong and Forsyth 2020): the line through those of N images and of N / 2 in 1/N, at 0."""
     return 2 * distance - spread.halves
 
 
-def extrapolated_bounds(distance, spread):
+def extrapolated_bounds(distance: float, spread: Spread) -> tuple[float, float]:
     """(low, high) of the distance of infinitely many images to this reference.
 
     Twice the distance less that of the halves has the variance a + 2 b of frechet_spread: its first order is the distance's own, since
@@ -97,12 +98,12 @@ def extrapolated_bounds(distance, spread):
     return middle - reach, middle + reach
 
 
-def frechet_interval(distance, spread, count, dim):
+def frechet_interval(distance: float, spread: Spread, count: int, dim: int) -> dict:
     """The interval of frechet_bounds as written to JSON; count, dim: N and D of the features."""
     return _interval('fid', *frechet_bounds(distance, spread), _too_few(count, max(FEWEST, FEWEST_PER_DIM * dim), dim))
 
 
-def extrapolated_interval(distance, spread, count, dim):
+def extrapolated_interval(distance: float, spread: Spread, count: int, dim: int) -> dict:
     """The interval of extrapolated_bounds as written to JSON."""
     return _interval('fid_inf', *extrapolated_bounds(distance, spread), _too_few(count, max(FEWEST, EXTRAPOLATED_PER_DIM * dim), dim))
 
@@ -112,7 +113,8 @@ def _too_few(count, least, dim):
     return f'none: {count} images of {dim} features, {least} images are needed' if count < least else None
 
 
-def kernel_bounds(value, extra, x, y, device=None):
+def kernel_bounds(value: float, extra: float, x: torch.Tensor | np.ndarray, y: torch.Tensor | np.ndarray,
+                  device: torch.device | str | None = None) -> tuple[float, float]:
     """(low, high) of the squared MMD between the laws that x [N,D] and y [M,D] are drawn from, around its estimate `value`.
 
     extra: variance of the estimate besides that of the two sets. With the bias c of the V-statistic added the estimate is
@@ -121,7 +123,8 @@ def kernel_bounds(value, extra, x, y, device=None):
     return _log_bounds(value, bias, variance + extra)
 
 
-def kernel_interval(value, deviation, subsets, subset_size, x, y, device=None):
+def kernel_interval(value: float, deviation: float, subsets: int, subset_size: int, x: torch.Tensor | np.ndarray,
+                    y: torch.Tensor | np.ndarray, device: torch.device | str | None = None) -> dict:
     """The interval of kernel_bounds around KID as written to JSON; deviation: standard deviation over its subsets."""
     whole = len(x) == len(y) == subset_size  # then all subsets are the same
     reason = _too_few(min(len(x), len(y)), FEWEST, x.shape[1])
@@ -133,7 +136,8 @@ def kernel_interval(value, deviation, subsets, subset_size, x, y, device=None):
     return _interval('kid', *bounds, reason)
 
 
-def mmd_variance(x, y, device=None):
+def mmd_variance(x: torch.Tensor | np.ndarray, y: torch.Tensor | np.ndarray,
+                 device: torch.device | str | None = None) -> tuple[float, float]:
     """(variance of the unbiased squared MMD of x [N,D] and y [M,D] under new draws of both, bias c of the V-statistic).
 
     A first-order estimate that is negative counts half, which keeps the sum positive, like the bound in frechet_spread."""
@@ -141,7 +145,8 @@ def mmd_variance(x, y, device=None):
     return max(second + max(first, first / 2), 0.0), bias
 
 
-def mmd_orders(x, y, device=None):
+def mmd_orders(x: torch.Tensor | np.ndarray, y: torch.Tensor | np.ndarray,
+               device: torch.device | str | None = None) -> tuple[float, float, float]:
     """(first order of that variance, second order, bias c of the V-statistic), each estimated without bias.
 
     With the kernel's centred parts k~, a(x) = E k(x,x') - E k(x,y) and b(y) alike: 4/N var a + 4/M var b, which may come out negative;

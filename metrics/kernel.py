@@ -10,7 +10,8 @@ BLOCK = 4096  # rows and columns of the kernel matrix in memory at a time
 CMMD_SIGMA, CMMD_SCALE = 10.0, 1000.0  # as published
 
 
-def kernel_distance(features_a, features_b, subsets=100, subset_size=1000, seed=0, device=None):
+def kernel_distance(features_a: torch.Tensor | np.ndarray, features_b: torch.Tensor | np.ndarray, subsets: int = 100,
+                    subset_size: int = 1000, seed: int = 0, device: torch.device | str | None = None) -> tuple[float, float]:
     """(mean, standard deviation over subsets) of squared_mmd between random subsets, each drawn without repetition.
 
     features: [N,D] and [M,D], tensors or arrays. Both sets' subsets are drawn alternately from one generator seeded with `seed`.
@@ -25,7 +26,7 @@ def kernel_distance(features_a, features_b, subsets=100, subset_size=1000, seed=
     return float(np.mean(values)), float(np.std(values))
 
 
-def squared_mmd(a, b, device=None):
+def squared_mmd(a: torch.Tensor | np.ndarray, b: torch.Tensor | np.ndarray, device: torch.device | str | None = None) -> float:
     """Unbiased estimate of the squared MMD between the laws of a [N,D] and b [M,D]; it may be negative. Float.
 
     E k(a,a') + E k(b,b') - 2 E k(a,b), k(x,y) = (x.y / D + 1)^3, without pairs of an image with itself; in float64.
@@ -56,7 +57,8 @@ def _diagonal_sum(a, device):
     return sum(float(_kernel(x.to(device or a.device, torch.float64).square().sum(1), a.shape[1]).sum()) for x in a.split(BLOCK))
 
 
-def gaussian_distance(a, b, sigma=CMMD_SIGMA, scale=CMMD_SCALE, device=None):
+def gaussian_distance(a: torch.Tensor | np.ndarray, b: torch.Tensor | np.ndarray, sigma: float = CMMD_SIGMA, scale: float = CMMD_SCALE,
+                      device: torch.device | str | None = None) -> float:
     """CMMD: the squared MMD of a [N,D] and b [M,D] under k(x,y) = exp(-|x - y|^2 / (2 sigma^2)), times `scale`. Float.
 
     The biased estimate as published: all pairs count, including an image with itself, so that it is never negative and falls as N and M

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Precision, recall, density and coverage: which images lie within the other set's neighbourhoods, in feature space."""
 
+import numpy as np
 import torch
 
 from metrics.distances import blocks, nearest
@@ -8,7 +9,7 @@ from metrics.distances import blocks, nearest
 PR_K, DC_K = 3, 5
 
 
-def precision_recall(real, fake, k=PR_K):
+def precision_recall(real: torch.Tensor | np.ndarray, fake: torch.Tensor | np.ndarray, k: int = PR_K) -> tuple[float, float]:
     """(precision, recall): the share of fake images within some real image's ball, and of real images within some fake image's.
 
     real [N,D], fake [M,D]: features, tensors or arrays. A ball reaches to the k-th nearest neighbour among the other images of its
@@ -17,7 +18,7 @@ def precision_recall(real, fake, k=PR_K):
     return found['precision'], found['recall']
 
 
-def density_coverage(real, fake, k=DC_K):
+def density_coverage(real: torch.Tensor | np.ndarray, fake: torch.Tensor | np.ndarray, k: int = DC_K) -> tuple[float, float]:
     """(density, coverage): the mean number of real balls that contain a fake image, over k; the share of real balls that contain one.
 
     Arguments as above; these balls exclude their boundaries. Naeem et al. 2020, equations 3 and 4."""
@@ -25,7 +26,8 @@ def density_coverage(real, fake, k=DC_K):
     return found['density'], found['coverage']
 
 
-def manifold_metrics(real, fake, pr_k=PR_K, dc_k=DC_K, device=None):
+def manifold_metrics(real: torch.Tensor | np.ndarray, fake: torch.Tensor | np.ndarray, pr_k: int | None = PR_K, dc_k: int | None = DC_K,
+                     device: torch.device | str | None = None) -> dict[str, float]:
     """{'precision', 'recall', 'density', 'coverage'} in one pass over the pairs; a k of None leaves out its two.
 
     Works in blocks: apart from the features, memory grows with N + M and not with N M. device: where to compute."""

@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import scipy.stats
+import torch
 
 from metrics.distances import nearest
 
@@ -26,14 +27,14 @@ class Neighbours:
         return np.divide(self.first, self.second, out=np.ones_like(self.first), where=self.second > 0)
 
 
-def neighbours(images, train, device=None):
+def neighbours(images: torch.Tensor | np.ndarray, train: torch.Tensor | np.ndarray, device: torch.device | str | None = None) -> Neighbours:
     """The Neighbours of images [n,D] among train [N,D], features of one detector. Raises ValueError for fewer than two training images."""
     d2, index = nearest(images, train, k=2, device=device)
     distance = d2.sqrt().numpy()
     return Neighbours(distance[:, 0], distance[:, 1], index[:, 0].numpy())
 
 
-def report(generated, held_out=None):
+def report(generated: Neighbours, held_out: Neighbours | None = None) -> dict[str, float]:
     """{name: number} about the Neighbours of generated images, and of held-out real images if there are any.
 
     Distances at QUANTILES, the share of d1/d2 below a third, and compared with held-out images: the ratio of the median distances, the
@@ -53,7 +54,7 @@ def report(generated, held_out=None):
     return found
 
 
-def mann_whitney_z(a, b):
+def mann_whitney_z(a, b) -> float:
     """Standardised Mann-Whitney U of two samples [n], [m]: standard normal for equal distributions, negative if a tends to be smaller.
 
     U = #{a > b} + #{a = b} / 2; its variance is corrected for ties."""

@@ -36,7 +36,7 @@ MODE = re.compile(r'_(clean|legacy_pytorch|legacy_tensorflow)_')
 CACHE = re.compile(r'-(inception-v3-compat|vgg16|clip-[\w-]+?|dinov2-[\w-]+?)-(?:stat-fid|features)-([^-]+)\.pt$')  # of torch-fidelity
 
 
-def read_arrays(path, name, keys, detector):
+def read_arrays(path: str | os.PathLike, name: str, keys: set[str], detector: str) -> tuple[dict[str, np.ndarray], str | None]:
     """({key: array} of mu, sigma, features and any further `keys` that the file has, the detector if the file names one).
 
     name: the file's name in errors. detector: the base of its name ("dinov2"), which selects the entry of a file with several.
@@ -56,7 +56,7 @@ def read_arrays(path, name, keys, detector):
     return _read_npz(path, name, {'mu', 'sigma', *keys}), None
 
 
-def unknown_detector(name):
+def unknown_detector(name: str) -> str:
     """The note in a result about statistics that do not say which detector made them; name: the file as the user gave it."""
     text = 'the file does not say which detector made it'
     base = re.split(r'[/\\=]', name.partition('#')[0])[-1]

@@ -5,13 +5,15 @@ import dataclasses
 import json
 import re
 import sys
+from collections.abc import Sequence
 
 import dnnlib
 from dnnlib import UserError
 from dnnlib.files import file_digest
+from metrics.detectors import Detector
 from metrics.evaluate import collect
 from metrics.image_files import ImageFiles
-from metrics.statistics import load_statistics
+from metrics.statistics import Statistics, load_statistics
 from torch_utils import distributed, misc, registry
 
 DIGEST = re.compile('[0-9a-fA-F]{8,64}')  # SHA-256, or its first digits
@@ -29,7 +31,7 @@ def open_reference(stats, images, detector, features):
     return found, file_digest(path)
 
 
-def fetch(ref, option='--ref-stats'):
+def fetch(ref: str, option: str = '--ref-stats') -> str:
     """Local path of a file or URL, whose digest is checked if it ends in #sha256=DIGEST. Raises UserError."""
     place, mark, digest = ref.rpartition('#sha256=')
     if mark and not DIGEST.fullmatch(digest):
@@ -40,7 +42,7 @@ def fetch(ref, option='--ref-stats'):
         raise UserError(f'{option}={err.message}' if err.message.startswith(place or ref) else f'{option}: {err.message}') from None
 
 
-def statistics_of(files, detector, batch_size, keep_features):
+def statistics_of(files: ImageFiles, detector: Detector, batch_size: int, keep_features: bool) -> Statistics:
     """Statistics of all images of the ImageFiles, with the facts of how they were made, and the features if asked for."""
     detector.dim(files.shape)
     found = collect(files.batches(batch_size), detector, len(files), (), keep_features=keep_features, keep_spatial=True).statistics
@@ -48,12 +50,12 @@ def statistics_of(files, detector, batch_size, keep_features):
     return dataclasses.replace(found, **conditions(detector))
 
 
-def conditions(detector):
+def conditions(detector: Detector) -> dict:
     """What the last digits of features depend on besides the weights: fields of Statistics."""
     return {'device': misc.device_name(detector.device), 'tf32': detector.tf32, 'versions': json.dumps(misc.versions())}
 
 
-def warn(reference, detector, shape, name):
+def warn(reference: Statistics, detector: Detector, shape: Sequence[int], name: str) -> None:
     """Warns of facts about statistics that do not prevent a comparison with images [C,H,W] but affect it; name: the reference's."""
     told, ours = [], conditions(detector)
     if reference.note:
@@ -68,7 +70,7 @@ def warn(reference, detector, shape, name):
         distributed.print0(f'Warning: {name}: {line}', file=sys.stderr)
 
 
-def facts(reference, ref, digest):
+def facts(reference, ref: str, digest: str | None) -> dict:
     """What a result records about its reference, None for unknown facts. ref: as the user gave it; digest: of the file."""
     keys = ('num_images', 'split', 'source', 'detector', 'detector_sha256', 'note', 'shape', 'device', 'tf32')
     versions = reference.versions and json.loads(reference.versions)

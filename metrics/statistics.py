@@ -2,6 +2,8 @@
 """Mean and covariance of features, accumulated over batches and ranks in float64, and their files."""
 
 import dataclasses
+import os
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,12 +41,12 @@ class Moments:
     Sums of deviations from means are merged (Chan, Golub and LeVeque 1979), instead of taking differences of large sums, so that the
     covariance of few samples in many dimensions keeps its rank up to rounding."""
 
-    def __init__(self, dim, device='cpu'):
+    def __init__(self, dim: int, device: torch.device | str = 'cpu'):
         self.count = 0
         self.mean = torch.zeros(dim, dtype=torch.float64, device=device)
         self.scatter = torch.zeros(dim, dim, dtype=torch.float64, device=device)
 
-    def add(self, features):
+    def add(self, features: torch.Tensor) -> None:
         """Adds features [n,D] of any float dtype."""
         if features.ndim != 2 or features.shape[1] != len(self.mean):
             raise ValueError(f'features of shape {list(features.shape)}, expected [n, {len(self.mean)}]')
@@ -57,7 +59,7 @@ class Moments:
         part.scatter = centred.T @ centred
         self.merge(part)
 
-    def merge(self, other):
+    def merge(self, other: 'Moments') -> None:
         """Adds the features that another Moments has seen."""
         total = self.count + other.count
         if not total:
@@ -68,7 +70,7 @@ class Moments:
         self.mean += step * (other.count / total)
         self.count = total
 
-    def all_reduce(self):
+    def all_reduce(self) -> None:
         """Merges the ranks, in place: afterwards every rank holds the moments of all features. Call it once."""
         device = distributed.device()
         own, mean = self.count, self.mean.to(device)
@@ -80,16 +82,16 @@ class Moments:
         scatter = distributed.all_sum(self.scatter.to(device).addr(step, step, alpha=own))
         self.mean, self.scatter = overall.to(self.mean), scatter.to(self.scatter)
 
-    def covariance(self):
+    def covariance(self) -> torch.Tensor:
         """Unbiased covariance [D,D], float64; zero for a single sample."""
         return self.scatter / max(self.count - 1, 1)
 
-    def statistics(self, **facts):
+    def statistics(self, **facts: Any) -> Statistics:
         """The Statistics of the features seen so far; facts: further fields."""
         return Statistics(self.mean.cpu().numpy(), self.covariance().cpu().numpy(), num_images=self.count, **facts)
 
 
-def save_statistics(stats, path):
+def save_statistics(stats: Statistics, path: str | os.PathLike) -> None:
     """Writes `mu` and `sigma` under their published names, the facts that are known, and kept features, to an .npz file."""
     facts = {name: getattr(stats, name) for name in sorted(FACTS)}
     known = {name: np.array(value) for name, value in facts.items() if value is not None}
@@ -98,7 +100,7 @@ def save_statistics(stats, path):
         np.savez(f, mu=stats.mean, sigma=stats.cov, **spatial, **known)
 
 
-def load_statistics(path, name=None, features=True, detector='inception'):
+def load_statistics(path: str | os.PathLike, name: str | None = None, features: bool = True, detector: str = 'inception') -> Statistics:
     """Reads Statistics from a file of this program, or one published or cached by another: see reference_files.
 
     name: the file's name in errors. features: whether to read them too, if they were kept; they may be large. detector: which

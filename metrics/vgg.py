@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """VGG-16 (Simonyan and Zisserman 2015): features of its second fully connected layer, with which precision and recall were published."""
 
+import os
+
 import safetensors
 import safetensors.torch
 import torch
@@ -23,7 +25,7 @@ class VGG16(torch.nn.Module):
     torchvision's names, a .safetensors or a torch.save file; the last layer, classifier.6, may be present and is not used.
     Raises UserError if the file holds something else."""
 
-    def __init__(self, weights):
+    def __init__(self, weights: str | os.PathLike):
         super().__init__()
         with torch.device('meta'):  # takes no memory and no random numbers; the state dict's tensors become the parameters
             self.features, self.classifier = layers()
@@ -32,14 +34,14 @@ class VGG16(torch.nn.Module):
         for name, values in (('mean', MEAN), ('std', STD)):
             self.register_buffer(name, torch.tensor(values).reshape(1, 3, 1, 1), persistent=False)
 
-    def forward(self, images):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
         x = torch.nn.functional.interpolate(images.float() / 255, (SIDE, SIDE), mode='bilinear', antialias=True)
         with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
             x = self.features((x - self.mean) / self.std)
         return self.classifier(x.flatten(1))
 
 
-def layers():
+def layers() -> tuple[torch.nn.Sequential, torch.nn.Sequential]:
     """(convolutions, fully connected layers up to the second), numbered as torchvision numbers them."""
     found, channels = [], 3
     for width in WIDTHS:
@@ -54,7 +56,7 @@ def layers():
     return torch.nn.Sequential(*found), classifier
 
 
-def weights_file(weights=None):
+def weights_file(weights: str | os.PathLike | None = None) -> str:
     """Local path of the weights: torchvision's public file, downloaded once and checked, or the given path or URL."""
     if weights not in (None, URL):
         return open_url(weights)

@@ -4,6 +4,8 @@
 import errno
 import os
 import re
+from collections.abc import Collection
+from typing import Any
 
 import torch
 
@@ -16,7 +18,7 @@ PATTERN = re.compile(r'training-state-(\d+(?:\.\d+)?)\.pt')
 WRITTEN = 'give a training-state-*.pt that this program wrote'
 
 
-def save(path, state):
+def save(path: str | os.PathLike, state: dict) -> None:
     """Writes a state dict (keys as in KEYS) so that a crash at any moment leaves the old file or the new one, flushed to the disk.
 
     Raises OSError, for example if the disk is full."""
@@ -49,7 +51,7 @@ def _sync_folder(path):
         os.close(folder)
 
 
-def read_tensors(path, what, hint='', option=''):
+def read_tensors(path: str | os.PathLike, what: str, hint: str = '', option: str = '') -> Any:
     """The content of a torch.save file of tensors and plain values, on the CPU; nothing is executed.
 
     Uses PyTorch's own reader, for other programs' files in any of its formats. what, hint, option: for errors: what the file should be,
@@ -63,7 +65,7 @@ def read_tensors(path, what, hint='', option=''):
         raise UserError(f'{option}{path}: cannot be read as {what} ({reason}){hint}') from None
 
 
-def load(path, checksums=True):
+def load(path: str | os.PathLike, checksums: bool = True) -> dict:
     """The state dict of a file, its tensors mapped from the file: clone those that must outlive it.
 
     checksums: whether to verify the CRC-32 of the tensors; without that, almost nothing is read. Raises UserError if the file is not a
@@ -75,18 +77,18 @@ def load(path, checksums=True):
     return state
 
 
-def peek(path):
+def peek(path: str | os.PathLike) -> dict:
     """load() without checksums, to look at small values such as state['progress']."""
     return load(path, checksums=False)
 
 
-def states(folder):
+def states(folder: str | os.PathLike) -> list[str]:
     """Paths of the state files in a run's folder, largest number in the name first."""
     found = [(float(match[1]), name) for name in os.listdir(folder) if (match := PATTERN.fullmatch(name))]
     return [os.path.join(folder, name) for _, name in sorted(found, reverse=True)]
 
 
-def nimg(path):
+def nimg(path: str | os.PathLike) -> int:
     """The progress stored in a state file, in images. Raises UserError."""
     found = peek(path)['progress'].get('nimg')
     if not isinstance(found, int) or found < 0:
@@ -94,7 +96,7 @@ def nimg(path):
     return found
 
 
-def differences(old, new, ignore=(), prefix=''):
+def differences(old: dict, new: dict, ignore: Collection[str] = (), prefix: str = '') -> list[str]:
     """One "key: old -> new" string for each leaf in which two nested dicts of JSON types differ, except keys named in `ignore`."""
     found = []
     for key in sorted(set(old) | set(new)):

@@ -12,6 +12,9 @@ import sys
 import textwrap
 import time
 import traceback
+from collections.abc import Callable, Collection, Iterable, Iterator
+from types import ModuleType
+from typing import Any
 
 import click
 
@@ -26,7 +29,7 @@ LAUNCHED = {'WORLD_SIZE', 'SLURM_PROCID'}  # environment variables that are set 
 HELP = 'help'  # the value that makes an option print its choices
 
 
-def ranks():
+def ranks() -> ModuleType:
     """The module torch_utils.distributed, which imports torch."""
     from torch_utils import distributed
     return distributed
@@ -42,11 +45,11 @@ class Command(click.Command):
         kwargs['context_settings'] = {'help_option_names': ['-h', '--help'], **(kwargs.get('context_settings') or {})}
         super().__init__(*args, **kwargs)
 
-    def parse_args(self, ctx, args):
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         with rank0_first(), one_line_errors():
             return super().parse_args(ctx, hyphens(args))
 
-    def invoke(self, ctx):
+    def invoke(self, ctx: click.Context) -> Any:
         try:
             with rank0_first(), one_line_errors():
                 return super().invoke(ctx)
@@ -74,7 +77,7 @@ class Command(click.Command):
     def make_context(self, info_name, args, parent=None, **extra):
         return super().make_context(info_name, args, parent, **{'terminal_width': WIDTH, **extra})
 
-    def format_options(self, ctx, formatter):
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Writes the options by group, one per row; those of one row() share a row."""
         rows = {}  # group -> row -> [names, text]
         for param in self.get_params(ctx):
@@ -97,25 +100,25 @@ class Group(Command, click.Group):
 
     default = None
 
-    def parse_args(self, ctx, args):
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         if self.default and args and args[0].startswith('-') and args[0] not in ('-h', '--help', '--version'):
             args = [self.default, *args]
         return super().parse_args(ctx, args)
 
-    def resolve_command(self, ctx, args):
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple:
         if args[0] not in self.commands:
             options = f'; options of {self.default} begin with "--"' if self.default else ''
             raise click.UsageError(f'no command "{args[0]}"; choose from {", ".join(sorted(self.commands))}{options}', ctx)
         return super().resolve_command(ctx, args)
 
-    def format_options(self, ctx, formatter):
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         super().format_options(ctx, formatter)
         formatter.write('\nCommands (COMMAND --help lists their options):\n')
         for name, command in sorted(self.commands.items()):
             formatter.write(help_row(name, command.get_short_help_str(WIDTH)))
 
 
-def help_row(names, text):
+def help_row(names: str, text: str | None) -> str:
     """Names and text in two columns; text as given by click, without the word "default"."""
     text = re.sub(r'\[default: ', '[', ' '.join((text or '').split())).replace('[(', '[').replace(')]', ']')
     bounds = r'[-\d.<>=]*x[-\d.<>=]*\]'  # bounds, which are shown in errors instead
@@ -129,7 +132,7 @@ def help_row(names, text):
     return f'  {names:<{NAMES_WIDTH}}  {lines[0]}'.rstrip() + '\n' + rest
 
 
-def group(title, *options):
+def group(title: str, *options: Callable) -> Callable:
     """A decorator that adds click options to a command, in this order, under this title in its help."""
     def decorate(command):
         for option in reversed(options):
@@ -139,7 +142,7 @@ def group(title, *options):
     return decorate
 
 
-def row(text, option):
+def row(text: str, option: Callable) -> Callable:
     """A click option that shares one row of the help with other options of the same `text`."""
     def decorate(command):
         option(command)
@@ -148,18 +151,18 @@ def row(text, option):
     return decorate
 
 
-def options_of(*options):
+def options_of(*options: Callable) -> Callable:
     """A decorator that adds click options to a command, in this order."""
     return lambda command: functools.reduce(lambda found, option: option(found), reversed(options), command)
 
 
-def hyphens(args):
+def hyphens(args: Iterable[str]) -> list[str]:
     """Option names with hyphens, values as they are: ['--batch_size=4', 'a_b'] -> ['--batch-size=4', 'a_b']."""
     return [re.sub(r'^--[^=]+', lambda m: m[0].replace('_', '-'), arg) for arg in args]
 
 
 @contextlib.contextmanager
-def rank0_first():
+def rank0_first() -> Iterator[None]:
     """Shows an error that all ranks raise once: by rank 0, after which torchrun ends the others. An error of another rank alone is shown
     a little later.
 
@@ -179,7 +182,7 @@ def rank0_first():
 
 
 @contextlib.contextmanager
-def one_line_errors():
+def one_line_errors() -> Iterator[None]:
     """Turns user errors, usage errors (which click shows in three lines) and file system errors into one-line errors."""
     try:
         yield
@@ -206,7 +209,7 @@ def one_line_errors():
         raise lost from None
 
 
-def version_option(command):
+def version_option(command: Callable) -> Callable:
     """Adds --version: program, commit, Python, torch, CUDA."""
 
     def show(ctx, param, value):
@@ -223,7 +226,7 @@ class IntList(click.ParamType):
 
     name = 'LIST'
 
-    def convert(self, value, param, ctx):
+    def convert(self, value: str | list[int], param: click.Parameter | None, ctx: click.Context | None) -> list[int]:
         if isinstance(value, list):
             return value
         numbers = []
@@ -238,7 +241,7 @@ class IntList(click.ParamType):
         return numbers
 
 
-def ranges(numbers):
+def ranges(numbers: Iterable[int]) -> str:
     """Whole numbers in the notation of IntList: [0, 1, 2, 5] -> "0-2,5"."""
     numbers = sorted(set(numbers))
     starts = [n for i, n in enumerate(numbers) if not i or n != numbers[i - 1] + 1]
@@ -253,14 +256,14 @@ class Names(click.ParamType):
 
     name = 'NAMES'
 
-    def __init__(self, choices):
+    def __init__(self, choices: Collection[str] | str):
         self._choices = choices
 
     @property
     def choices(self):
         return registry.find(self._choices) if isinstance(self._choices, str) else self._choices
 
-    def convert(self, value, param, ctx):
+    def convert(self, value, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
         if value == HELP and ctx is not None:
             show_choices(ctx, choices_text(max(param.opts, key=len), self.choices, keys=False))
         named = value if isinstance(value, tuple) else tuple(str(value).split(','))
@@ -275,10 +278,10 @@ class Number(click.ParamType):
 
     name = 'NUMBER'
 
-    def __init__(self, above=None, least=None, most=None):
+    def __init__(self, above: float | None = None, least: float | None = None, most: float | None = None):
         self.above, self.least, self.most = above, least, most
 
-    def convert(self, value, param, ctx):
+    def convert(self, value, param: click.Parameter | None, ctx: click.Context | None) -> float:
         bounds = [f'above {self.above}' if self.above is not None else '', f'{self.least} or more' if self.least is not None else '',
                   f'{self.most} or less' if self.most is not None else '']
         try:
@@ -313,14 +316,14 @@ class Spec(click.ParamType):
 
     name = 'NAME[:key=value,...]'
 
-    def __init__(self, registry, keys=True):
+    def __init__(self, registry: dict | str, keys: bool = True):
         self._registry, self._keys = registry, keys
 
     @property
-    def registry(self):
+    def registry(self) -> dict:
         return registry.find(self._registry) if isinstance(self._registry, str) else self._registry
 
-    def convert(self, value, param, ctx):
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
         name = max(param.opts, key=len) if param else 'option'
         if value == HELP and ctx is not None:
             show_choices(ctx, choices_text(name, self.registry, self._keys))
@@ -330,18 +333,18 @@ class Spec(click.ParamType):
             raise UserError(f'{name}={value}: choose from {", ".join(self.registry)}')
         return value
 
-    def get_metavar(self, param, ctx=None):
+    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
         return 'NAME[:k=v]' if self._keys else 'NAME'
 
 
-def show_choices(ctx, text):
+def show_choices(ctx: click.Context, text: str) -> None:
     """Prints the choices of an option, once for all ranks, and exits with code 0."""
     if os.environ.get('RANK', '0') == '0':
         click.echo(text)
     ctx.exit()
 
 
-def choices_text(option, choices, keys=True):
+def choices_text(option: str, choices: Any, keys: bool = True) -> str:
     """The text that --OPTION=help prints: each choice with a sentence, and its keys with their defaults."""
     found = registry.listing(choices) if isinstance(choices, dict) else [(name, '', {}) for name in choices]
     width = max(len(name) for name, *_ in found) + 2

@@ -11,7 +11,9 @@ import itertools
 import os
 import re
 import sys
+from collections.abc import Callable, Sequence
 from datetime import timedelta
+from typing import Any
 
 import torch
 
@@ -30,7 +32,7 @@ _launcher_pid = None
 _group, _monitor, _waits, _words, _notes = None, None, None, None, []
 
 
-def init(timeout=None, remedy='start the same command again'):
+def init(timeout: float | None = None, remedy: str = 'start the same command again') -> None:
     """Joins the other ranks, if there are any. Call it once, at the start of a script.
 
     timeout: seconds; None: TIMEOUT_SEC, without mentioning --timeout in messages. remedy: the end of messages about lost ranks."""
@@ -78,7 +80,7 @@ def _check_order(peers):
                             'number the ranks node by node (srun --distribution=block)')
 
 
-def shutdown():
+def shutdown() -> None:
     """Leaves the process group in an orderly way; after fail() it is left as it is."""
     global _group, _monitor
     _notes.clear()
@@ -92,18 +94,18 @@ def shutdown():
         _group, _monitor = None, None
 
 
-def fail(error):
+def fail(error: str) -> None:
     """Reports to the other ranks, in one line, that this one ends with an error; end() must follow."""
     if _monitor is not None:
         _monitor.leave(error.split('\n')[0][:500])
 
 
-def has_failed():
+def has_failed() -> bool:
     """Whether fail() was called among several ranks."""
     return _monitor is not None and _monitor.failed
 
 
-def end(code):
+def end(code: int) -> None:
     """After fail(), ends the process at once: shutting down the process group could wait for ranks that no longer exist."""
     if has_failed():
         sys.stdout.flush()
@@ -111,7 +113,7 @@ def end(code):
         os._exit(code)
 
 
-def on_abort(note):
+def on_abort(note: Callable[[str], Any]) -> None:
     """Registers note(text), to be called with the reason before this process ends because other ranks are lost; it is called from
     another thread and must be quick."""
     _notes.append(note)
@@ -123,7 +125,7 @@ def _tell(text):
             _notes.pop(0)(text)
 
 
-def explain(error):
+def explain(error: BaseException) -> str | None:
     """A one-line message for a failed collective operation, after calling the notes of on_abort(); None for any other error."""
     if _group is None or not isinstance(error, RuntimeError):
         return None
@@ -139,7 +141,7 @@ def explain(error):
     return text
 
 
-def rank_map():
+def rank_map() -> str:
     """The ranks and their devices: "8 ranks on 2 nodes: a: 0-3 (NVIDIA H200), b: 4-7 (NVIDIA H200)"; '' for one rank."""
     if _group is None:
         return ''
@@ -153,34 +155,34 @@ def rank_map():
     return f'{size()} ranks on {len(nodes)} node{"s" * (len(nodes) > 1)}: {", ".join(parts)}'
 
 
-def num_option():
+def num_option() -> str:
     """The name of --num to use in errors: torchrun takes --num for an abbreviation of its own --numa-binding."""
     return '--num-images' if 'TORCHELASTIC_RUN_ID' in os.environ else '--num'
 
 
-def rank():
+def rank() -> int:
     """This process's number, 0 .. size() - 1."""
     return int(os.environ.get('RANK', 0))
 
 
-def size():
+def size() -> int:
     """The number of ranks on all nodes."""
     return int(os.environ.get('WORLD_SIZE', 1))
 
 
-def local_rank():
+def local_rank() -> int:
     """This process's number on its node."""
     return int(os.environ.get('LOCAL_RANK', 0))
 
 
-def local_size():
+def local_size() -> int:
     """The number of ranks on this node."""
     if 'LOCAL_WORLD_SIZE' not in os.environ and _group is not None:  # only torchrun sets it
         return sum(peer.node == _group.peers[rank()].node for peer in _group.peers)
     return int(os.environ.get('LOCAL_WORLD_SIZE', 1))
 
 
-def device():
+def device() -> torch.device:
     """This rank's GPU, or the CPU."""
     if not torch.cuda.is_available():
         return torch.device('cpu')
@@ -189,7 +191,7 @@ def device():
     return torch.device('cuda', 0 if alone else local_rank())
 
 
-def pick_device(name=None):
+def pick_device(name: str | None = None) -> torch.device:
     """The device for --device=name on this rank; without a name its GPU, or the CPU. Raises UserError."""
     try:
         chosen = torch.device(name) if name else device()
@@ -202,13 +204,13 @@ def pick_device(name=None):
     return device() if name == 'cuda' else chosen
 
 
-def print0(*args, **kwargs):
+def print0(*args: Any, **kwargs: Any) -> None:
     """print() on rank 0 only, flushed at once."""
     if rank() == 0:
         print(*args, flush=True, **kwargs)
 
 
-def wait_for_all(what):
+def wait_for_all(what: str) -> None:
     """Waits until every rank has called this, for hours if need be, as long as all of them live; prints once a minute which are missing.
 
     what: the work of the missing ranks, for that line. Collective operations that follow start on all ranks together."""
@@ -234,12 +236,12 @@ def _report(number, what):
         print(f'waiting for {names}{f" and {len(missing) - 4} more" if len(missing) > 4 else ""}: {what}', flush=True)
 
 
-def barrier(what='a barrier'):
+def barrier(what: str = 'a barrier') -> None:
     """Waits for every rank, on the host only, not for devices."""
     wait_for_all(what)
 
 
-def all_sum(tensor):
+def all_sum(tensor: torch.Tensor) -> torch.Tensor:
     """Sums a tensor over the ranks, in place; returns it."""
     if torch.distributed.is_initialized():
         torch.distributed.all_reduce(tensor)
@@ -252,7 +254,7 @@ class Agreement:
     def __init__(self, values, work=None):
         self._values, self._work = values, work
 
-    def result(self):
+    def result(self) -> list[int]:
         """The element-wise maximum over all ranks, a list of ints. Waits for ranks that have not called agree() yet."""
         if self._work is not None:
             self._work.wait()
@@ -260,7 +262,7 @@ class Agreement:
         return self._values
 
 
-def agree(values):
+def agree(values: Sequence[int]) -> Agreement:
     """Starts an element-wise maximum of ints over all ranks and returns at once; see Agreement.result(). Does not wait for a device."""
     if not torch.distributed.is_initialized():
         return Agreement([int(value) for value in values])
@@ -268,7 +270,7 @@ def agree(values):
     return Agreement(tensor, torch.distributed.all_reduce(tensor, torch.distributed.ReduceOp.MAX, async_op=True))
 
 
-def share(value, source=0, what='a shared value'):
+def share(value: Any, source: int = 0, what: str = 'a shared value') -> Any:
     """The value of rank `source` on every rank: JSON values, dicts, lists, tuples and tensors in any nesting.
 
     Tensors arrive one after the other in new CPU tensors; the source gets back its own value. The others wait for it as long as it
@@ -290,12 +292,12 @@ def share(value, source=0, what='a shared value'):
     return value
 
 
-def broadcast(value, source=0):
+def broadcast(value: Any, source: int = 0) -> Any:
     """Any JSON-like object of rank `source`, on every rank."""
     return share(value, source)
 
 
-def from_rank0(function, *args):
+def from_rank0(function: Callable, *args: Any) -> Any:
     """The result of function(*args) on rank 0, on every rank; its UserError or OSError is raised on all of them."""
     found, error = share(_tried(rank() == 0, function, args), what=_words_of(function))
     if error is not None:
@@ -303,7 +305,7 @@ def from_rank0(function, *args):
     return found
 
 
-def from_node(function, *args):
+def from_node(function: Callable, *args: Any) -> Any:
     """The result of function(*args) on one rank of each node, on all ranks of that node; a UserError or OSError on one node is raised on
     all ranks. Every rank calls this."""
     if not torch.distributed.is_initialized():
@@ -327,7 +329,7 @@ def _words_of(function):
     return getattr(function, '__name__', 'its work').strip('_<>').replace('_', ' ')
 
 
-def first_on_node(function, *args, **kwargs):
+def first_on_node(function: Callable, *args: Any, **kwargs: Any) -> Any:
     """function(...) on one rank of each node, then on the others, so that downloads happen once per node. Every rank calls this.
 
     A UserError or OSError on one node is raised on all ranks."""
@@ -338,7 +340,7 @@ def first_on_node(function, *args, **kwargs):
     return result if local_rank() == 0 else function(*args, **kwargs)
 
 
-def all_values(value, what='the values of all ranks'):
+def all_values(value: Any, what: str = 'the values of all ranks') -> list:
     """[value of rank 0, value of rank 1, ...]: one JSON-like object per rank, on every rank. what: the slower ranks' work, for messages."""
     if not torch.distributed.is_initialized():
         return [value]
@@ -348,7 +350,7 @@ def all_values(value, what='the values of all ranks'):
     return found
 
 
-def all_rows(tensor):
+def all_rows(tensor: torch.Tensor) -> torch.Tensor:
     """Concatenates the tensors [n,...] of all ranks, equal in shape, in the order of the ranks; does not wait for the device."""
     if not torch.distributed.is_initialized():
         return tensor
@@ -357,6 +359,6 @@ def all_rows(tensor):
     return torch.cat(found)
 
 
-def is_orphan():
+def is_orphan() -> bool:
     """True if torchrun, which launched this worker, has died: the worker must not write anything any more."""
     return _launcher_pid is not None and os.getppid() != _launcher_pid

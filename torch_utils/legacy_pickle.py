@@ -5,7 +5,9 @@ The source code that such files contain is skipped: only names, constructor argu
 
 import math
 import mmap
+import os
 import struct
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,7 +35,7 @@ STORAGES = {('torch', 'DoubleStorage'): '<f8', ('torch', 'FloatStorage'): '<f4',
 STORAGE_MAGIC, STORAGE_VERSION = 0x1950a86a20f9469cfc6c, 1001
 
 
-def read_network(path):
+def read_network(path: str | os.PathLike) -> tuple[str, dict, dict[str, torch.Tensor]]:
     """(class name, constructor arguments, state dict) of the network `ema` in a snapshot; nothing is executed.
 
     The arguments are JSON types, and may be infinite; the tensors are on the CPU, with the names and values of state_dict().
@@ -49,7 +51,7 @@ def read_network(path):
         raise UserError(f'{path}: {err}; expected a network snapshot (.pkl) of EDM or ambient-laws') from None
 
 
-def map_file(path):
+def map_file(path: str | os.PathLike) -> memoryview:
     """The bytes of a file as a view, whatever its size."""
     with open(path, 'rb') as f:
         try:
@@ -58,7 +60,7 @@ def map_file(path):
             raise Refused('is empty') from None
 
 
-def record(word, args):
+def record(word: str, args: tuple) -> Any:
     """The value that represents a call in such files: an empty dict for OrderedDict(), otherwise a Record that is checked later."""
     if word == 'dict':
         check_empty(args)

@@ -8,6 +8,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Sequence
 
 EXIT_LOST = 76             # exit code of a rank that lost the others (EX_PROTOCOL of sysexits.h)
 INTERVAL_SEC = 0.5, 15     # least and most time between heartbeats, which is otherwise a twentieth of the timeout
@@ -22,14 +23,14 @@ class Judge:
 
     peers: [rendezvous.Peer of rank 0, ...]. timeout: seconds. option: how it was set, such as ' (--timeout=10)'. remedy: what to do."""
 
-    def __init__(self, peers, rank, timeout, option, remedy):
+    def __init__(self, peers: Sequence, rank: int, timeout: float, option: str, remedy: str):
         self.peers, self.rank, self.option, self.remedy = peers, rank, option, remedy
         self.interval = min(max(timeout / 20, INTERVAL_SEC[0]), INTERVAL_SEC[1])
         self.limit = SHARE * timeout
         self._beats, self._silence, self._failed = [None] * len(peers), [0.0] * len(peers), [0.0] * len(peers)
         self._without = 0.0
 
-    def hear(self, beats, passed):
+    def hear(self, beats: Sequence[bytes], passed: float) -> str | None:
         """Takes the heartbeats of all ranks; returns why this one must end, or None. passed: seconds since the previous call."""
         self._without, passed = 0.0, min(passed, 2 * self.interval)  # a longer silence was the store's, not theirs
         for other, beat in enumerate(beats):
@@ -50,7 +51,7 @@ class Judge:
                 return f'rank {other} ({self.peers[other]}) has ended with an error ({why}): stopping'
         return None
 
-    def miss(self, place, passed):
+    def miss(self, place: tuple[str, int], passed: float) -> str | None:
         """The same if the store, at place = (host, port), has not answered for another `passed` seconds."""
         self._without += passed
         if self._without < self.limit:
@@ -58,7 +59,7 @@ class Judge:
         return (f'rank {self.rank} ({self.peers[self.rank]}): the store of the ranks, at {place[0]}:{place[1]}, has not answered for '
                 f'{self._without:.0f} s{self.option}: this node is disconnected, or that one is down; stopping; {self.remedy}')
 
-    def speaks(self):
+    def speaks(self) -> bool:
         """Whether this is the first rank of its node that is alive."""
         return not any(peer.node == self.peers[self.rank].node and silence < 3 * self.interval
                        for peer, silence in zip(self.peers[:self.rank], self._silence))
@@ -77,7 +78,7 @@ class Monitor:
         for thread in self._threads:
             thread.start()
 
-    def leave(self, error=None):
+    def leave(self, error: str | None = None) -> None:
         """Ends the watch, and reports to the others that this rank has finished or, with the text of an error, has failed."""
         if not self._leaving.is_set():
             self.failed, self._last = error is not None, DONE if error is None else FAILED + error.encode()

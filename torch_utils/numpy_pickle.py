@@ -7,6 +7,7 @@ protocols 2 to 5: `_reconstruct` with a state, `_frombuffer` with the bytes in t
 
 import math
 import re
+from typing import Any
 
 import numpy as np
 
@@ -27,7 +28,7 @@ WORDS = {
 }
 
 
-def read_dict(data):
+def read_dict(data: memoryview) -> dict:
     """The dict in a pickle, data a memoryview. Its values are plain values, dicts, lists, and Records for as_array(). Raises Refused."""
     found = Machine(data, 0, WORDS, Limits(text=MAX_TEXT + len(data)), _record).run()  # in protocol 2 arrays are stored as text
     if not isinstance(found, dict):
@@ -35,7 +36,7 @@ def read_dict(data):
     return found
 
 
-def as_array(value):
+def as_array(value: Any) -> np.ndarray | None:
     """The array that a value of read_dict() represents, a read-only view of the file; None if it is not an array. Raises Refused."""
     if is_record(value, '_reconstruct'):
         state = value.state

@@ -3,11 +3,13 @@
 
 import io
 import pickle
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 
 
-def pack(value):
+def pack(value: Any) -> tuple[bytes, list[torch.Tensor]]:
     """(bytes, tensors) of dicts, lists, tuples and picklable values; the tensors are in the order in which unpack() creates them."""
     tensors, places = [], {}
 
@@ -25,7 +27,7 @@ def pack(value):
     return file.getvalue(), tensors
 
 
-def unpack(data):
+def unpack(data: bytes) -> tuple[Any, list[torch.Tensor]]:
     """(value, tensors): the value given to pack(), with new CPU tensors still to be filled; unpickles, so the sender must be trusted."""
     tensors = []
 
@@ -39,7 +41,7 @@ def unpack(data):
     return Unpickler(io.BytesIO(data)).load(), tensors
 
 
-def pieces(tensor, nbytes):
+def pieces(tensor: torch.Tensor, nbytes: int) -> Iterator[torch.Tensor]:
     """The bytes of a contiguous CPU tensor as views of at most nbytes, uint8 [n]."""
     flat = tensor.reshape(-1)  # 0-dim tensors cannot be viewed as another type
     return flat.view(torch.uint8).split(nbytes) if flat.numel() else ()

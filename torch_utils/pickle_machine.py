@@ -7,6 +7,8 @@ the lengths and counts that a file claims are checked against its size before me
 import pickle  # for the names of its opcodes
 import pickletools
 import struct
+from collections.abc import Callable
+from typing import Any
 
 MAX_STEPS = 1_000_000  # opcodes and visits; a network of 300 million parameters takes about 100,000
 MAX_TEXT = 16 << 20    # bytes of text in all, most of it the source code that such files contain
@@ -20,16 +22,16 @@ class Refused(Exception):
 class Limits:
     """The remaining budget for reading one file. steps: opcodes and visits; text: bytes."""
 
-    def __init__(self, steps=MAX_STEPS, text=MAX_TEXT):
+    def __init__(self, steps: int = MAX_STEPS, text: int = MAX_TEXT):
         self.most = self.steps = steps
         self.most_text = self.text = text
 
-    def step(self):
+    def step(self) -> None:
         self.steps -= 1
         if self.steps < 0:
             raise Refused(f'takes more than {self.most} steps to read')
 
-    def read_text(self, size):
+    def read_text(self, size: int) -> None:
         self.text -= size
         if self.text < 0:
             raise Refused(f'holds more than {self.most_text >> 20} MiB of text')
@@ -40,7 +42,7 @@ class Global:
 
     __slots__ = ('word',)
 
-    def __init__(self, word):
+    def __init__(self, word: str):
         self.word = word
 
 
@@ -49,11 +51,11 @@ class Record:
 
     __slots__ = ('args', 'state', 'word')
 
-    def __init__(self, word, args):
+    def __init__(self, word: str, args: tuple):
         self.word, self.args, self.state = word, args, None
 
 
-def is_record(value, word):
+def is_record(value: Any, word: str) -> bool:
     """Whether a value represents a call of this word."""
     return isinstance(value, Record) and value.word == word
 
@@ -66,12 +68,13 @@ class Machine:
     keys: allowed types of dict keys (text, whole numbers), so that nothing else is hashed or compared. Every value is counted in
     `limits`. Sets become lists."""
 
-    def __init__(self, data, position, words, limits, record=Record, persistent=False, keys=(str,)):
+    def __init__(self, data: memoryview, position: int, words: dict[tuple[str, str], str], limits: Limits, record: Callable = Record,
+                 persistent: bool = False, keys: tuple[type, ...] = (str,)):
         self.data, self.position, self.words, self.limits = data, position, words, limits
         self.record, self.is_persistent, self.keys = record, persistent, keys
         self.stack, self.marks, self.memo = [], [], {}
 
-    def run(self):
+    def run(self) -> Any:
         """The value of the pickle; `position` is then behind its end. Raises Refused."""
         while True:
             self.limits.step()

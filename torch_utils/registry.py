@@ -8,17 +8,19 @@ import functools
 import importlib
 import inspect
 import pkgutil
+from collections.abc import Callable
+from typing import Any
 
 from dnnlib import UserError
 
 
-def parse(spec):
+def parse(spec: str) -> tuple[str, dict]:
     """"name:key=value,key=value" -> (name, {key: value}); values are int, float, bool, None or str, in that order of preference."""
     name, _, rest = str(spec).partition(':')
     return name.strip(), {key: _literal(value) for key, value in split(rest, f'"{spec}": expected key=value after "{name}:"').items()}
 
 
-def split(text, where):
+def split(text: str, where: str) -> dict[str, str]:
     """"key=value,key=value" -> {key: value} as text. Raises UserError that begins with `where`."""
     options = {}
     for item in filter(None, text.split(',')):
@@ -29,7 +31,7 @@ def split(text, where):
     return options
 
 
-def unparse(name, options):
+def unparse(name: str, options: dict) -> str:
     """The inverse of parse(): ("name", {"key": value}) -> "name:key=value"; lists as a|b|c."""
     text = lambda value: '|'.join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
     return name + ''.join(f'{"," if i else ":"}{key}={text(value)}' for i, (key, value) in enumerate(options.items()))
@@ -42,7 +44,7 @@ def _literal(text):
     return parse_number(text)
 
 
-def parse_number(text):
+def parse_number(text: str) -> int | float | str:
     """The int or float that a text represents, otherwise the text itself."""
     for kind in (int, float):
         try:
@@ -52,7 +54,7 @@ def parse_number(text):
     return text
 
 
-def build(spec, registry, slot='option', **context):
+def build(spec: str, registry: dict, slot: str = 'option', **context: Any) -> Any:
     """The object that `spec` names in `registry`.
 
     spec: "name" or "name:key=value,...". slot: its name in errors, such as "--weight".
@@ -67,7 +69,7 @@ def build(spec, registry, slot='option', **context):
         raise UserError(f'{slot}={spec}: {err}') from None
 
 
-def check(spec, registry, slot='option'):
+def check(spec: str, registry: dict, slot: str = 'option') -> None:
     """Refuses what build() would refuse, as far as that is known without the caller's context."""
     piece, _ = _resolve(spec, registry, slot)
     needed = [p for p in inspect.signature(piece).parameters.values() if p.default is p.empty]
@@ -83,7 +85,7 @@ def _resolve(spec, registry, slot):
     return registry[name], check_options(name, registry[name], options, f'{slot}={spec}')
 
 
-def check_options(name, piece, options, where):
+def check_options(name: str, piece: Callable, options: dict, where: str) -> dict:
     """{key: value} in the types of the entry's defaults; the values may be text. Raises UserError that begins with `where`."""
     accepted = parameters(piece)
     for key in options:
@@ -94,19 +96,19 @@ def check_options(name, piece, options, where):
     return {key: _checked(accepted[key], key, literal(value), where) for key, value in options.items()}
 
 
-def parameters(piece):
+def parameters(piece: Callable) -> dict:
     """{name: default} of the options of a registry entry."""
     found = inspect.signature(piece).parameters.values()
     return {p.name: p.default for p in found if p.default is not p.empty and not callable(p.default)}
 
 
-def find(path):
+def find(path: str) -> dict:
     """The registry that "package.module:NAME" names, imported only now, so that --help need not wait for torch."""
     module, _, name = path.partition(':')
     return getattr(importlib.import_module(module), name)
 
 
-def listing(registry):
+def listing(registry: dict) -> list[tuple[str, str, dict[str, str]]]:
     """[(name, description, {key: default as text})] of a registry; description: the first sentence of the docstring."""
     found = []
     for name, piece in registry.items():

@@ -5,8 +5,9 @@ import json
 import os
 import socket
 import time
+from collections.abc import Callable
 from datetime import timedelta
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import psutil
 from torch.distributed import PrefixStore, TCPStore
@@ -45,12 +46,12 @@ class Group(NamedTuple):
     peers: list           # [Peer of rank 0, ...]
     serves: bool          # whether the server lives in this process
 
-    def connect(self):
+    def connect(self) -> PrefixStore:
         """Another connection to the store. Raises OSError or RuntimeError."""
         return _prefixed(connect(*self.place), self.prefixes)
 
 
-def meet(rank, size, device, local_rank):
+def meet(rank: int, size: int, device: str, local_rank: int) -> Group:
     """Waits for all ranks to start; returns their Group. device: the name of this rank's device. Raises UserError."""
     place = os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT'])
     serves = rank == 0 and os.environ.get('TORCHELASTIC_USE_AGENT_STORE') != 'True'
@@ -75,7 +76,7 @@ def meet(rank, size, device, local_rank):
     return Group(store, _prefixed(watch, prefixes), place, prefixes, peers, serves)
 
 
-def given_twice(rank, peer):
+def given_twice(rank: int, peer: Peer) -> UserError:
     """The error for two processes with the same rank."""
     return UserError(f'RANK={rank} was given twice: to this process ({peer}) and to another; each rank needs a number of its own')
 
@@ -115,7 +116,8 @@ def connect(host, port):
     return TCPStore(host, port, None, False, timedelta(seconds=STORE_SEC), wait_for_workers=False)
 
 
-def poll(ready, seconds=float('inf'), report=None, slow=PAUSES_SEC[1]):
+def poll(ready: Callable[[], bool], seconds: float = float('inf'), report: Callable[[float], Any] | None = None,
+         slow: float = PAUSES_SEC[1]) -> bool:
     """Waits until ready() is true; returns False after the given time. report: callable(seconds waited), called once a minute."""
     start, told, pause = time.monotonic(), 0, PAUSES_SEC[0]
     while not ready():
@@ -130,7 +132,7 @@ def poll(ready, seconds=float('inf'), report=None, slow=PAUSES_SEC[1]):
     return True
 
 
-def own_address(host):
+def own_address(host: str) -> str:
     """This node's own address in the network that leads to `host`; '' if there is no route."""
     try:
         family, _, _, _, address = socket.getaddrinfo(host.strip('[]'), 9, type=socket.SOCK_DGRAM)[0]
@@ -141,7 +143,7 @@ def own_address(host):
         return ''
 
 
-def interface(group, rank):
+def interface(group: Group, rank: int) -> str | None:
     """The network interface that leads from the rank's node to the other nodes; None on one node, or if none is found.
 
     By default Gloo takes the interface of the host's name, which is the loopback if /etc/hosts says 127.0.1.1."""
@@ -154,7 +156,7 @@ def interface(group, rank):
     return names[0] if own and names else None
 
 
-def first_line(error):
+def first_line(error: BaseException) -> str:
     """The message of a PyTorch error, without the trace that follows it."""
     return str(error).strip().split('\n')[0].strip() or type(error).__name__
 

@@ -10,6 +10,7 @@ import mmap
 import os
 import zipfile
 import zlib
+from typing import Any
 
 import torch
 
@@ -30,7 +31,8 @@ STORAGES = {'DoubleStorage': torch.float64, 'FloatStorage': torch.float32, 'Half
             'CharStorage': torch.int8, 'ByteStorage': torch.uint8, 'BoolStorage': torch.bool}
 
 
-def read(path, what='a file of tensors', hint='', option='', mapped=False, checksums=True):
+def read(path: str | os.PathLike, what: str = 'a file of tensors', hint: str = '', option: str = '', mapped: bool = False,
+         checksums: bool = True) -> Any:
     """The content of a torch.save file, tensors on the CPU: dicts (keys are text or whole numbers), lists, tuples and plain values.
 
     what, hint, option: for errors: what the file should be, what to do, and the option that names it, such as "--weights=". mapped: the
@@ -85,7 +87,7 @@ class Reader:
         if end[:4] != b'PK\x05\x06' or size > MAX_DIRECTORY:
             raise Refused('is not a complete zip file, as torch.save writes')
 
-    def record(self, name, checksum=True):
+    def record(self, name: str, checksum: bool = True) -> memoryview:
         """The bytes of a record, as a view of the file."""
         info = self.members.get(self.prefix + name)
         if info is None:
@@ -104,7 +106,7 @@ class Reader:
             raise Refused(f'is damaged: its record {ascii(name[:50])} has a wrong checksum')
         return found
 
-    def tree(self):
+    def tree(self) -> Any:
         """What the file holds."""
         if self.prefix + 'byteorder' in self.members and self.record('byteorder') != b'little':
             raise Refused('was written on a big-endian machine')
@@ -118,7 +120,7 @@ class Reader:
         self.limits.steps = min(self.limits.steps, 2 * done + 1000)  # shared parts that are visited again and again would take for ever
         return self.plain(root)
 
-    def plain(self, value, depth=0):
+    def plain(self, value: Any, depth: int = 0) -> Any:
         """A copy of a value as a tree; shared parts are copied, and counted in the limits, each time they are visited."""
         self.limits.step()
         if depth > MAX_DEPTH:
@@ -135,7 +137,7 @@ class Reader:
             return self.tensor(value.args)
         raise Refused('holds more than tensors and plain values')
 
-    def tensor(self, args):
+    def tensor(self, args: tuple) -> torch.Tensor:
         """A tensor that views a storage of the file; args: (storage, offset, size, stride, ...)."""
         if len(args) < 4 or not is_record(args[0], 'persistent'):
             raise Refused('is damaged (a tensor without a storage)')
@@ -153,7 +155,7 @@ class Reader:
     def _too_large(self):
         raise Refused('is damaged (a tensor that is larger than its storage)')
 
-    def storage(self, fields):
+    def storage(self, fields: tuple) -> torch.Tensor:
         """The values of a storage, 1-D: ("storage", type, name of the record, device, number of values)."""
         if not isinstance(fields, tuple) or len(fields) != 5 or not isinstance(fields[1], Global) or type(fields[2]) is not str:
             raise Refused('is damaged (a storage of an unknown form)')

@@ -6,9 +6,11 @@ import datetime
 import hashlib
 import os
 import re
+from collections.abc import Sequence
 
 from dnnlib.report import samples, tables
 from dnnlib.report.markup import Html, join, json_script, table, tag
+from dnnlib.report.runs import Run
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 MAX_POINTS = 1000     # of a curve; longer ones are averaged over neighbouring points
@@ -31,7 +33,7 @@ UNITS = [(r'Loss/.*|Val/.*', 'loss'), (r'Timing/img_per_sec', 'images/s'), (r'Re
          (r'Optimizer/lr', 'learning rate'), (r'GNS/batch', 'images'), (r'Grad/norm', 'norm'), (r'Grad/skipped', 'share of updates')]
 
 
-def page(runs, made_by):
+def page(runs: Sequence[Run], made_by: str) -> str:
     """The page as text. runs: [Run, ...] with different names. made_by: program and version for the header of the page."""
     differ, alike = tables.options(runs)
     title = f'Run {runs[0].name}' if len(runs) == 1 else f'{len(runs)} runs: {", ".join(run.name for run in runs)}'
@@ -140,7 +142,7 @@ def _curves(runs, scales):
             yield _details(title, note, tag('div', *charts, class_='charts'), opened=not closed, remark=remark)
 
 
-def incomparable(scales):
+def incomparable(scales: Sequence[str]) -> str:
     """A sentence that warns against comparing losses if these options differ; empty if none does."""
     return f' Do not compare runs that differ in {", ".join(scales)}: their losses are on different scales.' if scales else ''
 
@@ -150,7 +152,7 @@ def _chart(title, **data):
     return tag('figure', tag('figcaption', title), drawing, class_='js chart', **data)
 
 
-def unit(name):
+def unit(name: str) -> str:
     """The label of a curve's vertical axis."""
     return next((found for pattern, found in UNITS if re.fullmatch(pattern, name)), 'value')
 
@@ -182,7 +184,7 @@ def _versions(runs):
 # Data of the charts
 
 
-def chart_data(runs):
+def chart_data(runs: Sequence[Run]) -> list[dict]:
     """[{"name", "curves": {name: [[kimg, ...], [value, ...]]}, "levels": {kind: [[sigma, ...], [value, ...]]}} for each Run].
 
     Values have six significant digits. Curves too long for the page are averaged over as few neighbouring points as possible."""
@@ -201,7 +203,7 @@ def _columns(points):
     return [[float(f'{value:.{digits}g}') for value in column] for digits, column in zip((9, 6), zip(*points))]
 
 
-def thinned(points, limit):
+def thinned(points: list[tuple[float, float]], limit: int) -> list[tuple[float, float]]:
     """At most `limit` points: means over equally many neighbouring points, placed at the last of them."""
     group = -(-len(points) // limit)
     if group == 1:

@@ -3,7 +3,11 @@
 
 import base64
 import io
+import os
 import warnings
+from collections.abc import Sequence
+
+from dnnlib.report.runs import Run
 
 SIDE = 512        # pixels of the longer side, at most
 PER_RUN = 8       # pictures of one run, at most
@@ -13,7 +17,7 @@ SMALLEST = 32     # pixels; a picture that is too large even at this size is lef
 QUALITIES = (90, 80, 65)
 
 
-def strips(runs):
+def strips(runs: Sequence[Run]) -> list[list[tuple[float, str | None]]]:
     """[[(kimg, data URI or None), ...] for each Run]: its first picture, its last, and some evenly spaced between them.
 
     None stands for a picture that cannot be read."""
@@ -23,14 +27,14 @@ def strips(runs):
     return [[(kimg, data_uri(path, limit)) for kimg, path in samples] for samples in chosen]
 
 
-def spaced(items, count):
+def spaced(items: Sequence, count: int) -> list:
     """At most `count` of the items, evenly spaced, with the first and the last."""
     if len(items) <= count:
         return list(items)
     return [items[round(k * (len(items) - 1) / (count - 1))] for k in range(count)]
 
 
-def data_uri(path, limit):
+def data_uri(path: str | os.PathLike, limit: int) -> str | None:
     """A picture as a data: URI of at most `limit` bytes before base64, reduced in size as needed; None if it cannot be read."""
     from PIL import Image
 

@@ -4,7 +4,10 @@
 import json
 import re
 import statistics
+from collections.abc import Iterable, Sequence
+from typing import Any
 
+from dnnlib.report.runs import Run
 from dnnlib.util import format_time
 
 LONGEST = 200  # characters of an option's value that are shown
@@ -16,7 +19,7 @@ LOWER, HIGHER = ('fid', 'kid'), ('inception_score', 'inception_score_mean', 'pre
 SCALES = ('data.path', 'corruption.', 'objective.', 'network.arguments.sigma_data')  # options that change what a loss means
 
 
-def options(runs):
+def options(runs: Sequence[Run]) -> tuple[list[tuple], list[tuple]]:
     """([(name, value of each run), ...] that differ between the runs, [(name, value), ...] that are equal in all); values as text."""
     differ, alike = [], []
     known = sorted(set().union(*(run.options for run in runs)))
@@ -29,18 +32,18 @@ def options(runs):
     return differ, alike
 
 
-def shown(value):
+def shown(value: Any) -> str:
     """The value of an option as text: words unchanged, everything else as JSON."""
     found = value if isinstance(value, str) else json.dumps(value)
     return found if len(found) <= LONGEST else f'{found[:LONGEST]}...'
 
 
-def scale_options(differ):
+def scale_options(differ: Iterable[tuple]) -> list[str]:
     """Names of the differing options that put the losses of the runs on different scales."""
     return [name for name, *_ in differ if name.startswith(SCALES)]
 
 
-def overview(runs):
+def overview(runs: Sequence[Run]) -> tuple[list[str], list[tuple]]:
     """(head, rows): progress and last losses, one row per run."""
     head = ['run', 'kimg', 'of kimg', 'time', 'training loss', 'held out, clean', 'held out, noisy', 'img/s']
     rows = []
@@ -52,7 +55,7 @@ def overview(runs):
     return head, rows
 
 
-def levels(runs):
+def levels(runs: Sequence[Run]) -> list[dict[str, list[tuple[float, float]]]]:
     """[{"clean" | "noisy": [(sigma, held-out loss), ...]} for each Run], from the run's last evaluation, in order of sigma."""
     found = []
     for run in runs:
@@ -67,7 +70,7 @@ def levels(runs):
     return found
 
 
-def level_rows(runs):
+def level_rows(runs: Sequence[Run]) -> tuple[list[str], list[tuple]]:
     """(head, rows) of levels(): one row per sigma, one column per run and kind of images that has values."""
     found = levels(runs)
     columns = [(run.name, kind, dict(points)) for run, kinds in zip(runs, found) for kind, points in kinds.items()]
@@ -76,7 +79,7 @@ def level_rows(runs):
             [(number(sigma), *(number(points.get(sigma)) for _, _, points in columns)) for sigma in sigmas])
 
 
-def metrics(runs):
+def metrics(runs: Sequence[Run]) -> tuple[list[str], list[tuple]]:
     """(head, rows): for each metric the number of images, and for each run its last value and, where an order is known, its best."""
     names = sorted({name for run in runs for name in run.curves if METRIC.fullmatch(name)})
     rows = [(METRIC.fullmatch(name)[1], METRIC.fullmatch(name)[2] or NONE, *(_metric(run, name) for run in runs)) for name in names]
@@ -99,7 +102,7 @@ def _metric(run, name):
     return said
 
 
-def speed(runs):
+def speed(runs: Sequence[Run]) -> tuple[list[str], list[tuple]]:
     """(head, rows): images per second, memory, and the options that affect them."""
     lines = [('img/s, median of the ticks', rate), ('img/s, last tick', lambda run: last(run, 'Timing/img_per_sec')), ('time', duration),
              ('peak memory of the process, GiB', lambda run: number(max(run.values('Resources/cpu_gib'), default=None))),
@@ -110,30 +113,30 @@ def speed(runs):
     return ['', *(run.name for run in runs)], [(title, *map(value, runs)) for title, value in lines]
 
 
-def versions(runs):
+def versions(runs: Sequence[Run]) -> tuple[list[str], list[tuple]]:
     """(head, rows): the versions that each run was made with."""
     names = list(dict.fromkeys(name for run in runs for name in run.versions))
     return ['', *(run.name for run in runs)], [(name, *(shown(run.versions.get(name, NONE)) for run in runs)) for name in names]
 
 
-def duration(run):
+def duration(run: Run) -> str:
     """Training time of a run as text."""
     seconds = run.last('Timing/seconds')
     return NONE if seconds is None else format_time(seconds)
 
 
-def rate(run):
+def rate(run: Run) -> str:
     """Median of the images per second; the first tick, which includes the warm-up, counts only if there is no other."""
     found = run.values('Timing/img_per_sec')
     return number(statistics.median(found[1:] or found) if found else None)
 
 
-def last(run, name):
+def last(run: Run, name: str) -> str:
     """The last value of a curve as text."""
     return number(run.last(name))
 
 
-def number(value, digits=4):
+def number(value: float | None, digits: int = 4) -> str:
     """A number with `digits` significant digits; any other value is shown as missing."""
     return f'{value:.{digits}g}' if isinstance(value, (int, float)) else NONE
 

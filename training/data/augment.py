@@ -6,6 +6,7 @@ noise of std sigma_n."""
 
 import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -37,7 +38,7 @@ class Moves(NamedTuple):
     shift_x: torch.Tensor   # moved right by TRANSLATE_STD shift_x W
     shift_y: torch.Tensor   # moved down by TRANSLATE_STD shift_y H
 
-    def labels(self):
+    def labels(self) -> torch.Tensor:
         """[N,9]: xflip, yflip, scale, cos - 1, sin, stretch cos(axis), stretch sin(axis), shift_x, shift_y; 0 where unmoved."""
         stretch_x, stretch_y = self.stretch * self.axis.cos(), self.stretch * self.axis.sin()
         return torch.stack([self.xflip, self.yflip, self.scale, self.cos - 1, self.sin, stretch_x, stretch_y,
@@ -54,7 +55,8 @@ class AugmentPipe:
 
     label_dim = 9
 
-    def __init__(self, p=0.12, xflip=1e8, yflip=1, scale=1, rotate_frac=1, aniso=1, translate_frac=1):
+    def __init__(self, p: float = 0.12, xflip: float = 1e8, yflip: float = 1, scale: float = 1, rotate_frac: float = 1, aniso: float = 1,
+                 translate_frac: float = 1):
         multipliers = {'xflip': xflip, 'yflip': yflip, 'scale': scale, 'rotate_frac': rotate_frac, 'aniso': aniso,
                        'translate_frac': translate_frac}
         if not 0 <= p <= 1:
@@ -65,12 +67,12 @@ class AugmentPipe:
         self.p = p
         self.chance = {name: min(p * value, 1.0) for name, value in multipliers.items()}
 
-    def __call__(self, images, sigma_n, randn):
+    def __call__(self, images: torch.Tensor, sigma_n: torch.Tensor, randn: Callable) -> tuple[torch.Tensor, torch.Tensor]:
         noisy = sigma_n.reshape(-1) > 0
         moves = self.draw(noisy, images.shape[2] == images.shape[3], randn)
         return apply(images, moves, noisy), moves.labels()
 
-    def draw(self, noisy, is_square, randn):
+    def draw(self, noisy: torch.Tensor, is_square: bool, randn: Callable) -> Moves:
         """The moves of a batch: noisy [N], true where only exact symmetries are allowed."""
         normal = iter(randn('augment', [len(noisy), 15]).unbind(1))
         uniform = lambda: torch.special.ndtr(next(normal))
@@ -97,7 +99,7 @@ def _circle(u):
     return (2 * u - 1) * math.pi
 
 
-def apply(images, moves, noisy):
+def apply(images: torch.Tensor, moves: Moves, noisy: torch.Tensor) -> torch.Tensor:
     """images [N,C,H,W] after the moves; noisy [N]: images that are turned exactly and never resampled."""
     images = _where(moves.xflip > 0, images.flip(3), images)
     images = _where(moves.yflip > 0, images.flip(2), images)
@@ -136,7 +138,7 @@ def _inverse(moves, height, width):
     return torch.cat([linear, -linear @ shift[:, :, None]], dim=2)
 
 
-def resample(images, inverse):
+def resample(images: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
     """Band-limited resampling: images [N,C,H,W] at the positions that inverse [N,2,3] gives for each pixel, see _inverse.
 
     The image is continued by reflection beyond its edges. The identity returns the image unchanged, since the filter is orthogonal. All

@@ -3,6 +3,7 @@
 
 import collections
 import concurrent.futures
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -53,7 +54,7 @@ class Feed:
         self._pool = concurrent.futures.ThreadPoolExecutor(1) if workers else None  # one thread: the stream is drawn in order
         self._ahead = collections.deque()
 
-    def next(self):
+    def next(self) -> HostBatch:
         """The next HostBatch."""
         if self._pool is None:
             return self._prepare()
@@ -61,7 +62,7 @@ class Feed:
             self._ahead.append(self._pool.submit(self._prepare))
         return self._ahead.popleft().result()
 
-    def close(self):
+    def close(self) -> None:
         """Stops the background thread."""
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
@@ -77,7 +78,8 @@ class Feed:
         return HostBatch(*[x.pin_memory() if torch.is_tensor(x) and not x.is_cuda else x for x in batch])
 
 
-def micro_batches(host, size, device, draws_of, label_dim=0):
+def micro_batches(host: HostBatch, size: int, device: torch.device | str, draws_of: Callable,
+                  label_dim: int = 0) -> Iterator[tuple[Batch, Callable]]:
     """Splits a HostBatch into Batches of `size` rows on the device, each with its keyed draws: yields (Batch, draws).
 
     label_dim: the network's; classes become one-hot vectors of this length on the device.

@@ -8,8 +8,10 @@ import glob
 import math
 import os
 import shutil
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import filelock
 import numpy as np
@@ -30,7 +32,7 @@ SMALL = 2 ** 26  # bytes: smaller data sets are decoded by every process into it
 CHUNK = 64  # images decoded by a thread at a time
 
 
-def open_contents(path, cache_dir=None):
+def open_contents(path: str | os.PathLike, cache_dir: str | os.PathLike | None = None) -> Any:
     """The contents of a data set (contents.py): of the decoded copy of exactly these data, if there is one."""
     if is_packed(path):
         return Packed(path)
@@ -40,7 +42,7 @@ def open_contents(path, cache_dir=None):
     return _copy(path, _key_of_zip(path), cache_dir) or Pictures(path)
 
 
-def decode(path, cache_dir=None):
+def decode(path: str | os.PathLike, cache_dir: str | os.PathLike | None = None) -> str | None:
     """Makes sure that there is a decoded copy of data that are not small; returns its path, or None for small data.
 
     Also None if no folder has enough space and --cache-dir was not given. Raises UserError."""
@@ -122,7 +124,7 @@ def _write(pictures, place):
         folder.finish(found, units=pictures.units, source=pictures.fingerprint())
 
 
-def decode_into(images, contents, indices):
+def decode_into(images: np.ndarray, contents, indices: Sequence[int]) -> None:
     """Fills images [n,C,H,W] with the images of these indices, in threads: decoders release Python's global lock."""
     def work(first):
         for row in range(first, min(first + CHUNK, len(indices))):

@@ -6,6 +6,8 @@ has(key); values(key): the labels, sigmas, sigma_min or sigma_max, one per image
 name(i); decode(i): image [C,H,W] as stored, uint8 or float32; fingerprint(), see dnnlib.fingerprint."""
 
 import math
+import os
+from typing import Any
 
 import numpy as np
 
@@ -19,7 +21,7 @@ SLACK_PIXELS, SLACK_BYTES = 2 ** 20, 2 ** 24  # by which an image may exceed the
 class Pictures:
     """A zip or folder of PNG, JPEG or .npy ([C,H,W]) members in the order of their names, dataset.json optional."""
 
-    def __init__(self, path):
+    def __init__(self, path: str | os.PathLike):
         self._archive = Archive(path)
         self.path = self.where = self._archive.path
         self._names = self._archive.images()
@@ -31,13 +33,13 @@ class Pictures:
         self.image_shape, self._dtype = first.shape, first.dtype
 
     @property
-    def is_float(self):
+    def is_float(self) -> bool:
         return self._dtype == np.float32
 
-    def has(self, key):
+    def has(self, key: str) -> bool:
         return bool(self._meta.get(key))
 
-    def values(self, key):
+    def values(self, key: str) -> Any:
         if not self.has(key):
             return None
         try:
@@ -45,16 +47,16 @@ class Pictures:
         except ValueError as err:
             raise UserError(f'{self.where}: {self.called(key)} {err}') from None
 
-    def called(self, key):
+    def called(self, key: str) -> str:
         return f'"{key}" in dataset.json'
 
-    def name(self, index):
+    def name(self, index: int) -> str:
         return self._names[index]
 
-    def fingerprint(self):
+    def fingerprint(self) -> dict:
         return self._archive.fingerprint()
 
-    def decode(self, index):
+    def decode(self, index: int) -> np.ndarray:
         """Safe in threads. Raises UserError."""
         name = self._names[index]
         pixels, size = MAX_PIXELS, MAX_MEMBER

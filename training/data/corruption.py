@@ -5,6 +5,7 @@ a wrong label.
 Each image has a single noisy copy: fresh noise in another epoch, worker, rank or flip would reveal the clean image."""
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -27,7 +28,7 @@ class Corruption:
     sigma_min_as: how the sigma_min of an image is used, as a 'limit' of the levels to train it at, or as the level to add 'noise' up to.
     Raises UserError for values out of range."""
 
-    def __init__(self, sigma=0.0, probability=0.0, seed=0, protocol='fixed', sigma_min_as='limit'):
+    def __init__(self, sigma: float = 0.0, probability: float = 0.0, seed: int = 0, protocol: str = 'fixed', sigma_min_as: str = 'limit'):
         if not (math.isfinite(sigma) and sigma >= 0):
             raise UserError(f'--sigma={sigma}: the noise level must be a number that is 0 or more')
         if not 0 <= probability <= 1:
@@ -44,11 +45,11 @@ class Corruption:
         self.sigma_min_as = sigma_min_as
 
     @property
-    def noise_follows_flip(self):
+    def noise_follows_flip(self) -> bool:
         """True where an image's flip is its noisy copy mirrored; the published code mirrors first and then adds noise."""
         return self.protocol != 'published'
 
-    def levels(self, raw_idx, native_sigma, image_shape):
+    def levels(self, raw_idx: np.ndarray, native_sigma: np.ndarray, image_shape: Sequence[int]) -> np.ndarray:
         """sigma_n of each item, float64 [N]: max(native, sigma) for the items of chosen images, native for the others.
 
         raw_idx: int [N], one entry per item; an image and its x-flip are both noisy or both not.
@@ -59,7 +60,7 @@ class Corruption:
         chosen = self._choose(distinct(raw_idx), image_shape)
         return np.where(np.isin(raw_idx, chosen), np.maximum(native_sigma, self.sigma), native_sigma)
 
-    def beyond_sigma_min(self, sigma_n, sigma_min, sigma_max):
+    def beyond_sigma_min(self, sigma_n: np.ndarray, sigma_min: np.ndarray, sigma_max: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(sigma_n, sigma_min) as the items are to be trained on, float64 [N] each; sigma_max: [N], inf for none.
 
         As limits they are unchanged. As noise (Ambient Omni, Daras et al. 2025) sigma_n is raised to sigma_min, which then is no longer
@@ -85,7 +86,7 @@ class Corruption:
         score = _generator(self.seed, _MEMBERSHIP).random(images[-1] + 1)[images]
         return images[np.argsort(score, kind='stable')[:round(self.probability * len(images))]]
 
-    def noise(self, raw_idx, shape, out=None):
+    def noise(self, raw_idx: int, shape: Sequence[int], out: np.ndarray | None = None) -> np.ndarray:
         """The unit normal noise [C,H,W] of image raw_idx, a pure function of (seed, raw_idx): float32; published: float64.
 
         out: float32 [C,H,W] that it may be written to."""
@@ -123,7 +124,7 @@ class LabelCorruption:
     other, such as [[0, 1], [3, 5, 7]]; None: any class with any other. The new class is drawn by its frequency among the images.
     Raises UserError for values out of range."""
 
-    def __init__(self, rate=0.0, seed=0, groups=None):
+    def __init__(self, rate: float = 0.0, seed: int = 0, groups: Sequence[Sequence[int]] | None = None):
         if not 0 <= rate <= 1:
             raise UserError(f'--label-corruption={rate}: must lie between 0 and 1')
         if not 0 <= seed < 2 ** 64:
@@ -133,7 +134,7 @@ class LabelCorruption:
             raise UserError(f'--label-corruption-groups={groups}: classes are whole numbers from 0, each in at most one group')
         self.rate, self.seed, self.groups = float(rate), int(seed), groups
 
-    def apply(self, classes, raw_idx):
+    def apply(self, classes: np.ndarray, raw_idx: np.ndarray) -> np.ndarray:
         """Class numbers int [N] -> int64 [N], in which exactly round(rate x images) images have another class than before.
 
         raw_idx: int [N]; an image and its x-flip get the same label. A higher rate only adds relabelled images."""

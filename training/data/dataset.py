@@ -50,7 +50,9 @@ class ImageDataset:
     sigma_min, sigma_max float64 [N], limits of the levels to train at (network units; 0 and inf for no limit).
     Raises UserError in one line for anything that is wrong with the files or the options."""
 
-    def __init__(self, path, use_labels=False, keep=1.0, max_size=None, xflip=False, random_seed=0, cache_dir=None, copy=None):
+    def __init__(self, path: str | os.PathLike, use_labels: bool = False, keep: float = 1.0, max_size: int | None = None,
+                 xflip: bool = False, random_seed: int = 0, cache_dir: str | os.PathLike | None = None,
+                 copy: str | os.PathLike | None = None):
         if not 0 < keep <= 1:
             raise UserError(f'--dataset-keep-percentage={keep}: must be more than 0 and at most 1 (which keeps all)')
         self.contents = Packed(copy, where=str(path)) if copy else open_contents(path, cache_dir)
@@ -76,7 +78,7 @@ class ImageDataset:
         return list(self.image_shape[1:])
 
     @property
-    def form(self):
+    def form(self) -> Form:
         """The Form of the images."""
         return Form(self.image_shape, self.label_dim, self.units)
 
@@ -97,15 +99,15 @@ class ImageDataset:
             return np.zeros([len(raw), 0], np.float32)
         return as_vectors(torch.from_numpy(self._labels[raw]), self.label_dim).numpy()
 
-    def fingerprint(self):
+    def fingerprint(self) -> dict:
         """The fingerprint of the whole data set, including images that are not kept, independent of its path; see dnnlib.fingerprint."""
         return self.contents.fingerprint()
 
-    def image_name(self, raw_idx):
+    def image_name(self, raw_idx: int) -> str:
         """The name of an image within the archive."""
         return self.contents.name(raw_idx)
 
-    def decode(self, raw_idx):
+    def decode(self, raw_idx: int) -> np.ndarray:
         """An image of the archive as stored, never flipped: [C,H,W], uint8 or float32. Thread-safe."""
         return self.contents.decode(raw_idx)
 
@@ -168,7 +170,7 @@ class ImageDataset:
             raise UserError(f'{self.path}: {self.contents.called(key)} {err}') from None
 
 
-def as_vectors(labels, label_dim):
+def as_vectors(labels: torch.Tensor, label_dim: int) -> torch.Tensor:
     """Labels as networks take them, float32 [N, label_dim]: classes [N] one-hot, vectors as they are; on the labels' device."""
     if labels.ndim == 2:
         return labels

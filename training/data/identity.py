@@ -2,13 +2,15 @@
 """Checks by fingerprint that all ranks see the same data, and the same data as before, whatever their path."""
 
 import socket
+from collections.abc import Callable
 
 from dnnlib import UserError
 from dnnlib.fingerprint import data_differences
 from torch_utils import distributed
+from training.data.dataset import ImageDataset
 
 
-def open_everywhere(openers):
+def open_everywhere(openers: dict[str, Callable]) -> tuple[list, list[dict]]:
     """([Form, ...], [fingerprint, ...]) of {name in errors: function that opens a data set}; every rank calls this, once.
 
     One rank of each node opens the data and informs the others. Raises UserError on all ranks, in one line, if one of them cannot open
@@ -36,7 +38,7 @@ def open_everywhere(openers):
     return [form for form, _ in base], [fingerprint for _, fingerprint in base]
 
 
-def check_same(name, fingerprint, dataset):
+def check_same(name: str, fingerprint: dict | None, dataset: ImageDataset) -> ImageDataset:
     """Refuses a data set with another fingerprint (None: any); name: its name in errors. Returns the data set."""
     if fingerprint is not None and (found := data_differences(fingerprint, dataset.fingerprint())):
         raise UserError(f'{name}: its data changed after the run was set up: {"; ".join(found)}')

@@ -23,29 +23,29 @@ class Limits(NamedTuple):
     top: torch.Tensor | None = None
     floor: torch.Tensor | None = None
 
-    def of(self, index):
+    def of(self, index: torch.Tensor) -> 'Limits':
         """The Limits of the images `index`, int64 [k]."""
         return Limits(*(None if limit is None else limit[index] for limit in self))
 
-    def empty(self):
+    def empty(self) -> torch.Tensor:
         """bool [n]: which images cannot be used at any level."""
         return self.bar >= (torch.full_like(self.bar, math.inf) if self.top is None else self.top)
 
-    def usable(self, sigma):
+    def usable(self, sigma: torch.Tensor | float) -> torch.Tensor:
         """bool [n]: whether each image may be used at its entry of sigma, [n] or one number."""
         if self.top is None:
             return sigma > self.bar
         fine = (sigma > self.bar) & (sigma <= self.top)
         return fine if self.floor is None else fine | (sigma > self.floor)
 
-    def chance(self, noise):
+    def chance(self, noise) -> torch.Tensor:
         """P(sigma is usable) of each image under the distribution p, [n]."""
         if self.top is None:
             return noise.sf(self.bar)
         chance = noise.mass(self.bar, self.top)
         return chance if self.floor is None else chance + noise.sf(self.floor)
 
-    def draw(self, noise, u):
+    def draw(self, noise, u: torch.Tensor) -> torch.Tensor:
         """p(sigma | sigma is usable) by inverse cdf, for uniforms u in (0, 1): [n], decreasing in u. Undefined where chance() is 0."""
         if self.top is None:
             return noise.above(self.bar, u)
@@ -58,21 +58,21 @@ class Limits(NamedTuple):
         lower = noise.between(self.bar, self.top, torch.where(beyond > 0, ((place - beyond) / within).clamp(TINY, 1), u))
         return torch.where((beyond > 0) & (place <= beyond), upper, lower)
 
-    def intervals(self):
+    def intervals(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(low, high] of all images' intervals, concatenated, without empty ones: [m] each."""
         low, high = self.bar, torch.full_like(self.bar, math.inf) if self.top is None else self.top
         if self.floor is not None:
             low, high = torch.cat([low, self.floor]), torch.cat([high, torch.full_like(self.floor, math.inf)])
         return low[low < high], high[low < high]
 
-    def coverage(self):
+    def coverage(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The intervals between neighbouring limits in which some image may be used: (low, high, number of such images), [k], ascending."""
         low, high = (limit.sort().values for limit in self.intervals())
         edges = torch.cat([low, high]).unique()
         count = torch.searchsorted(low, edges[:-1], right=True) - torch.searchsorted(high, edges[:-1], right=True)
         return edges[:-1][count > 0], edges[1:][count > 0], count[count > 0]
 
-    def ranges(self):
+    def ranges(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The union of the intervals of coverage(), as intervals (low, high] that do not touch: (low, high), each [k], ascending."""
         low, high, _ = self.coverage()
         apart = low[1:] != high[:-1]
@@ -80,7 +80,7 @@ class Limits(NamedTuple):
         return low[torch.cat([edge, apart])[:len(low)]], high[torch.cat([apart, edge])[:len(high)]]
 
 
-def usable_levels(levels, buffer=1.0, lower=None, upper=None):
+def usable_levels(levels, buffer: float = 1.0, lower=None, upper=None) -> Limits:
     """The Limits of images with these sigma_n, sigma_min (`lower`; 0: none) and sigma_max (`upper`; inf: none), array-likes [n].
 
     sigma_min = inf without a sigma_max: never usable. Raises UserError for invalid values."""

@@ -10,7 +10,8 @@ import os
 import struct
 import tempfile
 import zipfile
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -35,7 +36,7 @@ class Member(NamedTuple):
     content: int  # CRC-32 in an .npz, modification time in a folder
 
 
-def is_packed(path):
+def is_packed(path: str | os.PathLike) -> bool:
     """Whether this is the path of a packed data set, as opposed to one of pictures."""
     if os.path.isdir(path):
         return packed_images(path) is not None
@@ -47,7 +48,7 @@ class Packed:
 
     where: its name in errors, by default its path. Attribute images: array [N,C,H,W]. Raises UserError."""
 
-    def __init__(self, path, where=None):
+    def __init__(self, path: str | os.PathLike, where: str | None = None):
         self.path, self.where = str(path), where or str(path)
         self._kind = 'packed folder' if os.path.isdir(self.path) else 'npz'
         try:
@@ -66,10 +67,10 @@ class Packed:
         self.count, self.image_shape = len(found), found.shape[1:]
         self.is_float, self.units = found.dtype == np.float32, self._meta.get('units')
 
-    def has(self, key):
+    def has(self, key: str) -> bool:
         return f'{key}.npy' in self._members
 
-    def values(self, key):
+    def values(self, key: str) -> np.ndarray | None:
         if not self.has(key):
             return None
         found = self._array(key)
@@ -78,16 +79,16 @@ class Packed:
                             f'of {self.count} images')
         return np.array(found)
 
-    def called(self, key):
+    def called(self, key: str) -> str:
         return f'{key}.npy'
 
-    def name(self, index):
+    def name(self, index: int) -> str:
         return f'image {index}'
 
-    def decode(self, index):
+    def decode(self, index: int) -> np.ndarray:
         return np.array(self.images[index])
 
-    def fingerprint(self):
+    def fingerprint(self) -> dict:
         """The fingerprint of the data set that this was decoded from, if it is a decoded copy; otherwise its own."""
         if self._meta.get('source'):
             return self._meta['source']
@@ -157,11 +158,11 @@ class PackedFolder:
 
     shape: (C,H,W). dtype: uint8 or float32."""
 
-    def __init__(self, folder, shape, dtype):
+    def __init__(self, folder: str | os.PathLike, shape: Sequence[int], dtype: Any):
         self.folder, self.shape, self.dtype, self._count = folder, tuple(shape), np.dtype(dtype), 0
         self._path = os.path.join(folder, 'images.npy')
 
-    def allocate(self, count):
+    def allocate(self, count: int) -> np.ndarray:
         """An array [count,C,H,W] in the file, to be filled by index; the disk space is allocated now. Raises OSError."""
         nbytes, self._count = count * math.prod(self.shape) * self.dtype.itemsize, count
         with open(self._path, 'wb') as f:
@@ -173,7 +174,7 @@ class PackedFolder:
                 f.truncate(arrays.HEADER + nbytes)
         return np.memmap(self._path, self.dtype, 'r+', arrays.HEADER, (count, *self.shape))
 
-    def append(self, data, count=1):
+    def append(self, data: bytes, count: int = 1) -> None:
         """Adds one image or several, given as their bytes in C order."""
         if not self._count:
             self._file = open(self._path, 'wb')  # noqa: SIM115 (closed by finish)
@@ -181,7 +182,7 @@ class PackedFolder:
         self._file.write(data)
         self._count += count
 
-    def finish(self, columns, **meta):
+    def finish(self, columns: dict[str, np.ndarray], **meta: Any) -> None:
         """Writes columns ({key of TABLES: array}) and dataset.json, and flushes everything to the disk."""
         if hasattr(self, '_file'):
             self._file.seek(0)
@@ -195,7 +196,7 @@ class PackedFolder:
                 os.fsync(f.fileno())
 
 
-def zip_folder(folder, dest):
+def zip_folder(folder: str | os.PathLike, dest: str | os.PathLike) -> None:
     """Makes the .npz of a packed folder: its files, uncompressed, with the arrays aligned so that they can be mapped."""
     with replacing(dest) as part, zipfile.ZipFile(part, 'w', zipfile.ZIP_STORED) as archive:
         for name in sorted(os.listdir(folder)):
@@ -211,7 +212,7 @@ def zip_folder(folder, dest):
 
 
 @contextlib.contextmanager
-def new_packed(dest, shape, dtype):
+def new_packed(dest: str | os.PathLike, shape: Sequence[int], dtype: Any) -> Iterator[PackedFolder]:
     """A PackedFolder that becomes `dest`, a folder or an .npz, when the block ends without an error; the caller calls finish()."""
     if not str(dest).lower().endswith('.npz'):
         with new_folder(dest, over='empty') as part:

@@ -33,7 +33,7 @@ class Judged(NamedTuple):
 class Pairing:
     """Base class of the policies: an image is used at levels within its Limits, which begin at buffer * sigma_n."""
 
-    def __init__(self, buffer=1.0):
+    def __init__(self, buffer: float = 1.0):
         if not 1 <= buffer < math.inf:
             raise ValueError(f'buffer={buffer} must be 1 or more: below sigma_n an image gives no gradient')
         self.buffer = buffer
@@ -54,7 +54,7 @@ class Skip(Pairing):
         """Expected share of the positions in the list that yield a pair."""
         return limits.chance(noise).mean().item()
 
-    def take(self, stream, count):
+    def take(self, stream: 'PairStream', count: int) -> tuple[np.ndarray, np.ndarray]:
         """(index int64 [count], sigma float64 [count]) of the next pairs; moves the stream's cursor behind the last of them."""
         parts = []
         while count:
@@ -87,7 +87,7 @@ class Truncate(Skip):
 class Clamp(Skip):
     """sigma = max(sigma, sigma_n), as in the published code: pairs at sigma_n have no gradient, but cost as much as others."""
 
-    def __init__(self, buffer=1.0):
+    def __init__(self, buffer: float = 1.0):
         super().__init__(buffer)
         if buffer != 1:
             raise ValueError(f'buffer={buffer}: clamp reproduces the published code, which has no buffer; leave it at 1')
@@ -110,7 +110,7 @@ class SigmaFirst(Pairing):
         walk = (chance * len(limits.bar) / count).sum() / chance.sum()
         return 1 / walk.item() if chance.sum() > 0 else 0.0
 
-    def take(self, stream, count):
+    def take(self, stream: 'PairStream', count: int) -> tuple[np.ndarray, np.ndarray]:
         """Like Skip.take; the levels are numbered by the pairs used, not by the positions."""
         first = stream.used // BLOCK
         numbers = range(first, -(-(stream.used + count) // BLOCK))
@@ -151,7 +151,7 @@ class SigmaFirst(Pairing):
         return stream.cached(self._walks, 0).block(stream.images(number))
 
 
-def with_inverse_weight(spec):
+def with_inverse_weight(spec: str) -> str:
     """The pairing policy for --ambient-weight=inverse: `spec` with the buffer that the weight implies, if none is given.
 
     The weight (1 - r)^-2 has infinite variance without a buffer. Raises UserError for clamp, and for a buffer of 1 or less."""
@@ -191,29 +191,29 @@ class PairStream:
         self._check()
 
     @property
-    def passed(self):
+    def passed(self) -> int:
         """Positions of the list passed so far, used or not."""
         return self.cursor
 
-    def next(self):
+    def next(self) -> tuple[np.ndarray, np.ndarray]:
         """The next batch: (index int64 [batch], sigma float64 [batch]), NumPy arrays."""
         index, sigma = self.policy.take(self, self.batch)
         self.used += self.batch
         return index, sigma
 
-    def state(self):
+    def state(self) -> dict:
         """The state of the stream, as JSON."""
         return {'cursor': self.cursor, 'used': self.used}
 
-    def restore(self, state):
+    def restore(self, state: dict) -> None:
         """Restores the state of a stream with the same levels, noise, policy and seed."""
         self.cursor, self.used = int(state['cursor']), int(state['used'])
 
-    def acceptance(self):
+    def acceptance(self) -> float:
         """Expected share of the passed images that are used."""
         return self.policy.share(self.limits, self.noise)
 
-    def wasted(self):
+    def wasted(self) -> tuple[float, float]:
         """Expected shares of clamped draws, which have no gradient: (of all pairs, of the pairs with a noisy image)."""
         bar = self.limits.bar
         lost = self.noise.cdf(bar) * (bar > 0)

@@ -13,6 +13,8 @@ import torch
 
 from torch_utils import distributed
 from training.data.cache import decode_into
+from training.data.corruption import Corruption
+from training.data.dataset import ImageDataset
 from training.data.packed import Packed
 from training.data.tables import distinct
 
@@ -33,7 +35,7 @@ class ImageStore:
     that noise is added to), copy int32 [N] (index of the item's noisy image, -1: none), noisy_count (number of these), flip bool [N],
     kept_bytes (0 if noisy images are recomputed)."""
 
-    def __init__(self, dataset, corruption, sigma_n, cache_gib=8.0, workers=1):
+    def __init__(self, dataset: ImageDataset, corruption: Corruption, sigma_n: np.ndarray, cache_gib: float = 8.0, workers: int = 1):
         self.dataset, self._corruption, self._sigma_n = dataset, corruption, np.asarray(sigma_n, np.float64)
         self.mapped = isinstance(dataset.contents, Packed)
         if self.mapped:
@@ -55,7 +57,7 @@ class ImageStore:
         self._number_copies()
         self._keep_noisy(cache_gib)
 
-    def words(self):
+    def words(self) -> str:
         """Where the images are, and how much memory they take, as text."""
         clean = f'{self.nbytes / 2 ** 30:.2f} GiB {"mapped from disk" if self.mapped else "in memory"}'
         if not self.noisy_count:
@@ -67,7 +69,7 @@ class ImageStore:
     def _noisy_bytes(self):
         return self.noisy_count * math.prod(self.dataset.image_shape) * 4
 
-    def gather(self, indices):
+    def gather(self, indices) -> torch.Tensor:
         """Items in network units at level sigma_n: float32 [n,C,H,W]; they are flipped last, so that the noise is mirrored too."""
         indices = torch.as_tensor(indices, dtype=torch.int64)
         if not self.kept_bytes:

@@ -6,6 +6,8 @@ The functions raise ValueError with a message that lacks its subject, such as "m
 import itertools
 import math
 import sys
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -15,12 +17,12 @@ NUMBERS = {int, float, bool}
 LARGEST = sys.float_info.max
 
 
-def distinct(indices):
+def distinct(indices: np.ndarray) -> np.ndarray:
     """Sorted distinct values of whole numbers from 0, int64; for a million, 20 times as fast as numpy.unique, and with less memory."""
     return np.flatnonzero(np.bincount(indices))
 
 
-def by_file(table, names):
+def by_file(table: list | dict, names: Sequence[str]) -> list:
     """The values of a table in the order of the names. table: [[name, value], ...] or {name: value}. Raises ValueError."""
     found = by_name(pairs_of(table))
     missing = [name for name in names if name not in found]
@@ -29,7 +31,7 @@ def by_file(table, names):
     return [found[name] for name in names]
 
 
-def pairs_of(table):
+def pairs_of(table: list | dict) -> list:
     """The (name, value) pairs of a table as by_file() takes it, a list. Raises ValueError."""
     pairs = list(table.items()) if isinstance(table, dict) else table
     if not isinstance(pairs, list) or not all(
@@ -38,7 +40,7 @@ def pairs_of(table):
     return pairs
 
 
-def by_name(pairs):
+def by_name(pairs: Sequence) -> dict[str, Any]:
     """{name with slashes: value} of (name, value) pairs. Raises ValueError where a name has several values."""
     found = {name.replace('\\', '/'): value for name, value in pairs}
     if len(found) < len(pairs):
@@ -48,7 +50,7 @@ def by_name(pairs):
     return found
 
 
-def numbers(values):
+def numbers(values: Sequence | np.ndarray) -> np.ndarray:
     """A list of numbers from JSON, or an array -> float64 [N]; numbers beyond float64 become infinite. Raises ValueError."""
     if isinstance(values, np.ndarray):
         return values.astype(np.float64)
@@ -60,7 +62,7 @@ def numbers(values):
     return np.array(values, np.float64)
 
 
-def labels(values):
+def labels(values: Sequence | np.ndarray) -> np.ndarray:
     """A list or array of labels, either all classes or all vectors -> int64 [N] or float32 [N, D]. Raises ValueError.
 
     Classes are whole numbers, possibly written as floats (3.0); a vector is a list, possibly of one number."""
@@ -117,7 +119,7 @@ def _check_finite(finite):
         raise ValueError(f'has {np.count_nonzero(~finite)} of {len(finite)} labels that are not finite (NaN or infinite)')
 
 
-def levels(values, names, scale=1.0):
+def levels(values: Sequence | np.ndarray, names: Sequence[str], scale: float = 1.0) -> np.ndarray:
     """Noise levels divided by the scale, float64 [N], all of them finite. Raises ValueError."""
     found = _over(numbers(values), scale)
     bad = np.flatnonzero(~(np.isfinite(found) & (found >= 0)))
@@ -126,7 +128,7 @@ def levels(values, names, scale=1.0):
     return found
 
 
-def limits(values, names, scale=1.0):
+def limits(values: Sequence | np.ndarray, names: Sequence[str], scale: float = 1.0) -> np.ndarray:
     """Upper limits of levels divided by the scale, float64 [N]; null means no limit and becomes inf. Raises ValueError."""
     try:
         listed = values if isinstance(values, np.ndarray) else [math.inf if value is None else value for value in values]
@@ -140,7 +142,7 @@ def limits(values, names, scale=1.0):
     return found
 
 
-def lower_limits(values, names, scale=1.0):
+def lower_limits(values: Sequence | np.ndarray, names: Sequence[str], scale: float = 1.0) -> np.ndarray:
     """Lower limits of levels divided by the scale, float64 [N]; null means no limit and becomes 0; inf: no level is allowed.
 
     JSON has no infinity: the largest float64 represents it. Raises ValueError."""
@@ -154,7 +156,7 @@ def lower_limits(values, names, scale=1.0):
     return np.where(told < LARGEST, _over(told, scale), math.inf)
 
 
-def units(value):
+def units(value: Any) -> dict:
     """{offset, scale} of float data: floats, or lists of floats with one per channel; both must be valid as float32.
 
     Raises ValueError, or KeyError if one is missing or not a number."""
@@ -177,12 +179,12 @@ def units(value):
     return {'offset': offset.item() if single else offset.tolist(), 'scale': scale.item() if single else scale.tolist()}
 
 
-def per_channel(values):
+def per_channel(values: float | Sequence[float]) -> np.ndarray:
     """An offset or scale of units as float64 [1 or C,1,1]."""
     return np.reshape(np.float64(values), (-1, 1, 1))
 
 
-def level_scale(units):
+def level_scale(units: dict | None) -> float:
     """The divisor that converts levels in dataset.json to network units: the scale of float data (units; None for 8-bit images: 1).
 
     If channels have different scales, noise that is white in network units is not white in stored units: levels are then given in
@@ -190,13 +192,13 @@ def level_scale(units):
     return 1.0 if units is None else common_scale(units) or 1.0
 
 
-def common_scale(units):
+def common_scale(units: dict) -> float | None:
     """The common scale of all channels; None if they differ."""
     scales = np.unique(units['scale'])
     return float(scales[0]) if len(scales) == 1 else None
 
 
-def shown_all(value):
+def shown_all(value: Any) -> str:
     """A number from JSON, or a list of them, as text; of a long list only the first few."""
     if not isinstance(value, list):
         return shown(value)
@@ -204,7 +206,7 @@ def shown_all(value):
     return f'[{", ".join(map(shown, value[:MAX_SHOWN]))}{more}]'
 
 
-def shown(value):
+def shown(value: float) -> str:
     """A number from JSON as text; whole numbers beyond float64 are shortened."""
     return f'{value:g}' if isinstance(value, float) or abs(value) <= LARGEST else f'{"-" * (value < 0)}1e308 or more'
 

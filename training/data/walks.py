@@ -2,9 +2,12 @@
 """Walks along a list of images: each level in turn takes the next position whose image may be used at it."""
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
+
+from training.data.limits import Limits
 
 GROUPS = 64  # groups of levels, each with a table: more groups make a block more expensive, and a pair cheaper
 RETRIES = 0.2  # acceptable number of positions per pair that are looked up in vain; allows fewer groups
@@ -17,7 +20,7 @@ class Walks:
     same images, and a table of the next such position is sufficient. If they have many, the table gives the next position that some
     level of the group allows, and the image's own limits decide."""
 
-    def __init__(self, limits):
+    def __init__(self, limits: Limits):
         low, high = limits.intervals()
         self.edges, self.exact = _edges(low, high)
         self.limits = limits
@@ -36,11 +39,11 @@ class Walks:
         """The group of the levels just above each bar."""
         return torch.searchsorted(self.edges, bar, right=True)
 
-    def groups(self, sigma):
+    def groups(self, sigma: np.ndarray) -> np.ndarray:
         """The group of each level, int64 [k]; sigma: float64 [k], NumPy."""
         return np.searchsorted(self.edges.numpy(), sigma)
 
-    def block(self, images):
+    def block(self, images: np.ndarray) -> 'Block':
         """The Block of consecutive positions of the list, with the images int64 [n]."""
         group = np.arange(len(self.edges) + 1, dtype=np.int8)[:, None]
         fine = self._first[images] <= group
@@ -62,7 +65,7 @@ class Block:
         self._next = [(row.tobytes() + b'\1').find for row in fine]
         self._limits = [memoryview(np.append(limit, end)) for limit, end in zip(limits, (-1.0, math.inf, math.inf))]
 
-    def walk(self, place, groups, levels):
+    def walk(self, place: int, groups: Sequence[int], levels: Sequence[float]) -> np.ndarray:
         """Positions for levels and their groups, two lists, from `place` on, until levels or block end: int64 [j], ascending."""
         end, found, finds = len(self.images), [], map(self._next.__getitem__, groups)
         if not self._limits:

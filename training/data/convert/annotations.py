@@ -5,6 +5,8 @@ import csv
 import json
 import os
 import re
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from dnnlib import UserError, arrays, one_line
 from dnnlib.archive import damage
@@ -17,7 +19,7 @@ PROPOSE_CHANNELS = 'channel'  # --units: estimate one offset and scale per chann
 LEVELS = {'sigmas': '--sigmas', 'sigma_min': '--sigma-min', 'sigma_max': '--sigma-max'}
 
 
-def annotate(source, options):
+def annotate(source, options: dict) -> None:
     """Replaces the source's labels, noise levels and units by those of the command line."""
     if options['labels']:
         source.labels = match(read_table(options['labels'], '--labels', 'labels'), source.names, f'--labels={options["labels"]}')
@@ -44,7 +46,7 @@ def annotate(source, options):
     set_units(source, options['units'], [key for key in LEVELS if getattr(source, key) is not None and not options[key]])
 
 
-def set_units(source, told, own):
+def set_units(source, told: dict | str | None, own: Sequence[str]) -> None:
     """Sets the units given on the command line in place of the source's; None if they are to be estimated. own: names of the source's
     own levels.
 
@@ -59,7 +61,7 @@ def set_units(source, told, own):
     source.units = None if told == PROPOSE_CHANNELS else told or source.units
 
 
-def tell(source, told, where):
+def tell(source, told: dict[str, str], where: str) -> None:
     """Applies the keys of --source=PATH:key=value to all images of a source: label, sigma, sigma_min, sigma_max, as text.
 
     where: the option's name in errors. Raises UserError."""
@@ -74,13 +76,13 @@ def tell(source, told, where):
             setattr(source, key, read_levels(told[name], f'{where}: {name}', key, source.names))
 
 
-def lower_limits(values, names):
+def lower_limits(values: Sequence, names: Sequence[str]) -> list[float | None]:
     """Limits as stored in dataset.json: a level above 0, or None. Raises UserError."""
     found = check(tables.lower_limits, 'the table of lower limits (--sigma-min, or "sigma_min" in the source)', values, names)
     return [min(limit, tables.LARGEST) or None for limit in found.tolist()]  # JSON has no infinity
 
 
-def check(table, name, *args):
+def check(table: Callable, name: str, *args: Any) -> Any:
     """table(*args) of tables.py; its errors become UserErrors that begin with `name`."""
     try:
         return table(*args)
@@ -88,7 +90,7 @@ def check(table, name, *args):
         raise UserError(f'{name} {err}') from None
 
 
-def read_levels(text, option, key, names):
+def read_levels(text: str, option: str, key: str, names: Sequence[str]) -> list[float | None]:
     """Noise levels from a number or a file, one per image; None for null in a JSON file. key: under which a JSON object may have them."""
     try:
         return [float(text)] * len(names)
@@ -102,7 +104,7 @@ def read_levels(text, option, key, names):
         raise UserError(f'{option}={text}: must hold one number per image') from None
 
 
-def read_table(path, option, key):
+def read_table(path: str, option: str, key: str) -> Any:
     """A CSV, JSON or .npy file in the form for match(); of a JSON object the value of `key`, if it has one."""
     try:
         if path.endswith('.npy'):
@@ -121,7 +123,7 @@ def read_table(path, option, key):
     return [[str(row[0]), row[1] if len(row) == 2 else row[1:]] for row in rows]
 
 
-def as_classes(values):
+def as_classes(values: list) -> list:
     """Labels unchanged, or numbers for names of classes, in alphabetical order. Raises UserError."""
     if not any(isinstance(value, str) for value in values):
         return values
@@ -135,7 +137,7 @@ def as_classes(values):
     return [numbers[str(value)] for value in values]
 
 
-def match(table, names, where):
+def match(table: Any, names: Sequence[str], where: str) -> list:
     """The values of a table in the order of the names. table: [[name, value], ...], {name: value}, or values in order.
 
     Names may be given without their folders. Raises UserError if a file is missing or the number of values differs."""

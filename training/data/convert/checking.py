@@ -3,7 +3,9 @@
 
 import collections
 import zipfile
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 
@@ -21,7 +23,7 @@ SHOWN = 100  # problems of one kind, at most, that are printed one by one
 META = 'dataset.json'
 
 
-def check(path, say):
+def check(path: str, say: Callable[[str], Any]) -> bool:
     """True if nothing is wrong with the zip, folder or packed array; say(line) is called for each problem. Raises UserError if it cannot
     be opened."""
     problems = Problems(say)
@@ -98,21 +100,21 @@ def _check_members(path, problems):
 class Problems:
     """Prints problems, one line each, up to SHOWN of a kind; then the number of further ones."""
 
-    def __init__(self, say):
+    def __init__(self, say: Callable[[str], Any]):
         self._say, self._kinds = say, collections.Counter()
 
     @property
-    def count(self):
+    def count(self) -> int:
         """The number of problems of all kinds."""
         return sum(self._kinds.values())
 
-    def add(self, kind, line):
+    def add(self, kind: str, line: str) -> None:
         """Counts a problem, and prints it unless there were too many of its kind."""
         self._kinds[kind] += 1
         if self._kinds[kind] <= SHOWN:
             self._say(line)
 
-    def close(self):
+    def close(self) -> None:
         """Prints how many problems were not printed."""
         for kind, count in self._kinds.items():
             if count > SHOWN:

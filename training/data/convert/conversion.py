@@ -6,6 +6,7 @@ import itertools
 import multiprocessing
 import os
 import sys
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -38,7 +39,7 @@ class Written(NamedTuple):
     places: dict  # {index of the source: place in the archive}
 
 
-def convert(options):
+def convert(options: dict) -> list[str]:
     """Writes the archive for the options of the command line, a dict, and the contact sheet; returns lines of text to print. Raises
     UserError."""
     check_options(options)
@@ -81,7 +82,7 @@ def draw_sheet(path, rows, found, options):
     return True
 
 
-def check_options(options):
+def check_options(options: dict) -> None:
     """Refuses combinations that cannot work."""
     size, transform = options['resolution'], registry.parse(options['transform'] or '')[0]
     if transform not in ('', 'pad') and not size:
@@ -163,7 +164,7 @@ def transform_of(options, as_png):
     return found
 
 
-def shown(specs):
+def shown(specs: Sequence[str]) -> str:
     """The option --source as it was given, for errors."""
     return ' '.join(f'--source={spec}' for spec in ([specs] if isinstance(specs, str) else specs))
 

@@ -6,11 +6,14 @@ import contextlib
 import itertools
 import os
 import re
+from collections.abc import Sequence
+
+import numpy as np
 
 from dnnlib import UserError
 from dnnlib.archive import DAMAGE
 from training.data import tables
-from training.data.convert.readers.source import Source
+from training.data.convert.readers.source import Kind, Source
 
 ABSENT = {'sigmas': 0.0, 'sigma_min': None, 'sigma_max': None}  # values for images of a source without levels, if others have some
 
@@ -22,7 +25,7 @@ class Joined(Source):
     sources: [(path, Source)]. keep_labels, keep_units: whether to use the sources' own; otherwise they may disagree, and units are kept
     only as far as levels depend on them. Raises UserError."""
 
-    def __init__(self, sources, keep_labels=True, keep_units=True):
+    def __init__(self, sources: Sequence[tuple[str, Source]], keep_labels: bool = True, keep_units: bool = True):
         _check_depths(sources)
         self._sources = [source for _, source in sources]
         self._starts = [0, *itertools.accumulate(len(source.names) for source in self._sources)]
@@ -36,12 +39,12 @@ class Joined(Source):
         number = bisect.bisect_right(self._starts, index) - 1
         return self._sources[number], index - self._starts[number]
 
-    def kind(self, index):
+    def kind(self, index: int) -> Kind:
         """The Kind of the image, from its own source."""
         source, index = self._find(index)
         return source.kind(index)
 
-    def read(self, index):
+    def read(self, index: int) -> np.ndarray:
         """The image, as its own source reads it."""
         source, index = self._find(index)
         return source.read(index)

@@ -3,9 +3,10 @@
 
 import collections
 import sys
+from collections.abc import Sequence
 
 
-def select(source, options):
+def select(source, options: dict) -> Sequence[int]:
     """Indices of the images to use, in the source's order."""
     first, step = options['part'] or (0, 1)
     # Tiles of an image stay together, so that different parts never share an image.

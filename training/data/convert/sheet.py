@@ -3,6 +3,7 @@
 
 import math
 import os
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -18,7 +19,7 @@ GAP, MARGIN, FONT, NAME = 4, 12, 12, 24  # NAME: characters of a row's label
 PAPER, INK = 255, 40
 
 
-def place(option, dest):
+def place(option: str | None, dest: str) -> str | None:
     """The path of the sheet: beside the archive, or as given by the option --sheet; None for "none". Raises UserError."""
     if option == 'none':
         return None
@@ -52,7 +53,7 @@ def _spread(items, count):
     return [items[i * len(items) // count] for i in range(count)]
 
 
-def draw(path, title, rows, units=None):
+def draw(path: str, title: str, rows: Sequence, units: dict | None = None) -> None:
     """Writes the sheet as a PNG. rows: [(label of the row, [(name, bytes of the member, text below the image), ...]), ...].
 
     units: {offset, scale} of float data."""

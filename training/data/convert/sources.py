@@ -31,7 +31,7 @@ TOLD = ('label', 'sigma', 'sigma_min', 'sigma_max')  # the keys for annotations.
 MISSING = 'no such file or folder (nor is it the word "digits")'
 
 
-def parse_source(spec):
+def parse_source(spec: str) -> tuple[str, dict[str, str]]:
     """"PATH:key=value,key=value" -> (path, {key: text}); text after the last colon that is not key=value belongs to the path."""
     path, _, rest = spec.rpartition(':')
     if not path or os.path.exists(spec) or not re.match(r'[a-z_]+=', rest):
@@ -79,7 +79,7 @@ def _open(piece, path, options):
         raise UserError(f'--source={path}: cannot be read ({damage(err)})') from None
 
 
-def find(path, kind=None):
+def find(path: str, kind: str | None = None) -> str:
     """The name in SOURCES of the class that opens a path. Raises UserError."""
     if kind is not None:
         if kind not in SOURCES:
@@ -93,13 +93,13 @@ def find(path, kind=None):
     return found
 
 
-def what_is_read(word='and'):
+def what_is_read(word: str = 'and') -> str:
     """All kinds of sources in one line of text."""
     *first, last = (piece.what for piece in reversed(SOURCES.values()) if piece.what)
     return f'{", ".join(first)} {word} {last}'
 
 
-def describe_sources():
+def describe_sources() -> list[str]:
     """Lines that describe the formats that are read, and the keys of each kind of source."""
     lines = ['--source=PATH or --source=PATH:key=value,key=value. Keys of every kind: kind, and label, sigma, sigma_min, sigma_max',
              'of all its images. The kind is recognised by the name or the contents.', '']

@@ -5,6 +5,7 @@ Each image is measured by the code that has its pixels anyway; a Summary combine
 
 import hashlib
 import math
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -30,7 +31,7 @@ class Measured(NamedTuple):
     digest: bytes
 
 
-def measure(image):
+def measure(image: np.ndarray) -> Measured:
     """The Measured of an image [C,H,W]."""
     flat = np.ascontiguousarray(image).reshape(len(image), -1)
     values = flat.astype(np.float64)
@@ -48,7 +49,7 @@ class Summary:
         # squares: the sum of the images' variances and of the squared differences of their means
         self._squares, self._digests = 0.0, bytearray()
 
-    def add(self, image):
+    def add(self, image: Measured) -> 'Summary':
         """Adds the Measured of an image."""
         low, high, mean, variance = image.rows
         self._take(low, high, mean, variance, 1, image.digest)
@@ -68,11 +69,11 @@ class Summary:
         self._digests += digests
 
     @property
-    def std(self):
+    def std(self) -> np.ndarray:
         """Standard deviation of the values of each channel around their mean."""
         return np.sqrt(self._squares / max(self.count, 1))
 
-    def alike(self):
+    def alike(self) -> tuple[int, tuple[int, int] | None]:
         """(number of images with the pixels of an earlier one, (indices of two equal images)); (0, None) if all differ."""
         digests = np.frombuffer(bytes(self._digests), np.uint64)
         order = np.argsort(digests, kind='stable')
@@ -98,7 +99,7 @@ class Facts(NamedTuple):
     class_names: dict | None = None  # {class: name}
 
 
-def facts_of(meta, names, shape, is_float, class_names=None):
+def facts_of(meta: dict, names: Sequence[str], shape: Sequence[int], is_float: bool, class_names: dict | None = None) -> Facts:
     """The Facts of the images `names` from a dataset.json. Raises ValueError if it is not valid."""
     scale = tables.level_scale(meta['units'] if is_float else None)
     values = lambda key: tables.by_file(meta[key], names) if meta.get(key) else None
@@ -111,7 +112,7 @@ def facts_of(meta, names, shape, is_float, class_names=None):
                  zero + math.inf if told['sigma_max'] is None else tables.limits(told['sigma_max'], names, scale), class_names)
 
 
-def facts_of_dataset(dataset):
+def facts_of_dataset(dataset: ImageDataset) -> Facts:
     """The Facts of an ImageDataset."""
     return Facts([dataset.image_name(i) for i in dataset.raw_idx], dataset.image_shape, dataset.is_float, dataset.units,
                  dataset.label_table, dataset.label_dim, dataset.native_sigma, dataset.sigma_min, dataset.sigma_max)
@@ -121,7 +122,7 @@ def _label_dim(labels):
     return 0 if labels is None else int(labels.max()) + 1 if labels.ndim == 1 else labels.shape[1]
 
 
-def describe(path, sigma=None):
+def describe(path: str, sigma: float | None = None) -> Iterable[str]:
     """Lines of text about a zip or folder; sigma: noise level in network units to give the SNR of."""
     dataset = ImageDataset(path)
     if dataset.has_labels:
@@ -129,7 +130,7 @@ def describe(path, sigma=None):
     yield from lines(summarise(dataset), facts_of_dataset(dataset), sigma)
 
 
-def summarise(dataset):
+def summarise(dataset: ImageDataset) -> Summary:
     """The Summary of an ImageDataset, whose images are decoded in threads, each once."""
     def of_chunk(start):
         found = Summary()
@@ -145,7 +146,7 @@ def summarise(dataset):
     return total
 
 
-def lines(summary, facts, sigma=None):
+def lines(summary: Summary, facts: Facts, sigma: float | None = None) -> Iterator[str]:
     """The table: lines of text. sigma: as for describe()."""
     units = facts.units if facts.is_float and facts.units else UNITS_8BIT
     offset, scale = (np.ravel(units[key]) for key in ('offset', 'scale'))  # of all channels, or of each

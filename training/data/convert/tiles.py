@@ -3,9 +3,11 @@
 
 import sys
 
+import numpy as np
+
 from dnnlib import UserError
 from dnnlib.archive import DAMAGE
-from training.data.convert.readers.source import Source
+from training.data.convert.readers.source import Kind, Source
 
 MAX_TILES = 2 ** 17  # limit per image: the largest picture that is read, in tiles of 32x32 pixels
 PER_IMAGE = ('labels', 'sigmas', 'sigma_min', 'sigma_max')
@@ -17,7 +19,7 @@ class Tiled(Source):
     width, height: of a tile. overlap: least number of pixels that neighbours share; the last tile of a row or column is shifted inwards
     to end with the image. origin: the index of each tile's image in the source. Raises UserError if no image is large enough."""
 
-    def __init__(self, source, width, height, overlap=0):
+    def __init__(self, source, width: int, height: int, overlap: int = 0):
         self._source, self._shape, self.units = source, (height, width), source.units
         self._kinds, self._places, self._last, small = {}, [], (None, None), 0
         for index in range(len(source.names)):
@@ -46,12 +48,12 @@ class Tiled(Source):
     def __getstate__(self):
         return {**self.__dict__, '_last': (None, None)}
 
-    def kind(self, index):
+    def kind(self, index: int) -> Kind:
         """The Kind of the image, in the tile's size."""
         kind = self._kinds.get(self.origin[index]) or self._source.kind(self.origin[index])
         return kind._replace(height=self._shape[0], width=self._shape[1])
 
-    def read(self, index):
+    def read(self, index: int) -> np.ndarray:
         """The tile; its image is decoded once for consecutive tiles."""
         image, top, left = self._places[index]
         if self._last[0] != image:
@@ -67,7 +69,7 @@ class Tiled(Source):
         return found
 
 
-def starts(side, tile, overlap=0):
+def starts(side: int, tile: int, overlap: int = 0) -> list[int]:
     """The first pixels of the tiles that cover a side completely; [] if it is shorter than a tile."""
     if side < tile:
         return []

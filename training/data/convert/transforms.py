@@ -45,7 +45,7 @@ class Job(NamedTuple):
     as_png: bool = True
     per_channel: bool = False
 
-    def convert(self, source, index):
+    def convert(self, source, index: int) -> Member:
         """Image number `index` of a source as a Member. Never raises for a bad image."""
         try:
             image = source.read(index)
@@ -68,7 +68,7 @@ class Job(NamedTuple):
         axes = (1, 2) if self.per_channel else None
         return Member(encode_npy(image), total=values.sum(axes), squares=np.square(values).sum(axes), **told)
 
-    def objection(self, kind, sigma):
+    def objection(self, kind: Kind, sigma: float) -> str | None:
         """The reason why an image of a Kind, with noise of level sigma, cannot be converted; None if it can."""
         traits = kind.is_8bit, kind.channels, (kind.height, kind.width)
         if any(want not in (None, got) for want, got in zip(self.traits, traits)):
@@ -84,7 +84,7 @@ class Job(NamedTuple):
         return resize(image, *self.size) if self.size else image
 
 
-def noise_gain(count, channels):
+def noise_gain(count: int, channels: int | None) -> float | None:
     """The factor by which the std of white noise changes when `count` channels become `channels` (None: unchanged); None if the noise
     is repeated in several channels, and no longer white."""
     colours = count - (count in (2, 4))  # without alpha
@@ -93,7 +93,7 @@ def noise_gain(count, channels):
     return math.sqrt(np.square(LUMA).sum()) if channels == 1 else None
 
 
-def as_float(image):
+def as_float(image: np.ndarray) -> tuple[np.ndarray | None, str | None]:
     """(float32 array, None), or (None, description of the values that float32 cannot represent). Raises ValueError for other types."""
     if image.dtype.kind not in 'biuf':
         raise ValueError(f'{image.dtype}, expected real numbers')
@@ -107,7 +107,7 @@ def as_float(image):
     return found, None
 
 
-def to_channels(image, channels):
+def to_channels(image: np.ndarray, channels: int | None) -> np.ndarray:
     """[C,H,W] with the given number of channels (None: unchanged): grey is repeated, RGB becomes luma, alpha is dropped."""
     count = len(image)
     if channels is None or count == channels:
@@ -125,7 +125,7 @@ def to_channels(image, channels):
     return np.tensordot(LUMA, image, 1)[None].astype(image.dtype)
 
 
-def center_crop(image, width, height):
+def center_crop(image: np.ndarray, width: int, height: int) -> np.ndarray:
     """The largest centred square of [C,H,W], resized to width x height."""
     side = min(image.shape[1:])
     return resize(_center(image, side, side), width, height)
@@ -137,7 +137,7 @@ def _center(image, height, width):
     return image[:, top:top + height, left:left + width]
 
 
-def center_crop_dhariwal(image, width, height):
+def center_crop_dhariwal(image: np.ndarray, width: int, height: int) -> np.ndarray:
     """ADM's crop to a square, [C,height,width]: halved by averaging while the short side is at least twice the target, resized to it
     by a bicubic filter, then cropped. Small images are enlarged."""
     while min(image.shape[1:]) >= 2 * width:
@@ -147,7 +147,7 @@ def center_crop_dhariwal(image, width, height):
     return _center(image, height, width)
 
 
-def pad(image, width=None, height=None, *, fill='edge', value=0.0):
+def pad(image: np.ndarray, width: int | None = None, height: int | None = None, *, fill: str = 'edge', value: float = 0.0) -> np.ndarray:
     """[C,H,W] centred in width x height, by default in a square of its long side; larger images are shrunk to fit, keeping their aspect.
 
     fill: the border: edge (its outermost pixels), reflect (its mirror image) or constant (value, as stored). Raises ValueError."""
@@ -164,7 +164,7 @@ def pad(image, width=None, height=None, *, fill='edge', value=0.0):
     return np.pad(image, around, fill, **({'constant_values': image.dtype.type(value)} if fill == 'constant' else {}))
 
 
-def center_crop_wide(image, width, height):
+def center_crop_wide(image: np.ndarray, width: int, height: int) -> np.ndarray | None:
     """The centre at width x height between black bars that make it a square, [C,width,width]; None if the image is too small.
 
     As published: of H rows, the middle H * width / W are kept, and stretched to the given height."""
@@ -179,7 +179,7 @@ def center_crop_wide(image, width, height):
     return canvas
 
 
-def resize(image, width, height, filter=Image.LANCZOS):
+def resize(image: np.ndarray, width: int, height: int, filter: int = Image.LANCZOS) -> np.ndarray:
     """[C,H,W] -> [C,height,width] by a filter of Pillow's; 8-bit values are rounded, floats are not clipped."""
     if image.shape[1:] == (height, width):
         return image
@@ -191,7 +191,7 @@ def resize(image, width, height, filter=Image.LANCZOS):
     return np.stack([np.asarray(band) for band in bands])
 
 
-def propose_units(total, squares, count):
+def propose_units(total, squares, count: int) -> dict:
     """{offset, scale} that give data with these sums mean 0 and std SIGMA_DATA in network units; lists if the sums are per channel.
     count: number of values in each sum."""
     mean = np.asarray(total) / count

@@ -13,18 +13,18 @@ LAYOUTS = {'nhw': (0, 1, 2), 'nhwc': (0, 3, 1, 2), 'nchw': (0, 1, 2, 3)}  # axes
 class ArraySource(Source):
     """Base class for images in one array, which a subclass passes to hold()."""
 
-    def hold(self, images, labels=None):
+    def hold(self, images: np.ndarray, labels: list | None = None) -> None:
         """images: [N,C,H,W]. labels: a list of N, or None. Raises ValueError where there are none."""
         if not len(images):
             raise ValueError('no images in it')
         self._images, self.labels = images, labels
         self.names = [str(i) for i in range(len(images))]
 
-    def kind(self, index):
+    def kind(self, index: int) -> Kind:
         """The Kind that all images share."""
         return Kind(*self._images.shape[1:], self._images.dtype == np.uint8, str(self._images.dtype))
 
-    def read(self, index):
+    def read(self, index: int) -> np.ndarray:
         """An image, [C,H,W]."""
         return np.asarray(self._images[index])
 
@@ -34,7 +34,7 @@ class DigitsSource(ArraySource):
 
     what = 'the word "digits"'
 
-    def __init__(self, path):
+    def __init__(self, path: str):
         try:
             from sklearn.datasets import load_digits
         except ImportError:
@@ -44,7 +44,7 @@ class DigitsSource(ArraySource):
         self.hold(images[:, None], found.target.tolist())
 
     @staticmethod
-    def matches(path):
+    def matches(path: str) -> bool:
         """True for the word "digits" only."""
         return path == 'digits'
 
@@ -56,7 +56,7 @@ class NumpySource(ArraySource):
 
     what = '.npy, .npz'
 
-    def __init__(self, path, layout=None, split=None):
+    def __init__(self, path: str, layout: str | None = None, split: str | None = None):
         if layout not in (None, *LAYOUTS):
             raise UserError(f'--source={path}: layout={layout} is unknown; choose from {", ".join(LAYOUTS)}')
         self._path, self._layout, self._mapped = path, layout, path.lower().endswith('.npy')
@@ -72,7 +72,7 @@ class NumpySource(ArraySource):
             raise ValueError(f'{len(self.names)} images, but {np.size(self.labels)} labels')
 
     @staticmethod
-    def matches(path):
+    def matches(path: str) -> bool:
         """By the ending of the name."""
         return path.lower().endswith(('.npy', '.npz'))
 
@@ -123,7 +123,7 @@ def _as_nchw(images, layout, path):
     return images[:, None] if layout == 'nhw' else images
 
 
-def find_layout(images, layout, path):
+def find_layout(images, layout: str | None, path: str) -> str:
     """The key in LAYOUTS for anything with a shape and a dtype. By default, the channels are the one axis that is smaller than the
     other two. Raises UserError."""
     if images.ndim not in (3, 4) or images.dtype.kind not in 'uif' or images.size == 0:

@@ -26,14 +26,14 @@ class CifarSource(ArraySource):
 
     what = 'cifar-10-python.tar.gz, cifar-100-python.tar.gz'
 
-    def __init__(self, path, split='train', labels='fine'):
+    def __init__(self, path: str, split: str = 'train', labels: str = 'fine'):
         for key, value, choices in (('split', split, SPLITS), ('labels', labels, LABELS)):
             if value not in choices:
                 raise UserError(f'--source={path}: {key}={value} is unknown; choose from {", ".join(choices)}')
         self.hold(*read(path, split, labels))
 
     @staticmethod
-    def matches(path):
+    def matches(path: str) -> bool:
         """True for a tar file with CIFAR's name, or with one of CIFAR's files among its first members; and for an unreadable one, so that
         the error is reported."""
         name = os.path.basename(path).lower()
@@ -55,7 +55,7 @@ def _looks_like(path):
     return False
 
 
-def read(path, split='train', labels='fine'):
+def read(path: str, split: str = 'train', labels: str = 'fine') -> tuple[np.ndarray, list[int]]:
     """(images uint8 [N,3,32,32], classes) of a split's batches, pickles of {data: uint8 [n, 3*32*32], labels: [n]}.
 
     Raises ValueError, OSError, EOFError and errors of tarfile, zlib and lzma."""

@@ -18,7 +18,7 @@ class FileSource(Source):
 
     what = 'a folder, .zip'
 
-    def __init__(self, path):
+    def __init__(self, path: str):
         self._archive = Archive(path, f'--source={path}')
         self.names = self._archive.images((*IMAGES, *RARER_IMAGES))
         meta = self._archive.read_json()
@@ -29,11 +29,11 @@ class FileSource(Source):
             self.labels = folder_classes(self.names)
 
     @staticmethod
-    def matches(path):
+    def matches(path: str) -> bool:
         """Any folder, and files called .zip."""
         return os.path.isdir(path) or path.lower().endswith('.zip')
 
-    def kind(self, index):
+    def kind(self, index: int) -> Kind:
         """The Kind of an image, from the header of its file."""
         name = self.names[index]
         if name.lower().endswith('.npy'):
@@ -45,7 +45,7 @@ class FileSource(Source):
         picture = open_picture(data)
         return Kind(*pictures.header(picture, data), picture.mode)
 
-    def read(self, index):
+    def read(self, index: int) -> np.ndarray:
         """The image, [C,H,W], as decode_image gives it, or decode_tiff what Pillow would read a part of."""
         name = self.names[index]
         data = self._archive.read(name)

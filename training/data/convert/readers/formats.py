@@ -9,7 +9,9 @@ import logging
 import os
 import warnings
 import weakref
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -90,12 +92,12 @@ if hasattr(os, 'register_at_fork'):
 class Bytes:
     """A file whose bytes are read by their place; one position is not shared by threads."""
 
-    def __init__(self, path):
+    def __init__(self, path: str):
         self._file = open(path, 'rb')  # noqa: SIM115 (closed by Opened)
         self.size = os.fstat(self._file.fileno()).st_size
         self.close = self._file.close
 
-    def read(self, offset, size):
+    def read(self, offset: int, size: int) -> bytes:
         """Exactly so many bytes. Raises ValueError where the file ends before."""
         if not 0 <= offset <= offset + size <= self.size:
             raise ValueError(f'cut off: {size} bytes at {offset} of {self.size}')
@@ -105,11 +107,11 @@ class Bytes:
 class Capped(io.BufferedReader):
     """A file for packages that ask for as many bytes as a header tells of: read() makes room for no more than there are."""
 
-    def __init__(self, path):
+    def __init__(self, path: str):
         super().__init__(open(path, 'rb', buffering=0))  # noqa: SIM115 (closed with this)
         self._size = os.fstat(self.fileno()).st_size
 
-    def read(self, size=-1):
+    def read(self, size: int = -1) -> bytes:
         """So many bytes, or what is left."""
         return super().read(size if size is None or size < 0 else min(size, max(self._size - self.tell(), 0)))
 
@@ -118,7 +120,7 @@ class Capped(io.BufferedReader):
 # Images
 
 
-def sized(channels, height, width, dtype):
+def sized(channels: int, height: int, width: int, dtype: Any) -> Kind:
     """The Kind of numbers of a type, within the limits of what is read. Raises ValueError."""
     dtype, sides = np.dtype(dtype), [int(channels), int(height), int(width)]
     if dtype.kind not in 'uif':
@@ -130,7 +132,7 @@ def sized(channels, height, width, dtype):
     return Kind(*sides, dtype == np.uint8, str(dtype.newbyteorder('=')))
 
 
-def physical(array):
+def physical(array: np.ndarray) -> np.ndarray:
     """Numbers as uint8, where that is what they are, or else native float32. Raises ValueError where some are not finite."""
     if array.dtype.kind not in 'uif':
         raise ValueError(f'values of type {array.dtype}; expected plain real numbers')
@@ -144,7 +146,7 @@ def physical(array):
     return found
 
 
-def encoded_kind(data):
+def encoded_kind(data: bytes) -> Kind:
     """The Kind of a picture or .npy file, from the head of its bytes. Raises errors of DAMAGE."""
     if data[:6] == b'\x93NUMPY':
         found = arrays.read_header(data, len(data))
@@ -153,7 +155,7 @@ def encoded_kind(data):
     return Kind(*pictures.header(picture, data), picture.mode)
 
 
-def decode(data):
+def decode(data: bytes) -> np.ndarray:
     """A picture or .npy file, whatever it is called, as [C,H,W]. Raises errors of DAMAGE."""
     if data[:6] == b'\x93NUMPY':
         return physical(decode_image('.npy', data))
@@ -164,7 +166,7 @@ def decode(data):
 # Files that hold one image or several
 
 
-def files_below(path, fits):
+def files_below(path: str, fits: Callable[[str], bool]) -> list[str]:
     """The files below a folder whose names fit, relative to it, sorted. fits: a function of a name."""
     root = Path(path)
     found = (p.relative_to(root).as_posix() for p in root.rglob('*') if p.is_file() and not p.name.startswith('.') and fits(str(p)))
@@ -177,7 +179,7 @@ def first_files(path):
     return itertools.islice(found, LOOKED_AT)
 
 
-def holds(path, fits):
+def holds(path: str, fits: Callable[[str], bool]) -> bool:
     """Whether a folder holds files that fit, and no pictures."""
     found = False
     for file in first_files(path):
@@ -224,12 +226,12 @@ class StackSource(Source):
         return {**self.__dict__, '_last': None}
 
     @classmethod
-    def fits(cls, path):
+    def fits(cls, path: str) -> bool:
         """Whether a file is one of these, by its name or first bytes."""
         raise NotImplementedError
 
     @classmethod
-    def matches(cls, path):
+    def matches(cls, path: str) -> bool:
         """A file that fits, or a folder that holds such and no pictures."""
         with contextlib.suppress(OSError):
             return holds(path, cls.fits) if os.path.isdir(path) else os.path.isfile(path) and cls.fits(path)
@@ -246,14 +248,14 @@ class StackSource(Source):
     def _open(self, file):
         return self.opens(os.path.join(self._root, file), **self._options)
 
-    def kind(self, index):
+    def kind(self, index: int) -> Kind:
         """The Kind of an image, from headers."""
         file, k = self._places[index]
         opened = self._file(file)
         with guarded():
             return opened.kind(k)
 
-    def read(self, index):
+    def read(self, index: int) -> np.ndarray:
         """The image, [C,H,W]: uint8 where it is stored so, else float32."""
         file, k = self._places[index]
         opened = self._file(file)
@@ -262,7 +264,7 @@ class StackSource(Source):
             return physical(opened.read(k))
 
 
-def head(path, size):
+def head(path: str, size: int) -> bytes:
     """The first bytes of a file; b'' where it cannot be read."""
     try:
         with open(path, 'rb') as f:

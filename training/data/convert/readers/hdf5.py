@@ -29,7 +29,7 @@ class Hdf5Source(Source):
 
     what = 'HDF5'
 
-    def __init__(self, path, key=None, label_key=None, layout=None):
+    def __init__(self, path: str, key: str | None = None, label_key: str | None = None, layout: str | None = None):
         needs('h5py', path)
         if layout not in (None, *LAYOUTS):
             raise UserError(f'--source={path}: layout={layout} is unknown; choose from {", ".join(LAYOUTS)}')
@@ -49,15 +49,15 @@ class Hdf5Source(Source):
         self._rows = Opened(_Rows, path, key)
 
     @staticmethod
-    def matches(path):
+    def matches(path: str) -> bool:
         """By the ending of the name, or the first bytes."""
         return os.path.isfile(path) and (path.lower().endswith(('.h5', '.hdf5', '.hdf', '.he5')) or head(path, 8) == MAGIC)
 
-    def kind(self, index):
+    def kind(self, index: int) -> Kind:
         """The Kind that all images share."""
         return Kind(*self._kind)
 
-    def read(self, index):
+    def read(self, index: int) -> np.ndarray:
         """An image, [C,H,W]: uint8 where it is stored so, else float32."""
         with guarded():
             row = self._rows().row(index)

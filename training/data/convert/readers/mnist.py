@@ -22,7 +22,7 @@ class MnistSource(ArraySource):
 
     what = 'MNIST\'s ...images-idx3-ubyte(.gz) or their folder'
 
-    def __init__(self, path, split=None):
+    def __init__(self, path: str, split: str | None = None):
         if split not in (None, *SPLITS):
             raise UserError(f'--source={path}: split={split} is unknown; choose from {", ".join(SPLITS)}')
         folder, name = os.path.split(path)
@@ -44,7 +44,7 @@ class MnistSource(ArraySource):
         self.hold(images[:, None], labels)
 
     @staticmethod
-    def matches(path):
+    def matches(path: str) -> bool:
         """By the ending of the name; of folders, by the names of MNIST's files in them."""
         if os.path.isdir(path):
             return any(_files(path, split) for split in SPLITS)
@@ -57,7 +57,7 @@ def _files(folder, split):
     return [name for name in names if os.path.isfile(os.path.join(folder, name))]
 
 
-def read_idx(path):
+def read_idx(path: str) -> np.ndarray:
     """The array in an idx file of unsigned bytes, uint8. Raises ValueError and errors of gzip."""
     packed = path.endswith('.gz')
     most = os.path.getsize(path) * (MAX_DEFLATE if packed else 1)

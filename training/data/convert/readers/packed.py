@@ -15,7 +15,7 @@ class PackedSource(ArraySource):
 
     what = 'a data set written with --packed'
 
-    def __init__(self, path):
+    def __init__(self, path: str):
         self._path, contents = path, Packed(path, where=f'--source={path}')
         told = {key: None if contents.values(key) is None else contents.values(key).tolist() for key in tables.CHECKS}
         self.hold(contents.images, told['labels'])
@@ -31,7 +31,7 @@ class PackedSource(ArraySource):
         self.__dict__.update(state, _images=Packed(state['_path']).images)
 
     @staticmethod
-    def matches(path):
+    def matches(path: str) -> bool:
         """A packed folder, and an .npz with a dataset.json, which tells it from arrays of other programs."""
         if not is_packed(path) or os.path.isdir(path):
             return is_packed(path)

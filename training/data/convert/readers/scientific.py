@@ -8,6 +8,7 @@ import numpy as np
 from dnnlib import UserError
 from dnnlib.archive import MAX_DEFLATE
 from training.data.convert.readers.formats import Capped, StackSource, head, needs, sized
+from training.data.convert.readers.source import Kind
 
 # ----------------------------------------------------------------------------------------------------
 # FITS
@@ -29,7 +30,7 @@ class FitsSource(StackSource):
         self.hold(path, hdu=hdu, axis=axis)
 
     @classmethod
-    def fits(cls, path):
+    def fits(cls, path: str) -> bool:
         """By the ending of the name, or the first bytes."""
         return path.lower().endswith(cls.ENDINGS) or head(path, 10) == b'SIMPLE  = '
 
@@ -83,11 +84,11 @@ class FitsFile:
     def __len__(self):
         return 1 if self._as_channels else self._planes
 
-    def kind(self, k):
+    def kind(self, k: int) -> Kind:
         """The Kind of an image."""
         return sized(self._planes if self._as_channels else 1, *self._hdu.shape[-2:], np.float32 if self._is_scaled else self._type)
 
-    def read(self, k):
+    def read(self, k: int) -> np.ndarray:
         """An image; what is blank is NaN."""
         if self._as_channels or not self._lead:
             found = self._hdu.section[...]
@@ -106,13 +107,13 @@ class DicomSource(StackSource):
 
     what = 'DICOM'
 
-    def __init__(self, path):
+    def __init__(self, path: str):
         needs('pydicom', path)
         self.opens = DicomFile
         self.hold(path)
 
     @classmethod
-    def fits(cls, path):
+    def fits(cls, path: str) -> bool:
         """By the ending of the name; those without one by their first bytes."""
         name = os.path.basename(path).lower()
         return name.endswith(('.dcm', '.dicom', '.ima')) or '.' not in name[-5:] and name != 'dicomdir' and head(path, 132)[128:] == b'DICM'
@@ -150,7 +151,7 @@ class DicomFile:
         slope, intercept = part.get('RescaleSlope'), part.get('RescaleIntercept')
         return 1.0 if slope is None else float(slope), 0.0 if intercept is None else float(intercept)
 
-    def kind(self, k):
+    def kind(self, k: int) -> Kind:
         """The Kind of a frame."""
         head = self._head
         if head.PhotometricInterpretation not in self.COLOURS:
@@ -164,7 +165,7 @@ class DicomFile:
             dtype = np.dtype(f'{"i" if is_signed else "u"}{max(bits, 16) // 8}')
         return sized(head.SamplesPerPixel, head.Rows, head.Columns, dtype)
 
-    def read(self, k):
+    def read(self, k: int) -> np.ndarray:
         """A frame."""
         from pydicom.pixels import pixel_array
         self._file.seek(0)
@@ -207,7 +208,7 @@ class NiftiSource(StackSource):
         self.hold(path, axis=axis, volume=volume)
 
     @classmethod
-    def fits(cls, path):
+    def fits(cls, path: str) -> bool:
         """By the ending of the name."""
         return path.lower().endswith(('.nii', '.nii.gz'))
 
@@ -245,12 +246,12 @@ class NiftiFile:
     def __len__(self):
         return 1 if len(self._shape) == 2 else self._shape[self._axis]
 
-    def kind(self, k):
+    def kind(self, k: int) -> Kind:
         """The Kind of a slice."""
         sides = [side for axis, side in enumerate(self._shape[:3]) if len(self._shape) == 2 or axis != self._axis]
         return sized(1, *sides, np.float32 if self._scale != (1, 0) else self._raw.dtype)
 
-    def read(self, k):
+    def read(self, k: int) -> np.ndarray:
         """A slice."""
         place = [slice(None)] * min(len(self._shape), 3)
         if len(place) == 3:

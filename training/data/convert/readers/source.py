@@ -3,6 +3,8 @@
 
 from typing import NamedTuple
 
+import numpy as np
+
 
 class Kind(NamedTuple):
     """What an image is before anything is done to it."""
@@ -35,15 +37,15 @@ class Source:
     class_names = None  # {class: name}, once the names have been numbered
 
     @staticmethod
-    def matches(path):
+    def matches(path: str) -> bool:
         """Whether the path looks like one of these, by its name or first bytes: cheap, and never an error."""
         return False
 
-    def kind(self, index):
+    def kind(self, index: int) -> Kind:
         """The Kind of an image, without decoding it where that can be. Raises errors of DAMAGE."""
         raise NotImplementedError
 
-    def read(self, index):
+    def read(self, index: int) -> np.ndarray:
         """The image, [C,H,W], of its kind's shape and type. Raises errors of DAMAGE."""
         raise NotImplementedError
 

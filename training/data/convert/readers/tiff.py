@@ -12,6 +12,7 @@ import PIL.Image
 from dnnlib import UserError
 from dnnlib.archive import DAMAGE
 from training.data.convert.readers.formats import StackSource, guarded, needs, physical, sized
+from training.data.convert.readers.source import Kind
 
 MAGIC = (b'II*\0', b'MM\0*', b'II+\0', b'MM\0+')  # also of BigTIFF
 MIN_IS_WHITE, MIN_IS_BLACK, RGB, PALETTE, YCBCR = 0, 1, 2, 3, 6  # how values are meant (PhotometricInterpretation)
@@ -36,12 +37,12 @@ class TiffSource(StackSource):
         self.hold(path, axis=axis, series=series)
 
     @classmethod
-    def fits(cls, path):
+    def fits(cls, path: str) -> bool:
         """By the ending."""
         return path.lower().endswith(('.tif', '.tiff', '.btf', '.lsm'))
 
     @classmethod
-    def matches(cls, path):
+    def matches(cls, path: str) -> bool:
         """A file; folders of TIFF files are folders of pictures."""
         return os.path.isfile(path) and cls.fits(path)
 
@@ -68,12 +69,12 @@ class TiffFile:
         number = next(n for n, first in enumerate(self._first[1:]) if k < first)
         return self._stacks[number], k - self._first[number]
 
-    def kind(self, k):
+    def kind(self, k: int) -> Kind:
         """The Kind of an image."""
         stack, _ = self._find(k)
         return stack.kind()
 
-    def read(self, k):
+    def read(self, k: int) -> np.ndarray:
         """An image, [C,H,W], in the type that it has in the file; bits and palettes as uint8."""
         stack, k = self._find(k)
         return stack.read(k)
@@ -249,7 +250,7 @@ def _bands(page, array):
     return array[:, ::-1 if turn in (3, 4, 7, 8) else 1, ::-1 if turn in (2, 3, 6, 7) else 1]
 
 
-def decode_tiff(data):
+def decode_tiff(data: bytes) -> np.ndarray:
     """The bytes of a TIFF file that is one image -> [C,H,W], uint8 or float32: all its bits, and grey pages as channels.
 
     Raises errors of DAMAGE, also where tifffile is missing."""
@@ -258,7 +259,7 @@ def decode_tiff(data):
         return physical(file.read(0))
 
 
-def tiff_kind(data):
+def tiff_kind(data: bytes) -> Kind:
     """The Kind of what decode_tiff() gives, without decoding it."""
     with _whole(data) as file:
         return file.kind(0)
