@@ -300,7 +300,7 @@ def test_lower_limits_are_written_and_travel_on(tmp_path):
     assert ImageDataset(str(tmp_path / 'again.zip')).sigma_min.tolist() == [0.1, np.inf]
     said = run('stats', tmp_path / 'x.zip').output
     assert 'sigma_min   3 of 4 images have a lower limit; least 0.1, median 0.3' in said and '1 of them can never be used' in said
-    assert 'gives 00 the limit -1' in refusal(f'--source={tmp_path}/in', f'--dest={tmp_path}/y.zip', '--sigma-min=-1').replace('.png', '')
+    assert 'has the limit -1 for 00' in refusal(f'--source={tmp_path}/in', f'--dest={tmp_path}/y.zip', '--sigma-min=-1').replace('.png', '')
 
 
 def test_eight_bit_images_with_sigmas(tmp_path):

@@ -181,7 +181,7 @@ def test_members_that_are_not_what_the_directory_says(tmp_path):
     assert 'encrypted' in refused(zipped(tmp_path / 'a.zip', members, change=put('<H', 8, 1)), 'b.png')
     for method in (zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2):
         assert 'with deflate, or without compression' in refused(zipped(tmp_path / 'a.zip', members, method), 'b.png')
-    assert 'cannot become the 1000000 that' in refused(zipped(tmp_path / 'a.zip', members, change=put('<I', 24, 10 ** 6)), 'b.png')
+    assert 'cannot expand to the 1000000 that' in refused(zipped(tmp_path / 'a.zip', members, change=put('<I', 24, 10 ** 6)), 'b.png')
     assert 'more than the 536870912 that' in refused(zipped(tmp_path / 'a.zip', members, change=put('<I', 24, 2 ** 29 + 1)), 'b.png')
     assert 'CRC' in refused(zipped(tmp_path / 'a.zip', members, change=put('<I', 24, 10)), 'b.png')
     whole = zipped(tmp_path / 'a.zip', members)
@@ -227,7 +227,7 @@ def test_json_members_have_a_size_that_their_images_need(tmp_path, monkeypatch):
     monkeypatch.setattr('dnnlib.archive.JSON_PER_MEMBER', 100)
     few, many = ([(f'{i}.png', b'') for i in range(count)] for count in (10, 100))
     text = ('dataset.json', b'{"a":' + b' ' * 5000 + b'1}')
-    with pytest.raises(UserError, match='dataset.json cannot be read .it has 5007 bytes, more than the 2100'):
+    with pytest.raises(UserError, match='dataset.json cannot be read .it has 5007 bytes, more than the limit of 2100'):
         zipped(tmp_path / 'a.zip', [*few, text]).read_json()
     assert zipped(tmp_path / 'b.zip', [*many, text]).read_json() == {'a': 1}
     fifteen_million = MAX_JSON // 36  # of [["00000/img00000000.png", 999], ...]

@@ -101,7 +101,7 @@ def test_cmmd_is_of_clip():
     found = evaluate.evaluate_batches([batch_of(5)], toy, reference, ('cmmd',))
     x = toy(torch.from_numpy(batch_of(5)))[0]
     assert found == {'cmmd': pytest.approx(gaussian_distance(x, reference.features), rel=1e-9)}
-    with pytest.raises(UserError, match='r: --metrics=cmmd compare images'):
+    with pytest.raises(UserError, match='r: --metrics=cmmd compare single images'):
         evaluate.check_reference(dataclasses.replace(reference, features=None), toy, (3, 4, 4), 'r', ('cmmd',))
 
 

@@ -238,7 +238,7 @@ def test_variables_that_are_missing(monkeypatch, name):
         monkeypatch.setenv(other, '0')
     monkeypatch.setenv('WORLD_SIZE', '2')
     monkeypatch.delenv(name)
-    with pytest.raises(UserError, match=f'WORLD_SIZE=2 is set, but not {name}; start the ranks with torchrun, or set them all'):
+    with pytest.raises(UserError, match=f'WORLD_SIZE=2 is set, but not {name}; start the ranks with torchrun, or set all of them'):
         distributed.init()
 
 

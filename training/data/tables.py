@@ -98,7 +98,7 @@ def _classes(values, wrong):
     if low < 0:
         raise wrong
     if high >= MAX_CLASSES:
-        raise ValueError(f'contain class {str(high)[:20]}, but the largest allowed is {MAX_CLASSES - 1}')
+        raise ValueError(f'contains class {str(high)[:20]}, but the largest allowed is {MAX_CLASSES - 1}')
     return np.array(values, np.int64)
 
 

@@ -214,7 +214,7 @@ def test_lower_limits_follow_the_images(tmp_path):
     members = {f'{i}.npy': npy(np.zeros([1, 4, 4], np.float32)) for i in range(2)}
     path = write(tmp_path / 'f.zip', members, units={'offset': 100, 'scale': 40}, sigma_min={'0.npy': 4, '1.npy': None})
     np.testing.assert_allclose(ImageDataset(path).sigma_min, [0.1, 0])
-    assert '"sigma_min" in dataset.json gives 001.png the limit -1' in refusal(
+    assert '"sigma_min" in dataset.json has the limit -1 for 001.png' in refusal(
         picture_zip(tmp_path / 'c.zip', 2, sigma_min={'000.png': 1, '001.png': -1}))
 
 

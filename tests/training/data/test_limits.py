@@ -181,7 +181,7 @@ def test_wrong_limits_are_refused():
     for lower in ([1.0], [-0.1, 1.0], [math.nan, 1.0]):
         with pytest.raises(UserError, match='sigma_min must be 0 or more for each of the 2 images'):
             PairStream([0.0, 0.0], P, batch=4, lower=lower)
-    with pytest.raises(UserError, match='--pairing=clamp: clamp repeats .* 1 of 2 images have a sigma_min or sigma_max'):
+    with pytest.raises(UserError, match='--pairing=clamp: clamp reproduces .* 1 of 2 images have a sigma_min or sigma_max'):
         PairStream([0.0, 0.0], P, 'clamp', batch=4, lower=[0.2, 0.0])
 
 

@@ -259,7 +259,7 @@ def test_levels_that_no_image_allows_are_said(capsys):
 
 
 def test_clamp_with_limits_and_wrong_limits_are_refused():
-    with pytest.raises(UserError, match='--pairing=clamp: clamp repeats .* but 400 of 1000 images') as err:
+    with pytest.raises(UserError, match='--pairing=clamp: clamp reproduces .* but 400 of 1000 images') as err:
         PairStream(LEVELS, P, 'clamp', batch=4, upper=np.tile([np.inf, 0.3, np.inf, np.inf, 0.05], 200))
     assert '\n' not in err.value.message
     for upper in ([1.0], [0.0, 1.0], [np.nan, 1.0], [-1.0, 1.0]):

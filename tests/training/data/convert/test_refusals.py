@@ -58,11 +58,11 @@ def test_a_name_that_may_mean_two_images_is_refused(tmp_path):
 def test_a_file_that_is_given_two_values_is_refused(tmp_path):
     folder = picture_folder(tmp_path / 'in', pictures(2))
     (tmp_path / 't.csv').write_text('00.png,5\n01.png,6\n00.png,7\n')
-    assert 't.csv: gives 00.png several values' in refusal(f'--source={folder}', f'--dest={tmp_path}/x.zip', f'--labels={tmp_path}/t.csv')
+    assert 't.csv: has several values for 00.png' in refusal(f'--source={folder}', f'--dest={tmp_path}/x.zip', f'--labels={tmp_path}/t.csv')
     (tmp_path / 't.csv').write_text('00.png,5\n01.png,6\n00.png,5\n')
     convert(folder, tmp_path / 'x.zip', f'--labels={tmp_path}/t.csv')
     (folder / 'dataset.json').write_text(json.dumps({'labels': [['00.png', 1], ['01.png', 0], ['00.png', 0]]}))
-    with pytest.raises(Exception, match='gives 00.png several values'):
+    with pytest.raises(Exception, match='has several values for 00.png'):
         ImageDataset(str(folder), use_labels=True)
 
 

@@ -134,7 +134,7 @@ def test_refused_sources(folders):
             ([f'{clean}:label=a', f'--source={folders}/noisy:label=1'], ['names of classes', 'class numbers']),
             ([f'--source={folders}/tree', f'--source={folders}/numbers.npz:layout=nhwc'], ['names of classes', 'class numbers']),
             ([f'--source={folders}/numbers.npz', f'--source={folders}/vectors.npz', '--layout=nhwc'], ['vectors', 'class numbers']),
-            ([f'--source={folders}/float.npy:layout=nchw', clean], ['clean has 8-bit images', 'float.npy has not']),
+            ([f'--source={folders}/float.npy:layout=nchw', clean], ['clean has 8-bit images', 'float.npy has others']),
             ([f'{clean}:colour=red'], ['"files" has no key "colour"', 'it takes no keys']),
             ([f'{clean}:label=a,b'], ['expected key=value', 'got "b"']), ([f'{clean}:label='], ['label=']),
             ([f'{clean}:kind=tar9'], ['unknown kind "tar9"', 'choose from', 'files']), ([f'{clean}:sigma=x'], ['sigma=x: neither']),

@@ -62,7 +62,7 @@ def test_levels_and_classes():
         found.add(measure(image))
     text = '\n'.join(lines(found, facts))
     for part in ('sigmas      3 of 30 images are noisy; min 0, median 0, mean 0.01, max 0.1',
-                 'sigma_min   4 of 30 images have a lower limit; least 0.5', 'sigma_max   5 of 30 images have an upper limit; least 0.1',
+                 'sigma_min   4 of 30 images have a lower limit; min 0.5', 'sigma_max   5 of 30 images have an upper limit; min 0.1',
                  '25 classes, 1 to 2 images each, median 1', 'most  0: 2, 1: 2, 2: 2, 3 dog: 2, 4: 2', 'least 20: 1'):
         assert part in text, text
     assert 'never be used' not in text  # those that are too noisy below their upper limit teach above the lower one

@@ -81,7 +81,7 @@ def test_as_a_command(tmp_path):
     args = [f'--source={tmp_path}/in', f'--dest={tmp_path}/z.zip', '--workers=1']
     for more, text in ((['--transform=pad:fill=zero'], 'fill=zero is unknown; choose from edge, reflect, constant'),
                        (['--transform=pad:fill=constant,value=256'], 'value=256 is not possible in uint8'),
-                       (['--transform=pad', '--sigmas=0.1'], '--transform would colour'),
+                       (['--transform=pad', '--sigmas=0.1'], '--transform would make the noise'),
                        (['--transform=crop'], 'choose from'), (['--transform=pad:colour=1'], 'fill=edge'),
                        (['--transform=center-crop-dhariwal', '--resolution=8x4'], 'crops a square'),
                        (['--transform=center-crop-dhariwal'], 'needs --resolution')):

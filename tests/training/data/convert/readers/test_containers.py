@@ -210,7 +210,7 @@ def test_webdataset_that_is_refused(tmp_path):
     for members, text in (([('1.txt', b'x')], 'no sample in it has an image'),
                           ([('1.png', picture), ('1.jpg', picture)], 'several images: png, jpg'),
                           ([('1.png', picture), ('1.cls', b'1'), ('2.png', picture)], '2 has no label'),
-                          ([('1.png', picture), ('1.png', picture)], '1.png stands twice'),
+                          ([('1.png', picture), ('1.png', picture)], '1.png occurs twice'),
                           ([('1.png', picture), ('1.json', b'[]')], 'holds no object'),
                           ([('1.png', picture), ('1.json', b'{')], 'cannot be read')):
         assert text in refusal(tar(path, members)), members
