@@ -269,7 +269,7 @@ class Names(click.ParamType):
         named = value if isinstance(value, tuple) else tuple(str(value).split(','))
         unknown = [name for name in named if name not in self.choices]
         if unknown:
-            self.fail(f'"{unknown[0]}" in "{value}" is none of {", ".join(self.choices)}', param, ctx)
+            self.fail(f'"{unknown[0]}" in "{value}" is unknown; choose from {", ".join(self.choices)}', param, ctx)
         return tuple(name for name in self.choices if name in named)
 
 

@@ -28,7 +28,7 @@ def place(option: str | None, dest: str) -> str | None:
     if not option.lower().endswith('.png'):
         raise UserError(f'--sheet={option}: must end in .png, or be "none"')
     if os.path.abspath(option).startswith(os.path.join(os.path.abspath(dest), '')):
-        raise UserError(f'--sheet={option}: lies in --dest, where it would be an image of the data set')
+        raise UserError(f'--sheet={option}: is inside --dest, where it would become an image of the data set')
     return option
 
 

@@ -14,7 +14,7 @@ class ArraySource(Source):
     """Base class for images in one array, which a subclass passes to hold()."""
 
     def hold(self, images: np.ndarray, labels: list | None = None) -> None:
-        """images: [N,C,H,W]. labels: a list of N, or None. Raises ValueError where there are none."""
+        """images: [N,C,H,W]. labels: a list of N, or None. Raises ValueError if there are no images."""
         if not len(images):
             raise ValueError('no images in it')
         self._images, self.labels = images, labels

@@ -12,7 +12,7 @@ from array import array
 MAGIC, VERSION = 0xBEEFC0DE, 1
 HEAD = 16  # bytes of a page's head
 BRANCH, LEAF, OVERFLOW, META = 1, 2, 4, 8  # flags of pages
-FAR, SUBTREE, SEVERAL = 1, 2, 4  # flags of nodes: the value lies on pages of its own, is a database, is a list of values
+FAR, SUBTREE, SEVERAL = 1, 2, 4  # flags of nodes: the value has its own pages, is a database, is a list of values
 SEVERAL_VALUES, INTEGER_KEYS = 4, 8  # flags of databases
 NO_PAGE = 2 ** 64 - 1
 DEEPEST = 32
@@ -59,18 +59,18 @@ class Tree:
                 below = [struct.unpack_from('<IH', page, place) for place in self._nodes(page)]
                 stack += [(low | top << 32, level + 1) for low, top in reversed(below)]
             else:
-                raise ValueError(f'page {number} is none of its tree')
+                raise ValueError(f'page {number} is not a page of its tree')
         if len(self.keys) + len(self.databases) != entries:
-            raise ValueError(f'{len(self.keys) + len(self.databases)} entries, where it tells of {entries}')
+            raise ValueError(f'{len(self.keys) + len(self.databases)} entries, but its header claims {entries}')
 
     def _page(self, number):
-        """A page of the tree, which may stand in it once."""
+        """A page of the tree, which may occur in it only once."""
         if not number < len(self._seen) or self._seen[number]:
-            raise ValueError(f'page {number} is beyond its end, or stands in its tree twice')
+            raise ValueError(f'page {number} is beyond its end, or occurs in its tree twice')
         self._seen[number] = 1
         page = self._file.read(number * self._page_size, self._page_size)
         if struct.unpack_from('<Q', page)[0] != number:
-            raise ValueError(f'page {number} says that it is another')
+            raise ValueError(f'page {number} has the number of another page')
         return page
 
     def _nodes(self, page):

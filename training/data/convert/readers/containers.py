@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pictures packed by other programs: LMDB, WebDataset's tar files, and the parquet files and folders of Hugging Face's datasets.
 
-Their members are PNG, JPEG, WebP, TIFF or other pictures, or .npy files, whatever they are called."""
+Their members are PNG, JPEG, WebP, TIFF or other pictures, or .npy files, recognised by their content."""
 
 import collections
 import glob
@@ -44,7 +44,7 @@ class EncodedSource(Source):
         return decode(self.data(index))
 
     def tell(self, levels: dict[str, list]) -> None:
-        """Takes {name of LEVELS: value an image}; what none of the images has is left out. Raises ValueError where some lack it."""
+        """Sets {name in LEVELS: one value per image}; a level that no image has is left out. Raises ValueError if only some have it."""
         for key, values in levels.items():
             lacking = next((i for i, value in enumerate(values) if value is None), None)
             if lacking is not None and all(value is None for value in values):
@@ -227,12 +227,12 @@ def _samples(shard):
             folder, base = os.path.split(member.name)
             name, _, ending = base.partition('.')
             if not name:
-                continue  # other programs' notes
+                continue  # metadata of other programs
             sample = found.setdefault(os.path.join(folder, name), {})
             if ending.lower() in sample:
                 raise ValueError(f'{member.name} occurs twice in {os.path.basename(shard)}')
             sample[ending.lower()] = member.offset_data, member.size
-            archive.members = []  # tarfile would keep all of them
+            archive.members = []  # tarfile would keep all of them in memory
     return list(found.items())
 
 
@@ -248,7 +248,7 @@ def _image_member(members, key):
 
 
 def _whole(text):
-    """A class as it stands in a .cls: a whole number, or a name."""
+    """The class in a .cls file: a whole number, or a name."""
     text = text.strip()
     return int(text) if re.fullmatch(r'[+-]?\d{1,18}', text) else text
 
@@ -258,7 +258,7 @@ def _whole(text):
 
 
 class TableSource(EncodedSource):
-    """Rows of a table with a column of pictures: a subclass takes what a Columns says of them."""
+    """Rows of a table with a column of pictures: base class for sources that are described by Columns."""
 
     def hold(self, columns, table):
         """columns: a parquet.Columns. table: an Opened whose value has image(index) -> bytes."""

@@ -14,7 +14,7 @@ from training.data.convert.readers.source import Kind, Source, folder_classes
 
 
 class FileSource(Source):
-    """Image files of a folder or zip. A dataset.json gives labels, levels and units; else the top folders are the classes."""
+    """Image files of a folder or zip. A dataset.json gives labels, levels and units; otherwise the top folders are the classes."""
 
     what = 'a folder, .zip'
 
@@ -46,7 +46,7 @@ class FileSource(Source):
         return Kind(*pictures.header(picture, data), picture.mode)
 
     def read(self, index: int) -> np.ndarray:
-        """The image, [C,H,W], as decode_image gives it, or decode_tiff what Pillow would read a part of."""
+        """The image, [C,H,W], from decode_image, or from decode_tiff if Pillow would read only a part of it."""
         name = self.names[index]
         data = self._archive.read(name)
         return tiff.decode_tiff(data) if tiff.beyond_pillow(data) else decode_image(name, data)
@@ -56,5 +56,5 @@ def _units(told, path):
     try:
         return None if told is None else tables.units(told)
     except (KeyError, ValueError):
-        raise UserError(f'--source={path}: "units" in its dataset.json must be {{"offset": ..., "scale": ...}}, finite numbers or one '
-                        'a channel, the scale above 0') from None
+        raise UserError(f'--source={path}: "units" in its dataset.json must be {{"offset": ..., "scale": ...}}, finite numbers, '
+                        'single or one per channel, the scale above 0') from None

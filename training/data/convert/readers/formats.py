@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the readers of other programs' formats share: packages that may be missing, handles of one process, values as physical numbers."""
+"""Shared code of the readers of other programs' formats: optional packages, file handles per process, values as physical numbers."""
 
 import contextlib
 import importlib
@@ -20,12 +20,12 @@ from dnnlib.archive import DAMAGE, IMAGES, MAX_MEMBER, MAX_PIXELS, RARER_IMAGES,
 from dnnlib.util import one_line
 from training.data.convert.readers.source import Kind, Source, folder_classes
 
-LOOKED_AT = 1000  # files of a folder that tell what is in it
+LOOKED_AT = 1000  # files of a folder that are examined to recognise its content
 PACKAGES = {'astropy.io.fits': 'astropy', 'pyarrow.parquet': 'pyarrow'}  # of modules that are not called like their package
 
 
 def needs(module, path):
-    """A module of a package that not every machine has. Raises UserError."""
+    """Imports a module of an optional package. Raises UserError."""
     package = PACKAGES.get(module, module)
     try:
         with warnings.catch_warnings():
@@ -33,13 +33,13 @@ def needs(module, path):
             found = importlib.import_module(module)
     except ImportError:
         raise UserError(f'--source={path} needs {package}: pip install {package}') from None
-    logging.getLogger(package).setLevel(logging.CRITICAL)  # what it notes of damaged files is told in one line, by its error
+    logging.getLogger(package).setLevel(logging.CRITICAL)  # about damaged files, its error is reported in one line instead of its log
     return found
 
 
 @contextlib.contextmanager
 def guarded():
-    """Packages meet bytes that they do not expect with whatever error their code comes to: turns it into one of DAMAGE."""
+    """Turns any error of a package into one of DAMAGE: damaged bytes make packages raise errors of all kinds."""
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         try:
@@ -65,7 +65,7 @@ class Opened:
         return self._held
 
     def close(self):
-        """Closes what is open; the next call opens it anew."""
+        """Closes the file; the next call opens it again."""
         held, self._held = self._held, None
         if hasattr(held, 'close'):
             with contextlib.suppress(Exception):
@@ -98,21 +98,21 @@ class Bytes:
         self.close = self._file.close
 
     def read(self, offset: int, size: int) -> bytes:
-        """Exactly so many bytes. Raises ValueError where the file ends before."""
+        """Exactly `size` bytes. Raises ValueError if the file ends earlier."""
         if not 0 <= offset <= offset + size <= self.size:
             raise ValueError(f'cut off: {size} bytes at {offset} of {self.size}')
         return os.pread(self._file.fileno(), size, offset)
 
 
 class Capped(io.BufferedReader):
-    """A file for packages that ask for as many bytes as a header tells of: read() makes room for no more than there are."""
+    """A file for packages that read as many bytes as a header claims: read() allocates no more than the file has."""
 
     def __init__(self, path: str):
         super().__init__(open(path, 'rb', buffering=0))  # noqa: SIM115 (closed with this)
         self._size = os.fstat(self.fileno()).st_size
 
     def read(self, size: int = -1) -> bytes:
-        """So many bytes, or what is left."""
+        """`size` bytes, or fewer at the end of the file."""
         return super().read(size if size is None or size < 0 else min(size, max(self._size - self.tell(), 0)))
 
 
@@ -121,19 +121,19 @@ class Capped(io.BufferedReader):
 
 
 def sized(channels: int, height: int, width: int, dtype: Any) -> Kind:
-    """The Kind of numbers of a type, within the limits of what is read. Raises ValueError."""
+    """The Kind of an image of this size and type, if it is within the limits. Raises ValueError."""
     dtype, sides = np.dtype(dtype), [int(channels), int(height), int(width)]
     if dtype.kind not in 'uif':
         raise ValueError(f'values of type {dtype}; expected plain real numbers')
     if min(sides) < 1:
         raise ValueError(f'an image of {width} x {height} pixels and {channels} channels')
     if sides[1] * sides[2] > MAX_PIXELS or np.prod(sides, dtype=object) * dtype.itemsize > MAX_MEMBER:
-        raise ValueError(f'{width} x {height} pixels in {channels} channels, more than are read')
+        raise ValueError(f'{width} x {height} pixels in {channels} channels, more than the limit')
     return Kind(*sides, dtype == np.uint8, str(dtype.newbyteorder('=')))
 
 
 def physical(array: np.ndarray) -> np.ndarray:
-    """Numbers as uint8, where that is what they are, or else native float32. Raises ValueError where some are not finite."""
+    """Numbers as uint8 if they have this type, otherwise as native float32. Raises ValueError if some are not finite."""
     if array.dtype.kind not in 'uif':
         raise ValueError(f'values of type {array.dtype}; expected plain real numbers')
     if array.dtype == np.uint8:
@@ -147,7 +147,7 @@ def physical(array: np.ndarray) -> np.ndarray:
 
 
 def encoded_kind(data: bytes) -> Kind:
-    """The Kind of a picture or .npy file, from the head of its bytes. Raises errors of DAMAGE."""
+    """The Kind of a picture or .npy file, from its header. Raises the errors in DAMAGE."""
     if data[:6] == b'\x93NUMPY':
         found = arrays.read_header(data, len(data))
         return sized(*(1, *found.shape)[-3:], found.dtype) if len(found.shape) in (2, 3) else decode_image('.npy', data)
@@ -156,7 +156,7 @@ def encoded_kind(data: bytes) -> Kind:
 
 
 def decode(data: bytes) -> np.ndarray:
-    """A picture or .npy file, whatever it is called, as [C,H,W]. Raises errors of DAMAGE."""
+    """A picture or .npy file, recognised by its content, as [C,H,W]. Raises the errors in DAMAGE."""
     if data[:6] == b'\x93NUMPY':
         return physical(decode_image('.npy', data))
     return decode_image('', data)
@@ -174,7 +174,7 @@ def files_below(path: str, fits: Callable[[str], bool]) -> list[str]:
 
 
 def first_files(path):
-    """The paths of those files below a folder that are found first, so many as tell what is in it."""
+    """The paths of the first LOOKED_AT files below a folder."""
     found = (os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names)
     return itertools.islice(found, LOOKED_AT)
 
@@ -198,7 +198,7 @@ class StackSource(Source):
     _last = None  # the file that was read last
 
     def hold(self, path, **options):
-        """The files and how many images each has. options: those of `opens`."""
+        """Finds the files and counts their images. options: those of `opens`."""
         self._path, self._options = path, options
         is_folder = os.path.isdir(path)
         files = files_below(path, self.fits) if is_folder else [os.path.basename(path)]
@@ -215,7 +215,7 @@ class StackSource(Source):
                 if not is_folder:
                     raise
                 problems.append(f'{file}: {damage(err)}')
-                count = 1  # which will not be read, and told of
+                count = 1  # read() will raise its error
             self.names += [f'{file}[{k}]' for k in range(count)] if count > 1 else [file]
             self._places += [(file, k) for k in range(count)]
         if len(problems) == len(files):
@@ -227,7 +227,7 @@ class StackSource(Source):
 
     @classmethod
     def fits(cls, path: str) -> bool:
-        """Whether a file is one of these, by its name or first bytes."""
+        """Whether a file has this format, by its name or first bytes."""
         raise NotImplementedError
 
     @classmethod
@@ -260,7 +260,7 @@ class StackSource(Source):
         file, k = self._places[index]
         opened = self._file(file)
         with guarded():
-            opened.kind(k)  # its size is within limits
+            opened.kind(k)  # checks that its size is within limits
             return physical(opened.read(k))
 
 

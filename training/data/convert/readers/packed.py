@@ -20,7 +20,7 @@ class PackedSource(ArraySource):
         told = {key: None if contents.values(key) is None else contents.values(key).tolist() for key in tables.CHECKS}
         self.hold(contents.images, told['labels'])
         self.units, self.sigmas = contents.units, told['sigmas']
-        # As dataset.json has them, where there is no infinity.
+        # As in dataset.json, since JSON has no infinity.
         self.sigma_min = told['sigma_min'] and [min(limit, tables.LARGEST) or None for limit in told['sigma_min']]
         self.sigma_max = told['sigma_max'] and [limit if limit <= tables.LARGEST else None for limit in told['sigma_max']]
 
@@ -32,7 +32,7 @@ class PackedSource(ArraySource):
 
     @staticmethod
     def matches(path: str) -> bool:
-        """A packed folder, and an .npz with a dataset.json, which tells it from arrays of other programs."""
+        """A packed folder, or an .npz with a dataset.json, which distinguishes it from arrays of other programs."""
         if not is_packed(path) or os.path.isdir(path):
             return is_packed(path)
         with contextlib.suppress(OSError, ValueError, zipfile.BadZipFile), zipfile.ZipFile(path) as archive:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Columns of tables that hold pictures and what is said of them: parquet files, and the tables of Hugging Face's datasets."""
+"""Tables with columns of pictures and their labels and levels: parquet files, and the tables of Hugging Face's datasets."""
 
 import bisect
 import json
@@ -15,7 +15,7 @@ BATCH = 16  # rows that are decoded at a time
 
 
 class Columns:
-    """What is said of the images of a table: count, image (the name of their column), labels, levels ({name of LEVELS: values})."""
+    """The annotations of the images of a table: count, image (the name of their column), labels, levels ({name in LEVELS: values})."""
 
     def __init__(self, schema, features, key, label_key):
         """schema: pyarrow's. features: what Hugging Face's datasets note of the columns, {name: {_type: ...}}. Raises ValueError."""
@@ -34,15 +34,15 @@ class Columns:
             self.labels = (self.labels or []) + found[self._label]
 
     def finish(self, count):
-        """Looks at what was taken of `count` rows."""
+        """Checks the columns after all `count` rows have been added."""
         self.count = count
         short = [len(values) for values in (self.labels, *self.levels.values()) if values is not None and len(values) != count]
         if short:
-            raise ValueError(f'it tells of {count} rows, and has {short[0]}')
+            raise ValueError(f'it claims {count} rows, but has {short[0]}')
         if self.labels is None:
             return self
         if all(label in (None, -1) for label in self.labels):
-            self.labels = None  # as datasets have it of those whose labels are secret
+            self.labels = None  # as in data sets whose labels are secret
         elif None in self.labels:
             raise ValueError(f'row {self.labels.index(None)} has no {self._label}, as others have')
         return self
@@ -61,7 +61,7 @@ class Columns:
                     raise ValueError(f'{os.path.basename(file)} has no column "{columns.image}"')
                 count += opened.metadata.num_rows
                 if opened.metadata.num_rows > 8 * os.path.getsize(file):
-                    raise ValueError(f'{os.path.basename(file)} tells of {opened.metadata.num_rows} rows, more than it can hold')
+                    raise ValueError(f'{os.path.basename(file)} claims {opened.metadata.num_rows} rows, more than it can hold')
                 if columns.wanted:
                     columns.take(opened.read(columns.wanted, use_threads=False))
         return columns.finish(count)

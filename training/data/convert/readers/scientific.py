@@ -71,7 +71,7 @@ class FitsFile:
         return next(iter(found.values()))
 
     def _check(self, path):
-        """Takes the type of the values, and compares what the header tells of with the size of the file."""
+        """Reads the type of the values, and compares the size that the header claims with that of the file."""
         header = self._hdu.header
         self._type = np.dtype(self.TYPES[header['BITPIX']])
         self._is_scaled = header.get('BSCALE', 1) != 1 or header.get('BZERO', 0) != 0 or 'BLANK' in header or 'ZBLANK' in header
@@ -79,7 +79,7 @@ class FitsFile:
         is_packed = type(self._hdu).__name__ == 'CompImageHDU' or head(path, 2) in (b'\x1f\x8b', b'BZ', b'PK')
         start, size = 0 if is_packed else self._hdu.fileinfo()['datLoc'], os.path.getsize(path)
         if start + told > size * (MAX_DEFLATE if is_packed else 1):
-            raise ValueError(f'cut off: it tells of {told} bytes of values from {start} on, and has {size}')
+            raise ValueError(f'cut off: it claims {told} bytes of values from {start} on, but has {size}')
 
     def __len__(self):
         return 1 if self._as_channels else self._planes
@@ -89,7 +89,7 @@ class FitsFile:
         return sized(self._planes if self._as_channels else 1, *self._hdu.shape[-2:], np.float32 if self._is_scaled else self._type)
 
     def read(self, k: int) -> np.ndarray:
-        """An image; what is blank is NaN."""
+        """An image; blank values are NaN."""
         if self._as_channels or not self._lead:
             found = self._hdu.section[...]
         else:
@@ -135,7 +135,7 @@ class DicomFile:
         size, syntax = os.path.getsize(path), self._head.file_meta.TransferSyntaxUID
         most = size * 8 * (MAX_DEFLATE if syntax.is_deflated else 1)
         if not 0 < self._frames <= size or not syntax.is_encapsulated and bits > most:
-            raise ValueError(f'it tells of {self._frames} frames and {bits // 8} bytes of values, and has {size}')
+            raise ValueError(f'it claims {self._frames} frames and {bits // 8} bytes of values, but has {size}')
 
     def __len__(self):
         return self._frames
@@ -227,13 +227,13 @@ class NiftiFile:
         while len(shape) > 2 and shape[-1] == 1:
             shape.pop()
         if len(shape) == 4 and (not isinstance(volume, int) or not 0 <= volume < shape[3]):
-            raise ValueError(f'it has {shape[3]} volumes along its fourth axis; say volume=0 or another up to {shape[3] - 1}')
+            raise ValueError(f'it has {shape[3]} volumes along its fourth axis; give volume=0 or another up to {shape[3] - 1}')
         if len(shape) not in (2, 3, 4):
             raise ValueError(f'of shape {list(told.shape)}; expected a volume of three axes')
         self._is_packed = head(path, 2) == b'\x1f\x8b'
         size = int(np.prod(told.shape, dtype=object)) * told.dtype.itemsize
         if size > os.path.getsize(path) * (MAX_DEFLATE if self._is_packed else 1):
-            raise ValueError(f'cut off: it tells of {size} bytes of values, and has {os.path.getsize(path)}')
+            raise ValueError(f'cut off: it claims {size} bytes of values, but has {os.path.getsize(path)}')
         self._scale = float(told.slope), float(told.inter)
         self._raw = ArrayProxy(told.file_like, (tuple(told.shape), told.dtype, told.offset), mmap=False)
         self._shape, self._volume, self._axis = shape, volume if len(shape) == 4 else None, axis

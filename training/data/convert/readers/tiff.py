@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TIFF files whole: all pages, all bits, through tifffile. Pillow reads the first page, and 8 of 16 bits where there are colours."""
+"""Reads TIFF files completely, all pages and all bits, by tifffile. Pillow reads the first page, and 8 of 16 bits of colour images."""
 
 import contextlib
 import io
@@ -48,7 +48,7 @@ class TiffSource(StackSource):
 
 
 class TiffFile:
-    """The images in a TIFF file. source: a path, or a file object. Raises ValueError and whatever tifffile does: see guarded()."""
+    """The images in a TIFF file. source: a path, or a file object. Raises ValueError and any error of tifffile: see guarded()."""
 
     def __init__(self, source, axis=None, series=None):
         import tifffile
@@ -159,7 +159,7 @@ def _stacks(file, axis, number):
     told = (file.imagej_metadata or {}).get('images', 1) if file.is_imagej else 1
     held = sum(int(np.prod(one.shape, dtype=np.int64)) // max(one.keyframe.size, 1) for one in series)
     if isinstance(told, int) and told > held:  # tifffile then reads the first
-        raise ValueError(f'cut off: it tells of {told} images, and has {held}')
+        raise ValueError(f'cut off: it claims {told} images, but has {held}')
     if number is not None:
         if not isinstance(number, int) or not 0 <= number < len(series):
             raise ValueError(f'series={number}: it has series 0 to {len(series) - 1}')
@@ -188,10 +188,10 @@ def _of_series(file, series, axis):
     count = int(np.prod([length for _, length in lead], dtype=np.int64))
     if len(series.pages) == count and series.pages[0] is not None and all(one is not None for one in series.pages):
         return _Stack(file, series.pages, lead, _along(lead, axis))
-    # ImageJ's files beyond 4 GiB tell of the first page alone; the others lie behind it.
+    # ImageJ's files beyond 4 GiB describe only the first page; the others follow it.
     size = file.filehandle.size
     if series.dataoffset is None or series.dataoffset + series.nbytes > size:
-        raise ValueError(f'it has {len(series.pages)} pages, where it tells of {count}')
+        raise ValueError(f'it has {len(series.pages)} pages, but it claims {count}')
     array = series.asarray(out='memmap') if file.filehandle.is_file else series.asarray()
     return _Stack(file, [page], lead, _along(lead, axis), array)
 
@@ -276,7 +276,7 @@ def beyond_pillow(data):
             deep = page.bitspersample > 8 and (page.samplesperpixel > 1 or page.photometric == MIN_IS_WHITE)
             # Bands that Pillow leaves out, and blank values that it takes for numbers.
             return deep or len(file.pages) > 1 or UNSPECIFIED in page.extrasamples or GDAL_NODATA in page.tags
-    except (UserError, *DAMAGE):  # Pillow tells what is wrong with it
+    except (UserError, *DAMAGE):  # Pillow will report the error
         return False
 
 

@@ -121,7 +121,7 @@ def test_hdf5_that_is_refused(tmp_path):
             (lambda file: file.create_dataset('x', (10 ** 9, 64, 64), 'u1', chunks=(1, 64, 64)), 'bytes of values, and 0 are stored'),
             (lambda file: file.create_dataset('x', (2, 40_000, 40_000), 'u1', chunks=(1, 40_000, 40_000)),
              'has chunks of 1600000000 bytes'),
-            (lambda file: file.create_dataset('x', (1, 8, 8), 'u1', external=[('/etc/passwd', 0, 64)]), 'lies in another file'),
+            (lambda file: file.create_dataset('x', (1, 8, 8), 'u1', external=[('/etc/passwd', 0, 64)]), 'is stored in another file'),
             (lambda file: file.create_dataset('x', (0, 8, 8), 'u1'), 'no data set of numbers'),
             (lambda file: file.create_dataset('x', data=np.zeros([3, 8, 8], bool)), 'no data set of numbers'),
             (lambda file: file.create_dataset('x', data=np.zeros([2, 3, 8, 3])), 'give --layout=nhwc or --layout=nchw')):
@@ -280,8 +280,8 @@ def test_dicom_folders_and_refusals(tmp_path):
                        ({'PhotometricInterpretation': 'MONOCHROME1', 'RescaleSlope': '2', 'RescaleIntercept': '0'}, 'which way they go'),
                        ({'ModalityLUTSequence': [pydicom.Dataset()]}, 'go through a table')):
         assert text in bad(open_source(str(dicom(path, DEEP[0], **tags))))
-    assert 'it tells of 1 frames and 2000000 bytes' in refusal(dicom(path, DEEP[0], Rows=1000, Columns=1000))
-    assert 'it tells of 99999' in refusal(dicom(path, DEEP[0], NumberOfFrames=99999))
+    assert 'it claims 1 frames and 2000000 bytes' in refusal(dicom(path, DEEP[0], Rows=1000, Columns=1000))
+    assert 'it claims 99999' in refusal(dicom(path, DEEP[0], NumberOfFrames=99999))
     path.write_bytes(b'x' * 500)
     assert 'cannot be read' in refusal(path)
     made = pydicom.dcmread(dicom(path, BYTES[0]))
@@ -319,7 +319,7 @@ def test_nifti_volumes_and_refusals(tmp_path):
     nibabel = pytest.importorskip('nibabel')
     path = tmp_path / 'x.nii.gz'
     nibabel.Nifti1Image(np.stack([SIGNED, SIGNED + 1], -1), np.eye(4)).to_filename(path)
-    assert 'it has 2 volumes along its fourth axis; say volume=0 or another up to 1' in refusal(path)
+    assert 'it has 2 volumes along its fourth axis; give volume=0 or another up to 1' in refusal(path)
     same(open_source(f'{path}:volume=1,axis=0'), SIGNED + 1)
     nibabel.Nifti1Image(SIGNED[..., None], np.eye(4)).to_filename(path)
     same(open_source(f'{path}:axis=0'), SIGNED)
