@@ -88,12 +88,12 @@ def read_value(path: str | os.PathLike, name: str | None = None) -> Any:
         raise UserError(f'{name}: {err.strerror or err}') from None
 
 
-def json_object(data: str | bytes, name: str) -> dict:
+def json_object(data: str | bytes, name: str | os.PathLike) -> dict:
     """The object in JSON text or bytes; `name`: their name in errors."""
     return _object(json_value(data, name), name)
 
 
-def json_value(data: str | bytes, name: str) -> Any:
+def json_value(data: str | bytes, name: str | os.PathLike) -> Any:
     """The value in JSON text or bytes from any source. Raises UserError, in one line."""
     if len(data) > MAX_JSON:
         raise UserError(TOO_LARGE.format(name))

@@ -36,7 +36,7 @@ class Progress:
         if self._bar is not None:
             self._bar.close()
 
-    def update(self, n: int = 1) -> None:
+    def update(self, n: float = 1) -> None:
         """Counts n more items as done."""
         self.done += n
         if self._bar is not None:

@@ -234,7 +234,7 @@ def numbers(found: Collected, reference: Statistics, metrics: Sequence[str] = ('
     return values | ({'intervals': task.intervals} if settings.intervals else {})
 
 
-def distance_name(detector: Detector) -> str:
+def distance_name(detector: str) -> str:
     """The name of the Fréchet distance in results. With other features than Inception's it is not an FID, and must not be quoted as one."""
     return {'dinov2': 'fd_dinov2', 'clip': 'fd_clip', 'vgg16': 'fd_vgg16'}.get((detector or '').partition(':')[0], 'fid_score')
 

@@ -49,7 +49,7 @@ class Summary:
         # squares: the sum of the images' variances and of the squared differences of their means
         self._squares, self._digests = 0.0, bytearray()
 
-    def add(self, image: Measured) -> 'Summary':
+    def add(self, image: Measured) -> None:
         """Adds the Measured of an image."""
         low, high, mean, variance = image.rows
         self._take(low, high, mean, variance, 1, image.digest)
