@@ -14,7 +14,7 @@ from dnnlib.files import prepare_output
 from dnnlib.report.page import page
 from dnnlib.report.runs import families, read_runs, read_stats
 from dnnlib.util import printable
-from torch_utils import misc
+from dnnlib.versions import VERSION, git_commit
 from torch_utils.command_line import Command, version_option
 
 __all__ = ['PICTURES', 'families', 'main', 'read_stats']
@@ -97,7 +97,7 @@ def draw_pictures(runs, dest):
 
 def write_page(runs, path):
     """Writes the HTML page of the runs, and prints its path."""
-    made_by = f'plot_run.py {misc.VERSION} (commit {misc.git_commit()})'
+    made_by = f'plot_run.py {VERSION} (commit {git_commit()})'
     text = page(runs, made_by)
     with replacing(path) as part, open(part, 'w', encoding='utf-8', newline='\n') as f:
         f.write(text)

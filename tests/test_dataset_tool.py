@@ -265,7 +265,7 @@ def test_noise_on_stored_images_stays_gaussian(tmp_path):
     convert(tmp_path / 'x.zip', tmp_path / 'again.zip')  # units and sigmas travel on
     again = ImageDataset(str(tmp_path / 'again.zip'))
     assert again.units == dataset.units and again.native_sigma.tolist() == dataset.native_sigma.tolist()
-    assert 'colour the noise' in refusal(f'--source={tmp_path}/x.zip', f'--dest={tmp_path}/y.zip', '--resolution=32x32')
+    assert 'would make the noise' in refusal(f'--source={tmp_path}/x.zip', f'--dest={tmp_path}/y.zip', '--resolution=32x32')
 
 
 def test_upper_limits_are_written_and_travel_on(tmp_path):
@@ -281,7 +281,7 @@ def test_upper_limits_are_written_and_travel_on(tmp_path):
     convert(tmp_path / 'x.zip', tmp_path / 'again.zip', '--part=1/2')
     assert ImageDataset(str(tmp_path / 'again.zip')).sigma_max.tolist() == [0.1]
     said = run('stats', tmp_path / 'x.zip').output
-    assert 'sigma_max   2 of 3 images have an upper limit; least 0.1, median 0.2, mean 0.2, most 0.3' in said
+    assert 'sigma_max   2 of 3 images have an upper limit; min 0.1, median 0.2, mean 0.2, max 0.3' in said
     assert '1 of them can never be used' in said
     convert(tmp_path / 'in', tmp_path / 'y.zip', '--sigma-max=0.5')
     assert (ImageDataset(str(tmp_path / 'y.zip')).sigma_max == 0.5).all()
@@ -299,7 +299,7 @@ def test_lower_limits_are_written_and_travel_on(tmp_path):
     convert(tmp_path / 'x.zip', tmp_path / 'again.zip', '--part=1/2')
     assert ImageDataset(str(tmp_path / 'again.zip')).sigma_min.tolist() == [0.1, np.inf]
     said = run('stats', tmp_path / 'x.zip').output
-    assert 'sigma_min   3 of 4 images have a lower limit; least 0.1, median 0.3' in said and '1 of them can never be used' in said
+    assert 'sigma_min   3 of 4 images have a lower limit; min 0.1, median 0.3' in said and '1 of them can never be used' in said
     assert 'has the limit -1 for 00' in refusal(f'--source={tmp_path}/in', f'--dest={tmp_path}/y.zip', '--sigma-min=-1').replace('.png', '')
 
 
