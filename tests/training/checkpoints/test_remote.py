@@ -106,7 +106,7 @@ def test_a_pickle_by_its_url(files, tmp_path):
 
 
 def test_a_digest_that_differs_keeps_nothing(files, tmp_path):
-    with pytest.raises(UserError, match='was not kept'):
+    with pytest.raises(UserError, match='the download was deleted'):
         open_url(f'{files.url}/network.pkl#sha256=1234')
     assert not [path for path in (tmp_path / 'downloads').iterdir() if path.stat().st_size > 1000]
 
