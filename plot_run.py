@@ -19,7 +19,7 @@ from torch_utils.command_line import Command, version_option
 
 __all__ = ['PICTURES', 'families', 'main', 'read_stats']
 
-PICTURES = {  # file -> (title, pattern of the names in it); one panel for what stands before the last "/" that splits a family
+PICTURES = {  # file -> (title, pattern of curve names); each value of the group "panel" gets one panel
     'loss.png': ('Training loss, sum over an image', r'Loss/(?P<panel>[^/]+)(?P<curve>(/(clean|noisy))?)'),
     'loss-by-level.png': ('Training loss by quartile of p(sigma)', r'Loss/(?P<panel>[^/]+/(clean|noisy))/(?P<curve>q\d)'),
     'held-out.png': ('Held-out loss of the EMA', r'Val/(?P<panel>clean|noisy)(?P<curve>(/sigma=.+)?)'),
@@ -27,14 +27,14 @@ PICTURES = {  # file -> (title, pattern of the names in it); one panel for what 
     'metrics.png': ('Metrics', r'Metrics/(?P<panel>[^/]+)(?P<curve>)'),
     'samples.png': ('Samples of the EMA', r'(?P<panel>Samples/(mean|std)|Copies/share)(?P<curve>(_\d+|_real)?)'),
 }
-COLOURS = ['#0072b2', '#d55e00', '#009e73', '#cc79a7', '#e69f00', '#56b4e9']  # of Okabe and Ito: colour-blind people tell them apart
-LINES = ['-', '--', ':']  # of the runs beyond these
+COLOURS = ['#0072b2', '#d55e00', '#009e73', '#cc79a7', '#e69f00', '#56b4e9']  # of Okabe and Ito: colour-blind people can distinguish them
+LINES = ['-', '--', ':']  # the next style once the colours are used up
 
-COUNTS = {'held-out.png': 'Val/num_images', 'samples.png': 'Samples/num_images'}  # how many images a picture is of
+COUNTS = {'held-out.png': 'Val/num_images', 'samples.png': 'Samples/num_images'}  # curve with the number of images behind a picture
 
 
 def overlaid(runs, pattern):
-    """{panel: {curve: points}} of one run as families() gives them; of several, a panel for each curve with all runs in it."""
+    """{panel: {curve: points}}: for one run as families() gives them; for several, one panel per curve with all runs in it."""
     if len(runs) == 1:
         return families(runs[0].curves, pattern)
     found = {}
@@ -52,7 +52,7 @@ def literal(text):
 
 
 def draw(title, panels, path, styles=None):
-    """One picture: a panel for each family, kimg to the right; a logarithmic axis where all values are positive and far apart.
+    """One picture: one panel per family against kimg; the vertical axis is logarithmic where all values are positive and far apart.
 
     styles: {curve: (colour, line)}, so that a run looks alike in all panels; matplotlib's own without it."""
     columns = min(len(panels), 3)
@@ -106,17 +106,17 @@ def write_page(runs, path):
 
 @click.command(cls=Command)
 @click.argument('runs', metavar='RUN...', nargs=-1, required=True, type=click.Path(exists=True, file_okay=False))
-@click.option('--dest', metavar='DIR', help='Where the pictures go  [default: RUN/plots; plots for several runs; none with --html]')
-@click.option('--html', metavar='FILE.html', help='Write one page that holds everything, to open in a browser or to send')
+@click.option('--dest', metavar='DIR', help='Folder for the pictures  [default: RUN/plots; plots for several runs; none with --html]')
+@click.option('--html', metavar='FILE.html', help='Write one self-contained page, to open in a browser or to send to somebody')
 @version_option
 def main(runs, dest, html):
-    """Draw the curves of runs: losses by term, level and cleanness, held-out losses, metrics, speed."""
+    """Draw the curves of runs: losses by term, noise level and clean/noisy images, held-out losses, metrics, speed."""
     if html is not None:
         prepare_output(html, '--html', '.html')
     found = read_runs(runs)
     for run in found:
         if not any(families(run.curves, pattern) for _, pattern in PICTURES.values()):
-            raise UserError(f'{run.path}: its stats.jsonl has no curves yet; the first come with the first tick')
+            raise UserError(f'{run.path}: its stats.jsonl has no curves yet; the first ones are written with the first tick')
     if html is not None:
         write_page(found, html)
     if dest is not None or html is None:

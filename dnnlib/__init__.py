@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Helpers that know nothing of tensors."""
+"""Helpers that do not need torch."""
 
 from dnnlib.download import open_url
 from dnnlib.files import replacing

@@ -1,20 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""NumPy's files of plain numbers, whoever made them: nothing is allocated, or run, for what a header says and the file does not hold."""
+"""Reads .npy files of plain numbers from untrusted sources: nothing is executed, and no memory is taken beyond what the file holds."""
 
 import math
 import os
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-MAX_HEADER = 2 ** 16  # bytes; NumPy's own are below 200
-HEADER = 128  # bytes of those written here
+MAX_HEADER = 2 ** 16  # bytes; NumPy itself writes fewer than 200
+HEADER = 128  # bytes of the headers written here
 KEYS = {'descr': r'["\']([^"\']*)["\']', 'fortran_order': r'(True|False)', 'shape': r'\(([\d\sL,]*)\)'}
 
 
 class Header(NamedTuple):
-    """What the head of an .npy file says of the array in it."""
+    """The header of an .npy file."""
 
     dtype: np.dtype
     shape: tuple
@@ -22,17 +23,17 @@ class Header(NamedTuple):
     offset: int  # bytes before the numbers
 
 
-def read_header(head, size):
-    """The Header of an .npy file of `size` bytes that begins with the bytes `head`.
+def read_header(head: bytes, size: int) -> Header:
+    """The Header of an .npy file of `size` bytes whose first bytes are `head`.
 
-    Raises ValueError for what is none, holds other things than plain numbers, or is shorter than its header says."""
+    Raises ValueError for other files, for arrays of anything but plain numbers, and for files shorter than the header says."""
     major = head[6] if head[:6] == b'\x93NUMPY' and len(head) >= 12 else 0
     if major not in (1, 2, 3):
         raise ValueError('not an .npy file')
     start = 10 if major == 1 else 12
     offset = start + int.from_bytes(head[8:start], 'little')
     if not offset <= min(len(head), start + MAX_HEADER):
-        raise ValueError('its header is cut off, or of no sensible length')
+        raise ValueError('its header is cut off or too long')
     text = head[start:offset].decode('latin1')
     found = [re.search(rf'["\']{key}["\']\s*:\s*{value}', text) for key, value in KEYS.items()]
     if not all(found):
@@ -43,24 +44,24 @@ def read_header(head, size):
     try:
         dtype = np.dtype(descr)
     except TypeError:
-        raise ValueError(f'it holds {descr!r}, which this machine does not have') from None
+        raise ValueError(f'it holds {descr!r}, which this machine does not support') from None
     shape = tuple(int(side) for side in re.findall(r'\d+', shape))
     if len(shape) > 8 or math.prod(shape) * dtype.itemsize > size - offset:
-        raise ValueError(f'its header tells of more numbers than it holds: {descr} of shape {list(shape)} in {size} bytes')
+        raise ValueError(f'its header claims more numbers than it holds: {descr} of shape {list(shape)} in {size} bytes')
     return Header(dtype, shape, 'F' if order == 'True' else 'C', offset)
 
 
-def from_bytes(data):
-    """The array in the bytes of an .npy file; it can be written to. Raises ValueError."""
+def from_bytes(data: bytes) -> np.ndarray:
+    """The array in the bytes of an .npy file, writable. Raises ValueError."""
     found = read_header(data, len(data))
     flat = np.frombuffer(data, found.dtype, math.prod(found.shape), found.offset)
     return flat.reshape(found.shape, order=found.order).copy(order='K')
 
 
-def open_npy(path, start=0, size=None):
+def open_npy(path: str | os.PathLike, start: int = 0, size: int | None = None) -> np.ndarray:
     """The array in an .npy file, mapped from the disk, read-only. Raises ValueError and OSError.
 
-    start, size: bytes, where the .npy file is a part of the file at `path`, such as a member of an .npz that is not compressed."""
+    start, size: in bytes, for an .npy that is part of the file at `path`, such as a member of an uncompressed .npz."""
     with open(path, 'rb') as f:
         size = os.fstat(f.fileno()).st_size - start if size is None else size
         f.seek(start)
@@ -70,7 +71,7 @@ def open_npy(path, start=0, size=None):
     return np.memmap(path, found.dtype, 'r', start + found.offset, found.shape, found.order)
 
 
-def header(dtype, shape):
-    """The head of an .npy file of an array in C order: HEADER bytes, whatever the shape, so that it can be written when that is known."""
+def header(dtype: np.dtype, shape: Sequence[int]) -> bytes:
+    """The header of an .npy file of an array in C order: always HEADER bytes, so that it can be written last, once the shape is known."""
     text = repr({'descr': np.dtype(dtype).str, 'fortran_order': False, 'shape': tuple(int(side) for side in shape)})
     return b'\x93NUMPY\1\0' + (HEADER - 10).to_bytes(2, 'little') + text.ljust(HEADER - 11).encode() + b'\n'

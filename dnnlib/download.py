@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files that may be URLs: fetched once into a cache, gone on with where they broke off, checked by their digest."""
+"""Files given by path or URL: URLs are downloaded once into a cache, interrupted downloads are resumed, and digests are checked."""
 
 import contextlib
 import hashlib
@@ -16,19 +16,19 @@ from dnnlib.progress import Progress
 from dnnlib.util import UserError
 
 
-def cache_dir():
+def cache_dir() -> str:
     """Where downloads are kept: $AMBIENT_CACHE, else the user's cache folder."""
     root = os.environ.get('XDG_CACHE_HOME') or os.path.join(os.path.expanduser('~'), '.cache')
     return os.environ.get('AMBIENT_CACHE') or os.path.join(root, 'ambient-trainer')
 
 
-def is_url(ref):
+def is_url(ref: str | os.PathLike) -> bool:
     """True for http:// and https:// references."""
     return urllib.parse.urlparse(str(ref)).scheme in ('http', 'https')
 
 
-def open_url(ref, sha256=None):
-    """Local path of a file that may be a URL; URLs are downloaded once into cache_dir(), where a broken download is gone on with.
+def open_url(ref: str | os.PathLike, sha256: str | None = None) -> str:
+    """Local path of a file that may be a URL; URLs are downloaded once into cache_dir(), where an interrupted download is resumed.
 
     ref: a path, or a URL that may end in #sha256=DIGEST. sha256: expected hexadecimal digest, or its first digits; a file that
     differs is refused and not kept. Raises UserError that names the URL and the cache path."""
@@ -50,11 +50,11 @@ def open_url(ref, sha256=None):
 
 
 def _download(url, path, sha256):
-    """Fills PATH.part, tries again as long as more of it comes, and renames it; what has come stays for the next call."""
+    """Downloads to PATH.part, retrying as long as an attempt makes progress, and renames it; after a failure the next call resumes it."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
     part = f'{path}.part'
     try:
-        with filelock.FileLock(f'{path}.lock'):  # other processes wait, then find the file
+        with filelock.FileLock(f'{path}.lock'):  # other processes wait, and then find the file
             while not os.path.isfile(path):
                 before = _size(part)
                 try:
@@ -68,26 +68,26 @@ def _download(url, path, sha256):
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(f'{part}.tag')
     except (OSError, http.client.HTTPException, ValueError) as err:
-        kept = f' ({_size(part)} bytes are kept; run it again to go on)' if _size(part) else ''
-        raise UserError(f'cannot download {url}: {err}{kept}; or fetch it elsewhere and put it at {path}') from None
+        kept = f' ({_size(part)} bytes are kept; run it again to resume)' if _size(part) else ''
+        raise UserError(f'cannot download {url}: {err}{kept}; or download it elsewhere and save it as {path}') from None
 
 
 def _fetch(url, part):
-    """Adds to the file `part` what it lacks of the URL. PATH.part.tag names the version that its bytes are of."""
+    """Downloads the rest of the URL into the file `part`. PATH.part.tag holds the ETag of the version that its bytes belong to."""
     have, tag = _size(part), _read_tag(part)
     headers = {'Range': f'bytes={have}-', 'If-Range': tag} if have and tag else {}
     with _open(urllib.request.Request(url, headers=headers), part) as response:
         found = response.headers
-        goes_on = response.status == 206 and (found.get('Content-Range') or '').startswith(f'bytes {have}-')
-        if response.status == 206 and not goes_on:
-            raise OSError(f'the server sent {found.get("Content-Range")} when asked for the bytes from {have}')
-        have = have if goes_on else 0
+        resumed = response.status == 206 and (found.get('Content-Range') or '').startswith(f'bytes {have}-')
+        if response.status == 206 and not resumed:
+            raise OSError(f'the server sent {found.get("Content-Range")} when asked for the bytes from {have} on')
+        have = have if resumed else 0
         total = int(found['Content-Length']) + have if found.get('Content-Length') else None
         tag = found.get('ETag') or found.get('Last-Modified') or ''
         with open(f'{part}.tag', 'w', encoding='utf-8') as f:
-            f.write('' if tag.startswith('W/') else tag)  # a weak tag does not vouch for bytes
+            f.write('' if tag.startswith('W/') else tag)  # a weak tag does not guarantee identical bytes
         name = os.path.basename(part).removesuffix('.part')
-        with open(part, 'ab' if goes_on else 'wb') as out, Progress(total, name, 'B', initial=have, unit_scale=True) as bar:
+        with open(part, 'ab' if resumed else 'wb') as out, Progress(total, name, 'B', initial=have, unit_scale=True) as bar:
             while chunk := response.read(1 << 20):
                 out.write(chunk)
                 bar.update(len(chunk))
@@ -99,7 +99,7 @@ def _open(request, part):
     try:
         return urllib.request.urlopen(request, timeout=60)
     except urllib.error.HTTPError as err:
-        if err.code == 416:  # nothing lies behind what is here: it is whole, or of another version; begin anew
+        if err.code == 416:  # no bytes beyond those we have: the file is complete or has changed; start again
             os.unlink(part)
             return urllib.request.urlopen(request.full_url, timeout=60)
         raise
@@ -121,5 +121,5 @@ def _check_digest(path, sha256, ref, keep=True):
     if sha256 and not (found := file_digest(path)).startswith(sha256.lower()):
         if not keep:
             os.unlink(path)
-        hint = f'remove {path} and fetch it again' if keep else 'what came was not kept'
+        hint = f'remove {path} and fetch it again' if keep else 'the download was deleted'
         raise UserError(f'{ref}: SHA-256 is {found}, expected {sha256}; {hint}')

@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures of curves: matplotlib, which is loaded only for them, without a display."""
+"""Figures by matplotlib, which is imported only when one is drawn, without a display."""
 
 import contextlib
+import os
+from collections.abc import Iterator
 
 from dnnlib.files import replacing
 from dnnlib.util import UserError
 
 
 @contextlib.contextmanager
-def figure(path, who, rows, columns, size):
-    """(figure, axes [rows, columns]) to draw on; written to `path` as a PNG when the block ends well.
+def figure(path: str | os.PathLike, who: str, rows: int, columns: int, size: tuple[float, float]) -> Iterator[tuple]:
+    """(figure, axes [rows, columns]) to draw on; saved to `path` as a PNG when the block ends without an error.
 
-    who: what needs matplotlib, in the error where it is not there. size: (width, height) in inches."""
+    who: what needs matplotlib, for the error if it is missing. size: (width, height) in inches."""
     try:
         import matplotlib
     except ImportError:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files and folders that appear whole or not at all, JSON, digests, and where results go."""
+"""Files and folders written whole or not at all, JSON, digests, and where results go."""
 
 import concurrent.futures
 import contextlib
@@ -10,16 +10,18 @@ import os
 import shutil
 import tempfile
 import uuid
+from collections.abc import Iterator
+from typing import Any
 
 from dnnlib.util import UserError, one_line
 
 # ----------------------------------------------------------------------------------------------------
-# Whole or not at all: what is under way has a name that begins with a dot
+# Whole or not at all: unfinished files and folders have names that begin with a dot
 
 
 @contextlib.contextmanager
-def replacing(path):
-    """A temporary path beside `path`, which takes its place when the block ends well and is removed when it does not."""
+def replacing(path: str | os.PathLike) -> Iterator[str]:
+    """A temporary path beside `path`, renamed to it when the block ends without an error, and removed otherwise."""
     folder, name = os.path.split(os.path.abspath(path))
     part = os.path.join(folder, f'.{name}.{os.getpid()}')
     try:
@@ -31,10 +33,10 @@ def replacing(path):
 
 
 @contextlib.contextmanager
-def new_folder(dest, over='nothing'):
-    """A folder to fill, beside `dest`, which becomes `dest` when the block ends well and is removed when it does not.
+def new_folder(dest: str | os.PathLike, over: str = 'nothing') -> Iterator[str]:
+    """A temporary folder beside `dest`, renamed to it when the block ends without an error, and removed otherwise.
 
-    over: what may be there already: "nothing", "empty" (nothing, or a folder without files) or "anything", which then gives way."""
+    over: what may exist at `dest`: "nothing", "empty" (nothing, or a folder without files) or "anything", which is then replaced."""
     dest = os.path.abspath(dest)
     if over == 'nothing' and os.path.lexists(dest):
         raise UserError(f'{dest} exists; choose a new name')
@@ -58,24 +60,24 @@ def new_folder(dest, over='nothing'):
 # JSON
 
 MAX_JSON = 2 ** 31  # bytes; classes, levels and limits of 15 million images take 1.6e9
-TOO_LARGE = f'{{}}: larger than the {MAX_JSON} bytes of JSON that are read'
+TOO_LARGE = f'{{}}: larger than the limit of {MAX_JSON} bytes for JSON'
 
 
 
-def write_json(path, value, null=False):
-    """Writes a file that holds JSON alone. null: whether nan and infinity become null; otherwise they raise ValueError."""
+def write_json(path: str | os.PathLike, value: Any, null: bool = False) -> None:
+    """Writes a JSON file. null: whether nan and infinity become null; otherwise they raise ValueError."""
     with replacing(path) as part, open(part, 'w', encoding='utf-8') as f:
         json.dump(finite(value) if null else value, f, indent=2, allow_nan=False)
         f.write('\n')
 
 
-def read_json(path):
+def read_json(path: str | os.PathLike) -> dict:
     """The object in a JSON file. Raises UserError, in one line, where it holds anything else."""
     return _object(read_value(path), path)
 
 
-def read_value(path, name=None):
-    """The value in a JSON file, of whatever kind; `name` is what errors call it. Raises UserError."""
+def read_value(path: str | os.PathLike, name: str | None = None) -> Any:
+    """The value in a JSON file, of any type; `name`: its name in errors. Raises UserError."""
     name = name or path
     try:
         with open(path, 'rb') as f:
@@ -86,21 +88,21 @@ def read_value(path, name=None):
         raise UserError(f'{name}: {err.strerror or err}') from None
 
 
-def json_object(data, name):
-    """The object in JSON text or bytes; `name` is what errors call them."""
+def json_object(data: str | bytes, name: str | os.PathLike) -> dict:
+    """The object in JSON text or bytes; `name`: their name in errors."""
     return _object(json_value(data, name), name)
 
 
-def json_value(data, name):
-    """The value in JSON text or bytes, whoever made them. Raises UserError, in one line."""
+def json_value(data: str | bytes, name: str | os.PathLike) -> Any:
+    """The value in JSON text or bytes from any source. Raises UserError, in one line."""
     if len(data) > MAX_JSON:
         raise UserError(TOO_LARGE.format(name))
     try:
         return json.loads(data)
     except RecursionError:
-        raise UserError(f'{name}: not JSON that is read: its lists or objects are nested too deep') from None
+        raise UserError(f'{name}: cannot be read as JSON: its lists or objects are nested too deeply') from None
     except MemoryError:
-        raise UserError(f'{name}: its {len(data)} bytes of JSON need more memory than there is') from None
+        raise UserError(f'{name}: its {len(data)} bytes of JSON need more memory than is available') from None
     except ValueError as err:
         raise UserError(f'{name}: not a JSON file: {one_line(err)}') from None
 
@@ -111,8 +113,8 @@ def _object(value, name):
     return value
 
 
-def finite(value):
-    """A value of JSON's types with None in place of nan and infinity, which JSON does not have."""
+def finite(value: Any) -> Any:
+    """A value of JSON types with None in place of nan and infinity, which JSON cannot represent."""
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -121,12 +123,12 @@ def finite(value):
 
 
 # ----------------------------------------------------------------------------------------------------
-# Where results go, and what they are known by
+# Where results go, and digests of files
 
 
-def file_digest(path):
+def file_digest(path: str | os.PathLike) -> str:
     """SHA-256, hexadecimal, of a file, or of all files of a folder: of their sorted names, each followed by a zero byte and the
-    32 bytes of its own SHA-256. Hidden files, such as those under way, and __MACOSX do not count; neither do times nor where it lies."""
+    32 bytes of its own SHA-256. Hidden files, such as unfinished ones, and __MACOSX do not count; neither do times or the path."""
     if not os.path.isdir(path):
         return _hashed(path).hexdigest()
     names, digest = _visible_files(path), hashlib.sha256()
@@ -145,7 +147,7 @@ def _hashed(path):
 
 
 def _visible_files(folder):
-    """Relative names of the files in a folder and below, sorted, but for those that begin with a dot or lie in what does."""
+    """Relative names of the files in a folder and its sub-folders, sorted, without hidden files and those in hidden folders."""
     names = []
     for parent, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith('.') and name != '__MACOSX']
@@ -154,20 +156,20 @@ def _visible_files(folder):
     return sorted(names)
 
 
-def beside(ref, suffix):
-    """A path for what belongs to `ref`: beside a file or folder that lies here, in the working folder for a name of the Hub."""
+def beside(ref: str | os.PathLike, suffix: str) -> str:
+    """A path for output that belongs to `ref`: beside a local file or folder; in the working folder for a name of the Hub."""
     return (os.path.abspath(ref) if os.path.exists(ref) else ref.replace('/', '--')) + suffix
 
 
-def check_writable(folder):
-    """Makes the folder; raises OSError where no file can be made in it."""
+def check_writable(folder: str | os.PathLike) -> None:
+    """Creates the folder; raises OSError if no file can be created in it."""
     os.makedirs(folder, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder):
         pass
 
 
-def prepare_output(path, option, suffix=''):
-    """Makes the folder of a file, and refuses a path that cannot become one, before hours are spent."""
+def prepare_output(path: str | os.PathLike, option: str, suffix: str = '') -> None:
+    """Creates the folder of an output file, and refuses a path that cannot be written, before hours of work are spent on it."""
     if os.path.isdir(path) or not path.endswith(suffix):
         found, ending = 'is a folder, ' if os.path.isdir(path) else '', suffix and f' that ends in {suffix}'
         raise UserError(f'{option}={path}: {found}expected the name of a file{ending}')

@@ -1,19 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files of the Hugging Face Hub, by its client's own cache and offline mode; what it refuses, in one line."""
+"""Files of the Hugging Face Hub, through its client's own cache and offline mode; its errors become one line."""
 
 import contextlib
 import re
+from collections.abc import Iterator
 
 from dnnlib.util import UserError, one_line
 
 NAME = re.compile(r'(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>\S+))?')
 
 
-def fetch(ref, *files, repo=None, revision=None):
-    """Local paths of the files of a repository; a file may be a tuple of names, of which the first that is there counts.
+def fetch(ref: str, *files: str | tuple[str, ...], repo: str | None = None, revision: str | None = None) -> list[str]:
+    """Local paths of the files of a repository; a file may be given as a tuple of names, of which the first that exists is taken.
 
-    ref: what errors call the repository. repo: owner/name, by default ref itself. Raises UserError."""
-    import huggingface_hub  # slow to import, and needed for names of the Hub alone
+    ref: the repository's name in errors. repo: owner/name, by default ref itself. Raises UserError."""
+    import huggingface_hub  # slow to import, and needed only for names of the Hub
 
     def first_of(names):
         for name in names[:-1]:
@@ -30,10 +31,11 @@ def fetch(ref, *files, repo=None, revision=None):
 
 
 @contextlib.contextmanager
-def hub_errors(ref, revision=None, refusal='no such folder here, and the Hugging Face Hub says', files='a file'):
-    """What the Hub's client raises, as one line that says what to do; of its attempts it tells nothing.
+def hub_errors(ref: str, revision: str | None = None, refusal: str = 'no such folder here, and the Hugging Face Hub says',
+               files: str = 'a file') -> Iterator[None]:
+    """Turns errors of the Hub's client into one line that says what to do; its own log messages are suppressed.
 
-    refusal: how to begin the line about what is none of the known errors. files: what the repository may lack."""
+    refusal: how the line begins for errors without a message of their own here. files: what the repository may lack."""
     from huggingface_hub import utils as hub
     level = hub.logging.get_verbosity()
     hub.logging.set_verbosity_error()
@@ -49,7 +51,7 @@ def hub_errors(ref, revision=None, refusal='no such folder here, and the Hugging
                         '(HF_HUB_OFFLINE?)') from None
     except hub.EntryNotFoundError:
         raise UserError(f'{ref}: the repository lacks {files}') from None
-    except (OSError, ValueError, *hub.HfHubHTTPError.__bases__) as err:  # the last are errors of whichever HTTP library it uses
+    except (OSError, ValueError, *hub.HfHubHTTPError.__bases__) as err:  # the last are errors of the HTTP library that it uses
         raise UserError(f'{ref}: {refusal}: {one_line(err)}') from None
     finally:
         hub.logging.set_verbosity(level)

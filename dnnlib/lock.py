@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One writer a folder: a lock that dies with its owner and says who that is."""
+"""One writer per folder: a lock that ends with its owner's process and says who that is."""
 
 import contextlib
 import errno
@@ -10,20 +10,21 @@ import socket
 import time
 
 NAME = '.lock'
-NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL)  # of file systems that know no locks
+NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL)  # from file systems without locks
 
 
 class FolderLock:
-    """The lock of a folder, a byte-range lock on a file in it: the kernel, or the NFS server, drops it when its owner ends, however.
+    """The lock of a folder, a byte-range lock on a file in it: the kernel, or the NFS server, releases it when its owner ends, for
+    whatever reason.
 
-    Such a lock belongs to the process, and is lost when this closes any descriptor of the file: nobody else in it opens the file.
-    Attribute known: False where the file system has no locks, so that none is held."""
+    Such a lock belongs to the process, and is lost when the process closes any descriptor of the file: nothing else here opens it.
+    Attribute known: False if the file system has no locks, so that none is held."""
 
-    def __init__(self, folder):
+    def __init__(self, folder: str | os.PathLike):
         self.path, self._handle, self.known = os.path.join(folder, NAME), None, True
 
-    def acquire(self, wait_sec=0.0):
-        """Takes the lock; returns None, or what its owner wrote of itself, in a few words, where it cannot be had in time."""
+    def acquire(self, wait_sec: float = 0.0) -> str | None:
+        """Takes the lock; returns None, or a short description of its owner if the lock cannot be taken in time."""
         end = time.monotonic() + wait_sec
         while not self._try():
             if time.monotonic() >= end:
@@ -44,7 +45,7 @@ class FolderLock:
                 return False
             raise
         with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(handle), os.stat(self.path)):  # the last owner may have removed what was locked here
+            if os.path.samestat(os.fstat(handle), os.stat(self.path)):  # the last owner may have removed the file that was locked here
                 self._handle = handle
                 self._introduce()
                 return True
@@ -54,7 +55,7 @@ class FolderLock:
     def _introduce(self):
         job = next((os.environ[name] for name in ('SLURM_JOB_ID', 'LSB_JOBID', 'PBS_JOBID') if name in os.environ), None)
         text = json.dumps(dict(pid=os.getpid(), host=socket.gethostname(), since=time.strftime('%Y-%m-%d %H:%M:%S'), job=job))
-        with contextlib.suppress(OSError):  # a full disk is no reason not to hold the lock
+        with contextlib.suppress(OSError):  # a full disk must not prevent the lock
             os.ftruncate(self._handle, 0)
             os.pwrite(self._handle, text.encode(), 0)
 
@@ -67,8 +68,8 @@ class FolderLock:
         except (OSError, ValueError, KeyError, TypeError):
             return 'another process'
 
-    def release(self):
-        """Gives the lock back, and removes its file."""
+    def release(self) -> None:
+        """Releases the lock, and removes its file."""
         if self._handle is not None:
             with contextlib.suppress(OSError):
                 os.unlink(self.path)

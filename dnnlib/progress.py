@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far a long loop has come: a bar on a terminal, a line now and then where the output goes into a file."""
+"""Progress of long loops: a bar on a terminal, an occasional line when the output goes to a file."""
 
 import sys
 import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 from tqdm import tqdm
 
@@ -14,11 +16,12 @@ INTERVAL_SEC = 60
 class Progress:
     """with Progress(total, 'Decoding') as bar: bar.update(n); or: for x in Progress(total, 'Decoding').over(xs).
 
-    On a terminal (stderr) a bar of tqdm. Elsewhere a line on stdout whenever `interval` seconds have passed, so that short work prints
-    nothing: "Decoding: 12000 of 50000 img (24%), 1750 img/s, ETA 22s". total: None where it is not known. desc: None for a bar without a
-    name. show: whether this process is the one to print anything. initial: what was done before. unit "B": told in MiB. options: tqdm's."""
+    On a terminal (stderr) a tqdm bar. Elsewhere a line on stdout every `interval` seconds, so that short loops print
+    nothing: "Decoding: 12000 of 50000 img (24%), 1750 img/s, ETA 22s". total: None if unknown. desc: None for a bar without a
+    name. show: whether this process prints at all. initial: items done before. unit "B" is printed in MiB. options: passed to tqdm."""
 
-    def __init__(self, total, desc=None, unit='img', *, show=True, initial=0, interval=INTERVAL_SEC, clock=time.monotonic, **options):
+    def __init__(self, total: int | None, desc: str | None = None, unit: str = 'img', *, show: bool = True, initial: int = 0,
+                 interval: float = INTERVAL_SEC, clock: Callable[[], float] = time.monotonic, **options: Any):
         self.total, self.desc, self.unit, self.done, self.initial = total, desc, unit, initial, initial
         self._show, self._interval, self._clock = show, interval, clock
         self._options, self._bar = options, None
@@ -33,8 +36,8 @@ class Progress:
         if self._bar is not None:
             self._bar.close()
 
-    def update(self, n=1):
-        """So many more are done."""
+    def update(self, n: float = 1) -> None:
+        """Counts n more items as done."""
         self.done += n
         if self._bar is not None:
             self._bar.update(n)
@@ -42,15 +45,15 @@ class Progress:
             self._last = self._clock()
             print(self.line(self._last - self._start), flush=True)
 
-    def over(self, items):
-        """The items, each counted once the loop is through with it."""
+    def over(self, items: Iterable) -> Iterator:
+        """Yields the items; each is counted when the loop has finished with it."""
         with self:
             for item in items:
                 yield item
                 self.update()
 
-    def line(self, seconds):
-        """What is printed after so many seconds."""
+    def line(self, seconds: float) -> str:
+        """The line to print after `seconds`."""
         unit, scale = ('MiB', 2 ** 20) if self.unit == 'B' else (self.unit, 1)
         done, rate = f'{self.done / scale:.0f}', (self.done - self.initial) / seconds if seconds else 0
         speed = f'{rate / scale:.0f}' if rate >= 10 * scale else f'{rate / scale:.2g}'

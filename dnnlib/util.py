@@ -1,26 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""EasyDict, a console that is also a log file, errors and durations for people."""
+"""EasyDict, a console that is also written to a log file, user errors, and durations as text."""
 
 import os
 import sys
 import threading
 
-LONGEST = 4000  # characters of an error: names in files that others made may be of any length
+LONGEST = 4000  # characters of an error message: names inside other programs' files may be of any length
 
 
 class UserError(Exception):
-    """A mistake of the user or a file that cannot be used, told in one line: what was given, what is allowed, what to do.
+    """A mistake of the user or an unusable file, in one line: what was given, what is allowed, what to do.
 
-    The command line shows it without a traceback and ends with exit code 1."""
+    The command line shows it without a traceback and exits with code 1."""
 
-    def __init__(self, message):
+    def __init__(self, message: str):
         message = printable(message if len(message) <= LONGEST else f'{message[:LONGEST]}...')
         super().__init__(message)
         self.message = message
 
 
 class EasyDict(dict):
-    """A dict whose keys are attributes too: d.batch_size is d['batch_size']."""
+    """A dict whose keys are also attributes: d.batch_size is d['batch_size']."""
 
     def __getattr__(self, name):
         try:
@@ -40,9 +40,9 @@ class EasyDict(dict):
 class Logger:
     """Duplicates stdout and stderr into a file while the context is open; the file is appended to, so that a resumed run has one log.
 
-    Printing never fails for the file's sake: see LogFile. Safe in threads."""
+    Printing never fails because of the file: see LogFile. Thread-safe."""
 
-    def __init__(self, path):
+    def __init__(self, path: str | os.PathLike):
         self.path = path
 
     def __enter__(self):
@@ -55,26 +55,26 @@ class Logger:
         sys.stdout, sys.stderr = self._streams
         self._file.close()
 
-    def note(self, text):
-        """Writes a line into the file alone, at once."""
+    def note(self, text: str) -> None:
+        """Writes a line to the file only, at once."""
         self._file.write(f'{text}\n')
 
 
 class LogFile:
     """Text appended to a file, in UTF-8; write() and flush() never raise.
 
-    What cannot be written (a full disk) is kept, up to KEPT bytes, and comes first at the next write that works; of what was said
-    beyond that, a line tells how much it was."""
+    Text that cannot be written (a full disk) is kept, up to KEPT bytes, and written first by the next write that works; a line in the
+    file says how many bytes beyond that are missing."""
 
     KEPT = 1 << 20
 
-    def __init__(self, path):
+    def __init__(self, path: str | os.PathLike):
         self._fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         self._lock = threading.RLock()  # a signal handler may print while its own thread prints
         self._waiting, self._dropped, self._reason = bytearray(), 0, ''
 
-    def write(self, text):
-        """Takes text; what ends a line is in the file when this returns, if that can be."""
+    def write(self, text: str) -> None:
+        """Takes text; complete lines are in the file when this returns, if possible."""
         data = text.encode('utf-8', 'backslashreplace')
         with self._lock:
             if self._dropped:
@@ -86,13 +86,13 @@ class LogFile:
             if b'\n' in data:
                 self._drain()
 
-    def flush(self):
-        """Writes what waits, if that can be."""
+    def flush(self) -> None:
+        """Writes the pending text, if possible."""
         with self._lock:
             self._drain()
 
-    def close(self):
-        """Writes what waits, if that can be; whatever is said afterwards goes nowhere."""
+    def close(self) -> None:
+        """Writes the pending text, if possible, and closes the file; later text is discarded."""
         with self._lock:
             self._drain()
             if self._fd is not None:
@@ -106,7 +106,7 @@ class LogFile:
             self._write_out()
 
     def _write_out(self):
-        """Whether nothing is waiting any more."""
+        """Whether all pending text has been written."""
         try:
             while self._waiting and self._fd is not None:
                 del self._waiting[:os.write(self._fd, self._waiting)]
@@ -115,8 +115,8 @@ class LogFile:
         return not self._waiting
 
 
-def append_line(path, text):
-    """Appends a line to a file, whatever other processes and threads write there; returns whether that could be done, and never raises."""
+def append_line(path: str | os.PathLike, text: str) -> bool:
+    """Appends a line to a file that other processes and threads may write to; returns whether that worked, and never raises."""
     data = memoryview(f'{text}\n'.encode('utf-8', 'backslashreplace'))
     try:
         fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
@@ -131,14 +131,14 @@ def append_line(path, text):
 
 
 class _Tee:
-    """A text stream that also writes to a LogFile. Lines that rewrite themselves (progress bars) stay out of the file."""
+    """A text stream that also writes to a LogFile, except for lines that rewrite themselves (progress bars)."""
 
     def __init__(self, stream, file):
         self._stream, self._file = stream, file
 
     def write(self, text):
         if '\r' not in text:
-            self._file.write(text)  # before a terminal that is gone raises
+            self._file.write(text)  # first, because a closed terminal would raise
         return self._stream.write(text)
 
     def flush(self):
@@ -149,7 +149,7 @@ class _Tee:
         return getattr(self._stream, name)
 
 
-def format_time(seconds):
+def format_time(seconds: float) -> str:
     """A duration in the two largest fitting units: 42s, 3m 07s, 5h 02m, 2d 11h."""
     s = int(round(seconds))
     if s < 60:
@@ -161,11 +161,11 @@ def format_time(seconds):
     return f'{s // 86400}d {s // 3600 % 24:02}h'
 
 
-def printable(text):
-    """Text with escapes in place of line ends and control characters, which names of files and members may hold."""
+def printable(text: str) -> str:
+    """Text with line ends and control characters, which file names may contain, replaced by escapes."""
     return text if text.isprintable() else ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
-def one_line(err, last=False):
-    """What an error says, in one line of at most 200 characters: the first of its lines, or the last; its type where it says nothing."""
+def one_line(err: BaseException | str, last: bool = False) -> str:
+    """The message of an error in at most 200 characters: its first line, or its last; the type of the error if it has no message."""
     return (str(err).strip().splitlines() or [type(err).__name__])[-1 if last else 0][:200]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a result was made with: the program, its commit, Python, torch and CUDA, told without importing torch, which takes seconds."""
+"""Versions of the program, its commit, Python, torch and CUDA, found without importing torch, which takes seconds."""
 
 import functools
 import importlib.metadata
@@ -11,16 +11,16 @@ from pathlib import Path
 VERSION = '0.2.0'
 
 
-def versions():
-    """{name: version} of the program and of what decides its numbers."""
+def versions() -> dict[str, str]:
+    """{name: version} of the program and of what its results depend on."""
     torch, cuda = torch_versions()
     return dict(version=VERSION, commit=git_commit(), python=platform.python_version(), torch=torch, cuda=cuda or 'none')
 
 
 @functools.cache
-def torch_versions():
+def torch_versions() -> tuple[str, str | None]:
     """(version of torch, version of CUDA that it was built for or None), from its file version.py."""
-    spec = importlib.util.find_spec('torch')  # of a package at the top level: imports nothing
+    spec = importlib.util.find_spec('torch')  # for a top-level package this imports nothing
     if spec is None:
         return 'none', None
     path = Path(spec.origin).with_name('version.py')
@@ -32,7 +32,7 @@ def torch_versions():
     return str(module.__version__), module.cuda
 
 
-def git_commit():
+def git_commit() -> str:
     """The short commit of this checkout, with "+" where files differ from it, or "unknown" outside a checkout."""
     here = Path(__file__).resolve().parent.parent
     try:

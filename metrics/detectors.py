@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Detectors: what turns images into the features that metrics compare. The FID network, raw pixels, DINOv2, CLIP, VGG-16, and the
+"""Detectors, which turn images into the features that metrics compare: the FID network, raw pixels, DINOv2, CLIP, VGG-16, and the
 user's own."""
 
 import importlib
 import os
 import sys
+from collections.abc import Callable, Sequence
 
 import safetensors
 import safetensors.torch
@@ -15,41 +16,42 @@ from dnnlib.files import file_digest
 from metrics import inception, vgg
 from torch_utils import distributed, misc
 
-PIXELS_MAX_DIM = 4096  # above this the covariance of raw pixels is larger than that of Inception's features, and says less
+PIXELS_MAX_DIM = 4096  # beyond this the covariance of raw pixels is larger than that of Inception's features, and less informative
 DINO_SIDE, DINO_MEAN, DINO_STD = 224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's mean and deviation, of images in [0, 1]
-DINO_OFFSET = 0.1  # positions beyond the side, in the scale by which the published DINOv2 resizes its position embeddings
+DINO_OFFSET = 0.1  # added to the side in the scale factor by which the published DINOv2 resizes its position embeddings
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of its training images
 
 
 class Detector:
-    """A network and the facts that a result must be quoted with: uint8 [n,C,H,W] -> (features [n,D], logits [n,K] or None).
+    """A network and the facts to quote a result with: uint8 [n,C,H,W] -> (features [n,D], logits [n,K] or None).
 
-    No TF32, whatever the process multiplies in elsewhere. name: what statistics made with it are marked with. net: takes uint8 images on
-    `device` and returns features, or features and logits. weights, sha256: the file behind it and its digest, where there is one.
-    rgb: whether grey images are shown to the net as RGB. spatial_dim: where not None, net(images, spatial=True) returns spatial features
-    of so many numbers too, and so does this."""
+    Never uses TF32, whatever the rest of the process does. name: recorded in statistics made with it. net: takes uint8 images on
+    `device` and returns features, or features and logits. weights, sha256: its file and the file's digest, if any.
+    rgb: whether grey images are given to the net as RGB. spatial_dim: if not None, net(images, spatial=True) also returns spatial
+    features of this dimension, and so does the detector."""
 
     tf32 = False
 
-    def __init__(self, name, net, device, weights=None, sha256=None, rgb=True, max_dim=None, spatial_dim=None):
+    def __init__(self, name: str, net: Callable, device: torch.device | str, weights: str | os.PathLike | None = None,
+                 sha256: str | None = None, rgb: bool = True, max_dim: int | None = None, spatial_dim: int | None = None):
         self.name, self.net, self.device = name, net, torch.device(device)
         self.weights, self.sha256, self.spatial_dim = weights, sha256, spatial_dim
         self._rgb, self._max_dim, self._dims = rgb, max_dim, {}
 
-    def dim(self, shape):
-        """Number of features of images [C,H,W]; raises UserError for images it cannot take."""
+    def dim(self, shape: Sequence[int]) -> int:
+        """Number of features of images [C,H,W]; raises UserError for images that it does not accept."""
         shape = tuple(shape)
         if self._rgb and shape[0] not in (1, 3):
             raise UserError(f'--detector={self.name}: takes 1 or 3 channels, got {shape[0]}; use --detector=pixels')
         if shape not in self._dims:
             self._dims[shape] = self(torch.zeros(1, *shape, dtype=torch.uint8))[0].shape[1]
         if self._max_dim and self._dims[shape] > self._max_dim:
-            raise UserError(f'--detector={self.name}: images {list(shape)} have {self._dims[shape]} numbers each, allowed '
-                            f'are {self._max_dim}; use --detector=inception')
+            raise UserError(f'--detector={self.name}: images {list(shape)} have {self._dims[shape]} values each, at most '
+                            f'{self._max_dim} are allowed; use --detector=inception')
         return self._dims[shape]
 
     @torch.no_grad()
-    def __call__(self, images, spatial=False):
+    def __call__(self, images: torch.Tensor, spatial: bool = False) -> tuple:
         images = images.to(self.device)
         images = images.expand(-1, 3, -1, -1) if self._rgb and images.shape[1] == 1 else images
         with misc.full_float32():
@@ -64,10 +66,12 @@ class Detector:
         return features, logits
 
 
-def inception_detector(device, weights=None, channels_last=False, precision='fp32', compile=False):
-    """The FID network. weights: local copy of its file, or another address for it.
+def inception_detector(device: torch.device | str, weights: str | os.PathLike | None = None, channels_last: bool = False,
+                       precision: str = 'fp32', compile: bool = False) -> Detector:
+    """The FID network. weights: a local copy of its file, or another URL for it.
 
-    channels_last, compile: other orders of the same sums. precision: fp32, bf16 or fp16, which has a name, and statistics, of its own."""
+    channels_last, compile: faster, with sums in another order. precision: fp32, bf16 or fp16; the last two have their own names and need
+    their own statistics."""
     _check_precision(precision)
     path = inception.weights_file(weights)
     net, sha256 = inception.Inception(path).to(device), file_digest(path)
@@ -83,23 +87,23 @@ def inception_detector(device, weights=None, channels_last=False, precision='fp3
     return Detector(name, net, device, weights or inception.URL, sha256, spatial_dim=inception.SPATIAL_DIM)
 
 
-def vgg16_detector(device, weights=None):
-    """VGG-16, 4096 numbers after the ReLU of its second fully connected layer: precision and recall as in Kynkäänniemi et al. 2019.
+def vgg16_detector(device: torch.device | str, weights: str | os.PathLike | None = None) -> Detector:
+    """VGG-16, the 4096 features after the ReLU of its second fully connected layer: precision and recall as in Kynkäänniemi et al. 2019.
 
-    weights: torchvision's file or another with its names, a path or URL; .pth or .safetensors."""
+    weights: path or URL of torchvision's file, or of another with the same names; .pth or .safetensors."""
     path = vgg.weights_file(weights)
     return Detector('vgg16', vgg.VGG16(path).to(device), device, weights or vgg.URL, file_digest(path))
 
 
-def pixel_detector(device):
-    """No network: images / 127.5 - 1, flattened; for small images, offline. It has no logits."""
+def pixel_detector(device: torch.device | str) -> Detector:
+    """No network: images / 127.5 - 1, flattened; for small images, offline. No logits."""
     return Detector('pixels', lambda images: images.flatten(1).double() / 127.5 - 1, device, rgb=False, max_dim=PIXELS_MAX_DIM)
 
 
-def torchscript_detector(device, path='', return_features=False):
-    """A TorchScript archive, called as net(uint8 [n,3,H,W]), or as net(images, return_features=True), which NVIDIA's archives want.
+def torchscript_detector(device: torch.device | str, path: str = '', return_features: bool = False) -> Detector:
+    """A TorchScript archive, called as net(uint8 [n,3,H,W]), or as net(images, return_features=True), which NVIDIA's archives need.
 
-    Opening one executes the code in it: take only files that you trust."""
+    Opening an archive executes the code in it: use only files that you trust."""
     if not path:
         raise UserError('--detector=torchscript: name the archive, --detector=torchscript:path=FILE')
     if not os.path.isfile(path):
@@ -112,8 +116,8 @@ def torchscript_detector(device, path='', return_features=False):
     return Detector('torchscript', _guarded(call, f'torchscript:path={path}'), device, path, file_digest(path))
 
 
-def module_detector(device, name='', weights=None):
-    """Your own class on the Python path, package.module.Class: made without arguments, filled from a .safetensors file, and called
+def module_detector(device: torch.device | str, name: str = '', weights: str | os.PathLike | None = None) -> Detector:
+    """Your own class on the Python path, package.module.Class: instantiated without arguments, loaded from a .safetensors file, and called
     with uint8 [n,3,H,W]. The code that you name is imported and executed."""
     module, _, attribute = name.rpartition('.')
     where = f'--detector=module:name={name}'
@@ -130,11 +134,11 @@ def module_detector(device, name='', weights=None):
     return Detector(f'module:{name}', _guarded(made, f'module:name={name}'), device, weights, weights and file_digest(weights))
 
 
-def dinov2_detector(device, model='facebook/dinov2-large'):
-    """DINOv2 through the package transformers: the class token after the last norm, 1024 numbers for ViT-L/14 (FD_DINOv2).
+def dinov2_detector(device: torch.device | str, model: str = 'facebook/dinov2-large') -> Detector:
+    """DINOv2 from the package transformers: the class token after the last norm, 1024 features for ViT-L/14 (FD_DINOv2).
 
-    model: a Hugging Face name or a local folder of config.json and model.safetensors. Images are resized to 224 x 224 (bicubic, with a
-    filter, neither rounded nor clamped) and normalised as ImageNet's are. Stein et al. 2023; Karras et al. 2024."""
+    model: a Hugging Face name or a local folder of config.json and model.safetensors. Images are resized to 224 x 224 (bicubic with
+    antialiasing, neither rounded nor clamped) and normalised like ImageNet's. Stein et al. 2023; Karras et al. 2024."""
     net, file = _transformers_model('dinov2', 'Dinov2Model', model, device)
     _resize_positions(net)
     look = _normalised(DINO_SIDE, DINO_MEAN, DINO_STD, device)
@@ -142,8 +146,8 @@ def dinov2_detector(device, model='facebook/dinov2-large'):
 
 
 def _resize_positions(net):
-    """Brings DINOv2's position embeddings to the grid of 224 x 224 images as its authors' code does, which published distances contain:
-    bicubic by the scale (side + 0.1) / side of the trained grid. The package takes the plain ratio, and other features come out."""
+    """Resizes DINOv2's position embeddings to the grid of 224 x 224 images as its authors' code does, and published distances assume:
+    bicubic, with scale factor (side + 0.1) / side of the trained grid. The package's plain ratio gives different features."""
     embeddings = net.embeddings
     positions, patch = embeddings.position_embeddings, net.config.patch_size
     trained, side = round((positions.shape[1] - 1) ** 0.5), DINO_SIDE // patch
@@ -156,11 +160,11 @@ def _resize_positions(net):
     embeddings.position_embeddings = torch.nn.Parameter(torch.cat([positions[:, :1], grid], dim=1), requires_grad=False)
 
 
-def clip_detector(device, model='openai/clip-vit-large-patch14-336'):
-    """CLIP's image encoder through the package transformers: embeddings of norm 1, 768 numbers for ViT-L/14 (CMMD).
+def clip_detector(device: torch.device | str, model: str = 'openai/clip-vit-large-patch14-336') -> Detector:
+    """CLIP's image encoder from the package transformers: embeddings of norm 1, 768 features for ViT-L/14 (CMMD).
 
     model: a Hugging Face name or a local folder of config.json and model.safetensors or pytorch_model.bin. Images are resized to the
-    model's side (336; bicubic, with a filter) and normalised as CLIP's training images. Jayasumana et al. 2024."""
+    model's side (336; bicubic with antialiasing) and normalised like CLIP's training images. Jayasumana et al. 2024."""
     net, file = _transformers_model('clip', 'CLIPVisionModelWithProjection', model, device)
     look = _normalised(net.config.image_size, CLIP_MEAN, CLIP_STD, device)
     embed = lambda images: torch.nn.functional.normalize(net(pixel_values=look(images)).image_embeds, dim=1)
@@ -179,7 +183,7 @@ def _normalised(side, mean, std, device):
 
 
 def _transformers_model(detector, kind, model, device):
-    """(a model of the package transformers in eval mode, the file of its weights)."""
+    """(a model of the package transformers in eval mode, the path of its weights)."""
     try:
         import transformers
     except ImportError:
@@ -193,7 +197,7 @@ def _transformers_model(detector, kind, model, device):
 
 
 def _model_file(model, detector='dinov2'):
-    """Local path of a model's weights, beside its config.json: in the given folder, or in the Hub's cache, filled where it is not."""
+    """Local path of a model's weights, beside its config.json: in the given folder, or in the Hub's cache, downloaded if needed."""
     names, where = WEIGHT_FILES[detector], f'--detector={detector}:model={model}'
     if os.path.isdir(model):
         found = [path for path in (os.path.join(model, name) for name in names) if os.path.isfile(path)]
@@ -203,7 +207,7 @@ def _model_file(model, detector='dinov2'):
     try:
         return hub.fetch(where, names, 'config.json', repo=model)[0]
     except UserError as err:
-        raise UserError(f'{err.message}; or fetch config.json and {names[0]} elsewhere and name their folder: '
+        raise UserError(f'{err.message}; or download config.json and {names[0]} elsewhere and name their folder: '
                         f'--detector={detector}:model=DIR') from None
 
 
@@ -218,7 +222,7 @@ def _load_safetensors(net, path):
 
 
 def _guarded(net, spec):
-    """The user's own network, whose failures are one line that names it."""
+    """Wraps the user's own network, so that its errors become one line that names it."""
 
     def call(images):
         try:
@@ -237,6 +241,6 @@ def _check_precision(precision):
 # The published file of CLIP at 336 pixels is a pickle of tensors, which transformers opens with PyTorch's restricted reader.
 WEIGHT_FILES = {'dinov2': ('model.safetensors',), 'clip': ('model.safetensors', 'pytorch_model.bin')}
 
-# Functions, so that checking an option loads nothing; each takes the device when it is called.
+# Functions, so that checking an option loads nothing; each is called with the device.
 DETECTORS = {'inception': inception_detector, 'pixels': pixel_detector, 'dinov2': dinov2_detector, 'clip': clip_detector,
              'vgg16': vgg16_detector, 'torchscript': torchscript_detector, 'module': module_detector}

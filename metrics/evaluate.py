@@ -3,13 +3,14 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
 from dnnlib import UserError
 from dnnlib.progress import Progress
 from metrics import intervals, kernel, manifold, scores
+from metrics.detectors import Detector
 from metrics.frechet import frechet_distance
 from metrics.image_files import BadImages
 from metrics.statistics import Moments, Statistics
@@ -20,26 +21,27 @@ GATHER_ROWS = 4096  # rows of features that ranks exchange at a time
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What decides the numbers beside the images and the detector."""
+    """Settings that affect the results, besides the images and the detector."""
 
     kid_subsets: int = 100
     kid_subset_size: int = 1000
     pr_k: int = manifold.PR_K
     dc_k: int = manifold.DC_K
     splits: int = 10
-    seed: int = 2020  # of KID's subsets, of the Inception score's splits and of halves of images; torch-fidelity's default
-    intervals: bool = False  # whether to give those of the metrics that have some
+    seed: int = 2020  # for KID's subsets, the Inception score's splits and halves of images; torch-fidelity's default
+    intervals: bool = False  # whether to compute confidence intervals, for the metrics that have them
 
 
 @dataclasses.dataclass(frozen=True)
 class Collected:
-    """What one set of images comes down to."""
+    """What the metrics need of one set of images."""
 
-    statistics: Statistics            # with features, on rank 0, where a metric needs them; with spatial ones likewise
-    class_sums: torch.Tensor | None   # scores.split_sums of all images; None where not asked for, or where the detector has no logits
+    statistics: Statistics            # including features on rank 0, and spatial statistics, if a metric needs them
+    class_sums: torch.Tensor | None   # scores.split_sums of all images; None if not needed, or if the detector has no logits
 
 
-def evaluate_batches(batches, detector, reference, metrics=('fid',), settings=Settings(), total=None):
+def evaluate_batches(batches: Iterable, detector: Detector, reference: Statistics, metrics: Sequence[str] = ('fid',),
+                     settings: Settings = Settings(), total: int | None = None) -> dict:
     """{published name: value} of images against reference Statistics, on every rank; with settings.intervals also
     'intervals': {published name: {'low', 'high', 'level', 'method'}}.
 
@@ -48,12 +50,13 @@ def evaluate_batches(batches, detector, reference, metrics=('fid',), settings=Se
     return distributed.from_rank0(numbers, found, reference, metrics, settings, detector.device)
 
 
-def collect(batches, detector, total=None, metrics=('fid',), settings=Settings(), keep_features=False, keep_spatial=False):
-    """What the metrics need to know of all ranks' images, a Collected on every rank.
+def collect(batches: Iterable, detector: Detector, total: int | None = None, metrics: Sequence[str] = ('fid',),
+            settings: Settings = Settings(), keep_features: bool = False, keep_spatial: bool = False) -> Collected:
+    """Features and statistics of all ranks' images, a Collected on every rank.
 
     batches: an iterable of uint8 tensors or arrays [n,C,H,W]; rank r of R yields images r, r + R, r + 2R, ... in this order, so that
-    the ranks do not change the order of all. total: images over all ranks, for the progress bar. keep_features: whatever the metrics.
-    keep_spatial: statistics of spatial features too, where the detector has them.
+    the overall order does not depend on R. total: images over all ranks, for the progress bar. keep_features: even if no metric needs
+    them. keep_spatial: statistics of spatial features too, if the detector has them.
     Raises UserError; an error on one rank is raised on all of them."""
     keep_features = keep_features or any(metric.features for metric in _chosen(metrics)) or (
         settings.intervals and any(metric.interval for metric in _chosen(metrics)))
@@ -71,7 +74,7 @@ def collect(batches, detector, total=None, metrics=('fid',), settings=Settings()
 
 
 def _raise_any(error):
-    """Raises on every rank what went wrong on any; images that cannot be used are told of together."""
+    """Raises on every rank the error of any; unusable images of all ranks are reported together."""
     told = error and ((error.where, error.bad, error.total) if isinstance(error, BadImages) else error.message)
     found = [each for each in distributed.all_values(told) if each]
     lines, bad = ([each for each in found if isinstance(each, str) is kind] for kind in (True, False))
@@ -82,7 +85,7 @@ def _raise_any(error):
 
 
 class _Run:
-    """What accumulates over the batches of this rank: moments, and features and logits where they are needed."""
+    """Accumulates over the batches of this rank: moments, and features and logits if they are needed."""
 
     def __init__(self, detector, settings, keep_logits, keep_features, keep_spatial=False):
         self.detector, self.settings, self.shape, self.moments = detector, settings, None, None
@@ -113,7 +116,7 @@ class _Run:
         self.moments = Moments(self.detector.dim(shape), self.detector.device)
 
     def result(self):
-        # A rank without images learns from rank 0 what shapes to add its zeros in.
+        # A rank without images learns from rank 0 the shapes of its zeros.
         classes = self.logits[0].shape[1] if self.logits else None
         shape, classes = distributed.broadcast((self.shape, classes))
         if shape is None:
@@ -165,8 +168,8 @@ class _Run:
         return None if whole is None else whole.numpy()
 
 
-def needs_features(metrics):
-    """Whether any of the metrics, or their intervals, compares images with those of the reference, and not with its statistics."""
+def needs_features(metrics: Sequence[str]) -> bool:
+    """Whether any of the metrics, or their intervals, needs features of single reference images, not only their statistics."""
     return any(metric.features == 'both' for metric in _chosen(metrics))
 
 
@@ -174,28 +177,29 @@ def _chosen(metrics):
     return [METRICS[name] for name in METRICS if name in metrics]
 
 
-def check_detector(detector, metrics):
-    """Refuses metrics that the detector has nothing for."""
+def check_detector(detector: Detector, metrics: Sequence[str]) -> None:
+    """Refuses metrics that the detector does not support."""
     for name in metrics:
         kind = METRICS[name].detector
         if kind and detector.name.partition(':')[0] != kind:
-            raise UserError(f'--metrics={",".join(metrics)}: {name} is of --detector={kind}, not of --detector={detector.name}; '
+            raise UserError(f'--metrics={",".join(metrics)}: {name} needs --detector={kind}, not --detector={detector.name}; '
                             f'leave {name} out, or evaluate it with --detector={kind}')
 
 
-def check_shape(found, shape, name, other_shape=False):
-    """Refuses a reference of images of another size or mode than [C,H,W], where that is known; name: the reference's.
+def check_shape(found: Sequence[int] | None, shape: Sequence[int], name: str, other_shape: bool = False) -> None:
+    """Refuses a reference whose images have another size or mode than [C,H,W], if that is known; name: the reference's.
 
-    other_shape: whether the user knows and wants it."""
+    other_shape: whether the user has allowed that."""
     if found is not None and tuple(found) != tuple(shape) and not other_shape:
         raise UserError(f'{name}: made from {list(found)} images, these are {list(shape)} [C,H,W]; pass a reference of such images, '
                         'or --other-shape to compare them all the same')
 
 
-def check_reference(reference, detector, shape, name, metrics=('fid',), other_shape=False):
-    """Refuses reference statistics that cannot be compared with images [C,H,W] seen through the detector; name: the file's.
+def check_reference(reference: Statistics, detector: Detector, shape: Sequence[int], name: str, metrics: Sequence[str] = ('fid',),
+                    other_shape: bool = False) -> None:
+    """Refuses reference statistics that cannot be compared with features of images [C,H,W] from the detector; name: the file's.
 
-    other_shape: whether images of another size or mode are compared; those of raw pixels never are."""
+    other_shape: whether images of another size or mode are allowed; for raw pixels they never are."""
     if reference.detector not in (None, detector.name):
         raise UserError(f'{name}: made with detector "{reference.detector}", not "{detector.name}"; '
                         f'pass --detector={reference.detector} or other statistics')
@@ -210,15 +214,16 @@ def check_reference(reference, detector, shape, name, metrics=('fid',), other_sh
     check_shape(reference.shape, shape, name, other_shape)
     check_detector(detector, metrics)
     if any(metric.spatial for metric in _chosen(metrics)) and reference.spatial_mean is None:
-        raise UserError(f'{name}: --metrics={",".join(metrics)}: sfid compares spatial features, and these statistics hold none '
-                        '(mu_s, sigma_s); make them anew with "ref", or pass the images with --ref-path')
+        raise UserError(f'{name}: --metrics={",".join(metrics)}: sfid compares spatial features, and these statistics have none '
+                        '(mu_s, sigma_s); make them again with "ref", or pass the images with --ref-path')
     if needs_features(metrics) and reference.features is None:
-        raise UserError(f'{name}: --metrics={",".join(metrics)} compare images, and these statistics hold no features; '
+        raise UserError(f'{name}: --metrics={",".join(metrics)} compare single images, and these statistics have no features; '
                         'make them with "ref --keep-features", or pass the images with --ref-path')
 
 
-def numbers(found, reference, metrics=('fid',), settings=Settings(), device=None):
-    """{published name: value}: found, a Collected, against the reference Statistics; features are compared on `device`."""
+def numbers(found: Collected, reference: Statistics, metrics: Sequence[str] = ('fid',), settings: Settings = Settings(),
+            device: torch.device | str | None = None) -> dict:
+    """{published name: value} of found, a Collected, against the reference Statistics; features are compared on `device`."""
     task, values = Task(found, reference, tuple(metrics), settings, device), {}
     try:
         for compute in dict.fromkeys(metric.compute for metric in _chosen(metrics)):
@@ -229,14 +234,14 @@ def numbers(found, reference, metrics=('fid',), settings=Settings(), device=None
     return values | ({'intervals': task.intervals} if settings.intervals else {})
 
 
-def distance_name(detector):
-    """What the Fréchet distance is called in results. That of these features is no FID, and must not be quoted as one."""
+def distance_name(detector: str) -> str:
+    """The name of the Fréchet distance in results. With other features than Inception's it is not an FID, and must not be quoted as one."""
     return {'dinov2': 'fd_dinov2', 'clip': 'fd_clip', 'vgg16': 'fd_vgg16'}.get((detector or '').partition(':')[0], 'fid_score')
 
 
 @dataclasses.dataclass
 class Task:
-    """What the metrics of one set of images are computed from; intervals: {published name: interval}, which they add to."""
+    """The input of the metrics for one set of images; intervals: {published name: interval}, to which they add."""
 
     found: Collected
     reference: Statistics
@@ -297,7 +302,7 @@ def _manifold(task):
 
 
 def _inception_scores(task):
-    """All images in one split, as this program's ancestors print it, and mean and deviation over splits, as papers do."""
+    """Over all images in one split, as EDM's evaluation code reports it, and mean and deviation over splits, as papers do."""
     class_sums = task.found.class_sums
     if class_sums is None:  # the detector has no logits
         return {'inception_score': None}
@@ -308,8 +313,9 @@ def _inception_scores(task):
 
 @dataclasses.dataclass(frozen=True)
 class Metric:
-    """what: for people. compute: Task -> {published name: value}, once for all metrics that share it. features: of whose images it needs
-    them ('ours' or 'both'). logits, spatial: what else of ours. interval: whether it has one. detector: the only one it is defined for."""
+    """what: one sentence for --metrics=help. compute: Task -> {published name: value}, called once for all metrics that share it.
+    features: which images' features it needs ('ours' or 'both'). logits, spatial: whether it needs those of our images. interval: whether
+    it has one. detector: the only one that it is defined for."""
 
     what: str
     compute: Callable

@@ -3,17 +3,19 @@
 
 import numpy as np
 import scipy.linalg.lapack
+import torch
 
-INDEFINITE = 1e-4  # a negative eigenvalue beyond this share of the largest one is no rounding
+INDEFINITE = 1e-4  # a negative eigenvalue beyond this share of the largest one is not rounding
 ACCURACY = 1e-9    # of the overlap, relative to the two traces
 
 
-def frechet_distance(mu1, cov1, mu2, cov2):
+def frechet_distance(mu1: torch.Tensor | np.ndarray, cov1: torch.Tensor | np.ndarray, mu2: torch.Tensor | np.ndarray,
+                     cov2: torch.Tensor | np.ndarray) -> float:
     """|mu1 - mu2|^2 + Tr(cov1 + cov2 - 2 (cov1 cov2)^(1/2)), in float64.
 
-    mu: [D], cov: [D,D] symmetric positive semi-definite; arrays or tensors. Returns a float; statistics that are equal may give a
-    negative one by rounding. With half-factors cov = A A^T the last trace is the sum of the singular values of A1^T A2 (the
-    eigenvalues of cov1 cov2 are their squares), so no square root of a nearly singular matrix is ever taken.
+    mu: [D], cov: [D,D] symmetric positive semi-definite; arrays or tensors. Returns a float, which rounding may make negative for
+    equal statistics. With half-factors cov = A A^T the last trace is the sum of the singular values of A1^T A2 (the
+    eigenvalues of cov1 cov2 are their squares), so the square root of a nearly singular matrix is never taken.
     Heusel et al. 2017, equation 6. Raises ValueError for other shapes, non-finite or indefinite statistics."""
     mu1, mu2 = (np.asarray(mu, dtype=np.float64) for mu in (mu1, mu2))
     cov1, cov2 = (np.asarray(cov, dtype=np.float64) for cov in (cov1, cov2))
@@ -47,10 +49,10 @@ def nuclear_norm(matrix, accuracy=0.0):
 
 
 def half_factor(cov):
-    """A [D,r] with A A^T = cov, r its numerical rank; directions below D eps of the largest are rounding, and are left out.
+    """A [D,r] with A A^T = cov, r its numerical rank; directions below D eps of the largest are rounding errors, and are left out.
 
-    Pivoted Cholesky, which stops at the rank and takes a fifth of the time of an eigen-decomposition; the latter stands in where
-    the matrix, through storage in float32 say, is not quite semi-definite. Raises ValueError where it is far from that."""
+    Pivoted Cholesky, which stops at the rank and takes a fifth of the time of an eigendecomposition; the latter is used if the
+    matrix, for example after storage in float32, is not quite semi-definite. Raises ValueError if it is far from that."""
     packed, pivots, rank, _ = scipy.linalg.lapack.dpstrf(cov, lower=1)
     factor = np.empty((len(cov), rank))
     factor[pivots - 1] = np.tril(packed)[:, :rank]

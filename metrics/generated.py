@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many generated images are evaluated, and those that lie in files."""
+"""Generated images in files, and the number of images to evaluate."""
 
 from dnnlib import UserError
 from dnnlib.files import beside, file_digest
@@ -9,10 +9,10 @@ from torch_utils import distributed
 
 
 class FileImages:
-    """--gen-path, and how many of its images are evaluated. What eval_fid.py evaluates has the attributes and methods of this.
+    """The images of --gen-path. Everything that eval_fid.py evaluates has the attributes and methods of this class.
 
-    shape: (C, H, W). found: how many images there are. count: how many are evaluated. labels: what each repeat is.
-    facts(): what a result is quoted with, on one rank. default_path(suffix): where it goes."""
+    shape: (C, H, W). found: number of images available. count: number of images to evaluate. labels: a description of each repeat.
+    facts(): what to quote with a result, on one rank. default_path(suffix): the default path of the result."""
 
     def __init__(self, o):
         self._o, self.files = o, ImageFiles(o.gen_path, '--gen-path')
@@ -23,11 +23,11 @@ class FileImages:
         if self.count < self.found:
             distributed.print0(f'evaluating the first {self.count} of {self.found} images, in sorted order')
 
-    def facts(self):
+    def facts(self) -> dict:
         """Path and digest; reads all files."""
         return {'path': self._o.gen_path, 'sha256': file_digest(self._o.gen_path)}
 
-    def default_path(self, suffix):
+    def default_path(self, suffix: str) -> str:
         """GEN_PATH and the suffix."""
         return beside(self._o.gen_path, suffix)
 
@@ -36,8 +36,8 @@ class FileImages:
         yield self.files.batches(self._o.batch_size, self.count)
 
 
-def choose_count(o, found, what):
-    """How many generated images are evaluated; published distances need the published number unless told otherwise."""
+def choose_count(o, found: int, what: str) -> int:
+    """The number of generated images to evaluate; refuses any other than the published one unless the user asks for it."""
     option = distributed.num_option()
     if o.num is None and found != PROTOCOL_NUM:
         raise UserError(f'{what}, expected {PROTOCOL_NUM}; pass {option}={found} to evaluate these')

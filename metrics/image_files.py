@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Image files -> uint8 batches: folders, zips and arrays, decoded by threads; what cannot be used is named, all of it."""
+"""Image files -> uint8 batches: folders, zips and arrays, decoded by threads; all unusable images are reported by name."""
 
 import collections
 import concurrent.futures
 import os
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,14 +16,14 @@ from dnnlib.archive import DAMAGE, LOSSY, Archive, damage, decode_image, packed_
 from dnnlib.cpus import cpu_count
 from torch_utils import distributed
 
-NAMED = 20  # how many bad files an error names; it counts the others
+NAMED = 20  # number of bad files that an error names; the others are counted
 UNREADABLE = 'cannot be read as an image ({})'
 
 
 class BadImages(UserError):
-    """Images that cannot be used. bad: [(name, why)]; total: how many were looked at."""
+    """Images that cannot be used. bad: [(name, reason)]; total: number of images checked."""
 
-    def __init__(self, where, bad, total):
+    def __init__(self, where: str, bad: Sequence[tuple[str, str]], total: int):
         self.where, self.bad, self.total = where, sorted(bad), total
         named = '; '.join(f'{name} {why}' for name, why in self.bad[:NAMED])
         more = f'; and {len(bad) - NAMED} more' if len(bad) > NAMED else ''
@@ -32,13 +33,13 @@ class BadImages(UserError):
 class ImageFiles:
     """The images of a folder (with sub-folders), a zip, an .npz or an .npy, in sorted order, all uint8 and of one shape.
 
-    len() is their number, `shape` (C, H, W). option: what errors call the source, such as "--gen-path"."""
+    len() is their number, `shape` (C, H, W). option: the name of the source in errors, such as "--gen-path"."""
 
-    def __init__(self, path, option):
+    def __init__(self, path: str | os.PathLike, option: str):
         self.path, self._where = str(path), f'{option}={path}'
         self._names, self._load = _open_source(self.path, self._where)
         if not len(self._names):
-            raise UserError(f'{self._where}: holds no images')
+            raise UserError(f'{self._where}: contains no images')
         self._files = _state_of_files(self.path)
         lossy = sum(str(name).lower().endswith(LOSSY) for name in self._names)
         if lossy:
@@ -56,14 +57,14 @@ class ImageFiles:
             raise BadImages(self._where, [(self.name(index), why)], 1)
         return image
 
-    def name(self, index):
-        """What the image is called, within its folder or archive; its number in an array."""
+    def name(self, index: int) -> str:
+        """The name of an image within its folder or archive; its number in an array."""
         return str(self._names[index])
 
-    def batches(self, batch_size, count=None):
-        """uint8 tensors [n,C,H,W]: this rank's share of the first `count` images, decoded by threads a batch ahead.
+    def batches(self, batch_size: int, count: int | None = None) -> Iterator[torch.Tensor]:
+        """uint8 tensors [n,C,H,W]: this rank's share of the first `count` images, decoded by threads one batch ahead.
 
-        Images that cannot be used are left out, and raised as BadImages when all others have been read."""
+        Images that cannot be used are left out, and reported by BadImages when all others have been read."""
         mine = range(distributed.rank(), len(self) if count is None else count, distributed.size())
         ahead, bad = collections.deque(), []
         with concurrent.futures.ThreadPoolExecutor(min(8, cpu_count())) as pool:
@@ -79,18 +80,19 @@ class ImageFiles:
         if bad:
             raise BadImages(self._where, bad, len(mine))
 
-    def check_unchanged(self):
-        """Refuses a source whose files came, went or changed since it was opened, on any rank. Every rank calls it, after reading."""
+    def check_unchanged(self) -> None:
+        """Refuses a source whose files were added, removed or changed since it was opened, on any rank. Every rank calls it after
+        reading."""
         now = _state_of_files(self.path)
         changed = sorted(name for name in self._files.keys() | now.keys() if self._files.get(name) != now.get(name))
         listings = distributed.all_values((len(self._names), changed))
         changed = next((found for _, found in listings if found), [])
         if changed or len({count for count, _ in listings}) > 1:
             example = f' ({len(changed)} files, such as {changed[0]})' if changed else ''
-            raise UserError(f'{self._where}: changed while it was read{example}; evaluate it when nothing writes to it')
+            raise UserError(f'{self._where}: changed while it was being read{example}; evaluate it when nothing writes to it')
 
     def _first_readable(self):
-        """(name, shape) of the first image that can be decoded: what the others are compared with."""
+        """(name, shape) of the first image that can be decoded, with which the others are compared."""
         bad = []
         for name in self._names:
             try:
@@ -100,7 +102,7 @@ class ImageFiles:
         raise BadImages(self._where, bad, len(self))
 
     def _read(self, index):
-        """(image [C,H,W] uint8, None), or (None, why it cannot be used)."""
+        """(image [C,H,W] uint8, None), or (None, reason why it cannot be used)."""
         try:
             image = self._load(self._names[index])
         except DAMAGE as err:
@@ -110,7 +112,7 @@ class ImageFiles:
         return image, None
 
     def _stack(self, futures, bad):
-        """Yields the good images of one batch, if there are any; the others join `bad`."""
+        """Yields the usable images of one batch, if there are any; the others are added to `bad`."""
         found = [(i, *future.result()) for i, future in futures]
         bad.extend((self.name(i), why) for i, _, why in found if why)
         good = [image for _, image, why in found if not why]
@@ -144,7 +146,7 @@ def _open_source(path, where):
         raise UserError(f'{where}: not a folder, .zip, .npz or .npy of images')
     try:
         array, channel_axis = _image_array(path)
-    except (*DAMAGE, RuntimeError) as err:  # zipfile's for an encrypted one
+    except (*DAMAGE, RuntimeError) as err:  # zipfile raises RuntimeError for encrypted members
         raise UserError(f'{where}: cannot be read ({damage(err)})') from None
     return range(len(array)), lambda i: np.ascontiguousarray(np.moveaxis(array[i], channel_axis, 0))
 
@@ -158,7 +160,7 @@ def _decode(name, data):
 
 
 def _image_array(path):
-    """(uint8 array of four axes, the channel axis of one image) in an .npy or .npz, whose other arrays are let be."""
+    """(uint8 array of four axes, the channel axis of one image) in an .npy or .npz; other arrays are ignored."""
     data = np.load(path, mmap_mode='r', allow_pickle=False)
     if isinstance(data, np.ndarray):
         arrays = [data]

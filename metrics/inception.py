@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Inception-v3 of 2015-12-05 whose pooled features define the FID: published weights, TensorFlow-1 resize, uint8 in."""
+"""The Inception-v3 of 2015-12-05 whose pooled features define the FID: published weights, TensorFlow 1's resize, uint8 input."""
+
+import os
 
 import torch
 
@@ -11,20 +13,20 @@ SHA256 = '6726825d'  # its first digits
 SIDE = 299           # the network's input resolution
 POOL_DIM = 2048
 SPATIAL_CHANNELS, SPATIAL_DIM = 7, 7 * 17 * 17  # of the features that sFID compares
-CPU_CHUNK = 8        # images that the CPU looks at together: smaller activations, and less work to find them memory
+CPU_CHUNK = 8        # images per batch on the CPU: smaller activations, which take less time to allocate
 
 
 class Inception(torch.nn.Module):
     """uint8 images [N,3,H,W], or grey [N,1,H,W], -> (pooled features [N,2048], logits [N,1008] without the last bias), float32.
 
-    Called with spatial=True it adds the spatial features [N,2023] of sFID (Nash et al. 2021), as ADM's evaluator takes them: the first
+    With spatial=True it also returns the spatial features [N,2023] of sFID (Nash et al. 2021), as in ADM's evaluator: the first
     7 channels of the tensor `mixed_6/conv` of the graph of 2015, here the 1x1 branch of Mixed_6d after its ReLU, [17,17] in size,
     flattened as rows, columns, channels.
-    weights: path or URL of a state dict with the published names, or None for the published file, fetched once and checked.
-    The attribute compute_dtype is what convolutions work in; published numbers need the default, torch.float32.
-    Raises UserError where the file is missing, cannot be fetched, or holds something else."""
+    weights: path or URL of a state dict with the published names, or None for the published file, downloaded once and checked.
+    The attribute compute_dtype is the dtype of the convolutions; published numbers need the default, torch.float32.
+    Raises UserError if the file is missing, cannot be downloaded, or holds something else."""
 
-    def __init__(self, weights=None):
+    def __init__(self, weights: str | os.PathLike | None = None):
         super().__init__()
         with torch.device('meta'):  # takes no memory and no random numbers; the state dict's tensors become the parameters
             for name, *conv in STEM:
@@ -36,7 +38,7 @@ class Inception(torch.nn.Module):
         self.eval().requires_grad_(False)
         self.compute_dtype = torch.float32
 
-    def forward(self, images, spatial=False):
+    def forward(self, images: torch.Tensor, spatial: bool = False) -> tuple[torch.Tensor, ...]:
         chunks = images.split(CPU_CHUNK) if images.device.type == 'cpu' and len(images) else [images]
         found = tuple(torch.cat(parts) for parts in zip(*map(self._look, chunks)))
         return found if spatial else found[:2]
@@ -51,14 +53,14 @@ class Inception(torch.nn.Module):
         spatial = spatial[:, :SPATIAL_CHANNELS].float().permute(0, 2, 3, 1).flatten(1)
         return features, features @ self.fc.weight.T, spatial
 
-    def trunk(self, x):
+    def trunk(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Pictures [N,3,299,299] in [-1,1] -> maps of features [N,2048,8,8], and those of the 1x1 branch of Mixed_6d [N,192,17,17]."""
         for name, *_ in STEM:
             x = getattr(self, name)(x)
             if name in STEM_POOLED:
                 x = _halve(x)
         for name in MIXED:
-            if name == 'Mixed_6d':  # once more: less than 1 % of the network's work
+            if name == 'Mixed_6d':  # computed a second time: less than 1 % of the network's cost
                 spatial = self.Mixed_6d.branch1x1(x)
             x = getattr(self, name)(x)
         return x, spatial
@@ -72,18 +74,18 @@ class Conv(torch.nn.Module):
         self.conv = torch.nn.Conv2d(in_channels, out_channels, kernel, stride, padding, bias=False)
         self.bn = torch.nn.BatchNorm2d(out_channels, eps=1e-3)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.bn(self.conv(x)).relu_()
 
 
 class Mixed(torch.nn.Module):
-    """Parallel branches whose outputs are stacked: chains of convolutions, and last a pooling.
+    """Parallel branches whose outputs are stacked: chains of convolutions, the last with pooling.
 
-    branches: one chain a line, of steps "name:channels:kernel" (kernel 7 is 7x7; 1x7 is one high and seven wide; "/2" halves the
+    branches: one chain per line, of steps "name:channels:kernel" (kernel 7 is 7x7; 1x7 is one high and seven wide; "/2" halves the
     resolution and does not pad). A step "a|b" stacks two convolutions of the same input. The chain `branch_pool` follows the
     pooling; pool is a key of POOLS."""
 
-    def __init__(self, in_channels, pool, branches):
+    def __init__(self, in_channels: int, pool: str, branches: str):
         super().__init__()
         self.pool = POOLS[pool]
         self.chains, self.pooled = [], []  # each chain: a list of lists of names
@@ -105,7 +107,7 @@ class Mixed(torch.nn.Module):
         self.add_module(name, Conv(in_channels, int(out_channels), sides, 2 if halved else 1, padding))
         return name, int(out_channels)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         outputs = [self._run(chain, x) for chain in self.chains]
         return torch.cat([*outputs, self._run(self.pooled, self.pool(x))], dim=1)
 
@@ -116,9 +118,9 @@ class Mixed(torch.nn.Module):
         return x
 
 
-def resize(x, side):
+def resize(x: torch.Tensor, side: int) -> torch.Tensor:
     """Bilinear resize [N,C,H,W] -> [N,C,side,side] as TensorFlow 1 does it: pixel i comes from i * in / out, without half-pixel
-    centres and without a filter for reductions; beyond the last pixel the last pixel stands."""
+    centres and without antialiasing; beyond the last pixel the last pixel is repeated."""
     for dim in (3, 2):
         size = x.shape[dim]
         where = torch.arange(side, dtype=torch.float32, device=x.device) * (torch.tensor(size, dtype=torch.float32) / side).item()
@@ -129,24 +131,24 @@ def resize(x, side):
     return x
 
 
-def weights_file(weights=None):
-    """Local path of the weights: the published file, fetched once and checked, or the given path or URL."""
+def weights_file(weights: str | os.PathLike | None = None) -> str:
+    """Local path of the weights: the published file, downloaded once and checked, or the given path or URL."""
     if weights not in (None, URL):
         return open_url(weights)
     try:
         return open_url(URL, SHA256)
     except UserError as err:
-        raise UserError(f'{err.message}, or name it: --detector-weights=PATH') from None
+        raise UserError(f'{err.message}, or give its path: --detector-weights=PATH') from None
 
 
-def read_weights(weights, expected):
+def read_weights(weights: str | os.PathLike, expected: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The state dict in the file, after a check of its names and shapes against those expected."""
     path = weights_file(weights)
     state = checkpoint.read_tensors(path, 'weights', option='--detector-weights=')
     fits = isinstance(state, dict) and state.keys() == expected.keys()
     wrong = next((k for k in expected if not fits or state[k].shape != expected[k].shape), None)
     if wrong:
-        raise UserError(f'--detector-weights={path}: not the FID network: "{wrong}" is missing or misshapen')
+        raise UserError(f'--detector-weights={path}: not the FID network: "{wrong}" is missing or has the wrong shape')
     return {key: tensor.to(expected[key].dtype) for key, tensor in state.items()}
 
 
@@ -160,8 +162,8 @@ def _maximum(x):
 
 
 def _halve(x):
-    """3x3 maximum around every other pixel. In rows and then columns it is the same number, in a quarter of the time of the
-    CPU's kernel for this order of memory."""
+    """3x3 maximum with stride 2. Over rows and then columns the result is the same, in a quarter of the time of the CPU's kernel
+    for this memory format."""
     if x.device.type != 'cpu' or not x.is_contiguous():
         return torch.nn.functional.max_pool2d(x, 3, stride=2)
     rows = x[:, :, 1:-1:2].maximum(x[:, :, :-2:2]).maximum(x[:, :, 2::2])
@@ -193,8 +195,8 @@ STEM = [('Conv2d_1a_3x3', 3, 32, 3, 2), ('Conv2d_2a_3x3', 32, 32, 3), ('Conv2d_2
         ('Conv2d_3b_1x1', 64, 80, 1), ('Conv2d_4a_3x3', 80, 192, 3)]
 STEM_POOLED = ('Conv2d_2b_3x3', 'Conv2d_4a_3x3')
 
-# Name: input channels, pooling, branches. The last block takes the maximum where its twin before it takes the mean: a quirk of
-# the graph that every published FID contains.
+# Name: input channels, pooling, branches. The last block uses maximum pooling where the one before it uses the mean: a peculiarity
+# of the graph that every published FID contains.
 MIXED = {
     'Mixed_5b': (192, 'average', _block35(32)),
     'Mixed_5c': (256, 'average', _block35(64)),

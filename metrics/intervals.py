@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Confidence intervals of distances between sets of features, from influence functions and U-statistics: nothing is resampled."""
+"""Confidence intervals of distances between sets of features, from influence functions and U-statistics, without resampling."""
 
 import dataclasses
 import math
@@ -12,21 +12,21 @@ from metrics.frechet import half_factor
 
 LEVEL = 0.95
 Z = float(scipy.special.ndtri((1 + LEVEL) / 2))
-ROWS = 4096           # rows of features that are looked at together in float64
-KERNEL_ROWS = 4096    # images of a set that KID's spread is estimated from: matrices of 128 MB
+ROWS = 4096           # rows of features converted to float64 at a time
+KERNEL_ROWS = 4096    # images of a set from which KID's spread is estimated: matrices of 128 MB
 FEWEST = 250          # images below which the distribution of a distance is too far from normal
-FEWEST_PER_DIM = 1    # of an interval of the distance itself
-EXTRAPOLATED_PER_DIM = 8  # of one extrapolated to infinitely many images: below, E FD(N) is not yet a straight line in 1/N
-FEWEST_SUBSETS = 20   # of KID, for the spread among them to be known
-FEWEST_FEATURES = 32  # of KID's: with few its distribution is too far from the one assumed (docs/evaluation.md)
-METHODS = {'fid': 'influence function, corrected for the second order, on a log scale; over generated images, reference fixed',
+FEWEST_PER_DIM = 1    # images per feature for an interval of the distance itself
+EXTRAPOLATED_PER_DIM = 8  # the same for the extrapolation to infinitely many images: below, E FD(N) is not yet linear in 1/N
+FEWEST_SUBSETS = 20   # subsets of KID for an estimate of the spread between them
+FEWEST_FEATURES = 32  # features for KID: with fewer its distribution is too far from the one assumed (docs/evaluation.md)
+METHODS = {'fid': 'influence function, corrected to second order, on a log scale; over generated images, reference fixed',
            'fid_inf': 'influence function; over generated images, reference fixed',
            'kid': 'variance of the U-statistic and of the subsets, on a log scale; over generated and reference images'}
 
 
 @dataclasses.dataclass(frozen=True)
 class Spread:
-    """What a set of images tells of its own Fréchet distance to a fixed Gaussian.
+    """The spread of the Fréchet distance of a set of images to a fixed Gaussian, estimated from the images.
 
     halves: mean distance of its two halves. first: the variance of the distance by its influence function. variance: the same,
     corrected for the second order."""
@@ -36,7 +36,8 @@ class Spread:
     variance: float
 
 
-def frechet_spread(features, mu2, cov2, seed=0, device=None):
+def frechet_spread(features: torch.Tensor | np.ndarray, mu2: torch.Tensor | np.ndarray, cov2: torch.Tensor | np.ndarray, seed: int = 0,
+                   device: torch.device | str | None = None) -> Spread:
     """The Spread of the Fréchet distance of features [N,D] to the Gaussian mu2 [D], cov2 [D,D], under new draws of the features.
 
     The influence function estimates V = a + 2 b where the variance is a + b: a of the first order, falling as 1/N, and b of the
@@ -44,7 +45,7 @@ def frechet_spread(features, mu2, cov2, seed=0, device=None):
     (3 V - V_half / 2) / 2 = a + b; it lies between V / 2 and V. Halves are drawn with `seed`. Raises ValueError for fewer than four."""
     features = torch.as_tensor(features)
     if len(features) < 4:
-        raise ValueError(f'halves of {len(features)} images asked for, 4 are needed')
+        raise ValueError(f'{len(features)} images cannot be split into halves with a covariance; at least 4 are needed')
     half2 = torch.as_tensor(half_factor(np.asarray(cov2, np.float64)), device=device)
     mu2 = torch.as_tensor(mu2, dtype=torch.float64, device=device)
     order = torch.from_numpy(np.random.RandomState(seed).permutation(len(features)))
@@ -55,7 +56,7 @@ def frechet_spread(features, mu2, cov2, seed=0, device=None):
     return Spread(sum(distance for distance, _ in parts) / 2, first, min(max(corrected, first / 2), first))
 
 
-def frechet_influence(features, mu2, half2):
+def frechet_influence(features: torch.Tensor, mu2: torch.Tensor, half2: torch.Tensor) -> tuple[float, torch.Tensor]:
     """(Fréchet distance, its influence function at each image [N]) of features [N,D] against the Gaussian of mean mu2 [D] and
     covariance half2 half2^T, half2 [D,r] float64, on whose device it is computed.
 
@@ -78,17 +79,17 @@ def frechet_influence(features, mu2, half2):
     return float(distance), torch.cat(found)
 
 
-def frechet_bounds(distance, spread):
+def frechet_bounds(distance: float, spread: Spread) -> tuple[float, float]:
     """(low, high) of the expected distance of as many images of the same generator to this reference: those of its logarithm."""
     return _log_bounds(distance, 0.0, spread.variance)
 
 
-def extrapolated(distance, spread):
+def extrapolated(distance: float, spread: Spread) -> float:
     """The distance of infinitely many images (Chong and Forsyth 2020): the line through those of N images and of N / 2 in 1/N, at 0."""
     return 2 * distance - spread.halves
 
 
-def extrapolated_bounds(distance, spread):
+def extrapolated_bounds(distance: float, spread: Spread) -> tuple[float, float]:
     """(low, high) of the distance of infinitely many images to this reference.
 
     Twice the distance less that of the halves has the variance a + 2 b of frechet_spread: its first order is the distance's own, since
@@ -97,32 +98,34 @@ def extrapolated_bounds(distance, spread):
     return middle - reach, middle + reach
 
 
-def frechet_interval(distance, spread, count, dim):
-    """The interval that frechet_bounds gives, as it stands in the JSON; count and dim [N,D] of the features."""
+def frechet_interval(distance: float, spread: Spread, count: int, dim: int) -> dict:
+    """The interval of frechet_bounds as written to JSON; count, dim: N and D of the features."""
     return _interval('fid', *frechet_bounds(distance, spread), _too_few(count, max(FEWEST, FEWEST_PER_DIM * dim), dim))
 
 
-def extrapolated_interval(distance, spread, count, dim):
-    """Likewise by extrapolated_bounds."""
+def extrapolated_interval(distance: float, spread: Spread, count: int, dim: int) -> dict:
+    """The interval of extrapolated_bounds as written to JSON."""
     return _interval('fid_inf', *extrapolated_bounds(distance, spread), _too_few(count, max(FEWEST, EXTRAPOLATED_PER_DIM * dim), dim))
 
 
 def _too_few(count, least, dim):
-    """Why there is no interval; None where there is one."""
+    """The reason why there is no interval; None if there is one."""
     return f'none: {count} images of {dim} features, {least} images are needed' if count < least else None
 
 
-def kernel_bounds(value, extra, x, y, device=None):
+def kernel_bounds(value: float, extra: float, x: torch.Tensor | np.ndarray, y: torch.Tensor | np.ndarray,
+                  device: torch.device | str | None = None) -> tuple[float, float]:
     """(low, high) of the squared MMD between the laws that x [N,D] and y [M,D] are drawn from, around its estimate `value`.
 
-    extra: variance that the estimate has beside that of the two sets. With the bias c of the V-statistic added the estimate is
-    positive, and the bounds are those of its logarithm; c is taken off again."""
+    extra: variance of the estimate besides that of the two sets. With the bias c of the V-statistic added the estimate is
+    positive, and the bounds are those of its logarithm; c is subtracted again."""
     variance, bias = mmd_variance(x, y, device)
     return _log_bounds(value, bias, variance + extra)
 
 
-def kernel_interval(value, deviation, subsets, subset_size, x, y, device=None):
-    """The interval that kernel_bounds gives around KID, as it stands in the JSON; deviation: standard deviation over its subsets."""
+def kernel_interval(value: float, deviation: float, subsets: int, subset_size: int, x: torch.Tensor | np.ndarray,
+                    y: torch.Tensor | np.ndarray, device: torch.device | str | None = None) -> dict:
+    """The interval of kernel_bounds around KID as written to JSON; deviation: standard deviation over its subsets."""
     whole = len(x) == len(y) == subset_size  # then all subsets are the same
     reason = _too_few(min(len(x), len(y)), FEWEST, x.shape[1])
     if x.shape[1] < FEWEST_FEATURES:
@@ -133,15 +136,17 @@ def kernel_interval(value, deviation, subsets, subset_size, x, y, device=None):
     return _interval('kid', *bounds, reason)
 
 
-def mmd_variance(x, y, device=None):
+def mmd_variance(x: torch.Tensor | np.ndarray, y: torch.Tensor | np.ndarray,
+                 device: torch.device | str | None = None) -> tuple[float, float]:
     """(variance of the unbiased squared MMD of x [N,D] and y [M,D] under new draws of both, bias c of the V-statistic).
 
-    A first order that comes out negative counts half, which keeps the sum positive, as the bound of frechet_spread does."""
+    A first-order estimate that is negative counts half, which keeps the sum positive, like the bound in frechet_spread."""
     first, second, bias = mmd_orders(x, y, device)
     return max(second + max(first, first / 2), 0.0), bias
 
 
-def mmd_orders(x, y, device=None):
+def mmd_orders(x: torch.Tensor | np.ndarray, y: torch.Tensor | np.ndarray,
+               device: torch.device | str | None = None) -> tuple[float, float, float]:
     """(first order of that variance, second order, bias c of the V-statistic), each estimated without bias.
 
     With the kernel's centred parts k~, a(x) = E k(x,x') - E k(x,y) and b(y) alike: 4/N var a + 4/M var b, which may come out negative;
@@ -155,7 +160,7 @@ def mmd_orders(x, y, device=None):
     over_x, over_y = across.mean(1) - centre, across.mean(0) - centre
     (n, m), (count_x, count_y) = across.shape, counts
     noise_xy = float((across - centre - over_x[:, None] - over_y).square().sum()) / ((n - 1) * (m - 1))
-    first_x = float((rows_x - over_x).var()) - noise_x / (n - 2) - noise_xy / m  # less what the noise adds to the rows' spread
+    first_x = float((rows_x - over_x).var()) - noise_x / (n - 2) - noise_xy / m  # minus what the noise adds to the variance of the rows
     first_y = float((rows_y - over_y).var()) - noise_y / (m - 2) - noise_xy / n
     first = 4 / count_x * first_x + 4 / count_y * first_y
     second = 2 / (count_x * (count_x - 1)) * noise_x + 2 / (count_y * (count_y - 1)) * noise_y + 4 / (count_x * count_y) * noise_xy
@@ -163,7 +168,7 @@ def mmd_orders(x, y, device=None):
 
 
 def _some(side):
-    """At most KERNEL_ROWS rows, spread over all classes of images that lie in order."""
+    """At most KERNEL_ROWS rows, evenly spaced, so that they cover all classes of images sorted by class."""
     side = torch.as_tensor(side)
     if len(side) <= KERNEL_ROWS:
         return side
@@ -175,7 +180,7 @@ def _cubic(a, b):
 
 
 def _within(x):
-    """(row effects [n], variance of what they leave, mean of the diagonal less that of the rest) of the kernel of x [n,D] with itself:
+    """(row effects [n], residual variance, mean of the diagonal minus that of the rest) of the kernel of x [n,D] with itself:
     the least squares k(i,j) = mu + r_i + r_j over pairs of different images."""
     kernel, n = _cubic(x, x), len(x)
     diagonal = float(kernel.diagonal().mean())
@@ -188,7 +193,7 @@ def _within(x):
 
 
 def _log_bounds(value, bias, variance):
-    """(low, high) of value, by the logarithm of value + bias > 0; a symmetric pair where that is not positive."""
+    """(low, high) of value, from the logarithm of value + bias; a symmetric pair if that is not positive."""
     size, reach = value + bias, Z * math.sqrt(variance)
     if size <= 0:
         return value - reach, value + reach
@@ -197,7 +202,7 @@ def _log_bounds(value, bias, variance):
 
 
 def _interval(method, low, high, reason):
-    """What stands in the JSON."""
+    """The interval as written to JSON."""
     if reason:
         return {'low': None, 'high': None, 'level': LEVEL, 'method': reason}
     return {'low': low, 'high': high, 'level': LEVEL, 'method': METHODS[method]}

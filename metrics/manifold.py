@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Precision, recall, density and coverage: which images lie within the other set's neighbourhoods, in feature space."""
 
+import numpy as np
 import torch
 
 from metrics.distances import blocks, nearest
@@ -8,27 +9,28 @@ from metrics.distances import blocks, nearest
 PR_K, DC_K = 3, 5
 
 
-def precision_recall(real, fake, k=PR_K):
-    """(precision, recall): the share of fakes within some real image's ball, and of real images within some fake's.
+def precision_recall(real: torch.Tensor | np.ndarray, fake: torch.Tensor | np.ndarray, k: int = PR_K) -> tuple[float, float]:
+    """(precision, recall): the share of fake images within some real image's ball, and of real images within some fake image's.
 
     real [N,D], fake [M,D]: features, tensors or arrays. A ball reaches to the k-th nearest neighbour among the other images of its
-    own set, and contains its rim. Kynkäänniemi et al. 2019, equations 1 to 3. Raises ValueError for k >= N or k >= M."""
+    own set, and includes its boundary. Kynkäänniemi et al. 2019, equations 1 to 3. Raises ValueError for k >= N or k >= M."""
     found = manifold_metrics(real, fake, pr_k=k, dc_k=None)
     return found['precision'], found['recall']
 
 
-def density_coverage(real, fake, k=DC_K):
-    """(density, coverage): real balls around a fake, over k, in the mean; the share of real balls that hold a fake.
+def density_coverage(real: torch.Tensor | np.ndarray, fake: torch.Tensor | np.ndarray, k: int = DC_K) -> tuple[float, float]:
+    """(density, coverage): the mean number of real balls that contain a fake image, over k; the share of real balls that contain one.
 
-    Arguments as above; these balls do not contain their rims. Naeem et al. 2020, equations 3 and 4."""
+    Arguments as above; these balls exclude their boundaries. Naeem et al. 2020, equations 3 and 4."""
     found = manifold_metrics(real, fake, pr_k=None, dc_k=k)
     return found['density'], found['coverage']
 
 
-def manifold_metrics(real, fake, pr_k=PR_K, dc_k=DC_K, device=None):
-    """{'precision', 'recall', 'density', 'coverage'} in one pass over the pairs; a k of None leaves its two out.
+def manifold_metrics(real: torch.Tensor | np.ndarray, fake: torch.Tensor | np.ndarray, pr_k: int | None = PR_K, dc_k: int | None = DC_K,
+                     device: torch.device | str | None = None) -> dict[str, float]:
+    """{'precision', 'recall', 'density', 'coverage'} in one pass over the pairs; a k of None leaves out its two.
 
-    Works in blocks: beside the features, memory grows with N + M and not with N M. device: where to compute."""
+    Works in blocks: apart from the features, memory grows with N + M and not with N M. device: where to compute."""
     real, fake = torch.as_tensor(real), torch.as_tensor(fake)
     radii = nearest(real, real, max(pr_k or 0, dc_k or 0), exclude_self=True, device=device)[0]  # [N,k], squared
     counts = {'precision': torch.zeros(len(fake), dtype=torch.long), 'recall': torch.zeros(len(real), dtype=torch.long),

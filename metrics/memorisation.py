@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Memorisation: how close generated images come to training images, next to how close unseen real images come."""
+"""Memorisation: distances of generated images to training images, compared with those of unseen real images."""
 
 import dataclasses
 import math
 
 import numpy as np
 import scipy.stats
+import torch
 
 from metrics.distances import nearest
 
@@ -14,7 +15,7 @@ QUANTILES = (0.01, 0.05, 0.5)
 
 @dataclasses.dataclass(frozen=True)
 class Neighbours:
-    """Of each of n images: distance to the nearest training image and to the next one, float64 [n], and the nearest one's index [n]."""
+    """For each of n images: the distances to the two nearest training images, float64 [n] each, and the index of the nearest [n]."""
 
     first: np.ndarray
     second: np.ndarray
@@ -26,20 +27,20 @@ class Neighbours:
         return np.divide(self.first, self.second, out=np.ones_like(self.first), where=self.second > 0)
 
 
-def neighbours(images, train, device=None):
+def neighbours(images: torch.Tensor | np.ndarray, train: torch.Tensor | np.ndarray, device: torch.device | str | None = None) -> Neighbours:
     """The Neighbours of images [n,D] among train [N,D], features of one detector. Raises ValueError for fewer than two training images."""
     d2, index = nearest(images, train, k=2, device=device)
     distance = d2.sqrt().numpy()
     return Neighbours(distance[:, 0], distance[:, 1], index[:, 0].numpy())
 
 
-def report(generated, held_out=None):
-    """{name: number} about the Neighbours of generated images, and of held-out real images where there are some.
+def report(generated: Neighbours, held_out: Neighbours | None = None) -> dict[str, float]:
+    """{name: number} about the Neighbours of generated images, and of held-out real images if there are any.
 
-    Distances at QUANTILES, the share of d1/d2 below a third, and against held-out images: the ratio of the median distances, the
-    share of generated images that are closer than all but 1 % of held-out ones (0.01 where nothing is copied), and copying_z, the
+    Distances at QUANTILES, the share of d1/d2 below a third, and compared with held-out images: the ratio of the median distances, the
+    share of generated images that are closer than all but 1 % of held-out ones (0.01 if nothing is copied), and copying_z, the
     standardised Mann-Whitney statistic of Meehan et al. 2020 (section 4.1): below -3 generated images are closer to the training
-    set than unseen ones are."""
+    set than unseen real ones."""
     found = {f'nn_distance_q{100 * q:g}': float(np.quantile(generated.first, q)) for q in QUANTILES}
     found['nn_ratio_median'] = float(np.median(generated.ratio))
     found['nn_ratio_below_third'] = float(np.mean(generated.ratio < 1 / 3))
@@ -53,8 +54,8 @@ def report(generated, held_out=None):
     return found
 
 
-def mann_whitney_z(a, b):
-    """Standardised Mann-Whitney U of two samples [n], [m]: standard normal for equal laws, negative where a tends to be smaller.
+def mann_whitney_z(a, b) -> float:
+    """Standardised Mann-Whitney U of two samples [n], [m]: standard normal for equal distributions, negative if a tends to be smaller.
 
     U = #{a > b} + #{a = b} / 2; its variance is corrected for ties."""
     n, m = len(a), len(b)

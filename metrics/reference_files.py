@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The files in which programs keep reference statistics and features, read as arrays alone; nothing in them is executed.
+"""Reads the files in which various programs store reference statistics and features; nothing in them is executed.
 
 | file | made by | holds |
 | --- | --- | --- |
@@ -8,7 +8,7 @@
 | .pkl | EDM2 | for each metric ("fid", "fd_dinov2") a dict of `mu` and `sigma` |
 | .pt | torch-fidelity's cache | a dict of `mu` and `sigma` (*-stat-fid-*), or a tensor of features [N,D] (*-features-*) |
 
-What a file is shows in its bytes, not in its name."""
+The kind of a file is recognised by its bytes, not by its name."""
 
 import math
 import mmap
@@ -25,21 +25,21 @@ from dnnlib.archive import DAMAGE
 from torch_utils import numpy_pickle, tensor_file
 from torch_utils.pickle_machine import Refused
 
-MOST_DEFLATED = 100  # bytes that one byte of a large compressed member may stand for; of real statistics it is less than 2
-ENTRIES = {'inception': 'fid', 'dinov2': 'fd_dinov2'}  # what EDM2 calls the statistics of a detector
-MODES = {  # of clean-fid, in the names of its files: what they differ in from the published FID
-    'clean': 'resizes images to 299 x 299 with Pillow\'s bicubic filter: such distances are others than those of the published FID',
-    'legacy_pytorch': 'has another network and resize: such distances are others than those of the published FID',
-    'legacy_tensorflow': 'has the network and resize of the published FID',
+MOST_DEFLATED = 100  # largest compression ratio of a large member; for real statistics it is less than 2
+ENTRIES = {'inception': 'fid', 'dinov2': 'fd_dinov2'}  # detector -> its name in EDM2's files
+MODES = {  # modes of clean-fid, as in the names of its files -> how they differ from the published FID
+    'clean': 'resizes images to 299 x 299 with Pillow\'s bicubic filter: its distances differ from those of the published FID',
+    'legacy_pytorch': 'uses another network and resize: its distances differ from those of the published FID',
+    'legacy_tensorflow': 'uses the network and resize of the published FID',
 }
 MODE = re.compile(r'_(clean|legacy_pytorch|legacy_tensorflow)_')
 CACHE = re.compile(r'-(inception-v3-compat|vgg16|clip-[\w-]+?|dinov2-[\w-]+?)-(?:stat-fid|features)-([^-]+)\.pt$')  # of torch-fidelity
 
 
-def read_arrays(path, name, keys, detector):
-    """({key: array} of mu, sigma, features, and of those of the further keys that are there, the detector where the file tells one).
+def read_arrays(path: str | os.PathLike, name: str, keys: set[str], detector: str) -> tuple[dict[str, np.ndarray], str | None]:
+    """({key: array} of mu, sigma, features and any further `keys` that the file has, the detector if the file names one).
 
-    name: what errors call the file. detector: the base of its name ("dinov2"), which chooses the entry of a file of several.
+    name: the file's name in errors. detector: the base of its name ("dinov2"), which selects the entry of a file with several.
     Raises UserError."""
     if not os.path.isfile(path):
         raise UserError(f'{name}: no such file')
@@ -56,14 +56,14 @@ def read_arrays(path, name, keys, detector):
     return _read_npz(path, name, {'mu', 'sigma', *keys}), None
 
 
-def unknown_detector(name):
-    """What a result says of statistics that do not tell which detector made them; name: what the user called the file."""
-    text = 'the file does not tell which detector made it'
+def unknown_detector(name: str) -> str:
+    """The note in a result about statistics that do not say which detector made them; name: the file as the user gave it."""
+    text = 'the file does not say which detector made it'
     base = re.split(r'[/\\=]', name.partition('#')[0])[-1]
     if mode := MODE.search(base.lower()):
-        return f'{text}; its name is that of clean-fid\'s mode "{mode[1]}", which {MODES[mode[1]]}'
+        return f'{text}; by its name it is from clean-fid, mode "{mode[1]}", which {MODES[mode[1]]}'
     if cache := CACHE.search(base):
-        return f'{text}; its name is that of a cache of torch-fidelity, extractor "{cache[1]}", features "{cache[2]}"'
+        return f'{text}; by its name it is from a cache of torch-fidelity, extractor "{cache[1]}", features "{cache[2]}"'
     return text
 
 
@@ -93,20 +93,20 @@ def _arrays(entry):
     for key, value in found.items():
         if value is None:
             raise Refused(f'holds no array "{key}"')
-    return {key: value.copy() for key, value in found.items()}  # what the file's pages were is not changed by who writes there
+    return {key: value.copy() for key, value in found.items()}  # copies, which do not change if the file is overwritten
 
 
 def _is_torch_file(f):
-    """Whether a zip file is one of torch.save."""
+    """Whether a zip file was written by torch.save."""
     try:
         with zipfile.ZipFile(f) as archive:
             return any(name.endswith('/data.pkl') for name in archive.namelist())
     except (*DAMAGE, OverflowError, RuntimeError):
-        return False  # whatever it is, the reader of .npz says what is wrong with it
+        return False  # the reader of .npz will report what is wrong with it
 
 
 def _read_torch_file(f):
-    """A tensor [N,D] of features, or a dict of mu and sigma, tensors or NumPy's."""
+    """A tensor [N,D] of features, or a dict of mu and sigma, tensors or NumPy arrays."""
     reader = tensor_file.Reader(f, mapped=False, checksums=True)
     try:
         found = reader.tree()
@@ -116,7 +116,7 @@ def _read_torch_file(f):
         return _arrays(_flat(numpy_pickle.read_dict(reader.record('data.pkl'))))
     if isinstance(found, torch.Tensor):
         if found.ndim != 2:
-            raise Refused(f'holds a tensor {list(found.shape)}, and no features [N,D]')
+            raise Refused(f'holds a tensor {list(found.shape)} instead of features [N,D]')
         return {'features': found.float().numpy()}
     found = _flat(found)
     if not all(isinstance(found[key], torch.Tensor) for key in ('mu', 'sigma')):
@@ -135,12 +135,12 @@ def _flat(found):
 
 
 def _read_npz(path, name, keys):
-    """{key: array} of those of the keys that are there; published files may hold more."""
+    """{key: array} for those of the keys that the file has; published files may hold others."""
     try:
         with zipfile.ZipFile(path) as archive:
             members = {info.filename.removesuffix('.npy'): info for info in archive.infolist() if info.filename.endswith('.npy')}
             found = {key: _read_array(archive, info) for key, info in members.items() if key in keys}
-            if not found and 'feats' in members:  # clean-fid's, for KID
+            if not found and 'feats' in members:  # a file of clean-fid for KID
                 found['features'] = _read_array(archive, members['feats'])
             return found
     except (*DAMAGE, TypeError, AttributeError, LookupError, OverflowError, RecursionError, RuntimeError, tokenize.TokenError) as err:
@@ -148,7 +148,7 @@ def _read_npz(path, name, keys):
 
 
 def _read_array(archive, info):
-    """The array of a member. Raises ValueError, before memory is taken, where it claims to be larger than what it is read from."""
+    """The array of a member. Raises ValueError, before memory is allocated, if it claims more than its file can hold."""
     if info.file_size > MOST_DEFLATED * info.compress_size + 2 ** 26:
         raise ValueError(f'{info.filename} claims to be {info.file_size} bytes, packed in {info.compress_size}')
     with archive.open(info) as f:

@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""References that images are compared with: image files, or statistics by path or URL; what is known of them, and what is not."""
+"""References for comparing images with: image files, or statistics by path or URL, and the facts known about them."""
 
 import dataclasses
 import json
 import re
 import sys
+from collections.abc import Sequence
 
 import dnnlib
 from dnnlib import UserError
 from dnnlib.files import file_digest
+from metrics.detectors import Detector
 from metrics.evaluate import collect
 from metrics.image_files import ImageFiles
-from metrics.statistics import load_statistics
+from metrics.statistics import Statistics, load_statistics
 from torch_utils import distributed, misc, registry
 
 DIGEST = re.compile('[0-9a-fA-F]{8,64}')  # SHA-256, or its first digits
@@ -20,8 +22,8 @@ DIGEST = re.compile('[0-9a-fA-F]{8,64}')  # SHA-256, or its first digits
 def open_reference(stats, images, detector, features):
     """(reference, SHA-256 of its file or folder): ImageFiles of a path `images`, or the Statistics in `stats`.
 
-    stats: path or URL, which may end in #sha256=DIGEST. detector: as the command line names it ("dinov2:model=DIR"). features: whether
-    to read those too, which rank 0 alone does. Raises UserError on every rank."""
+    stats: path or URL, which may end in #sha256=DIGEST. detector: as given on the command line ("dinov2:model=DIR"). features: whether
+    to read those too, on rank 0 only. Raises UserError on every rank."""
     if images:
         return ImageFiles(images, '--ref-path'), distributed.from_rank0(file_digest, images)
     path = distributed.first_on_node(fetch, stats)
@@ -29,32 +31,32 @@ def open_reference(stats, images, detector, features):
     return found, file_digest(path)
 
 
-def fetch(ref, option='--ref-stats'):
-    """Local path of a file or URL, checked where it ends in #sha256=DIGEST. Raises UserError."""
+def fetch(ref: str, option: str = '--ref-stats') -> str:
+    """Local path of a file or URL, whose digest is checked if it ends in #sha256=DIGEST. Raises UserError."""
     place, mark, digest = ref.rpartition('#sha256=')
     if mark and not DIGEST.fullmatch(digest):
-        raise UserError(f'{option}={ref}: after #sha256= stands "{digest}"; expected 8 to 64 hexadecimal digits')
+        raise UserError(f'{option}={ref}: "{digest}" after #sha256= is not a digest; expected 8 to 64 hexadecimal digits')
     try:
         return dnnlib.open_url(place, digest) if mark else dnnlib.open_url(ref)
     except UserError as err:
         raise UserError(f'{option}={err.message}' if err.message.startswith(place or ref) else f'{option}: {err.message}') from None
 
 
-def statistics_of(files, detector, batch_size, keep_features):
-    """Statistics of all of the ImageFiles, with what they were made with, and their features where asked for."""
+def statistics_of(files: ImageFiles, detector: Detector, batch_size: int, keep_features: bool) -> Statistics:
+    """Statistics of all images of the ImageFiles, with the facts of how they were made, and the features if asked for."""
     detector.dim(files.shape)
     found = collect(files.batches(batch_size), detector, len(files), (), keep_features=keep_features, keep_spatial=True).statistics
     files.check_unchanged()
     return dataclasses.replace(found, **conditions(detector))
 
 
-def conditions(detector):
-    """What, beside the weights, decides the last digits of features: fields of Statistics."""
+def conditions(detector: Detector) -> dict:
+    """What the last digits of features depend on besides the weights: fields of Statistics."""
     return {'device': misc.device_name(detector.device), 'tf32': detector.tf32, 'versions': json.dumps(misc.versions())}
 
 
-def warn(reference, detector, shape, name):
-    """Tells of what does not keep statistics from being compared with images [C,H,W], and is to be known; name: the reference's."""
+def warn(reference: Statistics, detector: Detector, shape: Sequence[int], name: str) -> None:
+    """Warns of facts about statistics that do not prevent a comparison with images [C,H,W] but affect it; name: the reference's."""
     told, ours = [], conditions(detector)
     if reference.note:
         told.append(f'{reference.note}; it is compared because the dimensions agree')
@@ -68,8 +70,8 @@ def warn(reference, detector, shape, name):
         distributed.print0(f'Warning: {name}: {line}', file=sys.stderr)
 
 
-def facts(reference, ref, digest):
-    """What a result says of its reference, None where that is not known. ref: what the user named; digest: of the file."""
+def facts(reference, ref: str, digest: str | None) -> dict:
+    """What a result records about its reference, None for unknown facts. ref: as the user gave it; digest: of the file."""
     keys = ('num_images', 'split', 'source', 'detector', 'detector_sha256', 'note', 'shape', 'device', 'tf32')
     versions = reference.versions and json.loads(reference.versions)
     return {'path': ref, 'sha256': digest, **{key: getattr(reference, key) for key in keys}, 'versions': versions}

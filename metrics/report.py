@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Results as people read them: one table on the console, mean and deviation over repeats."""
+"""Results as a table on the console, with mean and deviation over repeats."""
+
+from collections.abc import Sequence
 
 import numpy as np
 
-PER_IMAGE_SET = ('inception_score', 'inception_score_mean', 'inception_score_std')  # numbers that know no reference
+PER_IMAGE_SET = ('inception_score', 'inception_score_mean', 'inception_score_std')  # metrics without a reference
 
 
-def summary(repeats):
+def summary(repeats: Sequence[dict]) -> dict[str, dict]:
     """{name: {'mean', 'std', 'min'}} of a list of {name: value}; std with n - 1, None for a single repeat and for missing values.
 
-    Intervals, which belong to one evaluation, are left out."""
+    Intervals, which belong to a single evaluation, are left out."""
     found = {}
     for name in repeats[0]:
         if name == 'intervals':
@@ -23,8 +25,8 @@ def summary(repeats):
     return found
 
 
-def print_table(values, result):
-    """Numbers with what they must be quoted with. values: a list of {name: value}, one a repeat; result: what goes into the JSON."""
+def print_table(values: Sequence[dict], result: dict) -> None:
+    """Prints the results with the facts to quote. values: a list of {name: value}, one per repeat; result: the content of the JSON."""
     reference = result['reference']
     against = ', '.join(str(part) for part in (reference['path'], reference['split'] and f'split {reference["split"]}',
                                                reference['num_images'] and f'{reference["num_images"]} images') if part)
@@ -43,20 +45,20 @@ def print_table(values, result):
                 print(f'{name}: interval: {found["method"]}')
 
 
-def shown_interval(interval):
-    """" [low, high]" behind a value; nothing where there is no interval."""
+def shown_interval(interval: dict | None) -> str:
+    """" [low, high]" to print after a value; '' if there is no interval."""
     return f' [{number(interval["low"])}, {number(interval["high"])}]' if interval and interval['low'] is not None else ''
 
 
-def number(value):
-    """Four decimals, or four digits of what is smaller; no "-0.0000"."""
+def number(value: float | None) -> str:
+    """Four decimals, or four significant digits for values below 0.01; never "-0.0000"."""
     if value is None:
         return '-'
     return f'{value:.4g}' if 1e-8 < abs(value) < 0.01 else f'{round(value, 4) + 0.0:.4f}'
 
 
-def print_columns(rows):
-    """Rows of words, in columns."""
+def print_columns(rows: Sequence[Sequence[str]]) -> None:
+    """Prints rows of words in aligned columns."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for row in rows:
         print('  '.join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())

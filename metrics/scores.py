@@ -1,24 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Inception score: how sure the classifier is of each image, and how evenly the images spread over its classes."""
+"""Inception score: how confident the classifier is about each image, and how evenly the images spread over its classes."""
 
 import numpy as np
 import torch
 
 
-def inception_score(logits, splits=10, seed=0):
+def inception_score(logits: torch.Tensor | np.ndarray, splits: int = 10, seed: int | None = 0) -> tuple[float, float]:
     """(mean, standard deviation over splits) of exp(E KL(p(y|x) || p(y))), p = softmax(logits).
 
-    logits: [N,K], tensor or array. The images are shuffled (seed None: not) and cut into `splits` parts, each with a p(y) of its own.
+    logits: [N,K], tensor or array. The images are shuffled (seed None: not) and cut into `splits` parts, each with its own p(y).
     Salimans et al. 2016, section 4. Raises ValueError for more splits than images."""
     sums = split_sums(logits, split_of(len(logits), splits, seed), splits)
     values = scores(sums)
     return float(values.mean()), float(values.std(unbiased=False))
 
 
-def split_of(count, splits, seed=0):
+def split_of(count: int, splits: int, seed: int | None = 0) -> torch.Tensor:
     """The split that each of `count` images falls into, int64 [count]."""
     if not 1 <= splits <= count:
-        raise ValueError(f'{splits} splits asked for, there are {count} images')
+        raise ValueError(f'{splits} splits requested, but there are only {count} images')
     order = np.arange(count) if seed is None else np.random.RandomState(seed).permutation(count)
     found = np.empty(count, np.int64)
     for i in range(splits):
@@ -26,10 +26,10 @@ def split_of(count, splits, seed=0):
     return torch.from_numpy(found)
 
 
-def split_sums(logits, where, splits):
-    """What a score is made of, float64 [splits, K+2]: sums over a split's images of p(y|x), of sum p log p, and of one.
+def split_sums(logits: torch.Tensor | np.ndarray, where: torch.Tensor, splits: int) -> torch.Tensor:
+    """The sums that a score is computed from, float64 [splits, K+2]: over a split's images of p(y|x), of sum p log p, and of one.
 
-    logits [n,K] and where [n] (the split of each): all images, or some of them, whose sums then add up."""
+    logits [n,K] and where [n] (the split of each): of all images, or of a part of them; the sums of parts add up."""
     logits = torch.as_tensor(logits)
     sums = torch.zeros(splits, logits.shape[1] + 2, dtype=torch.float64)
     for rows, split in zip(logits.split(1024), where.split(1024)):
@@ -39,7 +39,7 @@ def split_sums(logits, where, splits):
     return sums
 
 
-def scores(sums):
+def scores(sums: torch.Tensor) -> torch.Tensor:
     """The score of each split, float64 [splits]: E sum p log p(y|x) - sum p(y) log p(y), exponentiated."""
     count = sums[:, -1]
     return (sums[:, -2] / count + torch.special.entr(sums[:, :-2] / count[:, None]).sum(1)).exp()

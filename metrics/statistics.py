@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mean and covariance of features, gathered batch by batch and rank by rank in float64, and the files that hold them."""
+"""Mean and covariance of features, accumulated over batches and ranks in float64, and their files."""
 
 import dataclasses
+import os
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +16,7 @@ from torch_utils import distributed
 
 @dataclasses.dataclass(frozen=True)
 class Statistics:
-    """mean [D] and unbiased covariance cov [D,D], float64, and what is known of where they come from (None where it is not)."""
+    """mean [D] and unbiased covariance cov [D,D], float64, and the facts of how they were made (None if unknown)."""
 
     mean: np.ndarray
     cov: np.ndarray
@@ -24,11 +26,11 @@ class Statistics:
     source: str | None = None
     split: str | None = None
     shape: tuple | None = None  # (C, H, W) of the images
-    features: np.ndarray | None = dataclasses.field(default=None, repr=False)  # float32 [N,D], where they were kept
+    features: np.ndarray | None = dataclasses.field(default=None, repr=False)  # float32 [N,D], if they were kept
     device: str | None = None   # name of the GPU that made the features, or "cpu"
-    tf32: bool | None = None    # whether float32 was multiplied in TF32 there
+    tf32: bool | None = None    # whether TF32 was used there
     versions: str | None = None  # of the program and its libraries, a JSON object
-    note: str | None = None     # what the file does not tell; no part of it
+    note: str | None = None     # what the file does not say; not stored in it
     spatial_mean: np.ndarray | None = dataclasses.field(default=None, repr=False)  # of sFID's features: [2023],
     spatial_cov: np.ndarray | None = dataclasses.field(default=None, repr=False)   # [2023,2023], float64
 
@@ -36,16 +38,16 @@ class Statistics:
 class Moments:
     """Running count, mean and scatter sum (x - mean)(x - mean)^T of the features seen so far.
 
-    Deviations are taken from a mean at once (Chan, Golub and LeVeque 1979), never as a difference of large sums, so that the
-    covariance of few samples in many dimensions keeps its exact rank to rounding."""
+    Sums of deviations from means are merged (Chan, Golub and LeVeque 1979), instead of taking differences of large sums, so that the
+    covariance of few samples in many dimensions keeps its rank up to rounding."""
 
-    def __init__(self, dim, device='cpu'):
+    def __init__(self, dim: int, device: torch.device | str = 'cpu'):
         self.count = 0
         self.mean = torch.zeros(dim, dtype=torch.float64, device=device)
         self.scatter = torch.zeros(dim, dim, dtype=torch.float64, device=device)
 
-    def add(self, features):
-        """Takes in features [n,D] of any float dtype."""
+    def add(self, features: torch.Tensor) -> None:
+        """Adds features [n,D] of any float dtype."""
         if features.ndim != 2 or features.shape[1] != len(self.mean):
             raise ValueError(f'features of shape {list(features.shape)}, expected [n, {len(self.mean)}]')
         if not len(features):
@@ -57,8 +59,8 @@ class Moments:
         part.scatter = centred.T @ centred
         self.merge(part)
 
-    def merge(self, other):
-        """Takes in all that another Moments has seen."""
+    def merge(self, other: 'Moments') -> None:
+        """Adds the features that another Moments has seen."""
         total = self.count + other.count
         if not total:
             return
@@ -68,7 +70,7 @@ class Moments:
         self.mean += step * (other.count / total)
         self.count = total
 
-    def all_reduce(self):
+    def all_reduce(self) -> None:
         """Merges the ranks, in place: afterwards every rank holds the moments of all features. Call it once."""
         device = distributed.device()
         own, mean = self.count, self.mean.to(device)
@@ -80,16 +82,16 @@ class Moments:
         scatter = distributed.all_sum(self.scatter.to(device).addr(step, step, alpha=own))
         self.mean, self.scatter = overall.to(self.mean), scatter.to(self.scatter)
 
-    def covariance(self):
+    def covariance(self) -> torch.Tensor:
         """Unbiased covariance [D,D], float64; zero for a single sample."""
         return self.scatter / max(self.count - 1, 1)
 
-    def statistics(self, **facts):
-        """The Statistics of what was seen; facts: its further fields."""
+    def statistics(self, **facts: Any) -> Statistics:
+        """The Statistics of the features seen so far; facts: further fields."""
         return Statistics(self.mean.cpu().numpy(), self.covariance().cpu().numpy(), num_images=self.count, **facts)
 
 
-def save_statistics(stats, path):
+def save_statistics(stats: Statistics, path: str | os.PathLike) -> None:
     """Writes `mu` and `sigma` under their published names, the facts that are known, and kept features, to an .npz file."""
     facts = {name: getattr(stats, name) for name in sorted(FACTS)}
     known = {name: np.array(value) for name, value in facts.items() if value is not None}
@@ -98,11 +100,11 @@ def save_statistics(stats, path):
         np.savez(f, mu=stats.mean, sigma=stats.cov, **spatial, **known)
 
 
-def load_statistics(path, name=None, features=True, detector='inception'):
-    """Reads Statistics from a file of this program, or one that another has published or cached: see reference_files.
+def load_statistics(path: str | os.PathLike, name: str | None = None, features: bool = True, detector: str = 'inception') -> Statistics:
+    """Reads Statistics from a file of this program, or one published or cached by another: see reference_files.
 
-    name: what errors call the file. features: whether to read them too, where they were kept; they may be many. detector: whose
-    statistics, in a file that holds those of several. Raises UserError where it is no such file."""
+    name: the file's name in errors. features: whether to read them too, if they were kept; they may be large. detector: which
+    statistics to read from a file with several. Raises UserError if it is not such a file."""
     name = str(name or path)
     keys = FACTS | {'mu_s', 'sigma_s'}
     found, detector = reference_files.read_arrays(path, name, keys if features else keys - {'features'}, detector)
@@ -113,7 +115,7 @@ def load_statistics(path, name=None, features=True, detector='inception'):
     if not {'mu', 'sigma'} <= found.keys() and found.get('features') is not None:
         found |= _moments(found['features'], name)
     if not {'mu', 'sigma'} <= found.keys():
-        raise UserError(f'{name}: has no mu and sigma; images go with --ref-path, statistics are made by "ref"')
+        raise UserError(f'{name}: has no mu and sigma; give images with --ref-path, or make statistics with "ref"')
     mean, cov = _pop_gaussian(found, 'mu', 'sigma', name)
     spatial_mean, spatial_cov = _pop_gaussian(found, 'mu_s', 'sigma_s', name) if {'mu_s', 'sigma_s'} <= found.keys() else (None, None)
     found.pop('mu_s', None), found.pop('sigma_s', None)
@@ -130,7 +132,7 @@ def load_statistics(path, name=None, features=True, detector='inception'):
 
 
 def _pop_gaussian(found, mu, sigma, name):
-    """Takes mean [D] and covariance [D,D] out of the arrays found, in float64, and checks them."""
+    """Removes mean [D] and covariance [D,D] from the arrays found, and returns them checked and in float64."""
     mean, cov = (np.asarray(found.pop(key), dtype=np.float64) for key in (mu, sigma))
     if not len(mean) or cov.shape != (len(mean), len(mean)):
         raise UserError(f'{name}: {mu} {list(mean.shape)} and {sigma} {list(cov.shape)} do not fit together')
@@ -140,7 +142,7 @@ def _pop_gaussian(found, mu, sigma, name):
 
 
 def _moments(rows, name):
-    """What features [N,D] come down to, for files that hold them alone."""
+    """The moments of features [N,D], for files that hold only features."""
     if len(rows) < 2 or not rows.shape[1]:
         raise UserError(f'{name}: features {list(rows.shape)}: statistics need at least 2 images')
     moments = Moments(rows.shape[1])
@@ -152,6 +154,6 @@ def _moments(rows, name):
 NUMBERS = 'fiu', 'an array of numbers'
 KINDS = {**dict.fromkeys(['mu', 'sigma', 'mu_s', 'sigma_s', 'features'], NUMBERS), 'num_images': ('iu', 'a whole number'),
          'shape': ('iu', 'three whole numbers'), 'tf32': ('b', 'true or false')}
-DIMS = {'mu': 1, 'sigma': 2, 'mu_s': 1, 'sigma_s': 2, 'features': 2, 'shape': 1}  # of those that are not single values
+DIMS = {'mu': 1, 'sigma': 2, 'mu_s': 1, 'sigma_s': 2, 'features': 2, 'shape': 1}  # number of axes of arrays; all others are single values
 FACTS = {field.name for field in dataclasses.fields(Statistics)[2:] if not field.name.startswith('spatial_')} - {'note'}
-CHUNK = 4096  # rows of features that are summed at a time
+CHUNK = 4096  # rows of features summed at a time

@@ -265,7 +265,7 @@ def test_noise_on_stored_images_stays_gaussian(tmp_path):
     convert(tmp_path / 'x.zip', tmp_path / 'again.zip')  # units and sigmas travel on
     again = ImageDataset(str(tmp_path / 'again.zip'))
     assert again.units == dataset.units and again.native_sigma.tolist() == dataset.native_sigma.tolist()
-    assert 'colour the noise' in refusal(f'--source={tmp_path}/x.zip', f'--dest={tmp_path}/y.zip', '--resolution=32x32')
+    assert 'would make the noise' in refusal(f'--source={tmp_path}/x.zip', f'--dest={tmp_path}/y.zip', '--resolution=32x32')
 
 
 def test_upper_limits_are_written_and_travel_on(tmp_path):
@@ -281,7 +281,7 @@ def test_upper_limits_are_written_and_travel_on(tmp_path):
     convert(tmp_path / 'x.zip', tmp_path / 'again.zip', '--part=1/2')
     assert ImageDataset(str(tmp_path / 'again.zip')).sigma_max.tolist() == [0.1]
     said = run('stats', tmp_path / 'x.zip').output
-    assert 'sigma_max   2 of 3 images have an upper limit; least 0.1, median 0.2, mean 0.2, most 0.3' in said
+    assert 'sigma_max   2 of 3 images have an upper limit; min 0.1, median 0.2, mean 0.2, max 0.3' in said
     assert '1 of them can never be used' in said
     convert(tmp_path / 'in', tmp_path / 'y.zip', '--sigma-max=0.5')
     assert (ImageDataset(str(tmp_path / 'y.zip')).sigma_max == 0.5).all()
@@ -299,8 +299,8 @@ def test_lower_limits_are_written_and_travel_on(tmp_path):
     convert(tmp_path / 'x.zip', tmp_path / 'again.zip', '--part=1/2')
     assert ImageDataset(str(tmp_path / 'again.zip')).sigma_min.tolist() == [0.1, np.inf]
     said = run('stats', tmp_path / 'x.zip').output
-    assert 'sigma_min   3 of 4 images have a lower limit; least 0.1, median 0.3' in said and '1 of them can never be used' in said
-    assert 'gives 00 the limit -1' in refusal(f'--source={tmp_path}/in', f'--dest={tmp_path}/y.zip', '--sigma-min=-1').replace('.png', '')
+    assert 'sigma_min   3 of 4 images have a lower limit; min 0.1, median 0.3' in said and '1 of them can never be used' in said
+    assert 'has the limit -1 for 00' in refusal(f'--source={tmp_path}/in', f'--dest={tmp_path}/y.zip', '--sigma-min=-1').replace('.png', '')
 
 
 def test_eight_bit_images_with_sigmas(tmp_path):
@@ -477,7 +477,7 @@ def test_as_a_program(tmp_path):
     program = [sys.executable, str(ROOT / 'dataset_tool.py')]
     good = subprocess.run([*program, f'--source={DATA / "A_subfolders.zip"}', '--dest=x.zip', '--max_images=5'], cwd=tmp_path,
                           capture_output=True, text=True)
-    assert good.returncode == 0 and good.stdout.endswith('x-sheet.png: 5 of them to look at\nx.zip: 5 images\n'), good.stderr
+    assert good.returncode == 0 and good.stdout.endswith('x-sheet.png: contact sheet with 5 of them\nx.zip: 5 images\n'), good.stderr
     bad = subprocess.run([*program, '--source=none', '--dest=x.zip'], cwd=tmp_path, capture_output=True, text=True)
     assert bad.returncode == 1 and bad.stderr.startswith('Error: ') and bad.stderr.count('\n') == 1
     assert sorted(os.listdir(tmp_path)) == ['x-sheet.png', 'x.zip']
@@ -508,7 +508,7 @@ def test_stats_of_noisy_floats(tmp_path):
     output = run('stats', tmp_path / 'x.zip').output
     signal = float(output.split('without the noise')[0].split()[-1])
     assert abs(signal - 0.5) < 5 * 0.5 / np.sqrt(2 * 30 * 1024) * 1.25
-    assert '30 of 30 images are noisy; least 0.25' in output and 'float32' in output
+    assert '30 of 30 images are noisy; min 0.25' in output and 'float32' in output
 
 
 def test_stats_of_nothing(tmp_path):

@@ -147,7 +147,7 @@ def check_variant(name, folder, ticks, net, output):
     elif name == 'clamp':
         assert last['Pairs/accepted'] == 1
     elif name == 'accumulate':
-        assert 'noisy images made at each use' in log
+        assert 'noisy images recomputed at each use' in log
     elif name == 'val':
         lines = [json.loads(line) for line in (folder / 'stats.jsonl').read_text().splitlines()]
         held_out = [line for line in lines if 'Val/noisy' in line]

@@ -186,8 +186,8 @@ def test_the_file_of_a_reference_is_hashed(folders, images):
     (['--gen_path=gen', '--ref_path=ref', '--detector=pixels:a=1'], ['has no key "a"']),
     (['--gen_path=gen', '--ref_stats=plain.npz', '--num=12', '--metrics=fid,pr', PIXELS], ['plain.npz', '--keep-features']),
     (['--gen_path=gen', '--ref_path=ref', '--num=12', '--metrics=kid', PIXELS], ['subsets of 1000', '--kid-subset-size']),
-    (['--gen_path=gen', '--ref_path=ref', '--num=12', '--metrics=fid,sfid', PIXELS], ['fid,sfid', 'sfid is of --detector=inception']),
-    (['--gen_path=gen', '--ref_stats=plain.npz', '--num=12', '--metrics=cmmd', PIXELS], ['cmmd is of --detector=clip']),
+    (['--gen_path=gen', '--ref_path=ref', '--num=12', '--metrics=fid,sfid', PIXELS], ['fid,sfid', 'sfid needs --detector=inception']),
+    (['--gen_path=gen', '--ref_stats=plain.npz', '--num=12', '--metrics=cmmd', PIXELS], ['cmmd needs --detector=clip']),
     (['--gen_path=gen', '--ref_path=ref', '--repeats=3'], ['--repeats', '--network']),
     (['--gen_path=gen', '--network=net', '--ref_path=ref'], ['--gen-path', '--network', 'both']),
     (['--gen_path=gen', '--ref_stats=plain.npz', '--split=train'], ['--split=train', '--ref-path']),
@@ -267,7 +267,7 @@ def test_an_unknown_detector_is_told_of(folders, images):
     result = json.loads(Path('gen.fid.json').read_text())
     assert result['fid_score'] == pytest.approx(expected_distance(*images), rel=1e-9)
     note = result['reference']['note']
-    assert result['reference']['detector'] is None and 'does not tell which detector made it' in note and 'mode "clean"' in note
+    assert result['reference']['detector'] is None and 'does not say which detector made it' in note and 'mode "clean"' in note
     assert f'Warning: --ref-stats=set_clean_train_na.npz: {note}' in output
 
 
@@ -350,7 +350,7 @@ def test_a_folder_that_changes_is_refused(folders, monkeypatch):
     batches = ImageFiles.batches
     monkeypatch.setattr(ImageFiles, 'batches', slowly)
     line = refused('--gen_path=gen', '--ref_path=ref', '--num=12', PIXELS)
-    assert '--gen-path=gen: changed while it was read' in line and '999999.png' in line
+    assert '--gen-path=gen: changed while it was being read' in line and '999999.png' in line
     assert not Path('gen.fid.json').exists()
 
 

@@ -148,7 +148,7 @@ def test_a_node_that_is_cut_off(tmp_path, data, launcher):
         assert codes == {'variables': [76, 76], 'static': [1, 1], 'c10d': [1]}[launcher]
     there = rf'rank 1 \(host node1, pid \d+\) has not answered for \d+ s \(--timeout={MINUTES}\): stopping; continue with the same command'
     assert len(re.findall(f'^{there} and --resume=latest$', job.log(0), re.MULTILINE)) == 1, job.log(0)
-    here = r'rank 1 \(host node1, pid \d+\): the store of the ranks, at node0:\d+, has not answered for \d+ s .*: this node is cut off'
+    here = r'rank 1 \(host node1, pid \d+\): the store of the ranks, at node0:\d+, has not answered for \d+ s .*: this node is disconnected'
     assert len(re.findall(f'^{here}', job.log(1), re.MULTILINE)) == 1, job.log(1)
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the scripts' command lines share: groups of options, --version, NAME=help, underscores as hyphens, errors in one line.
+"""Shared parts of the scripts' command lines: groups of options, --version, NAME=help, underscores as hyphens, one-line errors.
 
-Nothing here imports torch before a command runs: --help and --version answer at once."""
+Nothing here imports torch before a command runs, so that --help and --version answer at once."""
 
 import contextlib
 import functools
@@ -12,6 +12,9 @@ import sys
 import textwrap
 import time
 import traceback
+from collections.abc import Callable, Collection, Iterable, Iterator
+from types import ModuleType
+from typing import Any
 
 import click
 
@@ -20,43 +23,44 @@ from dnnlib.versions import versions
 from torch_utils import registry
 from torch_utils.monitor import EXIT_LOST
 
-PATIENCE_SEC = 5  # what torchrun needs, amply, to end the other ranks after the first has failed
-WIDTH, NAMES_WIDTH = 120, 34  # of the help, and of the column of names in it
-LAUNCHED = {'WORLD_SIZE', 'SLURM_PROCID'}  # in the environment of ranks of several
-HELP = 'help'  # the value of an option that has its choices printed
+PATIENCE_SEC = 5  # more than torchrun needs to end the other ranks after the first has failed
+WIDTH, NAMES_WIDTH = 120, 34  # characters: of the help, and of its column of names
+LAUNCHED = {'WORLD_SIZE', 'SLURM_PROCID'}  # environment variables that are set if there are several ranks
+HELP = 'help'  # the value that makes an option print its choices
 
 
-def ranks():
+def ranks() -> ModuleType:
     """The module torch_utils.distributed, which imports torch."""
     from torch_utils import distributed
     return distributed
 
 
-def alone():
-    """Whether this process is one of one: nothing has begun that other ranks take part in."""
+def alone() -> bool:
+    """Whether there are no other ranks: the process was not launched as one of several, and has not joined any."""
     return not LAUNCHED & os.environ.keys() and 'torch_utils.distributed' not in sys.modules
 
 
 class Command(click.Command):
-    """A click command in which --batch_size is --batch-size, an error is one line, once for all ranks, and the ranks part at the end.
+    """A click command that accepts --batch_size for --batch-size, prints an error as one line, once for all ranks, and shuts down the
+    process group at the end.
 
-    Its help stands in groups (see group()), with the defaults in brackets."""
+    Its help lists the options in groups (see group()), with the defaults in brackets."""
 
     def __init__(self, *args, **kwargs):
         kwargs['context_settings'] = {'help_option_names': ['-h', '--help'], **(kwargs.get('context_settings') or {})}
         super().__init__(*args, **kwargs)
 
-    def parse_args(self, ctx, args):
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         with rank0_first(), one_line_errors():
             return super().parse_args(ctx, hyphens(args))
 
-    def invoke(self, ctx):
+    def invoke(self, ctx: click.Context) -> Any:
         try:
             with rank0_first(), one_line_errors():
                 return super().invoke(ctx)
         except click.exceptions.Exit:
             raise
-        except (Exception, KeyboardInterrupt) as err:  # but not SystemExit, with which a rank ends of its own will
+        except (Exception, KeyboardInterrupt) as err:  # but not SystemExit, with which a rank ends on purpose
             if not alone():
                 ranks().fail(f'{type(err).__name__} {err}')
             raise
@@ -81,8 +85,8 @@ class Command(click.Command):
     def make_context(self, info_name, args, parent=None, **extra):
         return super().make_context(info_name, args, parent, **{'terminal_width': WIDTH, **extra})
 
-    def format_options(self, ctx, formatter):
-        """The options by their groups, each with its name, and those of one row() in a row."""
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Writes the options by group, one per row; those of one row() share a row."""
         rows = {}  # group -> row -> [names, text]
         for param in self.get_params(ctx):
             record = param.get_help_record(ctx)
@@ -100,32 +104,32 @@ class Command(click.Command):
 
 
 class Group(Command, click.Group):
-    """Commands under one name; an unknown one is refused in one line. `group.default` is the command that is meant without a name."""
+    """A group of commands; an unknown command is refused in one line. `group.default` is the command that runs if none is named."""
 
     default = None
 
-    def parse_args(self, ctx, args):
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         if self.default and args and args[0].startswith('-') and args[0] not in ('-h', '--help', '--version'):
             args = [self.default, *args]
         return super().parse_args(ctx, args)
 
-    def resolve_command(self, ctx, args):
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple:
         if args[0] not in self.commands:
             options = f'; options of {self.default} begin with "--"' if self.default else ''
             raise click.UsageError(f'no command "{args[0]}"; choose from {", ".join(sorted(self.commands))}{options}', ctx)
         return super().resolve_command(ctx, args)
 
-    def format_options(self, ctx, formatter):
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         super().format_options(ctx, formatter)
-        formatter.write('\nCommands (COMMAND --help tells their options):\n')
+        formatter.write('\nCommands (COMMAND --help lists their options):\n')
         for name, command in sorted(self.commands.items()):
             formatter.write(help_row(name, command.get_short_help_str(WIDTH)))
 
 
-def help_row(names, text):
-    """Names and text in two columns; text as told by click, but for the word "default"."""
+def help_row(names: str, text: str | None) -> str:
+    """Names and text in two columns; text as given by click, without the word "default"."""
     text = re.sub(r'\[default: ', '[', ' '.join((text or '').split())).replace('[(', '[').replace(')]', ']')
-    bounds = r'[-\d.<>=]*x[-\d.<>=]*\]'  # which errors tell
+    bounds = r'[-\d.<>=]*x[-\d.<>=]*\]'  # bounds, which are shown in errors instead
     text = re.sub(r' \[' + bounds, '', re.sub('; ' + bounds, ']', text))
     lines = textwrap.wrap(text, WIDTH - NAMES_WIDTH - 4) or ['']
     if len(names) > NAMES_WIDTH:
@@ -136,8 +140,8 @@ def help_row(names, text):
     return f'  {names:<{NAMES_WIDTH}}  {lines[0]}'.rstrip() + '\n' + rest
 
 
-def group(title, *options):
-    """A decorator that adds click options to a command, in this order, under a title of its help."""
+def group(title: str, *options: Callable) -> Callable:
+    """A decorator that adds click options to a command, in this order, under this title in its help."""
     def decorate(command):
         for option in reversed(options):
             option(command)
@@ -146,8 +150,8 @@ def group(title, *options):
     return decorate
 
 
-def row(text, option):
-    """A click option that shares one row of the help, which says `text`, with others of the same text."""
+def row(text: str, option: Callable) -> Callable:
+    """A click option that shares one row of the help with other options of the same `text`."""
     def decorate(command):
         option(command)
         command.__click_params__[-1].row = text
@@ -155,21 +159,22 @@ def row(text, option):
     return decorate
 
 
-def options_of(*options):
+def options_of(*options: Callable) -> Callable:
     """A decorator that adds click options to a command, in this order."""
     return lambda command: functools.reduce(lambda found, option: option(found), reversed(options), command)
 
 
-def hyphens(args):
+def hyphens(args: Iterable[str]) -> list[str]:
     """Option names with hyphens, values as they are: ['--batch_size=4', 'a_b'] -> ['--batch-size=4', 'a_b']."""
     return [re.sub(r'^--[^=]+', lambda m: m[0].replace('_', '-'), arg) for arg in args]
 
 
 @contextlib.contextmanager
-def rank0_first():
-    """An error that all ranks meet is shown once: by rank 0, after which torchrun ends the others. Theirs alone is shown a little later.
+def rank0_first() -> Iterator[None]:
+    """Shows an error that all ranks raise once: by rank 0, after which torchrun ends the others. An error of another rank alone is shown
+    a little later.
 
-    The waiting comes before the process group is left: rank 0 would fail for its lack, and torchrun end this rank unheard."""
+    That rank waits before it leaves the process group: rank 0 would fail at once, and torchrun end this rank before it has printed."""
     try:
         yield
     except click.ClickException as err:
@@ -178,23 +183,23 @@ def rank0_first():
         ranks().fail(err.format_message())
         if not ranks().rank():
             raise
-        # All ranks lose one that is gone: the first of another node speaks for its own.
+        # If a rank is lost, all others notice: on other nodes, the first rank reports for its node.
         time.sleep(PATIENCE_SEC * (2 if err.exit_code == EXIT_LOST and ranks().local_rank() else 1))
         err.show()
         raise SystemExit(err.exit_code) from None
 
 
 @contextlib.contextmanager
-def one_line_errors():
-    """Turns mistakes of the user, of usage (which click shows in three lines) and errors of the file system into one-line errors."""
+def one_line_errors() -> Iterator[None]:
+    """Turns user errors, usage errors (which click shows in three lines) and file system errors into one-line errors."""
     try:
         yield
-    except (click.exceptions.Exit, click.Abort):  # RuntimeErrors, as it happens
+    except (click.exceptions.Exit, click.Abort):  # subclasses of RuntimeError
         raise
     except UserError as err:
         raise click.ClickException(err.message) from None
     except click.UsageError as err:
-        if type(err).__name__ == 'NoArgsIsHelpError':  # a group without a command: its help
+        if type(err).__name__ == 'NoArgsIsHelpError':  # a group without a command prints its help
             raise
         plain = click.ClickException(err.format_message())
         plain.exit_code = err.exit_code
@@ -212,7 +217,7 @@ def one_line_errors():
         raise lost from None
 
 
-def version_option(command):
+def version_option(command: Callable) -> Callable:
     """Adds --version: program, commit, Python, torch, CUDA."""
 
     def show(ctx, param, value):
@@ -229,7 +234,7 @@ class IntList(click.ParamType):
 
     name = 'LIST'
 
-    def convert(self, value, param, ctx):
+    def convert(self, value: str | list[int], param: click.Parameter | None, ctx: click.Context | None) -> list[int]:
         if isinstance(value, list):
             return value
         numbers = []
@@ -258,8 +263,8 @@ class FloatList(click.ParamType):
         return [float(item) for item in found]
 
 
-def ranges(numbers):
-    """Whole numbers as IntList reads them: [0, 1, 2, 5] -> "0-2,5"."""
+def ranges(numbers: Iterable[int]) -> str:
+    """Whole numbers in the notation of IntList: [0, 1, 2, 5] -> "0-2,5"."""
     numbers = sorted(set(numbers))
     starts = [n for i, n in enumerate(numbers) if not i or n != numbers[i - 1] + 1]
     ends = [n for i, n in enumerate(numbers) if i == len(numbers) - 1 or numbers[i + 1] != n + 1]
@@ -267,38 +272,38 @@ def ranges(numbers):
 
 
 class Names(click.ParamType):
-    """"fid,kid" -> ('fid', 'kid'), of the choices, in their order. "help" lists them.
+    """"fid,kid" -> ('fid', 'kid'), in the order of the choices. "help" lists the choices.
 
     choices: names, a registry, or "package.module:NAME", which is imported when it is needed."""
 
     name = 'NAMES'
 
-    def __init__(self, choices):
+    def __init__(self, choices: Collection[str] | str):
         self._choices = choices
 
     @property
     def choices(self):
         return registry.find(self._choices) if isinstance(self._choices, str) else self._choices
 
-    def convert(self, value, param, ctx):
+    def convert(self, value, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
         if value == HELP and ctx is not None:
             show_choices(ctx, choices_text(max(param.opts, key=len), self.choices, keys=False))
         named = value if isinstance(value, tuple) else tuple(str(value).split(','))
         unknown = [name for name in named if name not in self.choices]
         if unknown:
-            self.fail(f'"{unknown[0]}" in "{value}" is none of {", ".join(self.choices)}', param, ctx)
+            self.fail(f'"{unknown[0]}" in "{value}" is unknown; choose from {", ".join(self.choices)}', param, ctx)
         return tuple(name for name in self.choices if name in named)
 
 
 class Number(click.ParamType):
-    """A finite number within bounds; the bounds of click let nan through."""
+    """A finite number within bounds; click's own ranges accept nan."""
 
     name = 'NUMBER'
 
-    def __init__(self, above=None, least=None, most=None):
+    def __init__(self, above: float | None = None, least: float | None = None, most: float | None = None):
         self.above, self.least, self.most = above, least, most
 
-    def convert(self, value, param, ctx):
+    def convert(self, value, param: click.Parameter | None, ctx: click.Context | None) -> float:
         bounds = [f'above {self.above}' if self.above is not None else '', f'{self.least} or more' if self.least is not None else '',
                   f'{self.most} or less' if self.most is not None else '']
         try:
@@ -327,20 +332,20 @@ def groups(ctx, param, value):
 
 
 class Spec(click.ParamType):
-    """A command-line option that names a piece of a registry; checked at once, handed on as the text it is. "help" lists the pieces.
+    """A command-line option that names an entry of a registry; checked at once, passed on as text. "help" lists the entries.
 
-    registry: the dict, or "package.module:NAME", which is imported when it is needed. keys: whether a piece may be given keys."""
+    registry: the dict, or "package.module:NAME", which is imported when it is needed. keys: whether an entry may be given keys."""
 
     name = 'NAME[:key=value,...]'
 
-    def __init__(self, registry, keys=True):
+    def __init__(self, registry: dict | str, keys: bool = True):
         self._registry, self._keys = registry, keys
 
     @property
-    def registry(self):
+    def registry(self) -> dict:
         return registry.find(self._registry) if isinstance(self._registry, str) else self._registry
 
-    def convert(self, value, param, ctx):
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
         name = max(param.opts, key=len) if param else 'option'
         if value == HELP and ctx is not None:
             show_choices(ctx, choices_text(name, self.registry, self._keys))
@@ -350,19 +355,19 @@ class Spec(click.ParamType):
             raise UserError(f'{name}={value}: choose from {", ".join(self.registry)}')
         return value
 
-    def get_metavar(self, param, ctx=None):
+    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
         return 'NAME[:k=v]' if self._keys else 'NAME'
 
 
-def show_choices(ctx, text):
-    """Prints the choices of an option, once for all ranks, and ends the program well."""
+def show_choices(ctx: click.Context, text: str) -> None:
+    """Prints the choices of an option, once for all ranks, and exits with code 0."""
     if os.environ.get('RANK', '0') == '0':
         click.echo(text)
     ctx.exit()
 
 
-def choices_text(option, choices, keys=True):
-    """What --OPTION=help prints: each choice with a sentence, and its keys with their defaults."""
+def choices_text(option: str, choices: Any, keys: bool = True) -> str:
+    """The text that --OPTION=help prints: each choice with a sentence, and its keys with their defaults."""
     found = registry.listing(choices) if isinstance(choices, dict) else [(name, '', {}) for name in choices]
     width = max(len(name) for name, *_ in found) + 2
     lines = [f'{option}=NAME' + (f' or {option}=NAME:key=value,key=value' if keys and any(told for *_, told in found) else ''), '']

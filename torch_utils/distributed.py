@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rank, world, device: one process by default, or the ranks that torchrun or a script of Slurm's starts (nccl on GPUs, gloo on CPUs).
+"""Rank, world, device: one process by default, or the ranks started by torchrun or a Slurm script (nccl on GPUs, gloo on CPUs).
 
-Tensors on GPUs go over nccl; objects, barriers and whatever else lies on the CPU over gloo, which waits for no device. What one rank
-may take any time for (decoding, writing, fetching) the others await with wait_for_all(); anything else that takes longer than the
-timeout ends all of them (monitor.py)."""
+Tensors on GPUs go over nccl; objects, barriers and everything on the CPU over gloo, which does not wait for a device. For work of one
+rank that may take any time (decoding, writing, downloading) the others wait in wait_for_all(); anything else that takes longer than
+the timeout ends all ranks (monitor.py)."""
 
 import atexit
 import contextlib
@@ -11,7 +11,9 @@ import itertools
 import os
 import re
 import sys
+from collections.abc import Callable, Sequence
 from datetime import timedelta
+from typing import Any
 
 import torch
 
@@ -19,9 +21,9 @@ from dnnlib import UserError
 from torch_utils import packing, rendezvous
 from torch_utils.monitor import DONE, FAILED, Judge, Monitor
 
-TIMEOUT_SEC = 600       # what a collective operation may take, and how long a rank may be silent
-PIECE_BYTES = 64 << 20  # of a shared value; the timeout is for one piece
-# Errors of gloo and of nccl that PyTorch has no class for.
+TIMEOUT_SEC = 600       # limit for a collective operation, and for a rank without a heartbeat
+PIECE_BYTES = 64 << 20  # size of the pieces in which a value is shared; the timeout is for one piece
+# Messages of gloo and nccl errors for which PyTorch has no class.
 LOST = re.compile(r'gloo|Connection closed by peer|Connection reset|Broken pipe|Socket closed|Timed out waiting|NCCL', re.IGNORECASE)
 
 ORPHAN = 'the launcher of this worker is gone'
@@ -30,10 +32,10 @@ _launcher_pid = None
 _group, _monitor, _waits, _words, _notes = None, None, None, None, []
 
 
-def init(timeout=None, remedy='start the same command again'):
-    """Joins the other ranks if there are any; otherwise does nothing. Safe to call once at the start of a script.
+def init(timeout: float | None = None, remedy: str = 'start the same command again') -> None:
+    """Joins the other ranks, if there are any. Call it once, at the start of a script.
 
-    timeout: seconds; None: TIMEOUT_SEC, and no message names the option --timeout. remedy: the end of messages about lost ranks."""
+    timeout: seconds; None: TIMEOUT_SEC, without mentioning --timeout in messages. remedy: the end of messages about lost ranks."""
     global _launcher_pid, _group, _monitor, _waits, _words
     if 'TORCHELASTIC_RUN_ID' in os.environ:
         _launcher_pid = os.getppid()
@@ -62,15 +64,15 @@ def init(timeout=None, remedy='start the same command again'):
 def _check_environment():
     missing = [name for name in ('RANK', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT') if not os.environ.get(name)]
     if missing:
-        raise UserError(f'WORLD_SIZE={size()} is set, but not {" and ".join(missing)}; start the ranks with torchrun, or set them all for '
-                        'each (docs/multi-node.md)')
+        raise UserError(f'WORLD_SIZE={size()} is set, but not {" and ".join(missing)}; start the ranks with torchrun, or set all of '
+                        'them for each rank (docs/multi-node.md)')
     if torch.cuda.is_available() and device().index >= torch.cuda.device_count():
         what = f'--nproc_per_node={local_size()}' if 'TORCHELASTIC_RUN_ID' in os.environ else f'LOCAL_RANK={local_rank()}'
         raise UserError(f'{what} asks for more ranks than this node has GPUs ({torch.cuda.device_count()}); ask for at most that')
 
 
 def _check_order(peers):
-    """Ranks of a node follow each other, as torchrun numbers them: they share files, and the first of them fetches for all."""
+    """Checks that ranks are numbered node by node, as by torchrun: those of a node share files, and the first downloads for all."""
     for number, peer in enumerate(peers):
         first = number - peer.local_rank
         if first < 0 or (peers[first].node, peers[first].local_rank) != (peer.node, 0):
@@ -78,8 +80,8 @@ def _check_order(peers):
                             'number the ranks node by node (srun --distribution=block)')
 
 
-def shutdown():
-    """Leaves the others, who need this rank no longer; after fail() the process group is left as it is."""
+def shutdown() -> None:
+    """Leaves the process group in an orderly way; after fail() it is left as it is."""
     global _group, _monitor
     _notes.clear()
     if _monitor is not None and not has_failed():
@@ -92,45 +94,46 @@ def shutdown():
         _group, _monitor = None, None
 
 
-def fail(error):
-    """Tells the other ranks, in one line, that this one ends with an error; end() must follow."""
+def fail(error: str) -> None:
+    """Reports to the other ranks, in one line, that this one ends with an error; end() must follow."""
     if _monitor is not None:
         _monitor.leave(error.split('\n')[0][:500])
 
 
-def has_failed():
+def has_failed() -> bool:
     """Whether fail() was called among several ranks."""
     return _monitor is not None and _monitor.failed
 
 
-def end(code):
-    """After fail(), ends the process at once: to take the process group down may mean to wait for ranks that are gone."""
+def end(code: int) -> None:
+    """After fail(), ends the process at once: shutting down the process group could wait for ranks that no longer exist."""
     if has_failed():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
 
 
-def on_abort(note):
-    """Has note(text) called with the reason before this process ends because other ranks are gone; from another thread, in haste."""
+def on_abort(note: Callable[[str], Any]) -> None:
+    """Registers note(text), to be called with the reason before this process ends because other ranks are lost; it is called from
+    another thread and must be quick."""
     _notes.append(note)
 
 
 def _tell(text):
-    while _notes:  # each is told once
-        with contextlib.suppress(Exception):  # one that fails must not keep the others from being called
+    while _notes:  # each is called once
+        with contextlib.suppress(Exception):  # a failing one must not prevent the others
             _notes.pop(0)(text)
 
 
-def explain(error):
-    """The one line that a failed collective operation comes down to, after the notes of on_abort(); None for any other error."""
+def explain(error: BaseException) -> str | None:
+    """A one-line message for a failed collective operation, after calling the notes of on_abort(); None for any other error."""
     if _group is None or not isinstance(error, RuntimeError):
         return None
     if not (isinstance(error, torch.distributed.DistError) or LOST.search(str(error))):
         return None
     reason = re.sub(r'^(\[[^]]*\]|\S*Error:|\s)*', '', rendezvous.first_line(error)).split('. ')[0]
     option, remedy = _words
-    if is_orphan():  # the ranks of a dead launcher lose each other one by one
+    if is_orphan():  # once the launcher is dead its ranks lose each other one by one
         reason = f'{ORPHAN}; {reason}'
     late = option if 'timed out' in reason.lower() else ''
     text = f'rank {rank()} ({_group.peers[rank()]}) has lost the others ({reason}){late}: stopping; {remedy}'
@@ -138,8 +141,8 @@ def explain(error):
     return text
 
 
-def rank_map():
-    """Who computes where: "8 ranks on 2 nodes: a: 0-3 (NVIDIA H200), b: 4-7 (NVIDIA H200)"; '' for one rank."""
+def rank_map() -> str:
+    """The ranks and their devices: "8 ranks on 2 nodes: a: 0-3 (NVIDIA H200), b: 4-7 (NVIDIA H200)"; '' for one rank."""
     if _group is None:
         return ''
     nodes = {}
@@ -152,44 +155,44 @@ def rank_map():
     return f'{size()} ranks on {len(nodes)} node{"s" * (len(nodes) > 1)}: {", ".join(parts)}'
 
 
-def num_option():
-    """What --num is called in errors: torchrun takes it for an abbreviation of its own --numa-binding."""
+def num_option() -> str:
+    """The name of --num to use in errors: torchrun takes --num for an abbreviation of its own --numa-binding."""
     return '--num-images' if 'TORCHELASTIC_RUN_ID' in os.environ else '--num'
 
 
-def rank():
+def rank() -> int:
     """This process's number, 0 .. size() - 1."""
     return int(os.environ.get('RANK', 0))
 
 
-def size():
-    """How many processes work together, over all nodes."""
+def size() -> int:
+    """The number of ranks on all nodes."""
     return int(os.environ.get('WORLD_SIZE', 1))
 
 
-def local_rank():
+def local_rank() -> int:
     """This process's number on its node."""
     return int(os.environ.get('LOCAL_RANK', 0))
 
 
-def local_size():
-    """How many processes work together on this node."""
+def local_size() -> int:
+    """The number of ranks on this node."""
     if 'LOCAL_WORLD_SIZE' not in os.environ and _group is not None:  # only torchrun sets it
         return sum(peer.node == _group.peers[rank()].node for peer in _group.peers)
     return int(os.environ.get('LOCAL_WORLD_SIZE', 1))
 
 
-def device():
+def device() -> torch.device:
     """This rank's GPU, or the CPU."""
     if not torch.cuda.is_available():
         return torch.device('cpu')
-    # srun --gpus-per-task=1 shows each rank one GPU, its own.
+    # With srun --gpus-per-task=1 each rank sees only its own GPU.
     alone = torch.cuda.device_count() == 1 and 'TORCHELASTIC_RUN_ID' not in os.environ
     return torch.device('cuda', 0 if alone else local_rank())
 
 
-def pick_device(name=None):
-    """The device that --device names, on this rank; without a name its GPU, or the CPU. Raises UserError."""
+def pick_device(name: str | None = None) -> torch.device:
+    """The device for --device=name on this rank; without a name its GPU, or the CPU. Raises UserError."""
     try:
         chosen = torch.device(name) if name else device()
     except RuntimeError:
@@ -201,44 +204,44 @@ def pick_device(name=None):
     return device() if name == 'cuda' else chosen
 
 
-def print0(*args, **kwargs):
+def print0(*args: Any, **kwargs: Any) -> None:
     """print() on rank 0 only, flushed at once."""
     if rank() == 0:
         print(*args, flush=True, **kwargs)
 
 
-def wait_for_all(what):
-    """Waits for every rank to come here, as long as all of them live, be it for hours; says once a minute for whom. what: they do.
+def wait_for_all(what: str) -> None:
+    """Waits until every rank has called this, for hours if need be, as long as all of them live; prints once a minute which are missing.
 
-    Collective operations that follow begin on all ranks together. Every rank calls this."""
+    what: the work of the missing ranks, for that line. Collective operations that follow start on all ranks together."""
     if _group is None:
         return
     store, number = _group.store, next(_waits)
-    store.set(f'at/{rank()}', str(number))  # for the report
+    store.set(f'at/{rank()}', str(number))  # for _report()
     store.add(f'wait/{number}', 1)
     rendezvous.poll(lambda: store.add(f'wait/{number}', 0) == size(), report=lambda seconds: _report(number, what))
     if rank() == 0:
-        store.delete_key(f'wait/{number - 1}')  # which all have left
+        store.delete_key(f'wait/{number - 1}')  # which all ranks have passed
 
 
 def _report(number, what):
-    """Says, on the lowest rank that waits, who is awaited; one that has ended will not come."""
+    """Prints, on the lowest waiting rank, which ranks are missing; raises RuntimeError if one of them has ended."""
     store = _group.store
     missing = [other for other in range(size()) if not store.check([f'at/{other}']) or int(store.get(f'at/{other}')) < number]
     gone = [other for other in missing if store.get(f'beat/{other}') == DONE]
     if gone:
-        raise RuntimeError(f'rank {gone[0]} has ended, and rank {rank()} waits for it: {what}')
+        raise RuntimeError(f'rank {gone[0]} has ended while rank {rank()} was waiting for it: {what}')
     if rank() == min(set(range(size())) - set(missing)):
         names = ', '.join(f'rank {other} ({_group.peers[other].host})' for other in missing[:4])
         print(f'waiting for {names}{f" and {len(missing) - 4} more" if len(missing) > 4 else ""}: {what}', flush=True)
 
 
-def barrier(what='a barrier'):
-    """Waits for every rank, on the host alone."""
+def barrier(what: str = 'a barrier') -> None:
+    """Waits for every rank, on the host only, not for devices."""
     wait_for_all(what)
 
 
-def all_sum(tensor):
+def all_sum(tensor: torch.Tensor) -> torch.Tensor:
     """Sums a tensor over the ranks, in place; returns it."""
     if torch.distributed.is_initialized():
         torch.distributed.all_reduce(tensor)
@@ -246,32 +249,32 @@ def all_sum(tensor):
 
 
 class Agreement:
-    """What becomes of agree()."""
+    """The pending result of agree()."""
 
     def __init__(self, values, work=None):
         self._values, self._work = values, work
 
-    def result(self):
-        """The largest value of all ranks, place by place: a list of ints. Waits for ranks that have not called agree() yet."""
+    def result(self) -> list[int]:
+        """The element-wise maximum over all ranks, a list of ints. Waits for ranks that have not called agree() yet."""
         if self._work is not None:
             self._work.wait()
             self._work, self._values = None, self._values.tolist()
         return self._values
 
 
-def agree(values):
-    """Starts to find the largest of each int over all ranks, and returns at once; Agreement.result() has them. Waits for no device."""
+def agree(values: Sequence[int]) -> Agreement:
+    """Starts an element-wise maximum of ints over all ranks and returns at once; see Agreement.result(). Does not wait for a device."""
     if not torch.distributed.is_initialized():
         return Agreement([int(value) for value in values])
     tensor = torch.tensor([int(value) for value in values], dtype=torch.int64)
     return Agreement(tensor, torch.distributed.all_reduce(tensor, torch.distributed.ReduceOp.MAX, async_op=True))
 
 
-def share(value, source=0, what='a shared value'):
+def share(value: Any, source: int = 0, what: str = 'a shared value') -> Any:
     """The value of rank `source` on every rank: JSON values, dicts, lists, tuples and tensors in any nesting.
 
-    Tensors arrive one after the other in fresh CPU tensors; the source gets back its own value. The others wait for it as long as it
-    takes (what: it does). Every rank calls this."""
+    Tensors arrive one after the other in new CPU tensors; the source gets back its own value. The others wait for it as long as it
+    takes (what: its work meanwhile, for messages). Every rank calls this."""
     if not torch.distributed.is_initialized():
         return value
     wait_for_all(what)
@@ -289,22 +292,22 @@ def share(value, source=0, what='a shared value'):
     return value
 
 
-def broadcast(value, source=0):
+def broadcast(value: Any, source: int = 0) -> Any:
     """Any JSON-like object of rank `source`, on every rank."""
     return share(value, source)
 
 
-def from_rank0(function, *args):
-    """function(*args) of rank 0, on every rank; what is the user's mistake or the file system's there is raised on all of them."""
+def from_rank0(function: Callable, *args: Any) -> Any:
+    """The result of function(*args) on rank 0, on every rank; its UserError or OSError is raised on all of them."""
     found, error = share(_tried(rank() == 0, function, args), what=_words_of(function))
     if error is not None:
         raise error
     return found
 
 
-def from_node(function, *args):
-    """function(*args) of one rank of each node, on all ranks of that node; what is the user's mistake or the file system's on one node is
-    raised on all ranks. Every rank calls this."""
+def from_node(function: Callable, *args: Any) -> Any:
+    """The result of function(*args) on one rank of each node, on all ranks of that node; a UserError or OSError on one node is raised on
+    all ranks. Every rank calls this."""
     if not torch.distributed.is_initialized():
         return function(*args)
     told = all_values(_tried(local_rank() == 0, function, args), what=_words_of(function))
@@ -314,7 +317,7 @@ def from_node(function, *args):
 
 
 def _tried(here, function, args, kwargs=()):
-    """(function(...), None) where `here` is true, (None, error) for the user's mistake or the file system's; elsewhere (None, None)."""
+    """(function(...), None) if `here` is true, or (None, error) for a UserError or OSError; otherwise (None, None)."""
     try:
         return (function(*args, **dict(kwargs)) if here else None), None
     except (UserError, OSError) as err:
@@ -322,14 +325,14 @@ def _tried(here, function, args, kwargs=()):
 
 
 def _words_of(function):
-    """What a function does, in words, for the ranks that wait for it."""
+    """A description of a function, for the ranks that wait for it."""
     return getattr(function, '__name__', 'its work').strip('_<>').replace('_', ' ')
 
 
-def first_on_node(function, *args, **kwargs):
-    """function(...) on one rank of each node, then on the others: what it downloads is fetched once. Every rank calls this.
+def first_on_node(function: Callable, *args: Any, **kwargs: Any) -> Any:
+    """function(...) on one rank of each node, then on the others, so that downloads happen once per node. Every rank calls this.
 
-    What is the user's mistake or the file system's on one node is raised on all ranks."""
+    A UserError or OSError on one node is raised on all ranks."""
     result, error = _tried(local_rank() == 0, function, args, kwargs)
     for found in all_values(error, what=_words_of(function)):
         if found is not None:
@@ -337,8 +340,8 @@ def first_on_node(function, *args, **kwargs):
     return result if local_rank() == 0 else function(*args, **kwargs)
 
 
-def all_values(value, what='the values of all ranks'):
-    """[value of rank 0, value of rank 1, ...]: one JSON-like object of each rank, on every rank. what: the slower ones are doing."""
+def all_values(value: Any, what: str = 'the values of all ranks') -> list:
+    """[value of rank 0, value of rank 1, ...]: one JSON-like object per rank, on every rank. what: the slower ranks' work, for messages."""
     if not torch.distributed.is_initialized():
         return [value]
     wait_for_all(what)
@@ -347,8 +350,8 @@ def all_values(value, what='the values of all ranks'):
     return found
 
 
-def all_rows(tensor):
-    """The rows of every rank's tensor [n,...] of one shape, in the order of the ranks; nothing waits for the device."""
+def all_rows(tensor: torch.Tensor) -> torch.Tensor:
+    """Concatenates the tensors [n,...] of all ranks, equal in shape, in the order of the ranks; does not wait for the device."""
     if not torch.distributed.is_initialized():
         return tensor
     found = [torch.empty_like(tensor) for _ in range(size())]
@@ -356,6 +359,6 @@ def all_rows(tensor):
     return torch.cat(found)
 
 
-def is_orphan():
-    """True when torchrun, which launched this worker, has died: such a worker must write nothing more."""
+def is_orphan() -> bool:
+    """True if torchrun, which launched this worker, has died: the worker must not write anything any more."""
     return _launcher_pid is not None and os.getppid() != _launcher_pid

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads the pickles in which EDM and ambient-laws published networks (network-snapshot-*.pkl), and executes nothing of them.
+"""Reads the pickles in which EDM and ambient-laws published networks (network-snapshot-*.pkl) without executing anything in them.
 
-The source text that such files carry along is passed over: names, constructor arguments and tensors are all that is taken."""
+The source code that such files contain is skipped: only names, constructor arguments and tensors are read."""
 
 import math
 import mmap
+import os
 import struct
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +18,7 @@ from torch_utils.pickle_machine import MAX_NAME, Global, Limits, Machine, Record
 MAX_DEPTH = 64  # of modules within modules, and of lists within arguments
 MAX_DIMS, MAX_SIDE = 8, 2 ** 40  # of a tensor
 
-# Every global of such files (complete), and the word that stands for it here.
+# Every global that such files contain (complete) -> its name here.
 WORDS = {
     ('torch_utils.persistence', '_reconstruct_persistent_obj'): 'object',
     ('collections', 'OrderedDict'): 'dict',
@@ -33,12 +35,12 @@ STORAGES = {('torch', 'DoubleStorage'): '<f8', ('torch', 'FloatStorage'): '<f4',
 STORAGE_MAGIC, STORAGE_VERSION = 0x1950a86a20f9469cfc6c, 1001
 
 
-def read_network(path):
+def read_network(path: str | os.PathLike) -> tuple[str, dict, dict[str, torch.Tensor]]:
     """(class name, constructor arguments, state dict) of the network `ema` in a snapshot; nothing is executed.
 
-    The arguments are JSON types, but for infinities; the tensors are on the CPU, with the names and values of state_dict().
-    Raises UserError, in one line, for globals, opcodes, versions and types that such files do not have, for files that are
-    cut off, and for sizes that the file cannot hold."""
+    The arguments are JSON types, and may be infinite; the tensors are on the CPU, with the names and values of state_dict().
+    Raises UserError, in one line, for globals, opcodes, versions and types that such files do not contain, for truncated
+    files, and for sizes larger than the file."""
     try:
         data, limits = map_file(path), Limits()
         snapshot = Machine(data, 0, WORDS, limits, record).run()
@@ -49,7 +51,7 @@ def read_network(path):
         raise UserError(f'{path}: {err}; expected a network snapshot (.pkl) of EDM or ambient-laws') from None
 
 
-def map_file(path):
+def map_file(path: str | os.PathLike) -> memoryview:
     """The bytes of a file as a view, whatever its size."""
     with open(path, 'rb') as f:
         try:
@@ -58,8 +60,8 @@ def map_file(path):
             raise Refused('is empty') from None
 
 
-def record(word, args):
-    """What stands for a call in such files: empty dicts are themselves, and objects are looked at before anything is made of them."""
+def record(word: str, args: tuple) -> Any:
+    """The value that represents a call in such files: an empty dict for OrderedDict(), otherwise a Record that is checked later."""
     if word == 'dict':
         check_empty(args)
         return {}
@@ -70,11 +72,11 @@ def record(word, args):
 
 def check_empty(args):
     if args:
-        raise Refused('is damaged (arguments where none belong)')
+        raise Refused('is damaged (unexpected arguments)')
 
 
 def check_meta(args):
-    """The one argument of an object: a dict of its type, version, class name and state, and of source that is passed over."""
+    """The single argument of an object: a dict with its type, version, class name and state; its source code is skipped."""
     meta = args[0] if len(args) == 1 else None
     if not isinstance(meta, dict) or not isinstance(meta.get('state'), dict) or not isinstance(meta.get('class_name'), str):
         raise Refused('is damaged (an object without class name and state)')
@@ -86,11 +88,11 @@ def check_meta(args):
 
 
 class Reader:
-    """From what the machine found to arguments and tensors, which are never larger together than the file, file_bytes."""
+    """Converts the machine's result to arguments and tensors, whose total size never exceeds that of the file, file_bytes."""
 
     def __init__(self, file_bytes, limits):
         self.left, self.limits = file_bytes, limits
-        self.storages = {}  # id of a Record (which outlives this) -> NumPy array
+        self.storages = {}  # id of a Record (the Records stay alive meanwhile) -> NumPy array
 
     def network(self, node):
         """As read_network."""
@@ -104,7 +106,7 @@ class Reader:
         return meta['class_name'][:MAX_NAME], arguments, tensors
 
     def collect(self, node, prefix, depth, tensors):
-        """Adds the tensors of a module and of those within it, in the order of state_dict()."""
+        """Adds the tensors of a module and its sub-modules, in the order of state_dict()."""
         check_depth(depth)
         state = node.state if is_record(node, 'modules') else node.args[0]['state'] if is_record(node, 'object') else None
         own, buffers, modules = (entries(state, key) for key in ('_parameters', '_buffers', '_modules'))
@@ -119,17 +121,17 @@ class Reader:
                 self.collect(module, self.join(prefix, name) + '.', depth + 1, tensors)
 
     def join(self, prefix, name):
-        # Paid for each time: modules that refer to one another may make far more names than the file has bytes.
+        # Counted at every visit: modules that refer to one another could expand to far more names than the file has bytes.
         self.limits.step()
         self.limits.read_text(len(prefix) + len(name))
         return prefix + name
 
     def tensor(self, value):
-        """A contiguous tensor of its own memory, whose storage is in the file."""
+        """A contiguous tensor with its own memory, copied from its storage in the file."""
         if is_record(value, 'parameter') and value.args:
             value = value.args[0]
         if not is_record(value, 'tensor') or len(value.args) < 4 or not is_record(value.args[0], 'storage'):
-            raise Refused('holds something that is no tensor among the weights')
+            raise Refused('holds something other than tensors among the weights')
         storage, offset, size, stride = value.args[:4]
         check_shape(offset, size, stride)
         values, count = self.storage(storage), math.prod(size)
@@ -198,7 +200,7 @@ def entries(state, key):
 
 
 def check_shape(offset, size, stride):
-    """Refuses all but whole numbers, and strides other than those of a contiguous tensor."""
+    """Refuses anything but whole numbers, and strides other than those of a contiguous tensor."""
     whole = isinstance(size, tuple) and isinstance(stride, tuple) and len(size) == len(stride) <= MAX_DIMS
     if not whole or not all(type(n) is int and 0 <= n < MAX_SIDE for n in (offset, *size, *stride)) or 0 in size:
         raise Refused('is damaged (a tensor without a shape)')
@@ -210,8 +212,8 @@ def check_shape(offset, size, stride):
 
 
 def scalar(value):
-    """The float of a NumPy scalar, float64 alone."""
+    """The float in a NumPy scalar; only float64 is accepted."""
     dtype, raw = value.args if is_record(value, 'scalar') and len(value.args) == 2 else (None, None)
     if not is_record(dtype, 'dtype') or dtype.args[:1] != ('f8',) or not isinstance(raw, memoryview) or len(raw) != 8:
-        raise Refused('holds a constructor argument that is no plain value')
+        raise Refused('holds a constructor argument that is not a plain value')
     return struct.unpack('<d', raw)[0]

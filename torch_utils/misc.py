@@ -4,40 +4,41 @@
 import contextlib
 import ctypes
 import hashlib
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from dnnlib.files import finite
-from dnnlib.versions import VERSION, versions  # noqa: F401 (records of results call them misc.versions())
+from dnnlib.versions import VERSION, versions  # noqa: F401 (used as misc.VERSION and misc.versions())
 
 PRECISIONS = {'fp32': torch.float32, 'tf32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
-DTYPES = {name: dtype for name, dtype in PRECISIONS.items() if name != 'tf32'}  # tf32 is a way to multiply float32, for training
+DTYPES = {name: dtype for name, dtype in PRECISIONS.items() if name != 'tf32'}  # tf32 is no dtype, but a way to multiply float32
 
-CPU_CHUNK = 8    # rows per network call on the CPU, where PyTorch's results depend on the batch size; so they are always as many
+CPU_CHUNK = 8    # rows per network call on the CPU, always the same, because PyTorch's results there depend on the batch size
 BLOCK_ROWS = 16  # rows of the global batch that are drawn together; a rank draws only the blocks that hold its rows
 
 
-def seed_of(*key):
+def seed_of(*key: int | str) -> int:
     """A 63-bit seed that is a pure function of the key (numbers and strings)."""
     text = '/'.join(str(part) for part in key)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), 'little') >> 1
 
 
-def generator(*key, device='cpu'):
+def generator(*key: int | str, device: torch.device | str = 'cpu') -> torch.Generator:
     """A torch.Generator seeded by the key; the global random state is not touched."""
     return torch.Generator(device).manual_seed(seed_of(*key))
 
 
 class Draws:
-    """randn(name, shape): this rank's rows of the global batch's standard normal draw named (seed, step, name).
+    """randn(name, shape): this rank's rows of the global batch's standard normal draw with key (seed, step, name).
 
-    first_row: global index of this rank's first row. The draw does not depend on how the rows are shared out: the global batch is
-    drawn in blocks of BLOCK_ROWS rows, each from a generator of its own, so that a rank makes only what it needs."""
+    first_row: global index of this rank's first row. The draw does not depend on how the rows are divided among ranks: the global batch is
+    drawn in blocks of BLOCK_ROWS rows, each from its own generator, so that a rank draws only what it needs."""
 
-    def __init__(self, seed, step, first_row=0, device='cpu'):
+    def __init__(self, seed: int, step: int, first_row: int = 0, device: torch.device | str = 'cpu'):
         self.seed, self.step, self.first_row, self.device = seed, step, first_row, torch.device(device)
 
-    def __call__(self, name, shape):
+    def __call__(self, name: str, shape: Sequence[int]) -> torch.Tensor:
         """float32 tensor of the shape; shape[0] counts this rank's rows."""
         first, last = self.first_row, self.first_row + shape[0]
         blocks = [self._block(name, b, shape[1:]) for b in range(first // BLOCK_ROWS, -(-last // BLOCK_ROWS))]
@@ -50,8 +51,8 @@ class Draws:
 
 
 @contextlib.contextmanager
-def seeded(*key, device='cpu'):
-    """Inside the context torch's own random state is a function of the key (for initialisers and dropout); outside it is as it was."""
+def seeded(*key: int | str, device: torch.device | str = 'cpu') -> Iterator[None]:
+    """Inside the context torch's own random state is a function of the key (for initialisers and dropout); afterwards it is restored."""
     source = torch.default_generator
     if torch.device(device).type == 'cuda':
         torch.cuda.init()
@@ -65,8 +66,8 @@ def seeded(*key, device='cpu'):
 
 
 @contextlib.contextmanager
-def full_float32():
-    """Inside the context a GPU multiplies float32 as such: no TF32 (10 bits of mantissa), which PyTorch allows convolutions by default."""
+def full_float32() -> Iterator[None]:
+    """Inside the context a GPU multiplies float32 in full precision: no TF32 (10-bit mantissa), PyTorch's default for convolutions."""
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     before = cudnn.allow_tf32, matmul.allow_tf32
     cudnn.allow_tf32 = matmul.allow_tf32 = False
@@ -76,25 +77,25 @@ def full_float32():
         cudnn.allow_tf32, matmul.allow_tf32 = before
 
 
-def device_name(device):
-    """What results call a device: the name of a GPU's model, or "cpu"."""
+def device_name(device: torch.device | str) -> str:
+    """The name of a device in results: the GPU's model, or "cpu"."""
     device = torch.device(device)
     return torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type
 
 
-def require(holds, text):
-    """Raises ValueError with the text where a condition does not hold."""
+def require(holds: bool, text: str) -> None:
+    """Raises ValueError with the text if a condition does not hold."""
     if not holds:
         raise ValueError(text)
 
 
-def height_width(img_resolution):
+def height_width(img_resolution: int | Sequence[int]) -> list[int]:
     """[H, W] of a network's img_resolution, which is one int for squares."""
     return [img_resolution] * 2 if isinstance(img_resolution, int) else list(img_resolution)
 
 
 def chunks(count, device, size=None):
-    """Yields (indices [size], how many of them count) of `count` rows: all are of one size, and the last row fills up the last chunk.
+    """Yields (indices [size], number of valid ones) over `count` rows in chunks of equal size; the last chunk is padded with the last row.
 
     size: by default CPU_CHUNK on the CPU, and all rows at once elsewhere."""
     size = size or (CPU_CHUNK if torch.device(device).type == 'cpu' else count)
@@ -102,18 +103,18 @@ def chunks(count, device, size=None):
         yield torch.arange(first, first + size, device=device).clamp(max=count - 1), min(size, count - first)
 
 
-def batched(values):
+def batched(values: torch.Tensor) -> torch.Tensor:
     """A tensor of shape [], [N] or [N,1,1,1] as [N,1,1,1] (or [1,1,1,1])."""
     return values.reshape(-1, 1, 1, 1)
 
 
-def as_float(value):
-    """A number for JSON: None in place of nan and infinity, which JSON does not have."""
+def as_float(value) -> float | None:
+    """A number for JSON: None in place of nan and infinity, which JSON cannot represent."""
     return finite(float(value))
 
 
-def state_digest(net):
-    """SHA-256 over names, types and values of a network's tensors: equal for equal weights, whatever file they come from."""
+def state_digest(net: torch.nn.Module) -> str:
+    """SHA-256 over names, types and values of a network's tensors: equal for equal weights, whichever file they come from."""
     sha = hashlib.sha256()
     for name, value in sorted(net.state_dict().items()):
         value = value.detach().cpu().contiguous()
@@ -121,7 +122,7 @@ def state_digest(net):
     return sha.hexdigest()
 
 
-def give_memory_back():
-    """Returns to the system what was freed: glibc keeps freed arrays of up to 32 MiB, a third of what setting up a large data set takes."""
-    with contextlib.suppress(OSError, AttributeError):  # other systems
+def give_memory_back() -> None:
+    """Returns freed memory to the system: glibc keeps freed arrays of up to 32 MiB, a third of what setting up a large data set takes."""
+    with contextlib.suppress(OSError, AttributeError):  # systems without glibc
         ctypes.CDLL('libc.so.6').malloc_trim(0)

@@ -1,21 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Nested values as bytes that hold their structure, and the tensors in them apart."""
+"""Splits nested values into bytes that describe their structure, and the tensors in them."""
 
 import io
 import pickle
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 
 
-def pack(value):
-    """(bytes, tensors) of dicts, lists, tuples and whatever can be pickled; tensors stand in the order in which unpack() makes them."""
+def pack(value: Any) -> tuple[bytes, list[torch.Tensor]]:
+    """(bytes, tensors) of dicts, lists, tuples and picklable values; the tensors are in the order in which unpack() creates them."""
     tensors, places = [], {}
 
     class Pickler(pickle.Pickler):
         def persistent_id(self, obj):
             if not isinstance(obj, torch.Tensor):
                 return None
-            if id(obj) not in places:  # one that occurs twice is one tensor afterwards, too
+            if id(obj) not in places:  # a tensor that occurs twice stays one tensor
                 places[id(obj)] = len(tensors)
                 tensors.append(obj.detach())
             return places[id(obj)], obj.dtype, list(obj.shape)
@@ -25,8 +27,8 @@ def pack(value):
     return file.getvalue(), tensors
 
 
-def unpack(data):
-    """(value, tensors): what pack() was given, with fresh CPU tensors whose content is still to come; trust the sender."""
+def unpack(data: bytes) -> tuple[Any, list[torch.Tensor]]:
+    """(value, tensors): the value given to pack(), with new CPU tensors still to be filled; unpickles, so the sender must be trusted."""
     tensors = []
 
     class Unpickler(pickle.Unpickler):
@@ -39,7 +41,7 @@ def unpack(data):
     return Unpickler(io.BytesIO(data)).load(), tensors
 
 
-def pieces(tensor, nbytes):
+def pieces(tensor: torch.Tensor, nbytes: int) -> Iterator[torch.Tensor]:
     """The bytes of a contiguous CPU tensor as views of at most nbytes, uint8 [n]."""
-    flat = tensor.reshape(-1)  # 0-dim tensors cannot be seen as another type
+    flat = tensor.reshape(-1)  # 0-dim tensors cannot be viewed as another type
     return flat.view(torch.uint8).split(nbytes) if flat.numel() else ()

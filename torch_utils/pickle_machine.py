@@ -1,78 +1,81 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A pickle as data: a machine for the few opcodes of published networks and statistics, which looks nothing up, imports and calls nothing.
+"""A pickle as data: a machine for the few opcodes of published networks and statistics, which imports and calls nothing.
 
-Python's own unpickler takes no part in this. A global is a word from a list, a call is a Record of what would have been called, and
-what the file claims (lengths, counts) is held against what it has before memory is taken."""
+Python's own unpickler is not used. A global becomes a word from a list, a call becomes a Record of what would have been called, and
+the lengths and counts that a file claims are checked against its size before memory is allocated."""
 
 import pickle  # for the names of its opcodes
 import pickletools
 import struct
+from collections.abc import Callable
+from typing import Any
 
 MAX_STEPS = 1_000_000  # opcodes and visits; a network of 300 million parameters takes about 100,000
-MAX_TEXT = 16 << 20    # bytes of text in all, most of which is the source that such files carry along
+MAX_TEXT = 16 << 20    # bytes of text in all, most of it the source code that such files contain
 MAX_NAME = 1000        # characters of a global's or a tensor's name, or of a word among the arguments
 
 
 class Refused(Exception):
-    """What is wrong with a file, in words."""
+    """A file was refused; the message says what is wrong with it."""
 
 
 class Limits:
-    """What is left of the work and of the text that one file may cost. steps: of the work; text: bytes."""
+    """The remaining budget for reading one file. steps: opcodes and visits; text: bytes."""
 
-    def __init__(self, steps=MAX_STEPS, text=MAX_TEXT):
+    def __init__(self, steps: int = MAX_STEPS, text: int = MAX_TEXT):
         self.most = self.steps = steps
         self.most_text = self.text = text
 
-    def step(self):
+    def step(self) -> None:
         self.steps -= 1
         if self.steps < 0:
             raise Refused(f'takes more than {self.most} steps to read')
 
-    def read_text(self, size):
+    def read_text(self, size: int) -> None:
         self.text -= size
         if self.text < 0:
             raise Refused(f'holds more than {self.most_text >> 20} MiB of text')
 
 
 class Global:
-    """The name of something in a library: its word in the list of those that may be named."""
+    """A reference to a global of some module; word: its name in the list of those that are allowed."""
 
     __slots__ = ('word',)
 
-    def __init__(self, word):
+    def __init__(self, word: str):
         self.word = word
 
 
 class Record:
-    """A call that was not made: the word of its global, its arguments, and the state that would have been set afterwards."""
+    """A call that was not made: the word of its global, its arguments, and the state that would have been set on the result."""
 
     __slots__ = ('args', 'state', 'word')
 
-    def __init__(self, word, args):
+    def __init__(self, word: str, args: tuple):
         self.word, self.args, self.state = word, args, None
 
 
-def is_record(value, word):
-    """Whether a value stands for a call of that word."""
+def is_record(value: Any, word: str) -> bool:
+    """Whether a value represents a call of this word."""
     return isinstance(value, Record) and value.word == word
 
 
 class Machine:
-    """The stack machine of one pickle, data[position:]; run() gives what it describes, in Records and plain values.
+    """The stack machine of one pickle, data[position:]; run() returns its value as Records and plain values.
 
-    data: a memoryview; bytes are handed out as views of it. words: {(module, name): word} of the globals that it may name.
-    record(word, args): what stands for a call. persistent: whether it may refer to things outside, as PyTorch's storages do.
-    keys: types of the keys of dicts. Every value was paid for in `limits`; keys are text, or whole numbers where those are allowed, so
-    that nothing strange is hashed or compared; sets are lists."""
+    data: a memoryview; bytes are returned as views of it. words: {(module, name): word} of the globals that are allowed.
+    record(word, args): the value that represents a call. persistent: whether persistent ids are allowed, as for PyTorch's storages.
+    keys: allowed types of dict keys (text, whole numbers), so that nothing else is hashed or compared. Every value is counted in
+    `limits`. Sets become lists."""
 
-    def __init__(self, data, position, words, limits, record=Record, persistent=False, keys=(str,)):
+    def __init__(self, data: memoryview, position: int, words: dict[tuple[str, str], str], limits: Limits, record: Callable = Record,
+                 persistent: bool = False, keys: tuple[type, ...] = (str,)):
         self.data, self.position, self.words, self.limits = data, position, words, limits
         self.record, self.is_persistent, self.keys = record, persistent, keys
         self.stack, self.marks, self.memo = [], [], {}
 
-    def run(self):
-        """The value that the pickle ends with; `position` is then behind it. Raises Refused."""
+    def run(self) -> Any:
+        """The value of the pickle; `position` is then behind its end. Raises Refused."""
         while True:
             self.limits.step()
             code = bytes(self.take(1))
@@ -80,13 +83,13 @@ class Machine:
                 return self.pop()
             if code not in OPCODES:
                 known = pickletools.code2op.get(code.decode('latin-1'))
-                raise Refused(f'uses the opcode {known.name}, which such files do not need' if known else 'is damaged (unknown opcode)')
+                raise Refused(f'uses the opcode {known.name}, which such files never contain' if known else 'is damaged (unknown opcode)')
             OPCODES[code](self)
 
     # Bytes of the file
 
     def take(self, size):
-        """The next bytes, as a view: no memory is taken, however large the claim."""
+        """The next bytes, as a view: no memory is allocated, however large the claimed length."""
         part = self.data[self.position:self.position + size]
         if len(part) != size:
             raise Refused('is cut off, or claims more bytes than it has')
@@ -176,7 +179,7 @@ class Machine:
 
     def name_global(self, module, name):
         if (module, name) not in self.words:
-            raise Refused(f'asks for {ascii(f"{module}.{name}"[:200])[1:-1]}, which is not read')
+            raise Refused(f'asks for {ascii(f"{module}.{name}"[:200])[1:-1]}, which is not allowed')
         self.push(Global(self.words[module, name]))
 
     def reduce(self):
@@ -185,16 +188,16 @@ class Machine:
 
     def build(self):
         state = self.pop()
-        if not isinstance(self.top(Record | dict), dict):  # attributes of a dict, which state dicts have, are no part of it
+        if not isinstance(self.top(Record | dict), dict):  # attributes of a dict, which state dicts have, are ignored
             self.stack[-1].state = state
 
     def persistent(self):
         if not self.is_persistent:
-            raise Refused('uses the opcode BINPERSID, which such files do not need')
+            raise Refused('uses the opcode BINPERSID, which such files never contain')
         self.push(Record('persistent', self.pop()))
 
 
-# Two widths of one opcode differ in how many bytes a length or a key takes.
+# The variants of an opcode differ in the number of bytes of a length or key.
 OPCODES = {
     pickle.PROTO: Machine.protocol,
     pickle.FRAME: Machine.frame,

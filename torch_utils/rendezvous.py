@@ -1,35 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where ranks meet: the store that they share, what each knows of the others, and a name for this start which no earlier one had."""
+"""Connects the ranks: the store that they share, a description of each rank, and a unique name for this start of the program."""
 
 import json
 import os
 import socket
 import time
+from collections.abc import Callable
 from datetime import timedelta
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import psutil
 from torch.distributed import PrefixStore, TCPStore
 
 from dnnlib import UserError
 
-JOIN_SEC = 600    # in which all ranks must have started; nodes of a cluster may come up minutes apart
-STORE_SEC = 60    # for what the store is asked; it looks up the names of addresses first, for which a network may take long
-PROBE_SEC = 5     # for an answer at all
-REPORT_SEC = 60   # between lines about a wait
-PAUSES_SEC = 0.001, 0.1  # between looks into the store: at first, and after a while
+JOIN_SEC = 600    # time for all ranks to start; nodes of a cluster may come up minutes apart
+STORE_SEC = 60    # timeout of the store's operations, which include name look-ups that may be slow
+PROBE_SEC = 5     # timeout for a first connection
+REPORT_SEC = 60   # time between lines about a wait
+PAUSES_SEC = 0.001, 0.1  # time between polls of the store: at first, and after a while
 
 
 class Peer(NamedTuple):
-    """A rank, as the others know it."""
+    """The description of a rank."""
 
     host: str
     pid: int
-    node: str         # equal on the ranks of one node alone
+    node: str         # equal exactly on the ranks of one node
     local_rank: int
     device: str       # 'NVIDIA H200', '4 threads'
-    address: str      # its own, on the way to the store
-    nonce: str        # of this process alone
+    address: str      # its own, in the network that leads to the store
+    nonce: str        # unique to this process
 
     def __str__(self):
         return f'host {self.host}, pid {self.pid}'
@@ -38,24 +39,24 @@ class Peer(NamedTuple):
 class Group(NamedTuple):
     """The ranks of one start."""
 
-    store: PrefixStore    # for this start alone, though the server may outlive it
-    watch: PrefixStore    # the same, over a connection of its own for another thread
+    store: PrefixStore    # with keys of this start only, since the server may outlive it
+    watch: PrefixStore    # the same, over a separate connection for another thread
     place: tuple          # (host, port) of the server
     prefixes: tuple       # of the keys, for further connections
     peers: list           # [Peer of rank 0, ...]
     serves: bool          # whether the server lives in this process
 
-    def connect(self):
-        """One more connection to the store. Raises OSError or RuntimeError."""
+    def connect(self) -> PrefixStore:
+        """Another connection to the store. Raises OSError or RuntimeError."""
         return _prefixed(connect(*self.place), self.prefixes)
 
 
-def meet(rank, size, device, local_rank):
-    """Waits for all ranks to start; returns their Group. device: what this rank computes on, in words. Raises UserError."""
+def meet(rank: int, size: int, device: str, local_rank: int) -> Group:
+    """Waits for all ranks to start; returns their Group. device: the name of this rank's device. Raises UserError."""
     place = os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT'])
     serves = rank == 0 and os.environ.get('TORCHELASTIC_USE_AGENT_STORE') != 'True'
     plain = serve(*place) if serves else reach(*place)
-    watch = reach(*place)  # now: connecting may take long, and silence is counted as soon as the others know this rank
+    watch = reach(*place)  # now: connecting may take long, and the timeout starts once the others know this rank
     host = socket.gethostname()
     node = os.environ.get('GROUP_RANK') or f'{host} {_boot()}'
     peer = Peer(host, os.getpid(), node, local_rank, device, own_address(place[0]), os.urandom(8).hex())
@@ -68,20 +69,20 @@ def meet(rank, size, device, local_rank):
         _invite(plain, store, size, name)
         store.set('peers', json.dumps([json.loads(store.get(f'peer/{other}')) for other in range(size)]))
     elif not poll(lambda: store.check(['peers']), JOIN_SEC):
-        raise UserError(f'the {size} ranks did not all join within {JOIN_SEC:g} s; rank 0 says which are missing')
+        raise UserError(f'the {size} ranks did not all join within {JOIN_SEC:g} s; rank 0 prints which are missing')
     peers = [Peer(*fields) for fields in json.loads(store.get('peers'))]
     if peers[rank].nonce != peer.nonce:
         raise given_twice(rank, peer)
     return Group(store, _prefixed(watch, prefixes), place, prefixes, peers, serves)
 
 
-def given_twice(rank, peer):
-    """The error of a process whose number another one has, too."""
+def given_twice(rank: int, peer: Peer) -> UserError:
+    """The error for two processes with the same rank."""
     return UserError(f'RANK={rank} was given twice: to this process ({peer}) and to another; each rank needs a number of its own')
 
 
 def serve(host, port):
-    """The store, served by this process. Raises UserError."""
+    """Starts the server of the store in this process. Raises UserError."""
     try:
         return TCPStore(host, port, None, True, timedelta(seconds=STORE_SEC), wait_for_workers=False)
     except RuntimeError as err:
@@ -90,7 +91,7 @@ def serve(host, port):
 
 
 def reach(host, port):
-    """The store, served by rank 0 or its launcher, as soon as it is there. Raises UserError."""
+    """Waits for the server of the store, which runs in rank 0 or its launcher, and connects to it. Raises UserError."""
     found = []
 
     def there():
@@ -100,23 +101,24 @@ def reach(host, port):
             there.error = err
         return bool(found)
 
-    waiting = lambda seconds: print(f'waiting for {host}:{port}, where rank 0 is to answer: {first_line(there.error)}', flush=True)
+    waiting = lambda seconds: print(f'waiting for rank 0 to answer at {host}:{port}: {first_line(there.error)}', flush=True)
     if not poll(there, JOIN_SEC, waiting, slow=1):
-        raise UserError(f'MASTER_ADDR={host} MASTER_PORT={port}: nobody answered within {JOIN_SEC:g} s ({first_line(there.error)}); '
-                        'start rank 0 there, and let all nodes name its address')
+        raise UserError(f'MASTER_ADDR={host} MASTER_PORT={port}: no answer within {JOIN_SEC:g} s ({first_line(there.error)}); '
+                        'start rank 0 there, and set its address on all nodes')
     return found[0]
 
 
 def connect(host, port):
     """A client of the store. Raises OSError or RuntimeError."""
-    # TCPStore prints pages where it does not get through: it is let in only where somebody listens. This is no way to look in often:
-    # the server looks up the name of every address that connects, and answers nobody meanwhile.
+    # TCPStore prints pages of errors if it cannot connect: hence a plain connection is tried first. Not to be done often: the server
+    # looks up the name of every address that connects, and answers nobody meanwhile.
     socket.create_connection((host.strip('[]'), port), PROBE_SEC).close()
     return TCPStore(host, port, None, False, timedelta(seconds=STORE_SEC), wait_for_workers=False)
 
 
-def poll(ready, seconds=float('inf'), report=None, slow=PAUSES_SEC[1]):
-    """Waits until ready() is true, or that long: then returns False. report: callable(seconds waited), called once a minute."""
+def poll(ready: Callable[[], bool], seconds: float = float('inf'), report: Callable[[float], Any] | None = None,
+         slow: float = PAUSES_SEC[1]) -> bool:
+    """Waits until ready() is true; returns False after the given time. report: callable(seconds waited), called once a minute."""
     start, told, pause = time.monotonic(), 0, PAUSES_SEC[0]
     while not ready():
         waited = time.monotonic() - start
@@ -130,8 +132,8 @@ def poll(ready, seconds=float('inf'), report=None, slow=PAUSES_SEC[1]):
     return True
 
 
-def own_address(host):
-    """The address that this node has for `host`; '' where it knows no way there."""
+def own_address(host: str) -> str:
+    """This node's own address in the network that leads to `host`; '' if there is no route."""
     try:
         family, _, _, _, address = socket.getaddrinfo(host.strip('[]'), 9, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, socket.SOCK_DGRAM) as probe:
@@ -141,10 +143,10 @@ def own_address(host):
         return ''
 
 
-def interface(group, rank):
-    """The network interface that leads from the rank's node to the other nodes; None on one node, or where none is found.
+def interface(group: Group, rank: int) -> str | None:
+    """The network interface that leads from the rank's node to the other nodes; None on one node, or if none is found.
 
-    Gloo takes the one that the host's name belongs to, which is the loopback where /etc/hosts says 127.0.1.1."""
+    By default Gloo takes the interface of the host's name, which is the loopback if /etc/hosts says 127.0.1.1."""
     others = [peer.address for peer in group.peers if peer.node != group.peers[rank].node]
     if not others:
         return None
@@ -154,8 +156,8 @@ def interface(group, rank):
     return names[0] if own and names else None
 
 
-def first_line(error):
-    """What an error of PyTorch says, without the trace that comes after it."""
+def first_line(error: BaseException) -> str:
+    """The message of a PyTorch error, without the trace that follows it."""
     return str(error).strip().split('\n')[0].strip() or type(error).__name__
 
 
@@ -166,7 +168,7 @@ def _prefixed(store, prefixes):
 
 
 def _boot():
-    """A text that differs among machines of one name, such as containers."""
+    """A text that differs between machines with the same name, such as containers."""
     try:
         with open('/proc/sys/kernel/random/boot_id', encoding='ascii') as file:
             return file.read().strip()
@@ -175,7 +177,7 @@ def _boot():
 
 
 def _ask(plain, rank, peer):
-    """Asks rank 0 for the name of this start. What ranks of an earlier one had asked may still be in the store: hence the nonce."""
+    """Asks rank 0 for the name of this start. Requests of an earlier start may still be in the store: hence the nonce."""
     base = PrefixStore('ranks', plain)
     base.set(f'asks/{rank}', peer.nonce)
 
@@ -190,13 +192,13 @@ def _ask(plain, rank, peer):
 
 
 def _invite(plain, store, size, name):
-    """Rank 0: tells the name to whoever asks for it, until every rank has described itself under it."""
+    """On rank 0: gives the name to every rank that asks, until each has stored its description under it."""
     base, answered, missing = PrefixStore('ranks', plain), {}, []
 
     def complete():
         for rank in range(1, size):
             if base.check([f'asks/{rank}']) and answered.get(rank) != (asker := base.get(f'asks/{rank}').decode()):
-                base.set(f'name/{asker}', name)  # which nobody reads where the asker belonged to an earlier start
+                base.set(f'name/{asker}', name)  # never read if the request belongs to an earlier start
                 answered[rank] = asker
         missing[:] = [rank for rank in range(1, size) if not store.check([f'peer/{rank}'])]
         return not missing

@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads files of torch.save that hold tensors and plain values alone, and executes nothing of them.
+"""Reads torch.save files of tensors and plain values without executing anything in them.
 
-PyTorch's own reader takes no part in this: its weights_only knows dozens of types, some of which are made as large as the file says, its
-older formats take memory for whatever they claim, and parts of it are C++ that trusts the file. Here a tensor is a view of bytes that
-are there, whose CRC-32 is right."""
+PyTorch's own reader is not used: its weights_only allows dozens of types, some of which are allocated at whatever size the file claims,
+its older formats do the same, and parts of it are C++ that trusts the file. Here a tensor is a view of bytes in the file, whose CRC-32
+has been verified."""
 
 import math
 import mmap
 import os
 import zipfile
 import zlib
+from typing import Any
 
 import torch
 
@@ -30,14 +31,15 @@ STORAGES = {'DoubleStorage': torch.float64, 'FloatStorage': torch.float32, 'Half
             'CharStorage': torch.int8, 'ByteStorage': torch.uint8, 'BoolStorage': torch.bool}
 
 
-def read(path, what='a file of tensors', hint='', option='', mapped=False, checksums=True):
-    """What a file of torch.save holds, tensors on the CPU: dicts (keys are text or whole numbers), lists, tuples and plain values.
+def read(path: str | os.PathLike, what: str = 'a file of tensors', hint: str = '', option: str = '', mapped: bool = False,
+         checksums: bool = True) -> Any:
+    """The content of a torch.save file, tensors on the CPU: dicts (keys are text or whole numbers), lists, tuples and plain values.
 
-    what, hint, option: for errors: what the file should be, what to do, and who named it, such as "--weights=". mapped: the tensors are
-    the file's own pages, which cost nothing until they are looked at, and are good only while the file stays as it is; otherwise they
-    have memory of their own. Tensors that shared memory share it again. checksums: whether the CRC-32 of the tensors is compared; that of
-    the values always is. Raises UserError, in one line, for anything else than such a file, for files that are cut off or damaged, and
-    for tensors that the file cannot hold."""
+    what, hint, option: for errors: what the file should be, what to do, and the option that names it, such as "--weights=". mapped: the
+    tensors are mapped from the file, read only when they are used, and valid only while the file is unchanged; otherwise they have
+    memory of their own. Tensors that shared memory share it again. checksums: whether to verify the CRC-32 of the tensors; that of the
+    values is always verified. Raises UserError, in one line, for other kinds of files, for truncated or damaged files, and for tensors
+    larger than the file."""
     try:
         with open(path, 'rb') as f:
             return Reader(f, mapped, checksums).tree()
@@ -50,42 +52,42 @@ def read(path, what='a file of tensors', hint='', option='', mapped=False, check
 
 
 class Reader:
-    """One file. Nothing that it makes is larger than the file, or larger together."""
+    """Reads one file. The total size of what it allocates never exceeds that of the file."""
 
     def __init__(self, file, mapped, checksums):
         self.mapped, self.checksums, self.limits = mapped, checksums, Limits(MAX_STEPS)
-        self.left = os.fstat(file.fileno()).st_size  # bytes of tensors that there can be
+        self.left = os.fstat(file.fileno()).st_size  # bytes of tensors that may still be read
         self.storages = {}  # name of the record -> 1-D tensor
         if not self.left:
             raise Refused('is empty')
-        self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # writable, because PyTorch warns of memory that is not
+        self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # writable, because PyTorch warns about read-only memory
         self.data = memoryview(self.map)
         self.members, self.prefix = self._directory(file)
 
     def _directory(self, file):
-        """({name: ZipInfo}, what the names of the records begin with)."""
+        """({name: ZipInfo}, prefix of the record names)."""
         self._check_directory()
         try:
             with zipfile.ZipFile(file) as archive:
                 infos = archive.infolist()
         except (*DAMAGE, OverflowError):
-            raise Refused('is no whole zip file, which torch.save writes') from None
+            raise Refused('is not a complete zip file, as torch.save writes') from None
         members = {info.filename: info for info in infos}
         found = [name for name in members if name.endswith('/data.pkl') and name.count('/') == 1]
         if len(found) != 1 or len(members) != len(infos):
-            raise Refused('is a zip file of other things than torch.save writes')
+            raise Refused('is a zip file, but not one that torch.save wrote')
         return members, found[0].removesuffix('data.pkl')
 
     def _check_directory(self):
-        """Looks at the end of the file alone, which torch.save writes without a comment."""
+        """Checks the end of the file, which torch.save writes without a comment."""
         end, wide = bytes(self.data[-22:]), bytes(self.data[-98:-42])  # the latter in files of 4 GiB and more
         size = int.from_bytes(end[12:16], 'little')
         if size == 2 ** 32 - 1 and wide[:4] == b'PK\x06\x06':
             size = int.from_bytes(wide[40:48], 'little')
         if end[:4] != b'PK\x05\x06' or size > MAX_DIRECTORY:
-            raise Refused('is no whole zip file, which torch.save writes')
+            raise Refused('is not a complete zip file, as torch.save writes')
 
-    def record(self, name, checksum=True):
+    def record(self, name: str, checksum: bool = True) -> memoryview:
         """The bytes of a record, as a view of the file."""
         info = self.members.get(self.prefix + name)
         if info is None:
@@ -104,7 +106,7 @@ class Reader:
             raise Refused(f'is damaged: its record {ascii(name[:50])} has a wrong checksum')
         return found
 
-    def tree(self):
+    def tree(self) -> Any:
         """What the file holds."""
         if self.prefix + 'byteorder' in self.members and self.record('byteorder') != b'little':
             raise Refused('was written on a big-endian machine')
@@ -115,11 +117,11 @@ class Reader:
         except Refused as err:
             raise Refused(f'holds more than tensors and plain values, or is damaged: it {err}') from None
         done = MAX_STEPS - self.limits.steps
-        self.limits.steps = min(self.limits.steps, 2 * done + 1000)  # parts that are met again and again would take for ever
+        self.limits.steps = min(self.limits.steps, 2 * done + 1000)  # shared parts that are visited again and again would take for ever
         return self.plain(root)
 
-    def plain(self, value, depth=0):
-        """The tree of a value, each part of it made anew: parts that are met again and again are paid for each time."""
+    def plain(self, value: Any, depth: int = 0) -> Any:
+        """A copy of a value as a tree; shared parts are copied, and counted in the limits, each time they are visited."""
         self.limits.step()
         if depth > MAX_DEPTH:
             raise Refused(f'is nested more than {MAX_DEPTH} levels deep')
@@ -135,8 +137,8 @@ class Reader:
             return self.tensor(value.args)
         raise Refused('holds more than tensors and plain values')
 
-    def tensor(self, args):
-        """A tensor over a storage of the file: (storage, offset, size, stride, ...)."""
+    def tensor(self, args: tuple) -> torch.Tensor:
+        """A tensor that views a storage of the file; args: (storage, offset, size, stride, ...)."""
         if len(args) < 4 or not is_record(args[0], 'persistent'):
             raise Refused('is damaged (a tensor without a storage)')
         offset, size, stride = args[1:4]
@@ -153,7 +155,7 @@ class Reader:
     def _too_large(self):
         raise Refused('is damaged (a tensor that is larger than its storage)')
 
-    def storage(self, fields):
+    def storage(self, fields: tuple) -> torch.Tensor:
         """The values of a storage, 1-D: ("storage", type, name of the record, device, number of values)."""
         if not isinstance(fields, tuple) or len(fields) != 5 or not isinstance(fields[1], Global) or type(fields[2]) is not str:
             raise Refused('is damaged (a storage of an unknown form)')
@@ -178,13 +180,13 @@ class Reader:
             found = found if max(found) <= 1 else bytearray(value != 0 for value in found)
         if self.mapped:
             return torch.frombuffer(found, dtype=dtype)
-        return torch.frombuffer(found, dtype=torch.uint8).clone().view(dtype)  # which need not lie at a multiple of its size
+        return torch.frombuffer(found, dtype=torch.uint8).clone().view(dtype)  # the bytes need not be aligned
 
 
 def _record(word, args):
-    """What stands for a call: an empty dict is itself."""
+    """The value that represents a call: an empty dict, or a Record."""
     if word == 'dict':
         if args:
-            raise Refused('is damaged (arguments where none belong)')
+            raise Refused('is damaged (unexpected arguments)')
         return {}
     return Record(word, args)

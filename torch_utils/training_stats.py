@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Means and standard deviations of what a run reports, gathered on the device and over the ranks without a synchronisation per step."""
+"""Means and standard deviations of reported values, accumulated on the device and over the ranks without a synchronisation per step."""
+
+from collections.abc import Sequence
 
 import torch
 
@@ -9,13 +11,13 @@ from torch_utils import distributed
 class Collector:
     """Accumulates named values until flush(). Every rank must report the same names."""
 
-    def __init__(self, device='cpu'):
+    def __init__(self, device: torch.device | str = 'cpu'):
         self.device = torch.device(device)
         self._sums = {}  # name -> float64 [3]: how many, sum, sum of squares
         self._tables = {}  # name -> (labels, float64 [len(labels), 3])
 
-    def report(self, name, values, mask=None):
-        """Adds values (a tensor of any shape, or a number) under a name; where a mask of the same shape is given, only those it marks.
+    def report(self, name: str, values: torch.Tensor | float, mask: torch.Tensor | None = None) -> None:
+        """Adds values (a tensor of any shape, or a number) under a name; with a mask of the same shape, only those it selects.
 
         Non-finite values are left out of the mean and counted under "<name>/nonfinite"."""
         x = torch.as_tensor(values, device=self.device).detach().flatten().double()
@@ -24,10 +26,10 @@ class Collector:
         self._add(name, torch.where(finite, x, 0.0), chosen & finite)
         self._add(f'{name}/nonfinite', (~finite).double(), chosen)
 
-    def report_groups(self, name, values, group, labels):
-        """Adds values under `name` and under "name/label", label = labels[group]; "a/b" counts under "a" too, as a folder does.
+    def report_groups(self, name: str, values: torch.Tensor, group: torch.Tensor, labels: Sequence[str]) -> None:
+        """Adds values under `name` and under "name/label", label = labels[group]; the label "a/b" counts under "a" too.
 
-        values: [N]; group: int64 [N], below len(labels). One pass over the values, however many groups there are."""
+        values: [N]; group: int64 [N], below len(labels). One pass over the values, whatever the number of groups."""
         x = torch.as_tensor(values, device=self.device).detach().flatten().double()
         finite = torch.isfinite(x)
         x = torch.where(finite, x, 0.0)
@@ -38,7 +40,7 @@ class Collector:
         self._add(f'{name}/nonfinite', (~finite).double(), torch.ones_like(finite))
 
     def _unfold(self):
-        """Adds each group of the tables to the names that it counts under."""
+        """Adds each group of the tables to all names that it counts under."""
         for name, (labels, table) in self._tables.items():
             for label, moments in zip(labels, table):
                 parts = label.split('/')
@@ -52,13 +54,13 @@ class Collector:
     def _add(self, name, x, chosen):
         self._accumulate(name, torch.stack([chosen.double(), x * chosen, x * x * chosen]).sum(dim=1))
 
-    def state(self):
-        """What was gathered on this rank since the last flush, copied to host memory."""
+    def state(self) -> dict:
+        """The sums of this rank since the last flush, copied to host memory."""
         sums = {name: moments.cpu().clone() for name, moments in self._sums.items()}
         return dict(sums=sums, tables={name: [list(labels), table.cpu().clone()] for name, (labels, table) in self._tables.items()})
 
-    def restore(self, states):
-        """Goes on from the state() of every rank, a list; on another number of ranks, rank 0 takes what all of them had gathered."""
+    def restore(self, states: list[dict]) -> None:
+        """Restores the state() of every rank, a list; if the number of ranks has changed, rank 0 takes the sums of all of them."""
         if len(states) == distributed.size():
             states = states[distributed.rank():][:1]
         elif distributed.rank() != 0:
@@ -70,8 +72,8 @@ class Collector:
                 held = self._tables[name][1] if name in self._tables else 0
                 self._tables[name] = labels, table.to(self.device) + held
 
-    def flush(self):
-        """{name: {num, mean, std}} over all ranks since the last flush; names that got no value have num 0 and mean None.
+    def flush(self) -> dict[str, dict]:
+        """{name: {num, mean, std}} over all ranks since the last flush; names without values have num 0 and mean None.
 
         Counters of non-finite values appear only where they are not zero."""
         self._unfold()

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""HTML that escapes by construction: whatever is not made by tag() is text."""
+"""Builds HTML that is always escaped: everything not made by tag() is text."""
 
 import html
 import json
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from dnnlib.util import printable
 
@@ -10,15 +12,15 @@ VOID = ('img', 'input', 'meta')
 
 
 class Html(str):
-    """Text that is HTML already."""
+    """Text that already is HTML."""
 
 
-def text(value):
+def text(value: Any) -> Html:
     """A value as HTML text; control characters, line ends and bytes that are not UTF-8 are shown as escapes."""
     return value if isinstance(value, Html) else Html(html.escape(printable(str(value)), quote=True))
 
 
-def tag(name, /, *children, **attributes):
+def tag(name: str, /, *children: Any, **attributes: Any) -> Html:
     """An element: children are Html, or values that are escaped. None and False leave an attribute out, True gives it no value.
 
     A trailing underscore in an attribute's name is dropped, others become hyphens: class_="a", data_run=0."""
@@ -27,21 +29,21 @@ def tag(name, /, *children, **attributes):
     return Html(f'<{name}{given}>' if name in VOID else f'<{name}{given}>{join(*children)}</{name}>')
 
 
-def join(*parts):
+def join(*parts: Any) -> Html:
     """Parts one after the other, escaped where they are not Html."""
     return Html(''.join(map(text, parts)))
 
 
-def table(head, rows, caption=None):
-    """A table that scrolls by itself where the page is too narrow: names of the columns, and rows whose first cell names them."""
+def table(head: Sequence, rows: Iterable[Sequence], caption: str | None = None) -> Html:
+    """A table that scrolls on its own if the page is too narrow. head: column names; rows: the first cell names the row."""
     lines = [tag('tr', *(tag('th', cell, scope='col') for cell in head))]
     body = [tag('tr', tag('th', first, scope='row'), *(tag('td', cell) for cell in rest)) for first, *rest in rows]
     return tag('div', tag('table', *([tag('caption', caption)] if caption else []), tag('thead', *lines), tag('tbody', *body)),
                class_='scroll')
 
 
-def json_script(value, ident):
-    """JSON that a script reads from an element that runs nothing: no value in it can end the element."""
+def json_script(value: Any, ident: str) -> Html:
+    """JSON data in a script element that is not executed; escaped so that no value can end the element."""
     data = json.dumps(value, allow_nan=False, separators=(',', ':'))
     for character in '<>&':
         data = data.replace(character, f'\\u{ord(character):04x}')

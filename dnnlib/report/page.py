@@ -6,9 +6,11 @@ import datetime
 import hashlib
 import os
 import re
+from collections.abc import Sequence
 
 from dnnlib.report import samples, tables
 from dnnlib.report.markup import Html, join, json_script, table, tag
+from dnnlib.report.runs import Run
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 MAX_POINTS = 1000     # of a curve; longer ones are averaged over neighbouring points
@@ -18,21 +20,21 @@ COLOURS = 6           # page.css has as many
 # (title, pattern of the curves' names, pattern of those that the slider smooths, whether the section is closed at first, remark)
 GROUPS = [
     ('Training loss', r'Loss/[^/]+(/(clean|noisy))?', r'.*', False,
-     'Each term of the loss, summed over the values of an image; over all images, and over clean and noisy ones apart.'),
+     'Each term of the loss, summed over the values of an image: over all images, and separately over clean and noisy ones.'),
     ('Held-out loss', r'Val/(clean|noisy)', '', False,
-     'Of the weight average, on images that are not trained on, with fixed noise.'),
-    ('Metrics', r'Metrics/(?!.*_std\d*k?$).+', '', False, 'Of images that the weight average makes during training.'),
+     'Of the averaged weights (EMA), on images that are not trained on, with fixed noise.'),
+    ('Metrics', r'Metrics/(?!.*_std\d*k?$).+', '', False, 'Of images generated with the averaged weights (EMA) during training.'),
     ('Learning rate, gradients, pairs', r'Optimizer/lr|Grad/.+|GNS/.+|Pairs/accepted', r'Grad/norm|GNS/.+|Pairs/.+', False, ''),
     ('Speed and memory', r'Timing/img_per_sec|Resources/.+', r'.*', False, ''),
     ('Training loss by noise level', r'Loss/[^/]+/(clean|noisy)/q\d', r'.*', True,
-     'By quartile of p(sigma), q1 the least noise.'),
+     'By quartile of p(sigma); q1 has the least noise.'),
 ]
 UNITS = [(r'Loss/.*|Val/.*', 'loss'), (r'Timing/img_per_sec', 'images/s'), (r'Resources/.*_gib', 'GiB'), (r'Pairs/accepted', 'share'),
          (r'Optimizer/lr', 'learning rate'), (r'GNS/batch', 'images'), (r'Grad/norm', 'norm'), (r'Grad/skipped', 'share of updates')]
 
 
-def page(runs, made_by):
-    """The page as text. runs: [Run, ...] with different names. made_by: what the foot of the page says made it."""
+def page(runs: Sequence[Run], made_by: str) -> str:
+    """The page as text. runs: [Run, ...] with different names. made_by: program and version for the header of the page."""
     differ, alike = tables.options(runs)
     title = f'Run {runs[0].name}' if len(runs) == 1 else f'{len(runs)} runs: {", ".join(run.name for run in runs)}'
     style, script = (_read(name) for name in ('page.css', 'page.js'))
@@ -75,7 +77,7 @@ def _swatch(index):
 
 
 def _controls(runs):
-    """The legend, which shows and hides runs, and how curves are drawn; without JavaScript the legend alone."""
+    """The legend, whose entries show and hide runs, and the controls for drawing curves; without JavaScript only the legend."""
     legend = [tag('label', tag('input', type='checkbox', checked=True, class_='js', data_run=index), _swatch(index), run.name)
               for index, run in enumerate(runs)]
     choices = [tag('label', tag('input', type='radio', name='scale', value=value, checked=value == 'auto'), value)
@@ -110,13 +112,13 @@ def _alike(runs, alike):
 
 
 def _samples(runs):
-    """A strip for each run: pictures over time."""
+    """One strip of pictures over time per run."""
     rows = []
     for index, (run, strip) in enumerate(zip(runs, samples.strips(runs))):
         if strip:
             pictures = [_picture(run, kimg, uri) for kimg, uri in strip]
             rows.append(tag('div', tag('h3', _swatch(index), run.name), tag('div', *pictures, class_='strip'), class_='samples'))
-    remark = 'Of the weight average, from the same seeds every time. Select a picture to enlarge it.'
+    remark = 'Generated with the averaged weights (EMA), from the same seeds each time. Select a picture to enlarge it.'
     return rows and _section('Samples', *rows, remark=remark)
 
 
@@ -127,7 +129,7 @@ def _picture(run, kimg, uri):
 
 
 def _curves(runs, scales):
-    """A section for each group of curves with a place for each chart, which page.js draws."""
+    """One section per group of curves with a placeholder for each chart, which page.js draws."""
     known = sorted(set().union(*(run.curves for run in runs)))
     warning = incomparable(scales)
     for title, pattern, smooth, closed, remark in GROUPS:
@@ -135,14 +137,14 @@ def _curves(runs, scales):
         if names:
             charts = [_chart(name, data_curve=name, data_unit=unit(name), data_smooth=bool(re.fullmatch(smooth, name))) for name in names]
             values = table(['curve', *(run.name for run in runs)], [(name, *(tables.last(run, name) for run in runs)) for name in names])
-            note = tag('noscript', tag('p', 'The curves are drawn by JavaScript, which is off. Their last values:'), values)
+            note = tag('noscript', tag('p', 'The curves are drawn by JavaScript, which is turned off. Their last values:'), values)
             remark += warning if 'loss' in title else ''
             yield _details(title, note, tag('div', *charts, class_='charts'), opened=not closed, remark=remark)
 
 
-def incomparable(scales):
-    """A sentence that warns of comparing losses where these options differ; nothing where none does."""
-    return f' Not to be compared between runs that differ in {", ".join(scales)}: their losses mean different things.' if scales else ''
+def incomparable(scales: Sequence[str]) -> str:
+    """A sentence that warns against comparing losses if these options differ; empty if none does."""
+    return f' Do not compare runs that differ in {", ".join(scales)}: their losses are on different scales.' if scales else ''
 
 
 def _chart(title, **data):
@@ -150,8 +152,8 @@ def _chart(title, **data):
     return tag('figure', tag('figcaption', title), drawing, class_='js chart', **data)
 
 
-def unit(name):
-    """What the vertical axis of a curve says."""
+def unit(name: str) -> str:
+    """The label of a curve's vertical axis."""
     return next((found for pattern, found in UNITS if re.fullmatch(pattern, name)), 'value')
 
 
@@ -162,14 +164,14 @@ def _levels(runs, scales):
     charts = [_chart(f'{kind} images', data_level=kind, data_unit='loss') for kind in ('clean', 'noisy')
               if any(kind in found for found in tables.levels(runs))]
     return _details('Held-out loss by noise level', tag('div', *charts, class_='charts'), table(head, rows),
-                    remark='Of the last evaluation of each run, at the middles of equally probable parts of its noise distribution.'
+                    remark='From the last evaluation of each run, at the midpoints of equally probable intervals of its noise distribution.'
                     + incomparable(scales))
 
 
 def _metrics(runs):
     head, rows = tables.metrics(runs)
-    remark = ('"Images" is how many each value is of: values of different numbers of images, detectors or references are not to be '
-              'compared, nor with published ones.')
+    remark = ('"Images" is the number of generated images per value. Values with different numbers of images, detectors or references '
+              'cannot be compared with each other or with published ones.')
     return rows and _details('Metrics in numbers', table(head, rows), remark=remark)
 
 
@@ -179,13 +181,13 @@ def _versions(runs):
 
 
 # ----------------------------------------------------------------------------------------------------
-# What the charts are drawn from
+# Data of the charts
 
 
-def chart_data(runs):
+def chart_data(runs: Sequence[Run]) -> list[dict]:
     """[{"name", "curves": {name: [[kimg, ...], [value, ...]]}, "levels": {kind: [[sigma, ...], [value, ...]]}} for each Run].
 
-    Values have six significant digits. Curves that are longer than the page allows are means over as few neighbouring points as it does."""
+    Values have six significant digits. Curves too long for the page are averaged over as few neighbouring points as possible."""
     shown = re.compile('|'.join(f'(?:{pattern})' for _, pattern, *_ in GROUPS))
     drawn = [{name: points for name, points in run.curves.items() if shown.fullmatch(name)} for run in runs]
     limit = max(2, min(MAX_POINTS, ALL_POINTS // max(sum(map(len, drawn)), 1)))
@@ -201,8 +203,8 @@ def _columns(points):
     return [[float(f'{value:.{digits}g}') for value in column] for digits, column in zip((9, 6), zip(*points))]
 
 
-def thinned(points, limit):
-    """At most `limit` points: means of the values of equally many neighbours, where the last of these stands."""
+def thinned(points: list[tuple[float, float]], limit: int) -> list[tuple[float, float]]:
+    """At most `limit` points: means over equally many neighbouring points, placed at the last of them."""
     group = -(-len(points) // limit)
     if group == 1:
         return points

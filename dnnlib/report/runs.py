@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the folder of a run holds: the curves of stats.jsonl, options.json, and the grids of samples."""
+"""Reads the folder of a run: the curves of stats.jsonl, options.json, and the grids of samples."""
 
 import math
 import os
 import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from dnnlib.files import json_object, read_json
 from dnnlib.util import UserError
@@ -14,7 +16,7 @@ SAMPLES = re.compile(r'samples-(\d+(?:\.\d+)?)\.png')
 
 @dataclass
 class Run:
-    """One run. name: short, and different from those of the runs beside it. options: {dotted name: value}, without the versions.
+    """One run. name: short, and unique among the runs shown. options: {dotted name: value}, without the versions.
 
     curves: {name: [(nimg, value), ...]}. versions: {program: version}. samples: [(kimg, path of a picture), ...], in order of kimg."""
 
@@ -25,22 +27,22 @@ class Run:
     versions: dict = field(default_factory=dict)
     samples: list = field(default_factory=list)
 
-    def values(self, name):
+    def values(self, name: str) -> list[float]:
         """The values of a curve, in their order."""
         return [value for _, value in self.curves.get(name, [])]
 
-    def last(self, name):
-        """The last value of a curve, None of one that is not there."""
+    def last(self, name: str) -> float | None:
+        """The last value of a curve, None if there is no such curve."""
         return self.curves[name][-1][1] if name in self.curves else None
 
     @property
-    def nimg(self):
-        """Images trained on, as far as stats.jsonl tells."""
+    def nimg(self) -> float:
+        """Images trained on, according to stats.jsonl."""
         return max((points[-1][0] for points in self.curves.values()), default=0)
 
 
-def read_stats(folder):
-    """{name: [(nimg, value), ...]} of a run's folder. Left out are values that are not finite, and a last line cut off by a crash."""
+def read_stats(folder: str | os.PathLike) -> dict[str, list[tuple[float, float]]]:
+    """{name: [(nimg, value), ...]} of a run's folder, without non-finite values and without a last line cut off by a crash."""
     path = os.path.join(folder, 'stats.jsonl')
     if not os.path.isfile(path):
         raise UserError(f'{folder}: no stats.jsonl in it; give the folder of a run, such as runs/00000-name')
@@ -54,7 +56,7 @@ def read_stats(folder):
 
 
 def _points(line, where, cut_off):
-    """[(name, (nimg, value)), ...] of a line. cut_off: whether the line may be unfinished, and then counts for nothing."""
+    """[(name, (nimg, value)), ...] of a line. cut_off: whether the line may be unfinished, and is then ignored."""
     if not line.strip():
         return []
     try:
@@ -76,8 +78,8 @@ def _is_number(value):
         return False
 
 
-def read_run(folder, name=None):
-    """The Run in a folder. Raises UserError where it has no stats.jsonl, or where a file of it is broken.
+def read_run(folder: str | os.PathLike, name: str | None = None) -> Run:
+    """The Run in a folder. Raises UserError if it has no stats.jsonl, or one of its files is damaged.
 
     Runs without options.json have no options."""
     run = Run(folder, name or os.path.basename(os.path.abspath(folder)), read_stats(folder))
@@ -91,7 +93,7 @@ def read_run(folder, name=None):
     return run
 
 
-def read_runs(folders):
+def read_runs(folders: Iterable[str | os.PathLike]) -> list[Run]:
     """[Run, ...] of different folders, in their order; a folder that is given twice counts once."""
     known = {}
     for folder in folders:
@@ -100,8 +102,8 @@ def read_runs(folders):
     return [read_run(folder, name) for folder, name in zip(folders, names(folders))]
 
 
-def names(folders):
-    """The last parts of the paths, as many of each as tell them apart: ["a/x", "b/x", "y"] -> ["a/x", "b/x", "y"]."""
+def names(folders: Sequence[str | os.PathLike]) -> list[str]:
+    """The shortest endings of the paths that differ from all others: ["a/x", "b/x", "y"] -> ["a/x", "b/x", "y"]."""
     parts = [os.path.realpath(folder).split(os.sep) for folder in folders]
     found = []
     for own in parts:
@@ -112,7 +114,7 @@ def names(folders):
     return found
 
 
-def flatten(values, prefix=''):
+def flatten(values: dict, prefix: str = '') -> dict[str, Any]:
     """Nested dicts as one, with dotted names; lists stay values, and so do empty dicts."""
     found = {}
     for key, value in values.items():
@@ -123,7 +125,7 @@ def flatten(values, prefix=''):
     return found
 
 
-def families(curves, pattern):
+def families(curves: dict[str, list], pattern: str) -> dict[str, dict[str, list]]:
     """{panel: {curve: points}} of the names that match a pattern with the groups "panel" and "curve", both in sorted order."""
     found = {}
     for name in sorted(curves):

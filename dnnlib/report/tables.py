@@ -4,19 +4,23 @@
 import json
 import re
 import statistics
+from collections.abc import Iterable, Sequence
+from typing import Any
 
+from dnnlib.report.runs import Run
 from dnnlib.util import format_time
 
 LONGEST = 200  # characters of an option's value that are shown
 NONE = '–'
 LEVEL = re.compile(r'Val/(clean|noisy)/sigma=(.+)')
-METRIC = re.compile(r'Metrics/(.+?)(\d+k?)?')  # name, and how many images it is of
-LOWER, HIGHER = ('fid', 'kid'), ('inception_score', 'inception_score_mean', 'precision', 'recall', 'density', 'coverage')  # is better
+METRIC = re.compile(r'Metrics/(.+?)(\d+k?)?')  # name, and number of images
+# Metrics for which lower, or higher, is better.
+LOWER, HIGHER = ('fid', 'kid'), ('inception_score', 'inception_score_mean', 'precision', 'recall', 'density', 'coverage')
 SCALES = ('data.path', 'corruption.', 'objective.', 'network.arguments.sigma_data')  # options that change what a loss means
 
 
-def options(runs):
-    """([(name, value of each run), ...] that differ between the runs, [(name, value), ...] that all have alike); values as text."""
+def options(runs: Sequence[Run]) -> tuple[list[tuple], list[tuple]]:
+    """([(name, value of each run), ...] that differ between the runs, [(name, value), ...] that are equal in all); values as text."""
     differ, alike = [], []
     known = sorted(set().union(*(run.options for run in runs)))
     for name in known:
@@ -28,19 +32,19 @@ def options(runs):
     return differ, alike
 
 
-def shown(value):
-    """The value of an option: words as they are, all else as JSON has it."""
+def shown(value: Any) -> str:
+    """The value of an option as text: words unchanged, everything else as JSON."""
     found = value if isinstance(value, str) else json.dumps(value)
     return found if len(found) <= LONGEST else f'{found[:LONGEST]}...'
 
 
-def scale_options(differ):
-    """Names of the options among those that differ whose runs' losses are on different scales."""
+def scale_options(differ: Iterable[tuple]) -> list[str]:
+    """Names of the differing options that put the losses of the runs on different scales."""
     return [name for name, *_ in differ if name.startswith(SCALES)]
 
 
-def overview(runs):
-    """(head, rows): how far each run has come and where it stands, in one line a run."""
+def overview(runs: Sequence[Run]) -> tuple[list[str], list[tuple]]:
+    """(head, rows): progress and last losses, one row per run."""
     head = ['run', 'kimg', 'of kimg', 'time', 'training loss', 'held out, clean', 'held out, noisy', 'img/s']
     rows = []
     for run in runs:
@@ -51,7 +55,7 @@ def overview(runs):
     return head, rows
 
 
-def levels(runs):
+def levels(runs: Sequence[Run]) -> list[dict[str, list[tuple[float, float]]]]:
     """[{"clean" | "noisy": [(sigma, held-out loss), ...]} for each Run], from the run's last evaluation, in order of sigma."""
     found = []
     for run in runs:
@@ -66,8 +70,8 @@ def levels(runs):
     return found
 
 
-def level_rows(runs):
-    """(head, rows) of levels(): a row for each sigma, columns for each run and kind that has any."""
+def level_rows(runs: Sequence[Run]) -> tuple[list[str], list[tuple]]:
+    """(head, rows) of levels(): one row per sigma, one column per run and kind of images that has values."""
     found = levels(runs)
     columns = [(run.name, kind, dict(points)) for run, kinds in zip(runs, found) for kind, points in kinds.items()]
     sigmas = sorted(set().union(*(points for _, _, points in columns)))
@@ -75,8 +79,8 @@ def level_rows(runs):
             [(number(sigma), *(number(points.get(sigma)) for _, _, points in columns)) for sigma in sigmas])
 
 
-def metrics(runs):
-    """(head, rows): for each metric how many images it is of, and for each run its last value and, where one is better, its best."""
+def metrics(runs: Sequence[Run]) -> tuple[list[str], list[tuple]]:
+    """(head, rows): for each metric the number of images, and for each run its last value and, where an order is known, its best."""
     names = sorted({name for run in runs for name in run.curves if METRIC.fullmatch(name)})
     rows = [(METRIC.fullmatch(name)[1], METRIC.fullmatch(name)[2] or NONE, *(_metric(run, name) for run in runs)) for name in names]
     for title, key in (('detector', 'run.metrics.detector'), ('reference', 'run.metrics.ref')):
@@ -98,42 +102,42 @@ def _metric(run, name):
     return said
 
 
-def speed(runs):
-    """(head, rows): images a second, memory, and the options that decide them."""
+def speed(runs: Sequence[Run]) -> tuple[list[str], list[tuple]]:
+    """(head, rows): images per second, memory, and the options that affect them."""
     lines = [('img/s, median of the ticks', rate), ('img/s, last tick', lambda run: last(run, 'Timing/img_per_sec')), ('time', duration),
-             ('memory of the process, GiB, largest', lambda run: number(max(run.values('Resources/cpu_gib'), default=None))),
-             ('memory on the GPU, GiB, largest', lambda run: number(max(run.values('Resources/gpu_peak_gib'), default=None)))]
+             ('peak memory of the process, GiB', lambda run: number(max(run.values('Resources/cpu_gib'), default=None))),
+             ('peak GPU memory, GiB', lambda run: number(max(run.values('Resources/gpu_peak_gib'), default=None)))]
     lines += [(title, lambda run, key=key: shown(run.options.get(key, NONE))) for title, key in
-              [('ranks', 'run.ranks'), ('batch', 'run.batch'), ('batch a GPU', 'run.batch_gpu'), ('precision', 'run.precision'),
+              [('ranks', 'run.ranks'), ('batch', 'run.batch'), ('batch per GPU', 'run.batch_gpu'), ('precision', 'run.precision'),
                ('compiled', 'run.compile')]]
     return ['', *(run.name for run in runs)], [(title, *map(value, runs)) for title, value in lines]
 
 
-def versions(runs):
-    """(head, rows): what each run was made with."""
+def versions(runs: Sequence[Run]) -> tuple[list[str], list[tuple]]:
+    """(head, rows): the versions that each run was made with."""
     names = list(dict.fromkeys(name for run in runs for name in run.versions))
     return ['', *(run.name for run in runs)], [(name, *(shown(run.versions.get(name, NONE)) for run in runs)) for name in names]
 
 
-def duration(run):
-    """Time that a run has trained for."""
+def duration(run: Run) -> str:
+    """Training time of a run as text."""
     seconds = run.last('Timing/seconds')
     return NONE if seconds is None else format_time(seconds)
 
 
-def rate(run):
-    """Median of the images a second; the first tick, which holds the warming up, counts where it is the only one."""
+def rate(run: Run) -> str:
+    """Median of the images per second; the first tick, which includes the warm-up, counts only if there is no other."""
     found = run.values('Timing/img_per_sec')
     return number(statistics.median(found[1:] or found) if found else None)
 
 
-def last(run, name):
+def last(run: Run, name: str) -> str:
     """The last value of a curve as text."""
     return number(run.last(name))
 
 
-def number(value, digits=4):
-    """A number in so many significant digits; what is none is shown as missing."""
+def number(value: float | None, digits: int = 4) -> str:
+    """A number with `digits` significant digits; any other value is shown as missing."""
     return f'{value:.{digits}g}' if isinstance(value, (int, float)) else NONE
 
 

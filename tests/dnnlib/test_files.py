@@ -90,8 +90,9 @@ def test_json_has_no_nan(tmp_path):
 
 
 @pytest.mark.parametrize('content, message', [(b'{', 'not a JSON file'), (b'\xff', 'not a JSON file'), (b'[1]', 'object, got list'),
-                                              (None, 'No such file'), (b'[' * 200_000, 'nested too deep'), (b'9' * 5000, 'not a JSON file'),
-                                              (b'{"a":' * 9999 + b'1' + b'}' * 9999, 'nested too deep'), (b'', 'not a JSON file')])
+                                              (None, 'No such file'), (b'[' * 200_000, 'nested too deeply'),
+                                              (b'9' * 5000, 'not a JSON file'),
+                                              (b'{"a":' * 9999 + b'1' + b'}' * 9999, 'nested too deeply'), (b'', 'not a JSON file')])
 def test_what_is_no_json_object_is_one_line(tmp_path, content, message):
     if content is not None:
         (tmp_path / 'x.json').write_bytes(content)
@@ -103,7 +104,7 @@ def test_what_is_no_json_object_is_one_line(tmp_path, content, message):
 def test_json_beyond_the_limit_is_not_read(tmp_path, monkeypatch):
     with open(tmp_path / 'x.json', 'wb') as f:
         f.truncate(files.MAX_JSON + 1)  # no bytes on the disk
-    with pytest.raises(UserError, match=f'x.json: larger than the {files.MAX_JSON} bytes of JSON that are read'):
+    with pytest.raises(UserError, match=f'x.json: larger than the limit of {files.MAX_JSON} bytes for JSON'):
         files.read_json(tmp_path / 'x.json')
     monkeypatch.setattr(files, 'MAX_JSON', 5)
     assert files.json_value(b'[1,2]', 'x') == [1, 2]

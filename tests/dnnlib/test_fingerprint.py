@@ -64,10 +64,11 @@ def test_folders_are_known_by_the_times_of_their_files(tmp_path):
 
 @pytest.mark.parametrize('change, words', [
     ({'9.png': b'x'}, ['13 images instead of 12']), ({'0/1.png': None}, ['11 images instead of 12']),
-    ({'0/1.png': b'xyz'}, ['other names or sizes']), ({'0/1.png': None, '0/1b.png': bytes([1]) * 2}, ['other names or sizes']),
-    ({'0/1.png': b'xy'}, ['other contents of the images, under the same']),
+    ({'0/1.png': b'xyz'}, ['images with other names or sizes']),
+    ({'0/1.png': None, '0/1b.png': bytes([1]) * 2}, ['images with other names or sizes']),
+    ({'0/1.png': b'xy'}, ['images of the same names and sizes with other contents']),
     ({'dataset.json': b'{"labels":null}'}, ['another dataset.json']), ({'dataset.json': None}, ['no dataset.json, where there was one']),
-    ({'0/1.png': b'xy', 'dataset.json': b'{}'}, ['other contents of', 'another dataset.json'])])
+    ({'0/1.png': b'xy', 'dataset.json': b'{}'}, ['images of the same names and sizes with other contents', 'another dataset.json'])])
 def test_what_differs_is_told(tmp_path, change, words):
     members = {name: data for name, data in {**MEMBERS, **change}.items() if data is not None}
     old, new = found(zipped(tmp_path / 'a.zip')), found(zipped(tmp_path / 'b.zip', members))
@@ -86,7 +87,7 @@ def test_names_and_numbers_do_not_run_together():
     assert len({json.dumps(one) for one in prints}) == 5
     assert all(data_differences(one, other) for one in prints for other in prints if one is not other)
     packed = fingerprint('packed', ['0', '1'], [192, 192], [7, 2 ** 62], 'x')  # a kind that is not there yet
-    assert data_differences(prints[0], packed)[0] == 'other names or sizes of the images'
+    assert data_differences(prints[0], packed)[0] == 'images with other names or sizes'
     assert 'packed instead of a zip file' in data_differences({**packed, 'kind': 'zip'}, packed)[0]
 
 

@@ -52,7 +52,7 @@ def kind_of(tmp_path, name, data):
 @pytest.mark.parametrize('kind', ['TIFF', 'GIF', 'PNG', 'WEBP'])
 def test_pages_beyond_the_first_are_not_dropped_in_silence(kind):
     pages = [PIL.Image.fromarray(RGB), PIL.Image.fromarray(255 - RGB)]
-    with pytest.raises(ValueError, match=f'several (pages|pictures).*{kind}.*file of its own'):
+    with pytest.raises(ValueError, match=f'several (pages|pictures).*{kind}.*separate file'):
         decode_image('x.png', encoded(pages[0], kind, save_all=True, append_images=pages[1:]))
     single = decode_image('x.png', encoded(pages[0], kind, **({'lossless': True} if kind == 'WEBP' else {})))
     assert single.shape == (3, 5, 8) and (kind == 'GIF' or (single == RGB.transpose(2, 0, 1)).all())
@@ -79,7 +79,7 @@ def test_sixteen_bit_colours_are_refused():
     png = b'\x89PNG\r\n\x1a\n' + b''.join(struct.pack('>I', len(d)) + k + d + struct.pack('>I', zlib.crc32(k + d)) for k, d in chunks)
     for data in (png, tiff(deep, 2), tiff(alpha, 2, extra=(2,)), tiff(alpha, 5), plain.encode(),
                  b'P6 # a remark\n8 5\n65535\n' + deep.astype('>u2').tobytes()):
-        with pytest.raises(ValueError, match=r'1[26] bits in several channels, of which 8 would be read; save it as \.npy'):
+        with pytest.raises(ValueError, match=r'1[26] bits in several channels, of which only 8 would be read; save it as \.npy'):
             decode_image('x.png', data)
 
 
@@ -113,7 +113,7 @@ def test_bands_that_would_be_dropped_are_refused():
     """A fourth band of satellite images, say, which Pillow leaves out."""
     five = np.concatenate([RGB, RGB[..., :2]], 2)
     for samples, extra in ((five, (0, 0)), (five[..., :4], (0,))):
-        with pytest.raises(ValueError, match=rf'{samples.shape[2]} values a pixel, of which 3 would be read; save it as \.npy'):
+        with pytest.raises(ValueError, match=rf'{samples.shape[2]} values per pixel, of which only 3 would be read; save it as \.npy'):
             decode_image('x.tif', tiff(np.ascontiguousarray(samples), 2, extra=extra))
     assert (decode_image('x.tif', tiff(np.ascontiguousarray(five[..., :4]), 2, extra=(2,))) == five[..., :4].transpose(2, 0, 1)).all()
 

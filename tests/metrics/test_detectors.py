@@ -55,7 +55,7 @@ def test_what_sfid_refuses(inception):
     with pytest.raises(UserError, match=r'r: --metrics=sfid: .*mu_s, sigma_s.*with "ref".*--ref-path') as caught:
         evaluate.check_reference(plain, inception, (3, 8, 8), 'r', ('sfid',))
     assert '\n' not in caught.value.message
-    with pytest.raises(UserError, match='--metrics=fid,sfid: sfid is of --detector=inception, not of --detector=pixels'):
+    with pytest.raises(UserError, match='--metrics=fid,sfid: sfid needs --detector=inception, not --detector=pixels'):
         evaluate.check_detector(detectors.pixel_detector('cpu'), ('fid', 'sfid'))
 
 
@@ -93,7 +93,7 @@ def test_cmmd_by_hand():
 
 
 def test_cmmd_is_of_clip():
-    with pytest.raises(UserError, match='cmmd is of --detector=clip, not of --detector=toy'):
+    with pytest.raises(UserError, match='cmmd needs --detector=clip, not --detector=toy'):
         evaluate.check_detector(Toy(), ('cmmd',))
     toy = Toy()
     toy.name = 'clip'
@@ -101,7 +101,7 @@ def test_cmmd_is_of_clip():
     found = evaluate.evaluate_batches([batch_of(5)], toy, reference, ('cmmd',))
     x = toy(torch.from_numpy(batch_of(5)))[0]
     assert found == {'cmmd': pytest.approx(gaussian_distance(x, reference.features), rel=1e-9)}
-    with pytest.raises(UserError, match='r: --metrics=cmmd compare images'):
+    with pytest.raises(UserError, match='r: --metrics=cmmd compare single images'):
         evaluate.check_reference(dataclasses.replace(reference, features=None), toy, (3, 4, 4), 'r', ('cmmd',))
 
 
@@ -218,7 +218,8 @@ def test_vgg16_weights_that_are_none(tiny, tmp_path):
     torch.save({'features.0.weight': torch.zeros(3)}, tmp_path / 'other.pth')
     torch.save(torch.nn.Linear(2, 2), tmp_path / 'pickled.pth')  # a pickled module: refused, never run
     (tmp_path / 'noise.safetensors').write_bytes(b'abc')
-    for name, message in [('other.pth', 'features.0.weight" is missing or misshapen'), ('pickled.pth', 'cannot be read as weights'),
+    for name, message in [('other.pth', 'features.0.weight" is missing or has the wrong shape'),
+                          ('pickled.pth', 'cannot be read as weights'),
                           ('noise.safetensors', 'eader'), ('absent.pth', 'no such file')]:
         with pytest.raises(UserError, match=message) as caught:
             made(f'vgg16:weights={tmp_path / name}')

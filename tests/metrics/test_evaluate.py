@@ -142,8 +142,8 @@ def test_collect_refuses_other_arrays():
 
 
 @pytest.mark.parametrize('metrics, message', [
-    (('kid',), '--metrics=kid: subsets of 10 images asked for, a set has 3; pass --kid-subset-size'),
-    (('fid', 'pr'), '--metrics=fid,pr: 3 nearest neighbours asked for, 2 there are'), (('is',), '--splits=4: 4 splits asked for')])
+    (('kid',), '--metrics=kid: subsets of 10 images requested, but a set has only 3; pass --kid-subset-size'),
+    (('fid', 'pr'), '--metrics=fid,pr: 3 nearest neighbours requested, only 2 available'), (('is',), '--splits=4: 4 splits requested')])
 def test_too_few_images(metrics, message):
     with pytest.raises(UserError, match=message) as caught:
         evaluate.evaluate_batches([batch_of(3)], Toy(), reference_of(batch_of(20)), metrics, SETTINGS)
@@ -163,7 +163,7 @@ def test_reference_of_another_detector_or_size():
             (good, (3, 5, 5), '48 dimensions, these images have 75'), (good, (3, 2, 8), r'made from \[3, 4, 4\]')]:
         with pytest.raises(UserError, match=message):
             evaluate.check_reference(reference, pixels, shape, 'r')
-    with pytest.raises(UserError, match='r: --metrics=kid compare images.*--keep-features.*--ref-path'):
+    with pytest.raises(UserError, match='r: --metrics=kid compare single images.*--keep-features.*--ref-path'):
         evaluate.check_reference(good, pixels, (3, 4, 4), 'r', ('kid',))
     toy = Toy()
     toy.sha256 = 'a' * 64
@@ -313,7 +313,7 @@ def test_dinov2(tmp_path):
 
 def test_a_detector_that_the_hub_does_not_give(monkeypatch):
     monkeypatch.setattr('huggingface_hub.hf_hub_download', lambda *args, **kwargs: (_ for _ in ()).throw(OSError('offline\nand more')))
-    with pytest.raises(UserError, match=r'--detector=dinov2:model=owner/name: .* says: offline; or fetch .* --detector=dinov2:model=DIR$'):
+    with pytest.raises(UserError, match=r'--detector=dinov2:model=owner/name: .* says: offline.* download .* --detector=dinov2:model=DIR$'):
         detectors._model_file('owner/name')
 
 

@@ -88,7 +88,7 @@ def test_bad_images_are_named(tmp_path, spoil, message):
     ('cut.npz', b'PK\3\4abc', 'cannot be read'),
     ('floats.npy', np.zeros((3, 4, 4, 3)), 'found 0'),
     ('five.npy', np.zeros((3, 5, 8, 8), np.uint8), 'neither'),
-    ('empty.npy', np.zeros((0, 8, 8, 3), np.uint8), 'holds no images'),
+    ('empty.npy', np.zeros((0, 8, 8, 3), np.uint8), 'contains no images'),
 ])
 def test_bad_containers(tmp_path, name, content, message):
     if isinstance(content, np.ndarray):
@@ -163,7 +163,7 @@ def test_a_folder_that_changes_while_it_is_read(tmp_path, change, example):
     source, _ = all_of(tmp_path / 'g')
     source.check_unchanged()
     change(tmp_path / 'g')
-    with pytest.raises(UserError, match=f'changed while it was read .1 files, such as {example}') as caught:
+    with pytest.raises(UserError, match=f'changed while it was being read .1 files, such as {example}') as caught:
         source.check_unchanged()
     assert '\n' not in caught.value.message
 
@@ -174,7 +174,7 @@ def test_an_archive_that_changes_while_it_is_read(tmp_path):
     source.check_unchanged()
     with open(tmp_path / 'a.npy', 'ab') as f:
         f.write(b'more')
-    with pytest.raises(UserError, match='changed while it was read'):
+    with pytest.raises(UserError, match='changed while it was being read'):
         source.check_unchanged()
 
 

@@ -174,5 +174,5 @@ def test_no_interval_from_too_few_images():
 
 
 def test_fid_inf_needs_four_images():
-    with pytest.raises(UserError, match='--metrics=fid_inf: halves of 3 images asked for, 4 are needed'):
+    with pytest.raises(UserError, match='--metrics=fid_inf: 3 images cannot be split into halves with a covariance; at least 4'):
         measured(3, 2, metrics=('fid_inf',))

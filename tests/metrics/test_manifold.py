@@ -64,7 +64,7 @@ def test_a_copy_is_a_neighbour_and_the_image_itself_is_not():
 def test_nearest_refuses_what_there_is_not():
     x = normal(4, 3)
     for k, exclude in ((5, False), (4, True), (0, False)):
-        with pytest.raises(ValueError, match='neighbours asked for'):
+        with pytest.raises(ValueError, match='neighbours requested'):
             distances.nearest(x, x, k, exclude_self=exclude)
     with pytest.raises(ValueError, match='expected'):
         distances.nearest(x, normal(4, 2), 1)
@@ -134,7 +134,7 @@ def test_ties_are_inside_the_rim_of_precision_alone():
 
 
 def test_too_few_images():
-    with pytest.raises(ValueError, match='5 nearest neighbours asked for, 3 there are'):
+    with pytest.raises(ValueError, match='5 nearest neighbours requested, only 3 available'):
         density_coverage(normal(4, 2), normal(9, 2))
 
 
@@ -191,7 +191,7 @@ def test_squared_mmd_is_unbiased():
 def test_kernel_distance_depends_on_its_seed_alone():
     found = [kernel_distance(FAKE, REAL, subsets=5, subset_size=50, seed=seed) for seed in (1, 1, 2)]
     assert found[0] == found[1] != found[2]
-    with pytest.raises(ValueError, match='subsets of 1000 images asked for, a set has 130'):
+    with pytest.raises(ValueError, match='subsets of 1000 images requested, but a set has only 130'):
         kernel_distance(FAKE, REAL)
 
 
@@ -210,7 +210,7 @@ def test_inception_score_of_sure_and_of_blind_classifiers():
     sure = 1e4 * torch.eye(4).repeat(25, 1)
     assert scores.inception_score(sure, splits=1) == pytest.approx((4, 0), rel=1e-12)
     assert scores.inception_score(torch.zeros(40, 7)) == pytest.approx((1, 0), rel=1e-12)
-    with pytest.raises(ValueError, match='11 splits asked for, there are 10 images'):
+    with pytest.raises(ValueError, match='11 splits requested, but there are only 10 images'):
         scores.inception_score(torch.zeros(10, 3), splits=11)
 
 

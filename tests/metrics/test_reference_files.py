@@ -61,7 +61,7 @@ def test_a_pickle_of_one(tmp_path, features):
     (tmp_path / 'a.pkl').write_bytes(pickle.dumps(moments(features), 4))
     stats = load_statistics(tmp_path / 'a.pkl')
     same(stats, moments(features))
-    assert stats.detector is None and 'does not tell which detector' in stats.note
+    assert stats.detector is None and 'does not say which detector' in stats.note
 
 
 def test_clean_fid(tmp_path, features):
@@ -91,13 +91,13 @@ def test_torch_fidelity(tmp_path, features):
 
 @pytest.mark.parametrize('name, words', [
     ('https://x.org/stats/cifar10_clean_train_na.npz#sha256=ab', '"clean", which resizes images to 299 x 299 with Pillow'),
-    ('--ref-stats=stats/ffhq_legacy_pytorch_trainval70k_1024.npz', '"legacy_pytorch", which has another network'),
-    ('cifar10_legacy_tensorflow_train_32.npz', '"legacy_tensorflow", which has the network and resize of the published FID'),
+    ('--ref-stats=stats/ffhq_legacy_pytorch_trainval70k_1024.npz', '"legacy_pytorch", which uses another network'),
+    ('cifar10_legacy_tensorflow_train_32.npz', '"legacy_tensorflow", which uses the network and resize of the published FID'),
     ('fidelity_cache/my-set-vgg16-features-fc2_relu.pt', 'torch-fidelity, extractor "vgg16", features "fc2_relu"'),
     ('clean_dir/cifar10-32x32.npz', None)])
 def test_what_names_tell(name, words):
     found = reference_files.unknown_detector(name)
-    assert found.startswith('the file does not tell which detector made it') and '\n' not in found
+    assert found.startswith('the file does not say which detector made it') and '\n' not in found
     assert words in found if words else found.endswith('made it')
 
 
@@ -130,7 +130,7 @@ EYE = {'mu': np.zeros(3), 'sigma': np.eye(3)}
     (lambda path: path.write_bytes(b'\x80\x04'), 'cut off'),
     (lambda path: path.write_bytes(b''), 'not a readable'),
     (lambda path: path.write_bytes(b'PK\x05\x06' + bytes(18)), 'has no mu and sigma'),
-    (saved(torch.zeros(3)), 'tensor [3], and no features'),
+    (saved(torch.zeros(3)), 'tensor [3] instead of features'),
     (saved(torch.zeros(1, 3)), 'at least 2 images'),
     (saved({'mu': torch.zeros(3)}), 'holds no mu and sigma'),
     (saved({'mu': np.zeros(3), 'sigma': torch.eye(3)}), '_rebuild_tensor_v2'),

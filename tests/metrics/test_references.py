@@ -45,7 +45,7 @@ def test_a_digest_of_a_url(stats, monkeypatch):
     monkeypatch.setenv('AMBIENT_CACHE', str(stats / 'cache'))
     monkeypatch.setattr('dnnlib.download.is_url', lambda ref: str(ref).startswith('file:'))  # urllib's own offline scheme
     url = (stats / 'ref.npz').as_uri()
-    with pytest.raises(UserError, match=f'^--ref-stats={url}: SHA-256 is .* what came was not kept'):
+    with pytest.raises(UserError, match=f'^--ref-stats={url}: SHA-256 is .* the download was deleted'):
         references.fetch(f'{url}#sha256={"0" * 64}')
     path = references.fetch(f'{url}#sha256={file_digest("ref.npz")}')
     assert file_digest(path) == file_digest('ref.npz')

@@ -209,7 +209,7 @@ def test_ranks_that_do_not_come_are_named(agent, monkeypatch):
     monkeypatch.setattr(rendezvous, 'JOIN_SEC', 0.3)
     first, other = meet(0, 2, size=4)
     assert str(first).startswith('1, 3 of 4 ranks did not join within 0.3 s: start all of them')
-    assert str(other) == 'the 4 ranks did not all join within 0.3 s; rank 0 says which are missing'
+    assert str(other) == 'the 4 ranks did not all join within 0.3 s; rank 0 prints which are missing'
     lone, = meet(1, size=2)
     assert 'rank 0 did not join within 0.3 s; rank 1 (host ' in str(lone)
 
@@ -228,7 +228,7 @@ def test_nobody_at_the_address(monkeypatch):
         port = taken.getsockname()[1]
         with pytest.raises(UserError, match=f'MASTER_ADDR=127.0.0.1 MASTER_PORT={port}: rank 0 cannot listen there'):
             rendezvous.serve('127.0.0.1', port)
-    with pytest.raises(UserError, match=rf'MASTER_PORT={port}: nobody answered within 0.2 s \(.*refused\); start rank 0 there'):
+    with pytest.raises(UserError, match=rf'MASTER_PORT={port}: no answer within 0.2 s \(.*refused\); start rank 0 there'):
         rendezvous.reach('127.0.0.1', port)
 
 
@@ -238,7 +238,7 @@ def test_variables_that_are_missing(monkeypatch, name):
         monkeypatch.setenv(other, '0')
     monkeypatch.setenv('WORLD_SIZE', '2')
     monkeypatch.delenv(name)
-    with pytest.raises(UserError, match=f'WORLD_SIZE=2 is set, but not {name}; start the ranks with torchrun, or set them all'):
+    with pytest.raises(UserError, match=f'WORLD_SIZE=2 is set, but not {name}; start the ranks with torchrun, or set all of them'):
         distributed.init()
 
 
@@ -347,8 +347,8 @@ def test_a_store_that_is_silent_and_comes_back():
     assert watch.hear(beats(0, 1, 1, 1), 74) is None and watch.hear(beats(0, 1, 1, 1), 5) is None
     assert watch.miss(('a', 29500), 74) is None
     assert watch.miss(('a', 29500), 1) == (
-        'rank 0 (host a, pid 100): the store of the ranks, at a:29500, has not answered for 75 s (--timeout=2): this node is cut off, '
-        'or that one is gone; stopping; start again')
+        'rank 0 (host a, pid 100): the store of the ranks, at a:29500, has not answered for 75 s (--timeout=2): this node is disconnected, '
+        'or that one is down; stopping; start again')
 
 
 def test_the_first_living_rank_of_a_node_speaks():

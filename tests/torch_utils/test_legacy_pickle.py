@@ -106,7 +106,7 @@ def test_half_and_shared_storages(write):
                                           ('builtins', 'getattr'), ('torch', 'load'), ('numpy', 'load'), ('collections', 'Counter'),
                                           ('torch.storage', 'os.system'), ('torch', 'FloatStorage'), ('un known', '\x1b[31m')])
 def test_globals_are_refused_by_name(refused, module, name, protocol):
-    assert f'asks for {ascii(f"{module}.{name}")[1:-1]}, which is not read' in refused(edm_pickle.ask_for(module, name, protocol))
+    assert f'asks for {ascii(f"{module}.{name}")[1:-1]}, which is not allowed' in refused(edm_pickle.ask_for(module, name, protocol))
 
 
 def test_real_payloads_are_refused(refused, tmp_path):

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Non-leaky augmentation (Karras et al. 2020, 2022) for images that may carry noise: exact symmetries for all of them.
 
-Moves that resample are for images without noise alone: interpolation colours noise and shrinks it, and the ambient loss counts on
-white noise of std sigma_n."""
+Moves that resample are applied to clean images only: interpolation correlates and shrinks noise, and the ambient loss assumes white
+noise of std sigma_n."""
 
 import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -13,19 +14,19 @@ from torch.nn import functional as F
 
 SCALE_STD = 0.2         # octaves
 ANISO_STD = 0.2         # octaves
-ANISO_TURN = 0.5        # how often a stretch has a random axis instead of the horizontal one
+ANISO_TURN = 0.5        # probability that a stretch has a random axis instead of the horizontal one
 TRANSLATE_STD = 0.125   # of the image's width and height
 
 # Symlet 6: an orthogonal low-pass filter, so that doubling the resolution and halving it again changes nothing.
 SYM6 = [0.015404109327027373, 0.0034907120842174702, -0.11799011114819057, -0.048311742585633, 0.4910559419267466,
         0.787641141030194, 0.3379294217276218, -0.07263752278646252, -0.021060292512300564, 0.04472490177066578,
         0.0017677118642428036, -0.007800708325034148]
-CENTRE = sum(k * tap for k, tap in enumerate(SYM6)) / sum(SYM6)  # where it puts a pixel, in half pixels from its first tap
-MARGIN = 7  # pixels beyond the edge that are filtered too: half for places just outside, half for the reach of the filter
+CENTRE = sum(k * tap for k, tap in enumerate(SYM6)) / sum(SYM6)  # its centre, in half pixels from its first tap
+MARGIN = 7  # pixels beyond the edge that are filtered too: half for positions just outside, half for the width of the filter
 
 
 class Moves(NamedTuple):
-    """What is done to each image, [N] each, in this order; see labels() for the nine numbers that the network is told."""
+    """The transformation of each image, [N] each, applied in this order; see labels() for the nine numbers given to the network."""
 
     xflip: torch.Tensor     # 1 where mirrored left-right
     yflip: torch.Tensor     # 1 where mirrored top-bottom
@@ -37,7 +38,7 @@ class Moves(NamedTuple):
     shift_x: torch.Tensor   # moved right by TRANSLATE_STD shift_x W
     shift_y: torch.Tensor   # moved down by TRANSLATE_STD shift_y H
 
-    def labels(self):
+    def labels(self) -> torch.Tensor:
         """[N,9]: xflip, yflip, scale, cos - 1, sin, stretch cos(axis), stretch sin(axis), shift_x, shift_y; 0 where unmoved."""
         stretch_x, stretch_y = self.stretch * self.axis.cos(), self.stretch * self.axis.sin()
         return torch.stack([self.xflip, self.yflip, self.scale, self.cos - 1, self.sin, stretch_x, stretch_y,
@@ -54,7 +55,8 @@ class AugmentPipe:
 
     label_dim = 9
 
-    def __init__(self, p=0.12, xflip=1e8, yflip=1, scale=1, rotate_frac=1, aniso=1, translate_frac=1):
+    def __init__(self, p: float = 0.12, xflip: float = 1e8, yflip: float = 1, scale: float = 1, rotate_frac: float = 1, aniso: float = 1,
+                 translate_frac: float = 1):
         multipliers = {'xflip': xflip, 'yflip': yflip, 'scale': scale, 'rotate_frac': rotate_frac, 'aniso': aniso,
                        'translate_frac': translate_frac}
         if not 0 <= p <= 1:
@@ -65,12 +67,12 @@ class AugmentPipe:
         self.p = p
         self.chance = {name: min(p * value, 1.0) for name, value in multipliers.items()}
 
-    def __call__(self, images, sigma_n, randn):
+    def __call__(self, images: torch.Tensor, sigma_n: torch.Tensor, randn: Callable) -> tuple[torch.Tensor, torch.Tensor]:
         noisy = sigma_n.reshape(-1) > 0
         moves = self.draw(noisy, images.shape[2] == images.shape[3], randn)
         return apply(images, moves, noisy), moves.labels()
 
-    def draw(self, noisy, is_square, randn):
+    def draw(self, noisy: torch.Tensor, is_square: bool, randn: Callable) -> Moves:
         """The moves of a batch: noisy [N], true where only exact symmetries are allowed."""
         normal = iter(randn('augment', [len(noisy), 15]).unbind(1))
         uniform = lambda: torch.special.ndtr(next(normal))
@@ -97,8 +99,8 @@ def _circle(u):
     return (2 * u - 1) * math.pi
 
 
-def apply(images, moves, noisy):
-    """images [N,C,H,W] after the moves; noisy [N]: those are turned exactly and never resampled."""
+def apply(images: torch.Tensor, moves: Moves, noisy: torch.Tensor) -> torch.Tensor:
+    """images [N,C,H,W] after the moves; noisy [N]: images that are turned exactly and never resampled."""
     images = _where(moves.xflip > 0, images.flip(3), images)
     images = _where(moves.yflip > 0, images.flip(2), images)
     images = _resample_rows((moves.labels()[:, 2:] != 0).any(1) & ~noisy, images, _inverse(moves, *images.shape[2:]))
@@ -112,7 +114,7 @@ def apply(images, moves, noisy):
 def _resample_rows(rows, images, inverse):
     if images.device.type != 'cpu':
         return _where(rows, resample(images, inverse), images)
-    images = images.clone()  # the host knows the rows without waiting for a device, and does only those
+    images = images.clone()  # the rows are known on the host without a synchronisation, and only those are processed
     images[rows] = resample(images[rows], inverse[rows])
     return images
 
@@ -136,11 +138,11 @@ def _inverse(moves, height, width):
     return torch.cat([linear, -linear @ shift[:, :, None]], dim=2)
 
 
-def resample(images, inverse):
-    """Band-limited resampling: images [N,C,H,W] at the places that inverse [N,2,3] gives for each pixel, see _inverse.
+def resample(images: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
+    """Band-limited resampling: images [N,C,H,W] at the positions that inverse [N,2,3] gives for each pixel, see _inverse.
 
-    The image continues beyond its edges by reflection. The identity gives the image back: the filter is orthogonal. All shapes
-    follow from the image's, so that the device need not be asked how far the moves reach."""
+    The image is continued by reflection beyond its edges. The identity returns the image unchanged, since the filter is orthogonal. All
+    shapes depend on the image's shape only, so that no synchronisation with the device is needed."""
     height, width = images.shape[2:]
     double_y, halve_y, places_y = _filters(height, images.device)
     double_x, halve_x, places_x = _filters(width, images.device)

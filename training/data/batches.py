@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From pairs to batches: draws the pairs of the global batch, gathers this rank's rows ahead of time, puts micro-batches on the device."""
+"""Pairs -> batches: draws the pairs of the global batch, prefetches this rank's rows, and puts micro-batches on the device."""
 
 import collections
 import concurrent.futures
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -11,23 +12,23 @@ from training.data.dataset import as_vectors
 
 
 class Batch(NamedTuple):
-    """What one step looks at; levels are noise stds in network units, sigma >= sigma_n."""
+    """The data of one training step; levels are noise stds in network units, sigma >= sigma_n."""
 
     images: torch.Tensor  # [N,C,H,W], each already at level sigma_n
     sigma_n: torch.Tensor  # [N,1,1,1], 0 for clean images
-    sigma: torch.Tensor  # [N,1,1,1], the level to denoise from; pairs.py chose it
+    sigma: torch.Tensor  # [N,1,1,1], the level to denoise from, chosen by pairs.py
     noise: torch.Tensor  # [N,C,H,W], unit normal, fresh in every step
     class_labels: torch.Tensor | None = None  # [N,label_dim]
     augment_labels: torch.Tensor | None = None  # [N,augment_dim]
-    raw_idx: torch.Tensor | None = None  # [N] int64, which images these are
-    factor: torch.Tensor | None = None  # [N], importance weights, where the levels come from timesteps.py
+    raw_idx: torch.Tensor | None = None  # [N] int64, indices of the images in the data set
+    factor: torch.Tensor | None = None  # [N], importance weights, if the levels come from timesteps.py
 
 
 AHEAD = 2  # global batches prepared in the background while one is in use
 
 
 class HostBatch(NamedTuple):
-    """This rank's rows of one global batch, in host memory, and where the stream of pairs stood after them."""
+    """This rank's rows of one global batch, in host memory, and the state of the pair stream after them."""
 
     images: torch.Tensor        # float32 [n,C,H,W] at level sigma_n
     sigma_n: torch.Tensor       # float32 [n]
@@ -43,8 +44,8 @@ class Feed:
     stream: a PairStream over positions of `items`. store: ImageStore. items: int64 [M], those of the store that may be used.
     sigma_n [N], raw_idx [N], labels (classes int32 [N], vectors float32 [N,label_dim] or None): of every item of the store.
     rows: slice of the global batch that is this rank's.
-    workers: 0 prepares each batch when it is asked for; more prepare in the background.
-    What is fed does not depend on the number of ranks or workers: every rank draws all pairs and gathers its own."""
+    workers: 0 prepares each batch when it is needed; more prepare in the background.
+    The batches do not depend on the number of ranks or workers: every rank draws all pairs and gathers its own rows."""
 
     def __init__(self, stream, store, items, *, sigma_n, raw_idx, labels, rows, device, workers):
         self.stream, self.store, self.items, self.rows, self.device = stream, store, items, rows, torch.device(device)
@@ -53,7 +54,7 @@ class Feed:
         self._pool = concurrent.futures.ThreadPoolExecutor(1) if workers else None  # one thread: the stream is drawn in order
         self._ahead = collections.deque()
 
-    def next(self):
+    def next(self) -> HostBatch:
         """The next HostBatch."""
         if self._pool is None:
             return self._prepare()
@@ -61,7 +62,7 @@ class Feed:
             self._ahead.append(self._pool.submit(self._prepare))
         return self._ahead.popleft().result()
 
-    def close(self):
+    def close(self) -> None:
         """Stops the background thread."""
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
@@ -77,10 +78,11 @@ class Feed:
         return HostBatch(*[x.pin_memory() if torch.is_tensor(x) and not x.is_cuda else x for x in batch])
 
 
-def micro_batches(host, size, device, draws_of, label_dim=0):
+def micro_batches(host: HostBatch, size: int, device: torch.device | str, draws_of: Callable,
+                  label_dim: int = 0) -> Iterator[tuple[Batch, Callable]]:
     """Splits a HostBatch into Batches of `size` rows on the device, each with its keyed draws: yields (Batch, draws).
 
-    label_dim: of the network, which is given classes as vectors of that length; they are made on the device.
+    label_dim: the network's; classes become one-hot vectors of this length on the device.
     draws_of(first local row) -> randn(name, shape). The noise of a row is the same however the batch is split."""
     for first in range(0, len(host.images), size):
         part = [x[first:first + size].to(device, non_blocking=True) if torch.is_tensor(x) else x for x in host[:-1]]

@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures are decoded once, into a packed folder that all processes of a node, and all later runs on the same data, map.
+"""Decodes pictures once into a packed folder, which all processes of a node, and all later runs on the same data, map into memory.
 
-Its name is `.NAME-KEY.decoded`: KEY is of a zip's directory, or of the names, sizes and times of a folder's files. It lies beside the
-data, else where downloads are kept; or in a folder that is named for such things."""
+Its name is `.NAME-KEY.decoded`: KEY is a digest of a zip's directory, or of the names, sizes and times of a folder's files. It lies
+beside the data, or else in the cache of downloads; or in the folder given by the option --cache-dir."""
 
 import glob
 import math
 import os
 import shutil
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import filelock
 import numpy as np
@@ -26,24 +28,24 @@ from training.data import tables
 from training.data.contents import Names, Pictures
 from training.data.packed import VERSION, Packed, PackedFolder, is_packed
 
-SMALL = 2 ** 26  # bytes: data that take less are decoded by every process, into its own memory
-CHUNK = 64  # images that a thread decodes at a time
+SMALL = 2 ** 26  # bytes: smaller data sets are decoded by every process into its own memory
+CHUNK = 64  # images decoded by a thread at a time
 
 
-def open_contents(path, cache_dir=None):
-    """What holds the images at a path (contents.py): the decoded copy of these very data, where there is one."""
+def open_contents(path: str | os.PathLike, cache_dir: str | os.PathLike | None = None) -> Any:
+    """The contents of a data set (contents.py): of the decoded copy of exactly these data, if there is one."""
     if is_packed(path):
         return Packed(path)
-    if not os.path.isfile(path):  # a folder is known by its files, which have to be listed
+    if not os.path.isfile(path):  # the key of a folder depends on its files, which have to be listed
         pictures = Pictures(path)
         return _copy(pictures.path, _key(pictures), cache_dir) or pictures
     return _copy(path, _key_of_zip(path), cache_dir) or Pictures(path)
 
 
-def decode(path, cache_dir=None):
-    """Sees to it that data which are not small have a decoded copy; returns what is to be mapped, or None.
+def decode(path: str | os.PathLike, cache_dir: str | os.PathLike | None = None) -> str | None:
+    """Makes sure that there is a decoded copy of data that are not small; returns its path, or None for small data.
 
-    None, too, where no place has room for it and none was asked for. Raises UserError."""
+    Also None if no folder has enough space and --cache-dir was not given. Raises UserError."""
     contents = open_contents(path, cache_dir)
     if isinstance(contents, Packed):
         return contents.path
@@ -60,15 +62,15 @@ def decode(path, cache_dir=None):
             if cache_dir:
                 raise UserError(f'--cache-dir={cache_dir}: cannot hold {gib:.2f} GiB of decoded images ({err.strerror or err}); name a '
                                 'folder on a larger disk') from None
-    distributed.print0(f'Warning: no room for {gib:.2f} GiB of decoded images beside {path} or in {user_cache()}: each process decodes '
-                       'them into its own memory, at each start; name a folder on a larger disk with --cache-dir')
+    distributed.print0(f'Warning: not enough space for {gib:.2f} GiB of decoded images beside {path} or in {user_cache()}: each process '
+                       'decodes them into its own memory at each start; name a folder on a larger disk with --cache-dir')
     return None
 
 
 def _made(place, pictures):
-    """Makes the decoded copy, where nobody has; returns whether that was here. Raises OSError."""
+    """Makes the decoded copy unless it exists; returns whether this call made it. Raises OSError."""
     os.makedirs(os.path.dirname(place), exist_ok=True)
-    with filelock.FileLock(f'{place}.lock') as lock:  # another run, or node, may be at it
+    with filelock.FileLock(f'{place}.lock') as lock:  # another run, or node, may be making it
         try:
             if os.path.isdir(place):
                 return False
@@ -76,18 +78,18 @@ def _made(place, pictures):
             _write(pictures, place)
             return True
         finally:
-            os.unlink(lock.lock_file)  # who waits for it finds the folder
+            os.unlink(lock.lock_file)  # processes that wait for the lock find the folder
 
 
 def _places(path, key, cache_dir):
-    """Where the decoded copy may lie, in the order of preference."""
+    """The possible paths of the decoded copy, in order of preference."""
     own = os.path.abspath(path)
     name = f'.{Path(own).stem}-{key[:16]}.decoded'
     return [os.path.join(folder, name) for folder in ([cache_dir] if cache_dir else [os.path.dirname(own), user_cache()])]
 
 
 def _copy(path, key, cache_dir):
-    """The decoded copy as contents, or None."""
+    """The contents of the decoded copy, or None if there is none."""
     found = [place for place in _places(path, key, cache_dir) if is_packed(place)] if key else []
     return Packed(found[0], where=str(path)) if found else None
 
@@ -102,7 +104,7 @@ def _key(pictures):
 
 
 def _remove_leftovers(place):
-    """Removes what a process left that was killed while it wrote here; the lock says that none is at it."""
+    """Removes unfinished files of a process that was killed while writing here; the lock guarantees that none is writing now."""
     folder, name = os.path.split(place)
     for left in glob.glob(glob.escape(os.path.join(folder, f'.{name}-part-')) + '*'):
         shutil.rmtree(left, ignore_errors=True)
@@ -122,8 +124,8 @@ def _write(pictures, place):
         folder.finish(found, units=pictures.units, source=pictures.fingerprint())
 
 
-def decode_into(images, contents, indices):
-    """Fills images [n,C,H,W] with the contents' images of these indices, in threads: decoders leave Python's lock."""
+def decode_into(images: np.ndarray, contents, indices: Sequence[int]) -> None:
+    """Fills images [n,C,H,W] with the images of these indices, in threads: decoders release Python's global lock."""
     def work(first):
         for row in range(first, min(first + CHUNK, len(indices))):
             images[row] = contents.decode(indices[row])

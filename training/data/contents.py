@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What holds the images of a data set, and what it says of each: a zip or folder of pictures here, one packed array in packed.py.
+"""The contents of a data set, images and annotations: of a zip or folder of pictures here, of one packed array in packed.py.
 
-Both have: path; where (what errors call it); count; image_shape (C,H,W); is_float; units (of float images, as dataset.json has them);
-has(key); values(key): of the labels, sigmas, sigma_min or sigma_max, one an image, unchecked, or None; called(key): what errors call these;
-name(i); decode(i): image [C,H,W] as it is stored, uint8 or float32; fingerprint(), see dnnlib.fingerprint."""
+Both have: path; where (its name in errors); count; image_shape (C,H,W); is_float; units (of float images, as in dataset.json);
+has(key); values(key): the labels, sigmas, sigma_min or sigma_max, one per image, unchecked, or None; called(key): their name in errors;
+name(i); decode(i): image [C,H,W] as stored, uint8 or float32; fingerprint(), see dnnlib.fingerprint."""
 
 import math
+import os
+from typing import Any
 
 import numpy as np
 
@@ -13,13 +15,13 @@ from dnnlib import UserError
 from dnnlib.archive import DAMAGE, MAX_MEMBER, MAX_PIXELS, Archive, damage, decode_image
 from training.data import tables
 
-SLACK_PIXELS, SLACK_BYTES = 2 ** 20, 2 ** 24  # by which one image may exceed what the first makes likely, before it is read
+SLACK_PIXELS, SLACK_BYTES = 2 ** 20, 2 ** 24  # by which an image may exceed the size expected from the first one, and still be read
 
 
 class Pictures:
     """A zip or folder of PNG, JPEG or .npy ([C,H,W]) members in the order of their names, dataset.json optional."""
 
-    def __init__(self, path):
+    def __init__(self, path: str | os.PathLike):
         self._archive = Archive(path)
         self.path = self.where = self._archive.path
         self._names = self._archive.images()
@@ -31,13 +33,13 @@ class Pictures:
         self.image_shape, self._dtype = first.shape, first.dtype
 
     @property
-    def is_float(self):
+    def is_float(self) -> bool:
         return self._dtype == np.float32
 
-    def has(self, key):
+    def has(self, key: str) -> bool:
         return bool(self._meta.get(key))
 
-    def values(self, key):
+    def values(self, key: str) -> Any:
         if not self.has(key):
             return None
         try:
@@ -45,20 +47,20 @@ class Pictures:
         except ValueError as err:
             raise UserError(f'{self.where}: {self.called(key)} {err}') from None
 
-    def called(self, key):
+    def called(self, key: str) -> str:
         return f'"{key}" in dataset.json'
 
-    def name(self, index):
+    def name(self, index: int) -> str:
         return self._names[index]
 
-    def fingerprint(self):
+    def fingerprint(self) -> dict:
         return self._archive.fingerprint()
 
-    def decode(self, index):
+    def decode(self, index: int) -> np.ndarray:
         """Safe in threads. Raises UserError."""
         name = self._names[index]
         pixels, size = MAX_PIXELS, MAX_MEMBER
-        if self.image_shape is not None:  # what is far larger than the first image is not decoded to see that it differs
+        if self.image_shape is not None:  # an image far larger than the first is refused without being decoded
             pixels = min(pixels, SLACK_PIXELS + 4 * self.image_shape[1] * self.image_shape[2])
             size = min(size, SLACK_BYTES + 32 * math.prod(self.image_shape))
         try:
@@ -81,7 +83,7 @@ class Pictures:
 
 
 class Names:
-    """The names of the contents' images by index, none of which is made before it is asked for."""
+    """The names of the images by index, each made only when it is needed."""
 
     def __init__(self, contents):
         self._contents = contents

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""(image, raw_idx) -> the image at its level sigma_n: who is noisy, how noisy, and the one fixed noise an image carries for ever;
-and which images carry a wrong label.
+"""(image, raw_idx) -> the image at its level sigma_n: which images are noisy, how noisy, and their fixed noise; and which images have
+a wrong label.
 
-An image is seen through one noisy copy only: fresh noise in another epoch, worker, rank or flip would give the clean image
-away."""
+Each image has a single noisy copy: fresh noise in another epoch, worker, rank or flip would reveal the clean image."""
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -14,8 +14,8 @@ from training.data.tables import distinct
 
 PROTOCOLS = ('fixed', 'published')
 SIGMA_MIN_AS = ('limit', 'noise')
-_MEMBERSHIP = 2 ** 64 - 1  # the second key word of the membership draw; no raw_idx reaches it
-_LABELS = 2 ** 64 - 2      # and that of the label draws
+_MEMBERSHIP = 2 ** 64 - 1  # second key word of the draw of noisy images; no raw_idx is that large
+_LABELS = 2 ** 64 - 2      # second key word of the label draws
 
 
 class Corruption:
@@ -24,11 +24,11 @@ class Corruption:
     sigma: noise std that chosen images are brought to, in network units ([-1,1] for 8-bit data).
     probability: share of the kept images that is chosen; the count is exact.
     seed: key of the choice and of the noise.
-    protocol: 'fixed', or 'published' for the very choice and noise of the published ambient-laws code, which knows no seed.
-    sigma_min_as: what the sigma_min of an image is, a 'limit' of the levels it is trained at, or the level that 'noise' brings it to.
+    protocol: 'fixed', or 'published' for exactly the choice and noise of the published ambient-laws code, which has no seed.
+    sigma_min_as: how the sigma_min of an image is used, as a 'limit' of the levels to train it at, or as the level to add 'noise' up to.
     Raises UserError for values out of range."""
 
-    def __init__(self, sigma=0.0, probability=0.0, seed=0, protocol='fixed', sigma_min_as='limit'):
+    def __init__(self, sigma: float = 0.0, probability: float = 0.0, seed: int = 0, protocol: str = 'fixed', sigma_min_as: str = 'limit'):
         if not (math.isfinite(sigma) and sigma >= 0):
             raise UserError(f'--sigma={sigma}: the noise level must be a number that is 0 or more')
         if not 0 <= probability <= 1:
@@ -45,14 +45,14 @@ class Corruption:
         self.sigma_min_as = sigma_min_as
 
     @property
-    def noise_follows_flip(self):
+    def noise_follows_flip(self) -> bool:
         """True where an image's flip is its noisy copy mirrored; the published code mirrors first and then adds noise."""
         return self.protocol != 'published'
 
-    def levels(self, raw_idx, native_sigma, image_shape):
+    def levels(self, raw_idx: np.ndarray, native_sigma: np.ndarray, image_shape: Sequence[int]) -> np.ndarray:
         """sigma_n of each item, float64 [N]: max(native, sigma) for the items of chosen images, native for the others.
 
-        raw_idx: int [N], one entry an item; items of one image (its x-flip) share their membership.
+        raw_idx: int [N], one entry per item; an image and its x-flip are both noisy or both not.
         native_sigma: [N], network units. image_shape: (C, H, W), which only the published choice depends on."""
         raw_idx, native_sigma = np.asarray(raw_idx), np.asarray(native_sigma, np.float64)
         if self.sigma == 0 or self.probability == 0:
@@ -60,33 +60,33 @@ class Corruption:
         chosen = self._choose(distinct(raw_idx), image_shape)
         return np.where(np.isin(raw_idx, chosen), np.maximum(native_sigma, self.sigma), native_sigma)
 
-    def beyond_sigma_min(self, sigma_n, sigma_min, sigma_max):
+    def beyond_sigma_min(self, sigma_n: np.ndarray, sigma_min: np.ndarray, sigma_max: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(sigma_n, sigma_min) as the items are to be trained on, float64 [N] each; sigma_max: [N], inf for none.
 
-        As limits they are left as they are. As noise (Ambient Omni, Daras et al. 2025) sigma_n rises to sigma_min, which then limits
-        nothing any more; but where it is infinite the image can never be used, and stays so. Raises UserError for images with both
-        limits: they would be needed without that noise up to their sigma_max."""
+        As limits they are unchanged. As noise (Ambient Omni, Daras et al. 2025) sigma_n is raised to sigma_min, which then is no longer
+        a limit; an infinite sigma_min is kept, since such an image can never be used. Raises UserError for images with both limits:
+        they would be needed without that noise up to their sigma_max."""
         sigma_n, sigma_min = (np.asarray(column, np.float64) for column in (sigma_n, sigma_min))
         if self.sigma_min_as == 'limit':
             return sigma_n, sigma_min
         both = (sigma_min > 0) & np.isfinite(sigma_max)
         if both.any():
-            raise UserError(f'--sigma-min-as=noise: {both.sum()} of {len(both)} images have a sigma_max as well, up to which they are '
-                            'to be seen without that noise, and one copy of an image is all that is held; use limit')
+            raise UserError(f'--sigma-min-as=noise: {both.sum()} of {len(both)} images also have a sigma_max, up to which they would '
+                            'be needed without that noise, but only one copy of an image is kept; use limit')
         finite = np.isfinite(sigma_min)
         return np.maximum(sigma_n, np.where(finite, sigma_min, 0)), np.where(finite, 0, sigma_min)
 
     def _choose(self, images, image_shape):
-        """The raw indices that get noise, out of the distinct ones."""
+        """Those of the distinct raw indices that get noise."""
         if self.protocol == 'published':
             size = math.prod(image_shape)
-            # One uniform decides, after C*H*W others that a mask used up.
+            # One uniform decides, after C*H*W others that the published code draws for a mask.
             return [i for i in images if np.random.RandomState(i).random_sample(size + 1)[size] <= self.probability]
-        # Every image has a score of its own whatever else is kept, so a larger probability only adds images.
+        # The score of an image does not depend on which others are kept, so a larger probability only adds images.
         score = _generator(self.seed, _MEMBERSHIP).random(images[-1] + 1)[images]
         return images[np.argsort(score, kind='stable')[:round(self.probability * len(images))]]
 
-    def noise(self, raw_idx, shape, out=None):
+    def noise(self, raw_idx: int, shape: Sequence[int], out: np.ndarray | None = None) -> np.ndarray:
         """The unit normal noise [C,H,W] of image raw_idx, a pure function of (seed, raw_idx): float32; published: float64.
 
         out: float32 [C,H,W] that it may be written to."""
@@ -120,24 +120,24 @@ class Corruption:
 class LabelCorruption:
     """Which images carry a wrong class label, and which one: fixed per image, of an exact count (Chen et al. 2024).
 
-    rate: share of the images that is relabelled. seed: key of the choice. groups: lists of classes that are confused only within a list,
-    such as [[0, 1], [3, 5, 7]]; None: any class for any other. The new class is drawn by its frequency among the images.
+    rate: share of the images that is relabelled. seed: key of the choice. groups: lists of classes that are confused only with each
+    other, such as [[0, 1], [3, 5, 7]]; None: any class with any other. The new class is drawn by its frequency among the images.
     Raises UserError for values out of range."""
 
-    def __init__(self, rate=0.0, seed=0, groups=None):
+    def __init__(self, rate: float = 0.0, seed: int = 0, groups: Sequence[Sequence[int]] | None = None):
         if not 0 <= rate <= 1:
             raise UserError(f'--label-corruption={rate}: must lie between 0 and 1')
         if not 0 <= seed < 2 ** 64:
             raise UserError(f'--corruption-seed={seed}: must lie between 0 and 2^64 - 1')
         listed = [c for group in groups or [] for c in group]
         if len(listed) != len(set(listed)) or min(listed, default=0) < 0:
-            raise UserError(f'--label-corruption-groups={groups}: classes are whole numbers from 0, each in one group at most')
+            raise UserError(f'--label-corruption-groups={groups}: classes are whole numbers from 0, each in at most one group')
         self.rate, self.seed, self.groups = float(rate), int(seed), groups
 
-    def apply(self, classes, raw_idx):
+    def apply(self, classes: np.ndarray, raw_idx: np.ndarray) -> np.ndarray:
         """Class numbers int [N] -> int64 [N], in which exactly round(rate x images) images have another class than before.
 
-        raw_idx: int [N]; items of one image (its x-flip) share label and fate. A higher rate relabels more images, and changes no other."""
+        raw_idx: int [N]; an image and its x-flip get the same label. A higher rate only adds relabelled images."""
         classes = np.asarray(classes)
         images, first, inverse = np.unique(np.asarray(raw_idx), return_index=True, return_inverse=True)
         return self._relabel(images, classes[first].astype(np.int64))[inverse.reshape(-1)]
@@ -148,8 +148,8 @@ class LabelCorruption:
         count, can = round(self.rate * len(own)), np.flatnonzero(likely.sum(1)[own])
         if len(can) < count:
             raise UserError(f'--label-corruption={self.rate:g} asks for {count} of {len(own)} images, but only {len(can)} have '
-                            'a class that can be taken for another one; lower it, or widen --label-corruption-groups')
-        # Two uniforms of each image whatever else is kept: who is relabelled, and as what.
+                            'a class that can be confused with another one; lower it, or widen --label-corruption-groups')
+        # Two uniforms per image, independent of which others are kept: whether it is relabelled, and as what.
         who, what = _generator(self.seed, _LABELS).random((images[-1] + 1, 2))[images].T
         chosen = can[np.argsort(who[can], kind='stable')[:count]]
         labels = own.copy()
@@ -160,7 +160,7 @@ class LabelCorruption:
         return labels
 
     def _alternatives(self, prior):
-        """How often each class [row] is to be taken for each other one [column]: the frequencies, without itself and other groups."""
+        """Probability that each class [row] becomes each other one [column]: the frequencies, without itself and other groups."""
         group = np.zeros(len(prior), np.int64)
         if self.groups is not None:
             group = -1 - np.arange(len(prior))  # a class in no group is alone
@@ -172,5 +172,5 @@ class LabelCorruption:
 
 
 def _generator(seed, word):
-    """A Philox stream of its own for every (seed, word): the two are its 128-bit key, so that no two collide."""
+    """An independent Philox stream for every (seed, word): together they are its 128-bit key, so that no two streams collide."""
     return np.random.Generator(np.random.Philox(key=np.array([seed, word], np.uint64)))

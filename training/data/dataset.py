@@ -2,11 +2,11 @@
 """A data set -> its items: which images are used, their labels, native noise levels and limits, and the units of their pixels.
 
 Network units: (stored - offset) / scale. 8-bit images have offset = scale = 127.5, which gives [-1, 1]; float images carry their
-`units` {offset, scale} in dataset.json, each a number or a list of one a channel. The `sigmas` of dataset.json are in stored (physical)
+`units` {offset, scale} in dataset.json, each one number or a list of one per channel. The `sigmas` of dataset.json are in stored (physical)
 units for float images, and divided by the scale on reading; for 8-bit images, and where channels have different scales, they are in
-network units. `sigma_max`, in the same units, is the highest level that an image may be trained at (null: any), for images that are
-like those wanted in their details only; `sigma_min` the level that it may be trained above (null or 0: any), for images that are like
-them in their coarse features only. With both, either will do."""
+network units. `sigma_max`, in the same units, is the highest level to train an image at (null: any), for images that match the wanted
+distribution only in their details; `sigma_min` is the level above which to train it (null or 0: any), for images that match only in
+their coarse features. With both, a level that satisfies either is allowed."""
 
 import os
 from pathlib import Path
@@ -21,11 +21,11 @@ from training.data.cache import open_contents
 from training.data.contents import Names
 from training.data.packed import Packed
 
-UNITS_8BIT = {'offset': 127.5, 'scale': 127.5}  # of data that tells none
+UNITS_8BIT = {'offset': 127.5, 'scale': 127.5}  # network = stored / 127.5 - 1
 
 
 class Form(NamedTuple):
-    """What a network has to know of its data."""
+    """The facts about its data that a network depends on."""
 
     image_shape: tuple  # (C, H, W)
     label_dim: int      # 0 where labels are not used
@@ -38,19 +38,21 @@ class Form(NamedTuple):
 
 
 class ImageDataset:
-    """What a zip, folder or packed array of images holds: which items there are, not yet their pixels.
+    """The items of a zip, folder or packed array of images, without their pixels.
 
-    path: zip or folder of PNG, JPEG or .npy ([C,H,W]) members, dataset.json optional, which count in the order of their names; or a
-    packed data set (packed.py). use_labels: read labels; they must be there. keep: share of the images, a fixed random subset; max_size:
-    the same by count. xflip: every kept image a second time, mirrored. random_seed: of the subset. cache_dir: where a decoded copy may lie
-    (cache.py); copy: the path of one that is known.
+    path: zip or folder of PNG, JPEG or .npy ([C,H,W]) members, in the order of their names, dataset.json optional; or a packed data set
+    (packed.py). use_labels: read labels, which must exist. keep: share of the images to keep, a fixed random subset; max_size: the same
+    by count. xflip: add every kept image again, mirrored. random_seed: for the subset. cache_dir: folder for a decoded copy (cache.py);
+    copy: the path of an existing one.
 
     Attributes: path, name, contents (contents.py), image_shape (C,H,W), is_float, units ({offset, scale}, None for 8-bit), has_labels,
     label_dim (0 without use_labels), raw_idx int64 [N] (place in the archive), flip bool [N], native_sigma float64 [N] (network units);
-    sigma_min, sigma_max float64 [N], limits of the levels to train at (network units; 0 and inf where there are none).
+    sigma_min, sigma_max float64 [N], limits of the levels to train at (network units; 0 and inf for no limit).
     Raises UserError in one line for anything that is wrong with the files or the options."""
 
-    def __init__(self, path, use_labels=False, keep=1.0, max_size=None, xflip=False, random_seed=0, cache_dir=None, copy=None):
+    def __init__(self, path: str | os.PathLike, use_labels: bool = False, keep: float = 1.0, max_size: int | None = None,
+                 xflip: bool = False, random_seed: int = 0, cache_dir: str | os.PathLike | None = None,
+                 copy: str | os.PathLike | None = None):
         if not 0 < keep <= 1:
             raise UserError(f'--dataset-keep-percentage={keep}: must be more than 0 and at most 1 (which keeps all)')
         self.contents = Packed(copy, where=str(path)) if copy else open_contents(path, cache_dir)
@@ -76,18 +78,18 @@ class ImageDataset:
         return list(self.image_shape[1:])
 
     @property
-    def form(self):
+    def form(self) -> Form:
         """The Form of the images."""
         return Form(self.image_shape, self.label_dim, self.units)
 
     @property
     def classes(self):
-        """The class of each item, int64 [N]; None where labels are not used, or are vectors."""
+        """The class of each item, int64 [N]; None if labels are not used, or are vectors."""
         return self._labels[self.raw_idx].astype(np.int64) if self.label_dim and self._labels.ndim == 1 else None
 
     @property
     def label_table(self):
-        """The labels of all items, as they are kept: classes int32 [N], vectors float32 [N, label_dim], or None."""
+        """The labels of all items as stored: classes int32 [N], vectors float32 [N, label_dim], or None."""
         return self._labels[self.raw_idx] if self.label_dim else None
 
     def labels(self, indices):
@@ -97,16 +99,16 @@ class ImageDataset:
             return np.zeros([len(raw), 0], np.float32)
         return as_vectors(torch.from_numpy(self._labels[raw]), self.label_dim).numpy()
 
-    def fingerprint(self):
-        """What the data set is known by, whatever its path; see dnnlib.fingerprint. All of it counts, also what is not kept."""
+    def fingerprint(self) -> dict:
+        """The fingerprint of the whole data set, including images that are not kept, independent of its path; see dnnlib.fingerprint."""
         return self.contents.fingerprint()
 
-    def image_name(self, raw_idx):
+    def image_name(self, raw_idx: int) -> str:
         """The name of an image within the archive."""
         return self.contents.name(raw_idx)
 
-    def decode(self, raw_idx):
-        """An image of the archive as it lies there, never flipped: [C,H,W], uint8 or float32. Safe in threads."""
+    def decode(self, raw_idx: int) -> np.ndarray:
+        """An image of the archive as stored, never flipped: [C,H,W], uint8 or float32. Thread-safe."""
         return self.contents.decode(raw_idx)
 
     def to_network(self, images):
@@ -115,11 +117,11 @@ class ImageDataset:
         if self.units is None:
             return images.div_(127.5).sub_(1)
         offset, scale = (images.new_tensor(one).reshape(-1, 1, 1) if isinstance(one, list) else one
-                         for one in (self.units['offset'], self.units['scale']))  # [C,1,1] where channels have their own
+                         for one in (self.units['offset'], self.units['scale']))  # [C,1,1] if they differ by channel
         return images.sub_(offset).div_(scale)
 
     def _subset(self, keep, max_size, random_seed):
-        """Sorted raw indices: the head of one permutation, so that a smaller share is part of a larger one (and as published)."""
+        """Sorted raw indices: the beginning of one permutation (as published), so that a smaller share is a subset of a larger one."""
         total = self.contents.count
         size = min(int(keep * total), total if max_size is None else int(max_size))
         if size < 1:
@@ -139,7 +141,7 @@ class ImageDataset:
         except ValueError as err:
             raise UserError(f'{self.path}: dataset.json has {err}') from None
         if isinstance(found['scale'], list) and len(found['scale']) != self.image_shape[0]:
-            raise UserError(f'{self.path}: dataset.json has units of {len(found["scale"])} channels, and its images have '
+            raise UserError(f'{self.path}: dataset.json has units of {len(found["scale"])} channels, but its images have '
                             f'{self.image_shape[0]}')
         return found
 
@@ -157,7 +159,7 @@ class ImageDataset:
         self.label_dim = int(self._labels.max()) + 1 if self._labels.ndim == 1 else self._labels.shape[1]
 
     def _table(self, key, check, scale, absent):
-        """A table of one number for each item, float64 [N], network units; `absent` where there is no such table."""
+        """A table of one number per item, float64 [N], in network units; filled with `absent` if there is no such table."""
         found = self._checked(key, lambda values, names: check(values, names, scale)) if self.contents.has(key) else None
         return np.broadcast_to(np.float64(absent), len(self)) if found is None else found[self.raw_idx]
 
@@ -168,7 +170,7 @@ class ImageDataset:
             raise UserError(f'{self.path}: {self.contents.called(key)} {err}') from None
 
 
-def as_vectors(labels, label_dim):
+def as_vectors(labels: torch.Tensor, label_dim: int) -> torch.Tensor:
     """Labels as networks take them, float32 [N, label_dim]: classes [N] one-hot, vectors as they are; on the labels' device."""
     if labels.ndim == 2:
         return labels

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pixels of a data set in the memory of a GPU, so that only indices travel to it."""
+"""The pixels of a data set in GPU memory, so that only indices are transferred."""
 
 import math
 
@@ -7,18 +7,19 @@ import numpy as np
 import torch
 
 from dnnlib import UserError
+from training.data.store import ImageStore
 from training.data.tables import distinct
 
 PLACES = ('auto', 'host', 'device')
-SHARE = 0.25  # of the device's free memory, which "auto" takes at most; the network comes into the rest
+SHARE = 0.25  # largest share of the device's free memory that "auto" takes; the network needs the rest
 
 
 class DeviceStore:
-    """What an ImageStore gives, with the same bits, on a device: clean images as they are stored, noisy ones each from its first use on.
+    """An ImageStore on a device, with bit-identical results: clean images as stored, noisy ones kept from their first use on.
 
     store: ImageStore, on the host. Raises torch.OutOfMemoryError."""
 
-    def __init__(self, store, device):
+    def __init__(self, store: ImageStore, device: torch.device | str):
         self._store, self._device = store, torch.device(device)
         clean = distinct(store.dataset.raw_idx[~store.noisy.numpy()])
         self._place = torch.where(store.noisy, store.copy.long(), torch.from_numpy(np.searchsorted(clean, store.dataset.raw_idx)))
@@ -33,11 +34,11 @@ class DeviceStore:
         self._noisy = torch.empty([store.noisy_count, *shape], device=self._device)
         self._have = torch.zeros(store.noisy_count, dtype=torch.bool)
 
-    def words(self):
-        """Where the images are and what that takes, for people."""
+    def words(self) -> str:
+        """Where the images are, and how much memory they take, as text."""
         return f'{needed(self._store) / 2 ** 30:.2f} GiB in the memory of {self._device}'
 
-    def gather(self, indices):
+    def gather(self, indices) -> torch.Tensor:
         """As ImageStore.gather, on the device."""
         indices = torch.as_tensor(indices, dtype=torch.int64)
         images = torch.empty([len(indices), *self._store.dataset.image_shape], device=self._device)
@@ -64,15 +65,15 @@ class DeviceStore:
         return self._table[images.long(), channels, 0, 0]
 
 
-def needed(store):
+def needed(store: ImageStore) -> int:
     """Bytes of device memory that the images of an ImageStore take."""
     data = store.dataset
     clean = len(distinct(data.raw_idx[~store.noisy.numpy()]))
     return math.prod(data.image_shape) * (4 * store.noisy_count + (4 if data.is_float else 1) * clean)
 
 
-def on_device(store, where, device, free=None):
-    """The ImageStore, or its DeviceStore where that is asked for or, "auto", where it fits. where: of PLACES. free: bytes, for tests."""
+def on_device(store: ImageStore, where: str, device: torch.device | str, free: int | None = None) -> ImageStore | DeviceStore:
+    """The ImageStore, or its DeviceStore if `where` asks for it ("auto": if it fits). where: one of PLACES. free: bytes, for tests."""
     if where == 'host' or torch.device(device).type != 'cuda' and free is None:
         return store
     free, nbytes = torch.cuda.mem_get_info(device)[0] if free is None else free, needed(store)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A data set as one array, which all processes of a node map: a folder of .npy files, or the same in an uncompressed .npz.
+"""A data set as one array that all processes of a node map into memory: a folder of .npy files, or the same in an uncompressed .npz.
 
-images.npy [N,C,H,W], uint8 or float32; where there are any, labels.npy (int64 [N], or float32 [N,D]), and sigmas.npy, sigma_min.npy,
+images.npy [N,C,H,W], uint8 or float32; optionally labels.npy (int64 [N], or float32 [N,D]), and sigmas.npy, sigma_min.npy,
 sigma_max.npy (float64 [N], in the units of dataset.json's tables); dataset.json: {"packed": 1, "units": of float images}."""
 
 import contextlib
@@ -10,7 +10,8 @@ import os
 import struct
 import tempfile
 import zipfile
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -22,20 +23,20 @@ from training.data import tables
 
 VERSION = 1
 TABLES = tuple(tables.CHECKS)
-ALIGN = 64  # bytes: where an array begins in an .npz
-MAX_MEMBERS = 64  # of an .npz
+ALIGN = 64  # bytes: alignment of the arrays in an .npz
+MAX_MEMBERS = 64  # limit for an .npz
 
 
 class Member(NamedTuple):
-    """Where the bytes of a member lie, and what changes with them."""
+    """The position of a member's bytes, and a value that changes with them."""
 
     path: str
     offset: int
     size: int
-    content: int  # CRC-32 in an .npz, time of change in a folder
+    content: int  # CRC-32 in an .npz, modification time in a folder
 
 
-def is_packed(path):
+def is_packed(path: str | os.PathLike) -> bool:
     """Whether this is the path of a packed data set, as opposed to one of pictures."""
     if os.path.isdir(path):
         return packed_images(path) is not None
@@ -43,11 +44,11 @@ def is_packed(path):
 
 
 class Packed:
-    """The images of a packed data set, mapped and never written to; its interface is that of contents.py.
+    """The images of a packed data set, mapped and never written to, with the interface of contents.py.
 
-    where: what errors call it, by default its path. Attribute images: array [N,C,H,W]. Raises UserError."""
+    where: its name in errors, by default its path. Attribute images: array [N,C,H,W]. Raises UserError."""
 
-    def __init__(self, path, where=None):
+    def __init__(self, path: str | os.PathLike, where: str | None = None):
         self.path, self.where = str(path), where or str(path)
         self._kind = 'packed folder' if os.path.isdir(self.path) else 'npz'
         try:
@@ -57,7 +58,7 @@ class Packed:
             raise UserError(f'{self.where}: cannot be read ({damage(err)}); make it with dataset_tool.py') from None
         self._meta = json_object(self._json, f'{self.where}: dataset.json')
         if self._meta.get('packed') != VERSION:
-            raise UserError(f'{self.where}: dataset.json says "packed": {str(self._meta.get("packed"))[:20]}, and this version knows '
+            raise UserError(f'{self.where}: dataset.json says "packed": {str(self._meta.get("packed"))[:20]}, and this version supports '
                             f'{VERSION}; make it with dataset_tool.py')
         self.images = found = self._array('images')
         if found.ndim != 4 or not found.size or found.dtype not in (np.uint8, np.float32) or not found.flags.c_contiguous:
@@ -66,29 +67,29 @@ class Packed:
         self.count, self.image_shape = len(found), found.shape[1:]
         self.is_float, self.units = found.dtype == np.float32, self._meta.get('units')
 
-    def has(self, key):
+    def has(self, key: str) -> bool:
         return f'{key}.npy' in self._members
 
-    def values(self, key):
+    def values(self, key: str) -> np.ndarray | None:
         if not self.has(key):
             return None
         found = self._array(key)
         if found.shape[:1] != (self.count,) or found.dtype.kind not in 'iuf' or found.ndim > (2 if key == 'labels' else 1):
-            raise UserError(f'{self.where}: {key}.npy holds {found.dtype} of shape {list(found.shape)}; expected numbers, a row for each '
+            raise UserError(f'{self.where}: {key}.npy holds {found.dtype} of shape {list(found.shape)}; expected numbers, one row for each '
                             f'of {self.count} images')
         return np.array(found)
 
-    def called(self, key):
+    def called(self, key: str) -> str:
         return f'{key}.npy'
 
-    def name(self, index):
+    def name(self, index: int) -> str:
         return f'image {index}'
 
-    def decode(self, index):
+    def decode(self, index: int) -> np.ndarray:
         return np.array(self.images[index])
 
-    def fingerprint(self):
-        """That of the data set that this was decoded from, where it was; otherwise its own."""
+    def fingerprint(self) -> dict:
+        """The fingerprint of the data set that this was decoded from, if it is a decoded copy; otherwise its own."""
         if self._meta.get('source'):
             return self._meta['source']
         told = lambda *keys: digest(*(f'{key} {self._members[f"{key}.npy"][2:]}'.encode() for key in keys if self.has(key)))
@@ -99,7 +100,7 @@ class Packed:
     def _read(self, name):
         member = self._member(name)
         if member.size > PACKED_JSON:
-            raise ValueError(f'{name} has {member.size} bytes, more than the {PACKED_JSON} that are read of it')
+            raise ValueError(f'{name} has {member.size} bytes, more than the limit of {PACKED_JSON}')
         with open(member.path, 'rb') as f:
             f.seek(member.offset)
             return f.read(member.size)
@@ -116,7 +117,7 @@ class Packed:
 
     def _member(self, name):
         if name not in self._members:
-            raise ValueError(f'it holds no {name}')
+            raise ValueError(f'it has no {name}')
         return self._members[name]
 
 
@@ -153,36 +154,36 @@ def _members(path):
 
 
 class PackedFolder:
-    """A packed folder while it is being filled, in any folder: images one after the other, or by place where their number is known.
+    """Writes a packed folder, in any folder: images one after the other, or by index if their number is known.
 
     shape: (C,H,W). dtype: uint8 or float32."""
 
-    def __init__(self, folder, shape, dtype):
+    def __init__(self, folder: str | os.PathLike, shape: Sequence[int], dtype: Any):
         self.folder, self.shape, self.dtype, self._count = folder, tuple(shape), np.dtype(dtype), 0
         self._path = os.path.join(folder, 'images.npy')
 
-    def allocate(self, count):
-        """An array [count,C,H,W] in the file, to be filled by place; the disk's room is claimed now. Raises OSError."""
+    def allocate(self, count: int) -> np.ndarray:
+        """An array [count,C,H,W] in the file, to be filled by index; the disk space is allocated now. Raises OSError."""
         nbytes, self._count = count * math.prod(self.shape) * self.dtype.itemsize, count
         with open(self._path, 'wb') as f:
             f.write(arrays.header(self.dtype, (count, *self.shape)))
             f.flush()
-            if hasattr(os, 'posix_fallocate'):  # to run out of it later would kill the process without a word
+            if hasattr(os, 'posix_fallocate'):  # running out of space later would kill the process without a message
                 os.posix_fallocate(f.fileno(), 0, arrays.HEADER + nbytes)
             else:
                 f.truncate(arrays.HEADER + nbytes)
         return np.memmap(self._path, self.dtype, 'r+', arrays.HEADER, (count, *self.shape))
 
-    def append(self, data, count=1):
-        """Adds an image, or so many, given as their bytes in C order."""
+    def append(self, data: bytes, count: int = 1) -> None:
+        """Adds one image or several, given as their bytes in C order."""
         if not self._count:
             self._file = open(self._path, 'wb')  # noqa: SIM115 (closed by finish)
             self._file.write(arrays.header(self.dtype, (0, *self.shape)))
         self._file.write(data)
         self._count += count
 
-    def finish(self, columns, **meta):
-        """Writes columns ({key of TABLES: array}) and dataset.json, and has it all on the disk when it returns."""
+    def finish(self, columns: dict[str, np.ndarray], **meta: Any) -> None:
+        """Writes columns ({key of TABLES: array}) and dataset.json, and flushes everything to the disk."""
         if hasattr(self, '_file'):
             self._file.seek(0)
             self._file.write(arrays.header(self.dtype, (self._count, *self.shape)))
@@ -195,8 +196,8 @@ class PackedFolder:
                 os.fsync(f.fileno())
 
 
-def zip_folder(folder, dest):
-    """Makes the .npz of a packed folder: its files, not compressed, the arrays where they can be mapped."""
+def zip_folder(folder: str | os.PathLike, dest: str | os.PathLike) -> None:
+    """Makes the .npz of a packed folder: its files, uncompressed, with the arrays aligned so that they can be mapped."""
     with replacing(dest) as part, zipfile.ZipFile(part, 'w', zipfile.ZIP_STORED) as archive:
         for name in sorted(os.listdir(folder)):
             path = os.path.join(folder, name)
@@ -211,8 +212,8 @@ def zip_folder(folder, dest):
 
 
 @contextlib.contextmanager
-def new_packed(dest, shape, dtype):
-    """A PackedFolder that becomes `dest`, a folder or an .npz, when the block ends well; finish() is the caller's."""
+def new_packed(dest: str | os.PathLike, shape: Sequence[int], dtype: Any) -> Iterator[PackedFolder]:
+    """A PackedFolder that becomes `dest`, a folder or an .npz, when the block ends without an error; the caller calls finish()."""
     if not str(dest).lower().endswith('.npz'):
         with new_folder(dest, over='empty') as part:
             yield PackedFolder(part, shape, dtype)

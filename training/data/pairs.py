@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which (image, sigma) pairs the next step looks at: an endless shuffled list of images, and a policy that gives them levels.
+"""Draws the (image, sigma) pairs of the training steps: an endless shuffled list of images, and a policy that assigns levels to them.
 
-Every draw is a pure function of the seed and of a place in the list, so that the cursor is the only state of the data."""
+Every draw is a pure function of the seed and of a position in the list, so that the cursor is the only state of the data."""
 
 import math
 from typing import NamedTuple
@@ -15,15 +15,15 @@ from training.data.limits import usable_levels
 from training.data.walks import Walks
 from training.diffusion.noise import TINY, stratify
 
-# Places of the list that are worked on together, whatever the batch size: as many as PyTorch works on without waking its threads,
-# which the training step needs itself.
+# Positions of the list that are processed together, whatever the batch size: as many as PyTorch processes without its worker threads,
+# which the training step needs.
 BLOCK = 2048
-RARE, IDLE = 1e-2, 1e-6  # shares of usable places below which a policy is warned of, and refused
+RARE, IDLE = 1e-2, 1e-6  # shares of usable positions below which a policy causes a warning, or is refused
 INVERSE_BUFFER = 2 / math.sqrt(3)  # keeps (1 - r)^-2 up to 16, as Ambient Omni (Daras et al. 2025) does
 
 
 class Judged(NamedTuple):
-    """The places of one block that give a pair."""
+    """The positions of one block that yield a pair."""
 
     place: np.ndarray  # int64 [n], ascending, 0 <= place < BLOCK
     index: np.ndarray  # int64 [n]
@@ -31,19 +31,19 @@ class Judged(NamedTuple):
 
 
 class Pairing:
-    """What the policies share: an image may be seen at levels within its Limits, of which buffer * sigma_n is the lowest."""
+    """Base class of the policies: an image is used at levels within its Limits, which begin at buffer * sigma_n."""
 
-    def __init__(self, buffer=1.0):
+    def __init__(self, buffer: float = 1.0):
         if not 1 <= buffer < math.inf:
-            raise ValueError(f'buffer={buffer} must be 1 or more: below sigma_n an image teaches nothing')
+            raise ValueError(f'buffer={buffer} must be 1 or more: below sigma_n an image gives no gradient')
         self.buffer = buffer
 
 
 class Skip(Pairing):
-    """Draws sigma ~ p for each image in turn; where the image is not to be seen at it, it is passed over.
+    """Draws sigma ~ p for each image in turn, and skips the image if it may not be used at sigma.
 
-    At levels up to sigma_n the gradient is zero, so that keeps the published objective up to a constant, at no wasted network
-    evaluation."""
+    At levels up to sigma_n the gradient is zero, so this keeps the published objective up to a constant, without wasted network
+    evaluations."""
 
     def judge(self, limits, u, noise):
         """(sigma, usable) for images with these Limits and uniforms u: tensors [n]."""
@@ -51,10 +51,10 @@ class Skip(Pairing):
         return sigma, limits.usable(sigma)
 
     def share(self, limits, noise):
-        """Expected share of the places in the list that give a pair."""
+        """Expected share of the positions in the list that yield a pair."""
         return limits.chance(noise).mean().item()
 
-    def take(self, stream, count):
+    def take(self, stream: 'PairStream', count: int) -> tuple[np.ndarray, np.ndarray]:
         """(index int64 [count], sigma float64 [count]) of the next pairs; moves the stream's cursor behind the last of them."""
         parts = []
         while count:
@@ -75,7 +75,7 @@ class Skip(Pairing):
 
 
 class Truncate(Skip):
-    """Draws sigma ~ p(. | the image may be seen at sigma) for each image in turn: keeps every image's visit count."""
+    """Draws sigma ~ p(. | the image may be used at sigma) for each image in turn: all images are used equally often."""
 
     def judge(self, limits, u, noise):
         return limits.draw(noise, u), limits.chance(noise) > 0
@@ -85,12 +85,12 @@ class Truncate(Skip):
 
 
 class Clamp(Skip):
-    """sigma = max(sigma, sigma_n), as the published code does: pairs at sigma_n have no gradient, and cost as much as others."""
+    """sigma = max(sigma, sigma_n), as in the published code: pairs at sigma_n have no gradient, but cost as much as others."""
 
-    def __init__(self, buffer=1.0):
+    def __init__(self, buffer: float = 1.0):
         super().__init__(buffer)
         if buffer != 1:
-            raise ValueError(f'buffer={buffer}: clamp repeats the published code, which has none; leave it at 1')
+            raise ValueError(f'buffer={buffer}: clamp reproduces the published code, which has no buffer; leave it at 1')
 
     def judge(self, limits, u, noise):
         return torch.maximum(noise.icdf(u), limits.bar), torch.ones_like(u, dtype=torch.bool)
@@ -100,18 +100,18 @@ class Clamp(Skip):
 
 
 class SigmaFirst(Pairing):
-    """Draws sigma ~ p (given that some image may be seen at it), then walks the list to the next such image: keeps p(sigma)."""
+    """Draws sigma ~ p (given that some image may be used at it), then takes the next such image in the list: keeps p(sigma)."""
 
     def share(self, limits, noise):
-        """Expected share of the places in the list that give a pair."""
-        # A level between two neighbouring limits walks past 1 / (share of the images that allow it) places on average.
+        """Expected share of the positions in the list that yield a pair."""
+        # A level between two neighbouring limits passes 1 / (share of the images that allow it) positions on average.
         low, high, count = limits.coverage()
         chance = noise.mass(low, high)
         walk = (chance * len(limits.bar) / count).sum() / chance.sum()
         return 1 / walk.item() if chance.sum() > 0 else 0.0
 
-    def take(self, stream, count):
-        """As Skip.take; the levels are numbered by the pairs used, not by the places."""
+    def take(self, stream: 'PairStream', count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Like Skip.take; the levels are numbered by the pairs used, not by the positions."""
         first = stream.used // BLOCK
         numbers = range(first, -(-(stream.used + count) // BLOCK))
         levels = np.concatenate([stream.cached(self._levels, number) for number in numbers])
@@ -139,7 +139,7 @@ class SigmaFirst(Pairing):
         return stream.noise.between(low[k], high[k], ((ends[k] - place) / chance[k]).clamp(TINY, 1)).numpy()
 
     def _covered(self, stream, number):
-        """The intervals of levels that some image may be seen at: (low, high, their probability), each [k]."""
+        """The intervals of levels at which some image may be used: (low, high, their probability), each [k]."""
         low, high = stream.limits.ranges()
         chance = stream.noise.mass(low, high)
         return [column[chance > 0] for column in (low, high, chance)]
@@ -151,8 +151,8 @@ class SigmaFirst(Pairing):
         return stream.cached(self._walks, 0).block(stream.images(number))
 
 
-def with_inverse_weight(spec):
-    """The pairing policy that goes with --ambient-weight=inverse: `spec` with the buffer that it implies, where none is given.
+def with_inverse_weight(spec: str) -> str:
+    """The pairing policy for --ambient-weight=inverse: `spec` with the buffer that the weight implies, if none is given.
 
     The weight (1 - r)^-2 has infinite variance without a buffer. Raises UserError for clamp, and for a buffer of 1 or less."""
     name, options = registry.parse(spec)
@@ -172,10 +172,10 @@ class PairStream:
 
     levels: sigma_n of each image, [n] in network units. noise: NoiseDistribution p(sigma). policy: of PAIRINGS, such as
     "truncate:buffer=1.1". batch: pairs of one global batch; the sequence of pairs does not depend on it. lower, upper: sigma_min and
-    sigma_max of each image, [n], above and up to which it may be seen (see limits.py); 0 and inf, or None for all: no such limit.
-    Attributes: levels [n]; limits, the images' Limits; limited, how many have a sigma_min or sigma_max; cursor (places of the
-    list passed), used (pairs given). Refuses limits that leave no image to be used; says where few can be, and which levels are
-    never seen."""
+    sigma_max of each image, [n], above and up to which it may be used (see limits.py); 0 and inf, or None for all: no such limit.
+    Attributes: levels [n]; limits, the images' Limits; limited, how many have a sigma_min or sigma_max; cursor (positions of
+    the list passed), used (pairs drawn). Refuses limits under which no image can be used; warns if few can, and of levels that no image
+    covers."""
 
     def __init__(self, levels, noise, policy='skip', *, batch, seed=0, lower=None, upper=None):
         self.levels = np.asarray(levels, np.float64).reshape(-1)
@@ -186,41 +186,41 @@ class PairStream:
         self.limits = usable_levels(self.levels, self.policy.buffer, lower, upper)
         self.limited = _count_limited(len(self.levels), lower, upper)
         self.cursor = self.used = 0
-        self._rounds = -(-BLOCK // len(self.levels))  # epochs drawn together: short ones would each cost a generator
+        self._rounds = -(-BLOCK // len(self.levels))  # epochs drawn together, because short ones would each need a generator
         self._cache = {}
         self._check()
 
     @property
-    def passed(self):
-        """Places of the list walked so far, used or not."""
+    def passed(self) -> int:
+        """Positions of the list passed so far, used or not."""
         return self.cursor
 
-    def next(self):
+    def next(self) -> tuple[np.ndarray, np.ndarray]:
         """The next batch: (index int64 [batch], sigma float64 [batch]), NumPy arrays."""
         index, sigma = self.policy.take(self, self.batch)
         self.used += self.batch
         return index, sigma
 
-    def state(self):
-        """Where the stream stands, as JSON."""
+    def state(self) -> dict:
+        """The state of the stream, as JSON."""
         return {'cursor': self.cursor, 'used': self.used}
 
-    def restore(self, state):
-        """Goes to where a stream of the same levels, noise, policy and seed stood."""
+    def restore(self, state: dict) -> None:
+        """Restores the state of a stream with the same levels, noise, policy and seed."""
         self.cursor, self.used = int(state['cursor']), int(state['used'])
 
-    def acceptance(self):
+    def acceptance(self) -> float:
         """Expected share of the passed images that are used."""
         return self.policy.share(self.limits, self.noise)
 
-    def wasted(self):
+    def wasted(self) -> tuple[float, float]:
         """Expected shares of clamped draws, which have no gradient: (of all pairs, of the pairs with a noisy image)."""
         bar = self.limits.bar
         lost = self.noise.cdf(bar) * (bar > 0)
         return lost.mean().item(), (lost.sum() / (bar > 0).sum().clamp(min=1)).item()
 
     def images(self, number):
-        """Image indices at the BLOCK places of block `number` of the list, int64."""
+        """Image indices at the BLOCK positions of block `number` of the list, int64."""
         part, offset = divmod(number * BLOCK, self._rounds * len(self.levels))
         epochs = self.cached(PairStream._epochs, part)
         if offset + BLOCK > len(epochs):
@@ -233,14 +233,14 @@ class PairStream:
         return (stratify(source) if self.noise.stratified else source).clamp(min=TINY)
 
     def cached(self, make, number):
-        """make(self, number), remembered for the number of the last call: blocks are asked for batch after batch."""
+        """make(self, number), cached for the last number: consecutive batches need the same block."""
         held = self._cache.get(make.__name__)
         if held is None or held[0] != number:
             held = self._cache[make.__name__] = number, make(self, number)
         return held[1]
 
     def _epochs(self, number):
-        """The images of `_rounds` epochs, each in an order of its own."""
+        """The images of `_rounds` epochs, each shuffled separately."""
         in_order = np.tile(np.arange(len(self.levels)), (self._rounds, 1))
         return self._generator('epochs', number).permuted(in_order, axis=1).reshape(-1)
 
@@ -248,10 +248,10 @@ class PairStream:
         return np.random.Generator(np.random.Philox(key=misc.seed_of(self.seed, 'pairs', *key)))
 
     def _check(self):
-        """Refuses what would never give a batch, and says what would give few or waste many."""
+        """Refuses settings that could never fill a batch, and warns of those that use few images or waste pairs."""
         where = f'--pairing={self.spec}'
         if isinstance(self.policy, Clamp) and self.limited:
-            raise UserError(f'{where}: clamp repeats the published code, which knows no limits, but {self.limited} of '
+            raise UserError(f'{where}: clamp reproduces the published code, which has no limits, but {self.limited} of '
                             f'{len(self.levels)} images have a sigma_min or sigma_max; use skip, truncate or sigma_first')
         share = self.acceptance()
         if share < IDLE:
@@ -269,7 +269,7 @@ class PairStream:
     def _out_of_reach(self):
         least = self.limits.bar.min()
         if not self.limited:
-            return (f'the smallest sigma_n * buffer is {least:g}, and --noise is above that in a share of '
+            return (f'the smallest sigma_n * buffer is {least:g}, and --noise is above that with probability '
                     f'{self.noise.sf(least):.1e}; lower --sigma or raise the levels of --noise')
         empty = int(self.limits.empty().sum())
         return (f'{empty} of {len(self.levels)} have no level that is above sigma_n * buffer and within their sigma_min and sigma_max, '
@@ -277,21 +277,21 @@ class PairStream:
                 '--noise')
 
     def _check_limits(self, where):
-        """Says which images are never used, and how much of p(sigma) no image is seen at, where images have limits."""
+        """Warns of images that are never used, and of the part of p(sigma) that no image covers, if images have limits."""
         idle = int((self.limits.chance(self.noise) == 0).sum())
         if idle:
             distributed.print0(f'Warning: {where}: {idle} of {len(self.levels)} images are never used: no level of --noise is above their '
                                'sigma_n * buffer, and above their sigma_min or up to their sigma_max')
         low, high = self.limits.ranges()
-        # What is out of reach for the noise that the images carry is no matter of their limits.
+        # Levels below all images' own noise are not a matter of their limits.
         least = torch.tensor([self.levels.min() * self.policy.buffer])
         low, high = torch.cat([least, high]), torch.cat([low, torch.full_like(least, math.inf)])
         share = self.noise.mass(low, high)
         if share.sum() > RARE:
             holes = [f'between {a:g} and {b:g}' if b < math.inf else f'above {a:g}' for a, b, m in zip(low, high, share) if m > 0]
             gaps = ' and '.join(holes[:4] + ['others'] * (len(holes) > 4))
-            distributed.print0(f'Warning: {where}: no image may be seen at {share.sum():.1%} of the levels of --noise ({gaps}): the '
-                               'network does not learn those, which sampling may need')
+            distributed.print0(f'Warning: {where}: no image may be used at {share.sum():.1%} of the levels of --noise ({gaps}): the '
+                               'network does not learn these levels, which sampling may need')
 
 
 def _count_limited(count, lower, upper):

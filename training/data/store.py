@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pixels of a data set, in batches by index: clean ones as they are stored, noisy ones made with their fixed noise."""
+"""The pixels of a data set, gathered by index: clean images as stored, noisy ones with their fixed noise."""
 
 import contextlib
 import math
@@ -13,37 +13,39 @@ import torch
 
 from torch_utils import distributed
 from training.data.cache import decode_into
+from training.data.corruption import Corruption
+from training.data.dataset import ImageDataset
 from training.data.packed import Packed
 from training.data.tables import distinct
 
-AHEAD = 2 ** 23     # bytes of a file that are asked for at once
-AHEAD_SHARE = 0.75  # of the memory that is there, for a file that is read ahead
+AHEAD = 2 ** 23     # bytes of a file per read-ahead request
+AHEAD_SHARE = 0.75  # share of the available memory up to which a file is read ahead
 
 
 class ImageStore:
     """The pixels of a dataset, each at its level sigma_n.
 
     dataset: ImageDataset. corruption: Corruption. sigma_n: float64 [N], the level of each item (Corruption.levels).
-    cache_gib: memory that this node's processes together may take to keep noisy images, each from when it is first used. Those that do
-    not fit, all of them, are made anew whenever they are used: their noise is a function of the seed and the image's place.
-    workers: threads that make the noisy images of a batch.
+    cache_gib: memory that this node's processes together may use to keep noisy images, each from its first use on. If they do not all
+    fit, none is kept and each is recomputed at each use: its noise is a function of the seed and the image's index.
+    workers: threads that compute the noisy images of a batch.
 
     Packed data are mapped from their file; others, which are small (cache.py), are decoded now, into this process's memory.
     All ranks make their stores at the same point of the program. Attributes: nbytes (of the clean images), mapped, noisy bool [N] (items
-    that noise is added to), copy int32 [N] (which noisy image an item is, -1: none), noisy_count (how many there are), flip bool [N],
-    kept_bytes (0 where noisy images are made anew)."""
+    that noise is added to), copy int32 [N] (index of the item's noisy image, -1: none), noisy_count (number of these), flip bool [N],
+    kept_bytes (0 if noisy images are recomputed)."""
 
-    def __init__(self, dataset, corruption, sigma_n, cache_gib=8.0, workers=1):
+    def __init__(self, dataset: ImageDataset, corruption: Corruption, sigma_n: np.ndarray, cache_gib: float = 8.0, workers: int = 1):
         self.dataset, self._corruption, self._sigma_n = dataset, corruption, np.asarray(sigma_n, np.float64)
         self.mapped = isinstance(dataset.contents, Packed)
         if self.mapped:
-            # Copy on write, though nothing is written: PyTorch has no tensors that cannot be written to.
+            # Copy on write, though nothing is written: PyTorch has no read-only tensors.
             held = dataset.contents.images
             images = np.memmap(held.filename, held.dtype, 'c', held.offset, held.shape)
             if distributed.local_rank() == 0:
                 threading.Thread(target=_read_ahead, args=(held.filename,), daemon=True, name='read ahead').start()
         else:
-            used = distinct(dataset.raw_idx)  # an image and its flip share one
+            used = distinct(dataset.raw_idx)  # an image and its flip share an entry
             self._used = torch.from_numpy(used)
             images = np.empty([len(used), *dataset.image_shape], np.float32 if dataset.is_float else np.uint8)
             decode_into(images, dataset.contents, used)
@@ -55,20 +57,20 @@ class ImageStore:
         self._number_copies()
         self._keep_noisy(cache_gib)
 
-    def words(self):
-        """Where the images are and what that takes, for people."""
+    def words(self) -> str:
+        """Where the images are, and how much memory they take, as text."""
         clean = f'{self.nbytes / 2 ** 30:.2f} GiB {"mapped from disk" if self.mapped else "in memory"}'
         if not self.noisy_count:
             return clean
         gib = self._noisy_bytes() / 2 ** 30
         return clean + (f', and up to {gib:.2f} GiB of memory to keep noisy images' if self.kept_bytes else
-                        f', noisy images made at each use (to keep them takes --cache-gib={math.ceil(100 * gib) / 100:g})')
+                        f', noisy images recomputed at each use (keeping them needs --cache-gib={math.ceil(100 * gib) / 100:g})')
 
     def _noisy_bytes(self):
         return self.noisy_count * math.prod(self.dataset.image_shape) * 4
 
-    def gather(self, indices):
-        """Items in network units at level sigma_n: float32 [n,C,H,W]; flips come last, so that noise is mirrored as well."""
+    def gather(self, indices) -> torch.Tensor:
+        """Items in network units at level sigma_n: float32 [n,C,H,W]; they are flipped last, so that the noise is mirrored too."""
         indices = torch.as_tensor(indices, dtype=torch.int64)
         if not self.kept_bytes:
             return self._mirrored(self.made(indices), indices)
@@ -88,7 +90,7 @@ class ImageStore:
         return self._mirrored(images, indices)
 
     def stored(self, raw_idx):
-        """Clean images by their place in the archive, as they are stored: uint8 or float32 [n,C,H,W]."""
+        """Clean images by their index in the archive, as stored: uint8 or float32 [n,C,H,W]."""
         raw_idx = torch.as_tensor(raw_idx)
         return self._clean.index_select(0, raw_idx if self.mapped else torch.searchsorted(self._used, raw_idx))
 
@@ -126,19 +128,19 @@ class ImageStore:
         self.copy[noisy] = torch.from_numpy(number[copies])
 
     def _keep_noisy(self, cache_gib):
-        """Makes room to keep the noisy images, float32 [noisy_count,C,H,W], where all of them fit."""
+        """Allocates memory to keep the noisy images, float32 [noisy_count,C,H,W], if all of them fit."""
         self.kept_bytes, nbytes = 0, self._noisy_bytes()
         if not 0 < nbytes <= cache_gib * 2 ** 30 or (buffer := _shared_memory(nbytes)) is None:
             return
         self.kept_bytes = nbytes
         self._kept = torch.from_numpy(buffer.view(np.float32).reshape(self.noisy_count, *self.dataset.image_shape))
-        # Each rank remembers what it has written itself: all write the same, so that none has to wait for another.
+        # Each rank tracks only its own writes: all write the same values, so that none has to wait for another.
         self._have = torch.zeros(self.noisy_count, dtype=torch.bool)
 
 
 def _read_ahead(path):
-    """Has the system read a file from its beginning to its end, where all of it fits in memory: batches ask for places all over it, which
-    takes many times as long on slow disks."""
+    """Lets the system read a whole file sequentially ahead of use, if it fits in memory: on slow disks, the random reads of batches take
+    many times as long."""
     with contextlib.suppress(OSError), open(path, 'rb') as f:
         size = os.fstat(f.fileno()).st_size
         if hasattr(os, 'posix_fadvise') and size < AHEAD_SHARE * psutil.virtual_memory().available:
@@ -147,7 +149,7 @@ def _read_ahead(path):
 
 
 def _shared_memory(nbytes):
-    """uint8 [nbytes] of zeros that this node's processes share; they take memory once they are written to. None where that fails."""
+    """uint8 [nbytes] of zeros shared by this node's processes; memory is taken once it is written to. None if that fails."""
     if distributed.local_size() == 1:
         return np.zeros(nbytes, np.uint8)
     handle, path = None, None

@@ -1,26 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What dataset.json says of each image: labels, noise levels, limits, units; checked, whoever wrote it.
+"""Checks the tables of dataset.json: labels, noise levels, limits, units.
 
-Functions of values raise ValueError that says what is wrong with them; who calls them knows what they are called."""
+The functions raise ValueError with a message that lacks its subject, such as "must be one number per file": the caller adds it."""
 
 import itertools
 import math
 import sys
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
-MAX_CLASSES = 2 ** 17  # a class is a one-hot vector wherever a network sees it
-MAX_SHOWN = 8  # numbers of a list
+MAX_CLASSES = 2 ** 17  # limited because networks take classes as one-hot vectors
+MAX_SHOWN = 8  # numbers of a list that are shown
 NUMBERS = {int, float, bool}
 LARGEST = sys.float_info.max
 
 
-def distinct(indices):
-    """Sorted distinct whole numbers from 0, int64; numpy.unique takes 20 times as long for a million, and memory that stays taken."""
+def distinct(indices: np.ndarray) -> np.ndarray:
+    """Sorted distinct values of whole numbers from 0, int64; for a million, 20 times as fast as numpy.unique, and with less memory."""
     return np.flatnonzero(np.bincount(indices))
 
 
-def by_file(table, names):
+def by_file(table: list | dict, names: Sequence[str]) -> list:
     """The values of a table in the order of the names. table: [[name, value], ...] or {name: value}. Raises ValueError."""
     found = by_name(pairs_of(table))
     missing = [name for name in names if name not in found]
@@ -29,7 +31,7 @@ def by_file(table, names):
     return [found[name] for name in names]
 
 
-def pairs_of(table):
+def pairs_of(table: list | dict) -> list:
     """The (name, value) pairs of a table as by_file() takes it, a list. Raises ValueError."""
     pairs = list(table.items()) if isinstance(table, dict) else table
     if not isinstance(pairs, list) or not all(
@@ -38,32 +40,32 @@ def pairs_of(table):
     return pairs
 
 
-def by_name(pairs):
+def by_name(pairs: Sequence) -> dict[str, Any]:
     """{name with slashes: value} of (name, value) pairs. Raises ValueError where a name has several values."""
     found = {name.replace('\\', '/'): value for name, value in pairs}
     if len(found) < len(pairs):
         told = next((name for name, value in pairs if found[name.replace('\\', '/')] != value), None)
         if told is not None:
-            raise ValueError(f'gives {told} several values')
+            raise ValueError(f'has several values for {told}')
     return found
 
 
-def numbers(values):
-    """A list of numbers as they stand in JSON, or an array -> float64 [N]; those beyond float64 become infinite. Raises ValueError."""
+def numbers(values: Sequence | np.ndarray) -> np.ndarray:
+    """A list of numbers from JSON, or an array -> float64 [N]; numbers beyond float64 become infinite. Raises ValueError."""
     if isinstance(values, np.ndarray):
         return values.astype(np.float64)
     kinds = set(map(type, values))
     if not kinds <= NUMBERS:
-        raise ValueError('must be one number a file')
-    if int in kinds:  # of any length
+        raise ValueError('must be one number per file')
+    if int in kinds:  # JSON's integers may have any length
         values = [math.inf if value > LARGEST else -math.inf if value < -LARGEST else value for value in values]
     return np.array(values, np.float64)
 
 
-def labels(values):
-    """A list, or an array, of labels, all of them classes or all of them vectors -> int64 [N] or float32 [N, D]. Raises ValueError.
+def labels(values: Sequence | np.ndarray) -> np.ndarray:
+    """A list or array of labels, either all classes or all vectors -> int64 [N] or float32 [N, D]. Raises ValueError.
 
-    Classes are whole numbers, also with a point, as in 3.0; a vector is a list, also of one number."""
+    Classes are whole numbers, possibly written as floats (3.0); a vector is a list, possibly of one number."""
     wrong = ValueError('must be classes 0, 1, ... or finite vectors of one length')
     if isinstance(values, np.ndarray):
         if values.ndim == 2:
@@ -96,18 +98,18 @@ def _classes(values, wrong):
     if low < 0:
         raise wrong
     if high >= MAX_CLASSES:
-        raise ValueError(f'give class {str(high)[:20]}, and the last that can be is {MAX_CLASSES - 1}')
+        raise ValueError(f'contains class {str(high)[:20]}, but the largest allowed is {MAX_CLASSES - 1}')
     return np.array(values, np.int64)
 
 
 def _whole(values):
-    """Numbers that are whole, though they may be written with a point, as a list of int."""
+    """Whole numbers, possibly written as floats, as a list of int."""
     found = numbers(values)
     _check_finite(np.isfinite(found))
     broken = np.flatnonzero(found % 1)
     if len(broken):
         told = f'{found[broken[0]]:g}'
-        raise ValueError(f'gives {len(broken)} of {len(found)} images a label that is no whole number, such as {told}; a vector is '
+        raise ValueError(f'has labels that are not whole numbers for {len(broken)} of {len(found)} images, such as {told}; a vector is '
                          f'[{told}]')
     return list(map(int, found.tolist()))
 
@@ -117,17 +119,17 @@ def _check_finite(finite):
         raise ValueError(f'has {np.count_nonzero(~finite)} of {len(finite)} labels that are not finite (NaN or infinite)')
 
 
-def levels(values, names, scale=1.0):
+def levels(values: Sequence | np.ndarray, names: Sequence[str], scale: float = 1.0) -> np.ndarray:
     """Noise levels divided by the scale, float64 [N], all of them finite. Raises ValueError."""
     found = _over(numbers(values), scale)
     bad = np.flatnonzero(~(np.isfinite(found) & (found >= 0)))
     if len(bad):
-        raise ValueError(f'gives {names[bad[0]]} the level {shown(values[bad[0]])}; levels must be 0 or more' + _more(bad, found))
+        raise ValueError(f'has the level {shown(values[bad[0]])} for {names[bad[0]]}; levels must be 0 or more' + _more(bad, found))
     return found
 
 
-def limits(values, names, scale=1.0):
-    """Upper limits of levels divided by the scale, float64 [N]; inf for null, which is none. Raises ValueError."""
+def limits(values: Sequence | np.ndarray, names: Sequence[str], scale: float = 1.0) -> np.ndarray:
+    """Upper limits of levels divided by the scale, float64 [N]; null means no limit and becomes inf. Raises ValueError."""
     try:
         listed = values if isinstance(values, np.ndarray) else [math.inf if value is None else value for value in values]
         found = _over(numbers(listed), scale)
@@ -135,29 +137,29 @@ def limits(values, names, scale=1.0):
         raise ValueError(f'{err}, or null') from None
     bad = np.flatnonzero(~(found > 0))
     if len(bad):
-        raise ValueError(f'gives {names[bad[0]]} the limit {shown(values[bad[0]])}; limits must be above 0, or null for none'
+        raise ValueError(f'has the limit {shown(values[bad[0]])} for {names[bad[0]]}; limits must be above 0, or null for no limit'
                          + _more(bad, found))
     return found
 
 
-def lower_limits(values, names, scale=1.0):
-    """Lower limits of levels divided by the scale, float64 [N]; 0 for null, which is none, and inf for what no level is above.
+def lower_limits(values: Sequence | np.ndarray, names: Sequence[str], scale: float = 1.0) -> np.ndarray:
+    """Lower limits of levels divided by the scale, float64 [N]; null means no limit and becomes 0; inf: no level is allowed.
 
-    JSON has no infinity: the largest float64 stands for it. Raises ValueError."""
+    JSON has no infinity: the largest float64 represents it. Raises ValueError."""
     try:
         told = numbers(values if isinstance(values, np.ndarray) else [0.0 if value is None else value for value in values])
     except ValueError as err:
         raise ValueError(f'{err}, or null') from None
     bad = np.flatnonzero(~(told >= 0))
     if len(bad):
-        raise ValueError(f'gives {names[bad[0]]} the limit {shown(values[bad[0]])}; lower limits must be 0 or more, or null for none')
+        raise ValueError(f'has the limit {shown(values[bad[0]])} for {names[bad[0]]}; lower limits must be 0 or more, or null for no limit')
     return np.where(told < LARGEST, _over(told, scale), math.inf)
 
 
-def units(value):
-    """{offset, scale} of float data: floats, or a list of floats each, one a channel; they matter as float32.
+def units(value: Any) -> dict:
+    """{offset, scale} of float data: floats, or lists of floats with one per channel; both must be valid as float32.
 
-    Raises ValueError, or KeyError where one is missing or no number."""
+    Raises ValueError, or KeyError if one is missing or not a number."""
     if not isinstance(value, dict):
         raise KeyError('units')
     found = {key: value[key] for key in ('offset', 'scale')}
@@ -167,7 +169,7 @@ def units(value):
     told = ', '.join(f'{key}: {shown_all(one)}' for key, one in found.items())
     count = max(map(len, lists.values()))
     if not all(len(ones) in (1, count) for ones in lists.values()):
-        raise ValueError(f'units {{{told}}}; give one number each, or one a channel')
+        raise ValueError(f'units {{{told}}}; give one number each, or one per channel')
     with np.errstate(over='ignore', under='ignore'):
         offset, scale = (numbers(ones * (count // len(ones))) for ones in lists.values())
         usable = np.isfinite(np.float32([offset, scale])).all() and (np.float32(scale) > 0).all()
@@ -177,40 +179,40 @@ def units(value):
     return {'offset': offset.item() if single else offset.tolist(), 'scale': scale.item() if single else scale.tolist()}
 
 
-def per_channel(values):
+def per_channel(values: float | Sequence[float]) -> np.ndarray:
     """An offset or scale of units as float64 [1 or C,1,1]."""
     return np.reshape(np.float64(values), (-1, 1, 1))
 
 
-def level_scale(units):
-    """What levels in dataset.json are divided by to be in network units: the scale of float data (units; None for 8-bit images: 1).
+def level_scale(units: dict | None) -> float:
+    """The divisor that converts levels in dataset.json to network units: the scale of float data (units; None for 8-bit images: 1).
 
-    Where channels have different scales, noise that is white for the network is not in the units that are stored: levels then stand in
+    If channels have different scales, noise that is white in network units is not white in stored units: levels are then given in
     network units, and this is 1."""
     return 1.0 if units is None else common_scale(units) or 1.0
 
 
-def common_scale(units):
-    """The scale that all channels share; None where they differ."""
+def common_scale(units: dict) -> float | None:
+    """The common scale of all channels; None if they differ."""
     scales = np.unique(units['scale'])
     return float(scales[0]) if len(scales) == 1 else None
 
 
-def shown_all(value):
-    """A number of JSON, or a list of them, for an error or a line of text; of a long list the first few."""
+def shown_all(value: Any) -> str:
+    """A number from JSON, or a list of them, as text; of a long list only the first few."""
     if not isinstance(value, list):
         return shown(value)
     more = f', ... ({len(value)} in all)' if len(value) > MAX_SHOWN else ''
     return f'[{", ".join(map(shown, value[:MAX_SHOWN]))}{more}]'
 
 
-def shown(value):
-    """A number of JSON for an error, however long it is."""
+def shown(value: float) -> str:
+    """A number from JSON as text; whole numbers beyond float64 are shortened."""
     return f'{value:g}' if isinstance(value, float) or abs(value) <= LARGEST else f'{"-" * (value < 0)}1e308 or more'
 
 
 def _more(bad, values):
-    """How many are bad, where it is more than the one that is told of."""
+    """How many values are bad, if there are more than the one that the message names."""
     return f' ({len(bad)} of {len(values)} are not)' if len(bad) > 1 else ''
 
 

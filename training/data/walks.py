@@ -1,27 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Walks along a list of images: each level in turn takes the next place whose image may be seen at it."""
+"""Walks along a list of images: each level in turn takes the next position whose image may be used at it."""
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
-GROUPS = 64  # of levels, for each of which there is a table: more of them cost a block more, and a pair less
-RETRIES = 0.2  # fewer groups do where about so many places a pair are looked at in vain
+from training.data.limits import Limits
+
+GROUPS = 64  # groups of levels, each with a table: more groups make a block more expensive, and a pair cheaper
+RETRIES = 0.2  # acceptable number of positions per pair that are looked up in vain; allows fewer groups
 
 
 class Walks:
-    """Finds places for levels, whatever the images' limits (Limits), at a cost of about one look-up a pair.
+    """Finds positions for levels, whatever the images' limits (Limits), at a cost of about one look-up per pair.
 
-    Levels are grouped by the limits that they lie between. Where images have few different limits, all levels of a group may be
-    seen with the same images, and a table of the next such place is all that is needed. Where they have many, the table tells the
-    next place that some level of the group may have, and the image's own limits decide."""
+    Levels are grouped by the limits that they lie between. If the images have few different limits, all levels of a group allow the
+    same images, and a table of the next such position is sufficient. If they have many, the table gives the next position that some
+    level of the group allows, and the image's own limits decide."""
 
-    def __init__(self, limits):
+    def __init__(self, limits: Limits):
         low, high = limits.intervals()
         self.edges, self.exact = _edges(low, high)
         self.limits = limits
-        # An image may be seen at some levels of the groups from `first` to `last`, and of those from `again` on.
+        # An image may be used at some levels of the groups from `first` to `last`, and of those from `again` on.
         never = len(self.edges) + 1
         first = torch.where(limits.empty(), never, self._group_above(limits.bar))
         last = first if limits.top is None else torch.searchsorted(self.edges, limits.top)
@@ -33,15 +36,15 @@ class Walks:
         self._own = [limit.numpy() for limit in own]
 
     def _group_above(self, bar):
-        """The group of the levels right above."""
+        """The group of the levels just above each bar."""
         return torch.searchsorted(self.edges, bar, right=True)
 
-    def groups(self, sigma):
+    def groups(self, sigma: np.ndarray) -> np.ndarray:
         """The group of each level, int64 [k]; sigma: float64 [k], NumPy."""
         return np.searchsorted(self.edges.numpy(), sigma)
 
-    def block(self, images):
-        """The Block of some places of the list, which have the images int64 [n]."""
+    def block(self, images: np.ndarray) -> 'Block':
+        """The Block of consecutive positions of the list, with the images int64 [n]."""
         group = np.arange(len(self.edges) + 1, dtype=np.int8)[:, None]
         fine = self._first[images] <= group
         if self.limits.top is not None:
@@ -52,18 +55,18 @@ class Walks:
 
 
 class Block:
-    """Places of the list that are worked on together. fine: bool [groups, n]. limits: float64 [n] each, those that decide beyond that,
+    """Positions of the list that are processed together.
 
-    none, bar, or bar, top and floor."""
+    fine: bool [groups, n]. limits: those that are checked in addition, float64 [n] each: none; bar; or bar, top and floor."""
 
     def __init__(self, images, fine, limits):
         self.images = images
-        # What stands behind the end is fine for every level. Bytes are searched at the speed of memory.
+        # A position behind the end is fine for every level. Bytes are searched at the speed of memory.
         self._next = [(row.tobytes() + b'\1').find for row in fine]
         self._limits = [memoryview(np.append(limit, end)) for limit, end in zip(limits, (-1.0, math.inf, math.inf))]
 
-    def walk(self, place, groups, levels):
-        """Places for levels and the groups that they are of, lists, from `place` on, until either ends: int64 [j], ascending."""
+    def walk(self, place: int, groups: Sequence[int], levels: Sequence[float]) -> np.ndarray:
+        """Positions for levels and their groups, two lists, from `place` on, until levels or block end: int64 [j], ascending."""
         end, found, finds = len(self.images), [], map(self._next.__getitem__, groups)
         if not self._limits:
             for find in finds:
@@ -102,9 +105,9 @@ def _edges(low, high):
         return edges, True
     at = lambda limit: torch.searchsorted(edges, limit.sort().values.contiguous())
     started, ended = (torch.bincount(at(limit), minlength=len(edges) + 1)[:len(edges)] for limit in (low, high))
-    above = (started - ended).cumsum(0)  # how many images may be seen right above an edge
+    above = (started - ended).cumsum(0)  # number of images that may be used just above an edge
     below = above - started + ended
-    # Images that come and go within a group, as shares of those that are there: places that are looked at in vain.
+    # Images that start or end within a group, as shares of those present: the number of positions looked up in vain.
     vain = (started / above.clamp(min=1) + ended / below.clamp(min=1)).cumsum(0)
     group = (vain / max(RETRIES, vain[-1].item() / GROUPS)).floor()
     return edges[torch.cat([group.new_ones(1), group.diff()]) > 0], False

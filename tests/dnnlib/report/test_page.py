@@ -79,13 +79,13 @@ def test_names_and_options(runs):
     assert all(list(row) in rows for row in differ) and ['torch', '2.13', '2.13'] in rows and ['commit', 'abc123', 'abc123'] in rows
     assert 'optimizer.lr' not in before and 'optimizer.lr' in folded and '<details><summary><h2>Options that are equal' in made
     assert all(run.name in Elements(before).text for run in runs)
-    assert 'Not to be compared between runs that differ in objective.weight' in made
+    assert 'Do not compare runs that differ in objective.weight' in made
 
 
 def test_one_run_and_equal_runs(runs):
     made = page.page(runs[:1], 'test')
     assert 'Options that differ' not in made and '<details open><summary><h2>Options</h2>' in made
-    assert 'Not to be compared between' not in made
+    assert 'Do not compare' not in made
     twin = Run('', 'twin', runs[0].curves, runs[0].options)
     assert 'all options of these runs are equal' in page.page([runs[0], twin], 'test')
 

@@ -24,7 +24,7 @@ def test_values_that_are_no_numbers_are_left_out(tmp_path):
 
 @pytest.mark.parametrize('line, said', [('[1]', 'expected a JSON object'), ('{"a": 1}', 'no number "nimg"'),
                                         ('{"nimg": "1"}', 'no number "nimg"'), ('{"nimg": 1', 'not JSON'),
-                                        ('[' * 100_000, 'nested too deep'), ('\0', 'not JSON')])
+                                        ('[' * 100_000, 'nested too deeply'), ('\0', 'not JSON')])
 def test_broken_lines(tmp_path, line, said):
     with pytest.raises(UserError) as err:
         runs.read_stats(write(tmp_path / 'run', f'{{"nimg": 1}}\n{line}\n{{"nimg": 2}}\n'))

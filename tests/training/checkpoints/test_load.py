@@ -186,7 +186,7 @@ def test_nothing_in_a_file_is_executed(tmp_path, state):
     torch.save({**state, 'progress': Payload()}, tmp_path / 'state.pt')
     assert 'cannot be read' in refused(tmp_path / 'state.pt')
     (tmp_path / 'network-snapshot.pkl').write_bytes(pickle.dumps({'ema': Payload()}))
-    assert 'mkdir, which is not read' in refused(tmp_path / 'network-snapshot.pkl')
+    assert 'mkdir, which is not allowed' in refused(tmp_path / 'network-snapshot.pkl')
     shutil.copytree(OLD_CLIENT, tmp_path / 'folder')
     torch.save({'weight': Payload()}, tmp_path / 'folder' / 'pytorch_model.bin')
     with pytest.raises(UserError, match='cannot be read as plain tensors'):

@@ -118,7 +118,7 @@ def test_command(run, tmp_path):
         assert tiny.digest(net.state_dict()) == tiny.digest(expected.state_dict()) and net.config == expected.config
         lines = result.output.splitlines()
         assert all(name in line for (name, _), line in zip(used, lines, strict=False))
-        expected = f'{dest}: EMA of length 0.075 from {len(used)} stored averages, whose profile is {error:.2%} off'
+        expected = f'{dest}: EMA of length 0.075 from {len(used)} stored averages, with a profile error of {error:.2%}'
         assert lines[len(used):] == [expected]
 
 

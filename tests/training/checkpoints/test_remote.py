@@ -106,7 +106,7 @@ def test_a_pickle_by_its_url(files, tmp_path):
 
 
 def test_a_digest_that_differs_keeps_nothing(files, tmp_path):
-    with pytest.raises(UserError, match='was not kept'):
+    with pytest.raises(UserError, match='the download was deleted'):
         open_url(f'{files.url}/network.pkl#sha256=1234')
     assert not [path for path in (tmp_path / 'downloads').iterdir() if path.stat().st_size > 1000]
 
@@ -144,7 +144,7 @@ def test_urls_that_fail_are_one_line(files, tmp_path):
     for url, words in ((f'{files.url}/other.pkl', '404'), ('http://127.0.0.1:9/network.pkl', 'refused')):
         with pytest.raises(UserError) as error:
             load_network(url)
-        assert words in error.value.message and '\n' not in error.value.message and 'put it at' in error.value.message
+        assert words in error.value.message and '\n' not in error.value.message and 'save it as' in error.value.message
     weights = (PUBLISHED / 'model.safetensors').read_bytes()
     for content, words in ((b'<!DOCTYPE html>', 'text file'), (weights, 'without their config.json')):
         shutil.rmtree(tmp_path / 'downloads', ignore_errors=True)

@@ -108,7 +108,7 @@ def test_where_the_copy_lies(tmp_path, monkeypatch, capsys):
     shutil.rmtree(tmp_path / 'user')
     makes(str(tmp_path), str(tmp_path / 'user'))
     capsys.readouterr()
-    assert decode(path) is None and 'Warning: no room' in capsys.readouterr().out
+    assert decode(path) is None and 'Warning: not enough space' in capsys.readouterr().out
     makes(str(tmp_path / 'full'))
     with pytest.raises(UserError, match='^--cache-dir=.*full: cannot hold 0.00 GiB of decoded images .No space left'):
         decode(path, str(tmp_path / 'full'))

@@ -177,7 +177,7 @@ def test_sigma_min_as_noise_raises_the_level_and_limits_nothing_any_more():
 
 
 def test_sigma_min_as_noise_is_refused_for_images_with_both_limits():
-    with pytest.raises(UserError, match='--sigma-min-as=noise: 1 of 3 images have a sigma_max as well') as err:
+    with pytest.raises(UserError, match='--sigma-min-as=noise: 1 of 3 images also have a sigma_max') as err:
         Corruption(sigma_min_as='noise').beyond_sigma_min([0, 0, 0], [0.5, 0, 0.5], [0.2, 0.2, np.inf])
     assert '\n' not in err.value.message
     with pytest.raises(UserError, match='--sigma-min-as=both: choose from limit, noise'):

@@ -176,7 +176,7 @@ def test_channels_with_units_of_their_own(tmp_path):
     dataset = ImageDataset(write(tmp_path / 'g.zip', members, units={'offset': offset.tolist(), 'scale': 2}, **levels))
     np.testing.assert_allclose(dataset.native_sigma, [0.1, 0])
     np.testing.assert_allclose(dataset.sigma_max, [0.3, np.inf])
-    assert 'units of 3 channels, and its images have 2' in refusal(
+    assert 'units of 3 channels, but its images have 2' in refusal(
         write(tmp_path / 'h.zip', members, units={'offset': [0, 0, 0], 'scale': 1}))
 
 
@@ -214,7 +214,7 @@ def test_lower_limits_follow_the_images(tmp_path):
     members = {f'{i}.npy': npy(np.zeros([1, 4, 4], np.float32)) for i in range(2)}
     path = write(tmp_path / 'f.zip', members, units={'offset': 100, 'scale': 40}, sigma_min={'0.npy': 4, '1.npy': None})
     np.testing.assert_allclose(ImageDataset(path).sigma_min, [0.1, 0])
-    assert '"sigma_min" in dataset.json gives 001.png the limit -1' in refusal(
+    assert '"sigma_min" in dataset.json has the limit -1 for 001.png' in refusal(
         picture_zip(tmp_path / 'c.zip', 2, sigma_min={'000.png': 1, '001.png': -1}))
 
 
@@ -297,7 +297,7 @@ def test_what_is_kept_fits_the_memory_of_the_node(tmp_path):
     for gib, kept in ((nbytes / 2 ** 30, nbytes), ((nbytes - 1) / 2 ** 30, 0)):
         store = store_of(data, Corruption(0.2, 0.5), cache_gib=gib)
         assert store.kept_bytes == kept
-        assert ('keep noisy images' in store.words()) == bool(kept) and ('made at each use' in store.words()) == (not kept)
+        assert ('keep noisy images' in store.words()) == bool(kept) and ('recomputed at each use' in store.words()) == (not kept)
 
 
 RANKS = '''

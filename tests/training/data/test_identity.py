@@ -46,8 +46,9 @@ def told(tmp_path, *flags):
 
 @pytest.mark.parametrize('count, seed, own, words', [
     (64, 0, None, 'same 64 32'),
-    (65, 0, None, '--data=data.zip: rank 1 on {host} sees other data than rank 0 on {host}: 65 images instead of 64'),
-    (64, 1, None, 'other contents of the images'), (64, 0, 33, '--val=val.zip: rank 1 on {host} sees other data than rank 0'),
+    (65, 0, None, '--data=data.zip: rank 1 on {host} sees different data from rank 0 on {host}: 65 images instead of 64'),
+    (64, 1, None, 'images of the same names and sizes with other contents'),
+    (64, 0, 33, '--val=val.zip: rank 1 on {host} sees different data from rank 0'),
     (None, 0, None, 'data.zip: no such zip file or folder (rank 1 on {host})')])
 def test_ranks_that_see_other_data_are_told_together(tmp_path, count, seed, own, words):
     for rank, images, key in ((0, 64, 0), (1, count, seed)):

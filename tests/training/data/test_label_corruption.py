@@ -98,8 +98,8 @@ def test_no_global_random_state():
 
 @pytest.mark.parametrize('options, said', [
     ({'rate': 1.5}, '--label-corruption=1.5'), ({'rate': -0.1}, '--label-corruption=-0.1'), ({'rate': float('nan')}, '=nan'),
-    ({'seed': -1}, '--corruption-seed=-1'), ({'groups': [[0, 1], [1, 2]]}, 'one group at most'),
-    ({'groups': [[0, 0]]}, 'one group at most'), ({'groups': [[-1, 2]]}, 'whole numbers from 0')])
+    ({'seed': -1}, '--corruption-seed=-1'), ({'groups': [[0, 1], [1, 2]]}, 'at most one group'),
+    ({'groups': [[0, 0]]}, 'at most one group'), ({'groups': [[-1, 2]]}, 'whole numbers from 0')])
 def test_options_out_of_range_are_one_line(options, said):
     with pytest.raises(UserError) as error:
         LabelCorruption(**options)

@@ -172,7 +172,7 @@ def test_images_that_can_never_be_used_are_counted(policy, capsys):
 
 def test_levels_below_every_sigma_min_are_said(capsys):
     PairStream([0.0, 0.0], P, batch=4, lower=[0.5, 0.3])
-    assert f'no image may be seen at {(1 - sf(0.3)) * 100:.1f}% of the levels of --noise (between 0 and 0.3)' in capsys.readouterr().out
+    assert f'no image may be used at {(1 - sf(0.3)) * 100:.1f}% of the levels of --noise (between 0 and 0.3)' in capsys.readouterr().out
     PairStream([0.0, 0.0], P, batch=4, lower=[0.5, 0.0])
     assert capsys.readouterr().out == ''
 
@@ -181,7 +181,7 @@ def test_wrong_limits_are_refused():
     for lower in ([1.0], [-0.1, 1.0], [math.nan, 1.0]):
         with pytest.raises(UserError, match='sigma_min must be 0 or more for each of the 2 images'):
             PairStream([0.0, 0.0], P, batch=4, lower=lower)
-    with pytest.raises(UserError, match='--pairing=clamp: clamp repeats .* 1 of 2 images have a sigma_min or sigma_max'):
+    with pytest.raises(UserError, match='--pairing=clamp: clamp reproduces .* 1 of 2 images have a sigma_min or sigma_max'):
         PairStream([0.0, 0.0], P, 'clamp', batch=4, lower=[0.2, 0.0])
 
 

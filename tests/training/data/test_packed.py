@@ -67,11 +67,11 @@ def test_fingerprints_tell_what_differs(tmp_path, name):
     first = told('a', labels=LABELS)
     if name.endswith('npz'):
         assert first == told('b', labels=LABELS)
-        assert data_differences(first, told('c', images=255 - IMAGES, labels=LABELS)) == ['other contents of the images, under the same '
-                                                                                          'names and sizes']
+        assert data_differences(first, told('c', images=255 - IMAGES, labels=LABELS)) == [
+            'images of the same names and sizes with other contents']
     assert data_differences(first, told('d', labels=LABELS[::-1]))[-1] == 'another dataset.json (labels, sigmas)'
     assert data_differences(first, told('e', images=IMAGES[:5], labels=LABELS[:5]))[0] == '5 images instead of 20'
-    assert 'other names or sizes' in data_differences(first, told('f', images=IMAGES[..., :3].copy(), labels=LABELS))[0]
+    assert 'images with other names or sizes' in data_differences(first, told('f', images=IMAGES[..., :3].copy(), labels=LABELS))[0]
 
 
 def test_nothing_half_written(tmp_path):
@@ -93,18 +93,18 @@ def damaged(folder, change):
 
 @pytest.mark.parametrize('change, words', [
     (lambda p: (p / 'dataset.json').write_text('{'), 'not a JSON file'),
-    (lambda p: (p / 'dataset.json').write_text('{"packed": 7}'), '"packed": 7, and this version knows 1'),
+    (lambda p: (p / 'dataset.json').write_text('{"packed": 7}'), '"packed": 7, and this version supports 1'),
     (lambda p: (p / 'dataset.json').write_bytes(b'{"packed": 1' + b' ' * 2 ** 21), 'more than the'),
     (lambda p: (p / 'images.npy').write_bytes(b'x'), 'cannot read images.npy (not an .npy file)'),
     (lambda p: os.truncate(p / 'images.npy', 1000), 'more numbers than it holds'),
     (lambda p: np.save(p / 'images.npy', IMAGES[0]), 'expected uint8 or float32 [N,C,H,W]'),
     (lambda p: np.save(p / 'images.npy', IMAGES.astype(np.int32)), 'expected uint8 or float32 [N,C,H,W]'),
     (lambda p: np.save(p / 'images.npy', np.asfortranarray(IMAGES)), 'expected uint8 or float32 [N,C,H,W]'),
-    (lambda p: np.save(p / 'labels.npy', LABELS[:5]), 'a row for each of 20 images'),
+    (lambda p: np.save(p / 'labels.npy', LABELS[:5]), 'one row for each of 20 images'),
     (lambda p: np.save(p / 'labels.npy', -LABELS), 'labels.npy must be classes'),
     (lambda p: np.save(p / 'labels.npy', LABELS.astype(object)), 'not plain numbers'),
-    (lambda p: np.save(p / 'sigmas.npy', SIGMAS * np.nan), 'sigmas.npy gives image 0 the level nan'),
-    (lambda p: np.save(p / 'sigma_max.npy', SIGMAS), 'sigma_max.npy gives image 0 the limit 0')])
+    (lambda p: np.save(p / 'sigmas.npy', SIGMAS * np.nan), 'sigmas.npy has the level nan for image 0'),
+    (lambda p: np.save(p / 'sigma_max.npy', SIGMAS), 'sigma_max.npy has the limit 0 for image 0')])
 def test_damage_is_told_in_one_line(tmp_path, change, words):
     assert words in damaged(tmp_path, change)
 
@@ -113,7 +113,7 @@ def test_npz_of_other_programs(tmp_path):
     np.savez_compressed(tmp_path / 'a.npz', images=IMAGES)
     np.savez(tmp_path / 'b.npz', images=IMAGES)
     (tmp_path / 'c.npz').write_bytes(b'PK')
-    for name, words in (('a', 'compressed'), ('b', 'holds no dataset.json'), ('c', 'not a zip file')):
+    for name, words in (('a', 'compressed'), ('b', 'has no dataset.json'), ('c', 'not a zip file')):
         with pytest.raises(UserError, match=words) as error:
             ImageDataset(str(tmp_path / f'{name}.npz'))
         assert 'dataset_tool.py' in error.value.message

@@ -181,7 +181,7 @@ def test_sigma_first_leaves_out_what_no_image_allows(capsys):
     assert ks_distance(sigma, law) < 0.006 and not ((sigma > 0.05) & (sigma <= 0.5)).any()
     assert set(index[sigma > 0.6]) == {3} and set(index[(sigma > 0.5) & (sigma <= 0.6)]) == {2}
     unseen = (sf(0.05) - sf(0.5)) * 100
-    assert f'no image may be seen at {unseen:.1f}% of the levels' in capsys.readouterr().out
+    assert f'no image may be used at {unseen:.1f}% of the levels' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize('low, high', [(0, 1e-7), (1e-7, 3e-7), (0.05, 0.0500001), (500.0, 501.0), (2000.0, np.inf), (0, np.inf)])
@@ -253,13 +253,13 @@ def test_images_whose_limits_leave_nothing_are_passed_over_and_counted(policy, c
 def test_levels_that_no_image_allows_are_said(capsys):
     PairStream([0.0, 0.1], P, 'skip', batch=4, upper=[0.3, 0.5])
     said = capsys.readouterr().out
-    assert f'no image may be seen at {sf(0.5) * 100:.1f}% of the levels of --noise (above 0.5)' in said
+    assert f'no image may be used at {sf(0.5) * 100:.1f}% of the levels of --noise (above 0.5)' in said
     PairStream([0.0, 0.1], P, 'skip', batch=4, upper=[0.3, np.inf])
     assert capsys.readouterr().out == ''
 
 
 def test_clamp_with_limits_and_wrong_limits_are_refused():
-    with pytest.raises(UserError, match='--pairing=clamp: clamp repeats .* but 400 of 1000 images') as err:
+    with pytest.raises(UserError, match='--pairing=clamp: clamp reproduces .* but 400 of 1000 images') as err:
         PairStream(LEVELS, P, 'clamp', batch=4, upper=np.tile([np.inf, 0.3, np.inf, np.inf, 0.05], 200))
     assert '\n' not in err.value.message
     for upper in ([1.0], [0.0, 1.0], [np.nan, 1.0], [-1.0, 1.0]):

@@ -17,7 +17,7 @@ def test_values_follow_the_names():
     for table in ({'b.png': 2, 'a.png': 1, 'c.png': 3}, [['b.png', 2], ['a.png', 1]], [['a.png', 1], ['b.png', 2], ['a.png', 1]]):
         assert tables.by_file(table, NAMES) == [1, 2]
     assert tables.by_file({'x\\a.png': 1}, ['x/a.png']) == [1]
-    with pytest.raises(ValueError, match='gives a.png several values'):
+    with pytest.raises(ValueError, match='has several values for a.png'):
         tables.by_file([['a.png', 0], ['b.png', 2], ['a.png', 1]], NAMES)
     with pytest.raises(ValueError, match='misses 1 of 2 files, such as b.png'):
         tables.by_file({'a.png': 1}, NAMES)
@@ -37,7 +37,7 @@ def test_labels():
     for values in ([3.0, 0, 1], [3.0, 0.0, 1.0], [3, False, True]):
         assert tables.labels(values).dtype == np.int64 and tables.labels(values).tolist() == [3, 0, 1]
     assert tables.labels([0, tables.MAX_CLASSES - 1]).max() == tables.MAX_CLASSES - 1
-    with pytest.raises(ValueError, match='give class 131072, and the last that can be is 131071'):
+    with pytest.raises(ValueError, match='contains class 131072, but the largest allowed is 131071'):
         tables.labels([0, tables.MAX_CLASSES])
 
 
@@ -55,10 +55,10 @@ def test_levels_and_limits():
     assert tables.levels([0, 1, 0.5], 'abc', scale=2).tolist() == [0, 0.5, 0.25]
     assert tables.limits([None, 1, math.inf, FAR], 'abcd', scale=2).tolist() == [math.inf, 0.5, math.inf, math.inf]
     for bad, told in ((-1, '-1'), (math.nan, 'nan'), (math.inf, 'inf'), (FAR, '1e308 or more'), (-FAR, '-1e308 or more')):
-        with pytest.raises(ValueError, match=f'gives b.png the level {told}; levels must be 0 or more'):
+        with pytest.raises(ValueError, match=f'has the level {told} for b.png; levels must be 0 or more'):
             tables.levels([0, bad], NAMES)
     for bad in (0, -1, math.nan, -FAR):
-        with pytest.raises(ValueError, match='gives b.png the limit .*; limits must be above 0'):
+        with pytest.raises(ValueError, match='has the limit .* for b.png; limits must be above 0'):
             tables.limits([None, bad], NAMES)
     with pytest.raises(ValueError, match='level'):  # finite in its own units, infinite in those of the network
         tables.levels([0, 1e300], NAMES, scale=1e-20)
@@ -71,9 +71,9 @@ def test_lower_limits():
     assert tables.lower_limits([None, 0, 1, math.inf, FAR, most], 'abcdef', scale=2).tolist() == [0, 0, 0.5] + 3 * [math.inf]
     assert tables.lower_limits([most, 1.0], 'ab', scale=1e10).tolist() == [math.inf, 1e-10]
     for bad in (-1, math.nan, -FAR):
-        with pytest.raises(ValueError, match='gives b.png the limit .*; lower limits must be 0 or more, or null'):
+        with pytest.raises(ValueError, match='has the limit .* for b.png; lower limits must be 0 or more, or null'):
             tables.lower_limits([None, bad], NAMES)
-    with pytest.raises(ValueError, match='one number a file, or null'):
+    with pytest.raises(ValueError, match='one number per file, or null'):
         tables.lower_limits([1, 'x'], NAMES)
 
 
@@ -110,7 +110,7 @@ def test_units_of_channels():
     for offset, scale in (([], 1), (0, []), ([[1]], 1), (['1'], 1), ([True], 1), ([None], 1), ({}, 1)):
         with pytest.raises(KeyError):
             tables.units({'offset': offset, 'scale': scale})
-    for offset, scale, text in (([1, 2], [1, 2, 3], 'one a channel'), ([0, 0], [1, 0], 'scale above 0'), ([0, math.nan], 1, 'finite'),
+    for offset, scale, text in (([1, 2], [1, 2, 3], 'one per channel'), ([0, 0], [1, 0], 'scale above 0'), ([0, math.nan], 1, 'finite'),
                                 ([FAR, 0], 1, '1e308 or more'), (0, [1, 1e-60], 'scale above 0')):
         with pytest.raises(ValueError, match=text):
             tables.units({'offset': offset, 'scale': scale})

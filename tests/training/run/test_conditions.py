@@ -82,7 +82,7 @@ def test_groups(tmp_path):
     (['--label-corruption=1.5', '--cond=1'], ['--label-corruption']),
     (['--label-corruption=nan', '--cond=1'], ['--label-corruption', 'nan']),
     (['--label-corruption=0.1', '--cond=1', '--label-corruption-groups=0,7'], ['--label-corruption-groups=[[0, 7]]', '0 to 2']),
-    (['--label-corruption=0.1', '--cond=1', '--label-corruption-groups=0,1/1,2'], ['in one group at most']),
+    (['--label-corruption=0.1', '--cond=1', '--label-corruption-groups=0,1/1,2'], ['in at most one group']),
     (['--label-corruption=0.1', '--cond=1', '--label-corruption-groups=a'], ['--label-corruption-groups', '"a"']),
     (['--label-corruption=0.9', '--cond=1', '--label-corruption-groups=0,1'], ['--label-corruption=0.9', 'lower it']),
     (['--cep=uniform'], ['--cep=uniform', '--cond=1']),

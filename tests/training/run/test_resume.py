@@ -380,7 +380,7 @@ def test_other_data_under_the_same_path_are_refused(tmp_path):
     tiny.make_zip(path, seed=1)
     for resume in ('latest', state):
         line = refused(*args, f'--resume={resume}')
-        assert f'--data={path}: other ' in line and ('contents of the images' in line or 'names or sizes of the images' in line), line
+        assert f'--data={path}: images ' in line and ('with other contents' in line or 'with other names or sizes' in line), line
     tiny.make_zip(path, count=65)
     assert f'--data={path}: 65 images instead of 64' in refused(*args, '--resume=latest')
     tiny.make_zip(path)

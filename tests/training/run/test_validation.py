@@ -228,7 +228,7 @@ def test_sigma_min_as_noise_reaches_the_images_of_a_run(tmp_path):
     assert run.config.corruption.sigma_min_as == 'noise' and not run.data.feed.stream.limited
     run.data.feed.close()
     make_blurred(tmp_path, sigma_min=0.8, sigma_max=0.1)
-    with pytest.raises(UserError, match='--sigma-min-as=noise: 32 of 64 images have a sigma_max as well'):
+    with pytest.raises(UserError, match='--sigma-min-as=noise: 32 of 64 images also have a sigma_max'):
         tiny.options(tmp_path, *flags, '--sigma-min-as=noise')
     make_blurred(tmp_path)
     with pytest.raises(UserError, match='--sigma-min-as=noise: no image of --data=.* has a sigma_min; leave it out'):

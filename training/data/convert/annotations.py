@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Labels and noise levels from tables (CSV, JSON, .npy), in place of what a source says itself."""
+"""Labels and noise levels from tables (CSV, JSON, .npy), in place of the source's own."""
 
 import csv
 import json
 import os
 import re
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from dnnlib import UserError, arrays, one_line
 from dnnlib.archive import damage
@@ -13,11 +15,11 @@ from torch_utils import registry
 from training.data import tables
 
 MAX_TOLD = 100  # classes whose numbers are printed
-PROPOSE_CHANNELS = 'channel'  # --units: to be proposed, one offset and scale a channel
+PROPOSE_CHANNELS = 'channel'  # --units: estimate one offset and scale per channel
 LEVELS = {'sigmas': '--sigmas', 'sigma_min': '--sigma-min', 'sigma_max': '--sigma-max'}
 
 
-def annotate(source, options):
+def annotate(source, options: dict) -> None:
     """Replaces the source's labels, noise levels and units by those of the command line."""
     if options['labels']:
         source.labels = match(read_table(options['labels'], '--labels', 'labels'), source.names, f'--labels={options["labels"]}')
@@ -33,8 +35,8 @@ def annotate(source, options):
         check(tables.levels, 'the table of noise levels (--sigmas, or "sigmas" in the source)', source.sigmas, source.names)
         option = next((option for option in ('resolution', 'transform') if options[option]), None)
         if option:
-            raise UserError(f'--{option} would colour the noise of images that have sigmas; leave it out, or use it '
-                            'before the noise is there')
+            raise UserError(f'--{option} would make the noise of images that have sigmas correlated; leave it out, or apply it '
+                            'before the noise is added')
     if source.sigma_max is not None:
         where = 'the table of upper limits (--sigma-max, or "sigma_max" in the source)'
         limits = check(tables.limits, where, source.sigma_max, source.names)
@@ -44,24 +46,25 @@ def annotate(source, options):
     set_units(source, options['units'], [key for key in LEVELS if getattr(source, key) is not None and not options[key]])
 
 
-def set_units(source, told, own):
-    """The units of the command line in place of the source's; None where they are to be proposed. own: names of the source's own levels.
+def set_units(source, told: dict | str | None, own: Sequence[str]) -> None:
+    """Sets the units given on the command line in place of the source's; None if they are to be estimated. own: names of the source's
+    own levels.
 
-    Levels are in stored units, or in those of the network where channels have different scales: they may not change from one to the
-    other. Raises UserError."""
+    Levels are in stored units, or in network units if channels have different scales; they may not change from one to the other.
+    Raises UserError."""
     if told == PROPOSE_CHANNELS and any(getattr(source, key) is not None for key in LEVELS):
         raise UserError('--units=channel: the scales of the channels are not known yet, and levels of such data are in network units; give '
                         'them, as in --units=0,1/10,2')
     if own and source.units and told and (tables.common_scale(told) is None) != (tables.common_scale(source.units) is None):
         raise UserError(f'--units: "{own[0]}" of the source is in the units of its values, or of the network where its channels have '
-                        f'different scales, and these units would change that; give it anew with {LEVELS[own[0]]}')
+                        f'different scales, and these units would change that; give it again with {LEVELS[own[0]]}')
     source.units = None if told == PROPOSE_CHANNELS else told or source.units
 
 
-def tell(source, told, where):
-    """Sets what the keys of --source=PATH:key=value say of all its images: label, sigma, sigma_min, sigma_max, as text.
+def tell(source, told: dict[str, str], where: str) -> None:
+    """Applies the keys of --source=PATH:key=value to all images of a source: label, sigma, sigma_min, sigma_max, as text.
 
-    where: what errors call the option. Raises UserError."""
+    where: the option's name in errors. Raises UserError."""
     if 'label' in told:
         label = told['label']
         label = int(label) if re.fullmatch(r'\d{1,9}', label) else label
@@ -73,22 +76,22 @@ def tell(source, told, where):
             setattr(source, key, read_levels(told[name], f'{where}: {name}', key, source.names))
 
 
-def lower_limits(values, names):
-    """Limits as dataset.json has them: a level above 0, or None. Raises UserError."""
+def lower_limits(values: Sequence, names: Sequence[str]) -> list[float | None]:
+    """Limits as stored in dataset.json: a level above 0, or None. Raises UserError."""
     found = check(tables.lower_limits, 'the table of lower limits (--sigma-min, or "sigma_min" in the source)', values, names)
     return [min(limit, tables.LARGEST) or None for limit in found.tolist()]  # JSON has no infinity
 
 
-def check(table, name, *args):
-    """table(*args) of tables.py, whose refusals are told of `name`."""
+def check(table: Callable, name: str, *args: Any) -> Any:
+    """table(*args) of tables.py; its errors become UserErrors that begin with `name`."""
     try:
         return table(*args)
     except ValueError as err:
         raise UserError(f'{name} {err}') from None
 
 
-def read_levels(text, option, key, names):
-    """Noise levels from a number or a file, one an image; None where a JSON file has null. key: under which a JSON file may have them."""
+def read_levels(text: str, option: str, key: str, names: Sequence[str]) -> list[float | None]:
+    """Noise levels from a number or a file, one per image; None for null in a JSON file. key: under which a JSON object may have them."""
     try:
         return [float(text)] * len(names)
     except ValueError:
@@ -98,11 +101,11 @@ def read_levels(text, option, key, names):
     try:
         return [None if value is None else float(value) for value in values]
     except (TypeError, ValueError, OverflowError):
-        raise UserError(f'{option}={text}: must hold one number an image') from None
+        raise UserError(f'{option}={text}: must hold one number per image') from None
 
 
-def read_table(path, option, key):
-    """A CSV, JSON or .npy file as match() takes it; of an object in JSON what it has under `key`, if it does."""
+def read_table(path: str, option: str, key: str) -> Any:
+    """A CSV, JSON or .npy file in the form for match(); of a JSON object the value of `key`, if it has one."""
     try:
         if path.endswith('.npy'):
             return arrays.open_npy(path).tolist()
@@ -120,13 +123,13 @@ def read_table(path, option, key):
     return [[str(row[0]), row[1] if len(row) == 2 else row[1:]] for row in rows]
 
 
-def as_classes(values):
-    """Labels as they are, or numbers for names of classes, in the order of the alphabet. Raises UserError."""
+def as_classes(values: list) -> list:
+    """Labels unchanged, or numbers for names of classes, in alphabetical order. Raises UserError."""
     if not any(isinstance(value, str) for value in values):
         return values
     odd = next((value for value in values if type(value) not in (str, int, float)), '')
     if odd != '':
-        raise UserError(f'the table of labels (--labels, or those of the source) has names of classes, and '
+        raise UserError(f'the table of labels (--labels, or those of the source) has names of classes, but also '
                         f'{one_line(json.dumps(odd))[:50]}; give each image one name')
     numbers = {name: number for number, name in enumerate(sorted({str(value) for value in values}))}
     told = [f'{number} {name}' for name, number in numbers.items()]
@@ -134,17 +137,17 @@ def as_classes(values):
     return [numbers[str(value)] for value in values]
 
 
-def match(table, names, where):
+def match(table: Any, names: Sequence[str], where: str) -> list:
     """The values of a table in the order of the names. table: [[name, value], ...], {name: value}, or values in order.
 
-    Names may be given without their folders. Raises UserError where a file is missed or the count differs."""
+    Names may be given without their folders. Raises UserError if a file is missing or the number of values differs."""
     if not isinstance(table, (list, tuple, dict)):
         raise UserError(f'{where}: expected a list or an object, got {type(table).__name__}')
     pairs = list(table.items()) if isinstance(table, dict) else list(table)
     by_name = all(isinstance(pair, (list, tuple)) and len(pair) == 2 and isinstance(pair[0], str) for pair in pairs)
     if not by_name:
         if len(pairs) != len(names):
-            raise UserError(f'{where}: {len(pairs)} values for {len(names)} images; give one an image, in their order')
+            raise UserError(f'{where}: {len(pairs)} values for {len(names)} images; give one per image, in their order')
         return pairs
     try:
         found = tables.by_name(pairs)
@@ -158,7 +161,7 @@ def match(table, names, where):
 
 
 def _keys(names, found, where):
-    """The names under which a table `found` has the images: their own, or without folders where that means one image only; else None."""
+    """The names under which a table `found` has the images: their own, or without folders if that is unambiguous; otherwise None."""
     if all(name in found for name in names):
         return names
     whole, keys, meant = set(names), [], {}

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a data set is whole: every image decodes and is like the others, and what is told of them is valid and of each of them."""
+"""Checks a data set: every image can be decoded and is like the others, and their annotations are valid and complete."""
 
 import collections
 import zipfile
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 
@@ -16,13 +18,13 @@ from training.data.convert.statistics import Summary, facts_of, facts_of_dataset
 from training.data.dataset import ImageDataset
 from training.data.packed import Packed, is_packed
 
-CHUNK = 64  # images that a thread takes at a time
-SHOWN = 100  # problems of one kind, at most, that are told one by one
+CHUNK = 64  # images per task of a thread
+SHOWN = 100  # problems of one kind, at most, that are printed one by one
 META = 'dataset.json'
 
 
-def check(path, say):
-    """Whether nothing is wrong with the zip, folder or packed array; say(line) is told of what is found. Raises UserError where it cannot
+def check(path: str, say: Callable[[str], Any]) -> bool:
+    """True if nothing is wrong with the zip, folder or packed array; say(line) is called for each problem. Raises UserError if it cannot
     be opened."""
     problems = Problems(say)
     summary, count, facts = (_check_packed if is_packed(path) else _check_pictures)(path, problems, say)
@@ -37,7 +39,7 @@ def check(path, say):
 
 
 def _check_pictures(path, problems, say):
-    """(Summary of most images, how many there are, a function to get the Facts, where there are no problems) of a zip or folder."""
+    """For a zip or folder: (Summary of most images, number of images, function that returns the Facts if there are no problems)."""
     archive = Archive(path)
     names = archive.images()
     others = sorted({*archive.names} - {*names, META})
@@ -61,7 +63,7 @@ def _check_pictures(path, problems, say):
 
 
 def _check_packed(path, problems, say):
-    """The same of a packed data set."""
+    """The same for a packed data set."""
     contents = Packed(path)
     if path.lower().endswith('.npz'):
         _check_members(path, problems)
@@ -84,7 +86,7 @@ def _check_packed(path, problems, say):
 
 
 def _check_members(path, problems):
-    """The CRC-32 of the members of an .npz, which mapping them does not look at."""
+    """Checks the CRC-32 of the members of an .npz, which mapping them does not verify."""
     with zipfile.ZipFile(path) as archive:
         for info in archive.infolist():
             try:
@@ -96,31 +98,31 @@ def _check_members(path, problems):
 
 
 class Problems:
-    """What is wrong, a line each, up to SHOWN of a kind: then how many more there are."""
+    """Prints problems, one line each, up to SHOWN of a kind; then the number of further ones."""
 
-    def __init__(self, say):
+    def __init__(self, say: Callable[[str], Any]):
         self._say, self._kinds = say, collections.Counter()
 
     @property
-    def count(self):
-        """Of all kinds."""
+    def count(self) -> int:
+        """The number of problems of all kinds."""
         return sum(self._kinds.values())
 
-    def add(self, kind, line):
-        """Takes, and maybe tells, one more."""
+    def add(self, kind: str, line: str) -> None:
+        """Counts a problem, and prints it unless there were too many of its kind."""
         self._kinds[kind] += 1
         if self._kinds[kind] <= SHOWN:
             self._say(line)
 
-    def close(self):
-        """Tells how many were not told."""
+    def close(self) -> None:
+        """Prints how many problems were not printed."""
         for kind, count in self._kinds.items():
             if count > SHOWN:
                 self._say(f'... and {count - SHOWN} more of this kind: {kind}')
 
 
 def _look_at(places, read):
-    """(of every image its type and shape, or what is wrong with it as a str; {type and shape: Summary}), decoded by read in threads."""
+    """([(type, shape) of each image, or its problem as a str], {(type, shape): Summary}); read(place) decodes, in threads."""
     def of_chunk(start):
         likes, summaries = [], {}
         for place in places[start:start + CHUNK]:
@@ -133,7 +135,7 @@ def _look_at(places, read):
     found, total, known = [], {}, {}
     with ThreadPoolExecutor(cpu_count()) as pool, Progress(len(places), 'Checking') as bar:
         for likes, summaries in pool.map(of_chunk, range(0, len(places), CHUNK)):
-            found += [known.setdefault(like, like) for like in likes]  # one object for those that are equal
+            found += [known.setdefault(like, like) for like in likes]  # equal ones share one object
             for like, summary in summaries.items():
                 total.setdefault(like, Summary()).merge(summary)
             bar.update(len(likes))
@@ -141,7 +143,7 @@ def _look_at(places, read):
 
 
 def _look(place, read):
-    """The image [C,H,W], uint8 or float32; or what is wrong with it."""
+    """The image [C,H,W], uint8 or float32; or its problem as a str."""
     try:
         image = read(place)
     except DAMAGE as err:
@@ -163,7 +165,7 @@ def _phrase(like):
 
 
 def _meta(archive, problems):
-    """dataset.json, {} where there is none or it is none."""
+    """The content of dataset.json; {} if it is missing or damaged."""
     try:
         return archive.read_json(META)
     except UserError as err:
@@ -172,7 +174,7 @@ def _meta(archive, problems):
 
 
 def _check_units(told, channels, problems):
-    """What the levels of float images are divided by."""
+    """The divisor of the levels of float images."""
     try:
         units = tables.units(told)
         if isinstance(units['scale'], list) and len(units['scale']) != channels:
@@ -186,7 +188,7 @@ def _check_units(told, channels, problems):
 
 
 def _check_table(key, table, names, known, scale, problems):
-    """Each image must be in the table, and nothing else; its values must be those that training takes."""
+    """Checks that the table has exactly the images of the archive, with values that training accepts."""
     try:
         found = tables.by_name(tables.pairs_of(table))
     except ValueError as err:

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A source and options -> an archive: what most images are like, what is wrong with the others, their members and dataset.json."""
+"""A source and options -> an archive: finds the common format of the images, reports the others, writes members and dataset.json."""
 
 import collections
 import itertools
 import multiprocessing
 import os
 import sys
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -24,13 +25,13 @@ from training.data.convert.statistics import Facts, Summary, facts_of, lines
 from training.data.convert.tiles import Tiled
 from training.data.dataset import UNITS_8BIT
 
-CHUNK = 32  # images that a worker process takes at a time
-SHOWN = 100  # images, at most, that are told of one by one
-SAMPLE = 1024  # images, at most, whose headers tell what the others should be like, and are checked beforehand
+CHUNK = 32  # images per task of a worker process
+SHOWN = 100  # images, at most, that are reported one by one
+SAMPLE = 1024  # images, at most, whose headers are read first to find the common format
 
 
 class Written(NamedTuple):
-    """What an archive holds that has been written."""
+    """Facts about an archive that has been written."""
 
     summary: Summary
     facts: Facts
@@ -38,9 +39,9 @@ class Written(NamedTuple):
     places: dict  # {index of the source: place in the archive}
 
 
-def convert(options):
-    """Writes the archive that the options of the command line ask for, a dict, and the contact sheet; returns what to say of them, lines
-    of text. Raises UserError."""
+def convert(options: dict) -> list[str]:
+    """Writes the archive for the options of the command line, a dict, and the contact sheet; returns lines of text to print. Raises
+    UserError."""
     check_options(options)
     writer = writers.open_writer(options['dest'], options['packed'])
     picture = sheet.place(options['sheet'], options['dest'])
@@ -50,18 +51,18 @@ def convert(options):
         source = Tiled(source, *options['tile'], options['overlap'])
     indices = select(source, options)
     job = plan(source, indices, options)
-    # The processes start before the bar, whose thread a fork would not survive.
+    # The processes start before the progress bar, whose thread would not survive a fork.
     with multiprocessing.Pool(options['workers'] or cpu_count(), _prepare, (source, job)) as pool, writer:
         rows = sheet.choose(source.labels, source.sigmas, indices) if picture else []
         found = write(pool, source, job, indices, writer, options, {index for row in rows for index in row})
     told = [*lines(found.summary, found.facts)]
     if picture and draw_sheet(picture, rows, found, options):
-        told.append(f'{picture}: {len(found.cells)} of them to look at')
+        told.append(f'{picture}: contact sheet with {len(found.cells)} of them')
     return [*told, f'{options["dest"]}: {found.summary.count} images']
 
 
 def draw_sheet(path, rows, found, options):
-    """Draws the contact sheet of an archive; returns whether it could be written, which is no reason to lose the archive."""
+    """Draws the contact sheet of an archive; returns whether it could be written: a failure must not lose the archive."""
     facts, labels, names = found.facts, found.facts.labels, found.facts.class_names or {}
     title = f'{os.path.basename(os.path.abspath(options["dest"]))}: {found.summary.count} images, {" x ".join(map(str, facts.shape))}'
     title += ', of which the first 3 channels are shown' * (facts.shape[0] > 3)
@@ -81,13 +82,13 @@ def draw_sheet(path, rows, found, options):
     return True
 
 
-def check_options(options):
+def check_options(options: dict) -> None:
     """Refuses combinations that cannot work."""
     size, transform = options['resolution'], registry.parse(options['transform'] or '')[0]
     if transform not in ('', 'pad') and not size:
         raise UserError(f'--transform={transform} needs --resolution=WIDTHxHEIGHT')
     if transform in ('center-crop', 'center-crop-dhariwal') and size[0] != size[1]:
-        raise UserError(f'--transform={transform} crops a square; --resolution={size[0]}x{size[1]} is none')
+        raise UserError(f'--transform={transform} crops a square, but --resolution={size[0]}x{size[1]} is not square')
     if transform == 'center-crop-wide' and size[0] < size[1]:
         raise UserError(f'--transform=center-crop-wide needs a width above the height, not {size[0]}x{size[1]}')
     if options['sample'] == 'spread' and not options['max_images']:
@@ -110,7 +111,7 @@ def _convert(index):
 
 
 def plan(source, indices, options):
-    """The Job that fits most of a sample of the images; those that differ from it count as bad."""
+    """The Job that fits most images of a sample; images that differ from it count as bad."""
     sample = indices[::-(-len(indices) // SAMPLE)]
     kinds, bad = _kinds(source, sample)
     if not kinds:
@@ -120,7 +121,7 @@ def plan(source, indices, options):
         raise UserError(f'{shown(options["source"])}: none of its {len(indices)} images can be read; the first, '
                         f'{source.names[sample[0]]}: {bad[sample[0]]}')
     target, size = int(options['channels'] or 0) or None, options['resolution']
-    # With a new size or a given number of channels, images may differ in them.
+    # Images may differ in size if they are resized, and in channels if --channels is given.
     traits = [(kind.is_8bit, None if target else kind.channels, None if size else (kind.height, kind.width)) for kind in kinds.values()]
     is_8bit, channels, shape = usual = collections.Counter(traits).most_common(1)[0][0]
     if is_8bit and channels == 3:  # a few grey photographs among others, as in ImageNet, are no reason to stop
@@ -138,12 +139,12 @@ def plan(source, indices, options):
     objections = {index: job.objection(kind, source.sigmas[index] if source.sigmas else 0) for index, kind in kinds.items()}
     bad = dict(sorted((bad | {index: text for index, text in objections.items() if text}).items()))
     if bad and len(sample) < len(indices) and options['on_bad'] == 'fail':
-        report(source, bad, len(sample), options, f'the {len(sample)} images (of {len(indices)}) that were looked at first')
+        report(source, bad, len(sample), options, f'the {len(sample)} images (of {len(indices)}) that were examined first')
     return job
 
 
 def store_as_float(source, units):
-    """8-bit values that PNG has no channels for become float data: the levels, given in network units, are stored in those of the data."""
+    """8-bit images with more channels than PNG has become float data: their levels, given in network units, are converted to its units."""
     source.units, scale = units, tables.level_scale(units)
     for key in LEVELS:
         values = getattr(source, key)
@@ -152,7 +153,7 @@ def store_as_float(source, units):
 
 
 def transform_of(options, as_png):
-    """What --transform names, None without; tried on a blank image, so that what it refuses is told once. Raises UserError."""
+    """The function for --transform, or None; tried on a blank image, so that its errors are reported once. Raises UserError."""
     if not options['transform']:
         return None
     found = registry.build(options['transform'], transforms.TRANSFORMS, '--transform')
@@ -163,7 +164,7 @@ def transform_of(options, as_png):
     return found
 
 
-def shown(specs):
+def shown(specs: Sequence[str]) -> str:
     """The option --source as it was given, for errors."""
     return ' '.join(f'--source={spec}' for spec in ([specs] if isinstance(specs, str) else specs))
 
@@ -180,7 +181,7 @@ def _kinds(source, indices):
 
 
 def report(source, bad, count, options, where=None):
-    """Lists what is wrong with which image; with --on-bad=fail that is the end. where: which images were looked at, by default all."""
+    """Prints the problem of each bad image; with --on-bad=fail raises UserError. where: which images were examined, by default all."""
     for index, problem in itertools.islice(bad.items(), SHOWN):
         print(f'{source.names[index]}: {problem}', file=sys.stderr)
     if len(bad) > SHOWN:
@@ -193,11 +194,11 @@ def report(source, bad, count, options, where=None):
 
 
 def tell_channels(changed, count, options):
-    """Says which images became RGB without having been told to. changed: Counter of the channels that they had."""
+    """Prints which images were converted to RGB without --channels=3. changed: Counter of their original channels."""
     if changed and not options['channels']:
         names = {1: 'grey', 2: 'grey with alpha', 4: 'RGB with alpha'}
         told = ', '.join(f'{number} {names.get(channels, channels)}' for channels, number in sorted(changed.items()))
-        print(f'Made RGB, as most images are: {told}, of {count} images', file=sys.stderr)
+        print(f'Converted to RGB, like most images: {told}, of {count} images', file=sys.stderr)
 
 
 def write(pool, source, job, indices, writer, options, wanted=frozenset()):
@@ -213,7 +214,7 @@ def write(pool, source, job, indices, writer, options, wanted=frozenset()):
             small += 1
         else:
             stem = source.names[index] if options['tile'] else f'{number // 1000:05}/img{number:08}'
-            name = f'{stem}.{extension}'  # an image that is left out leaves its number out (as published)
+            name = f'{stem}.{extension}'  # the number of an image that is left out is skipped (as published)
             writer.write(name, member.data)
             written.append((name, index))
             summary.add(member.measured)
@@ -239,7 +240,7 @@ def write(pool, source, job, indices, writer, options, wanted=frozenset()):
 
 
 def metadata(source, written, sums):
-    """What dataset.json holds: labels (or null), sigmas, sigma_min and sigma_max where there are any, units of float data."""
+    """The content of dataset.json: labels (or null), sigmas, sigma_min and sigma_max if there are any, units of float data."""
     pairs = lambda values: [[name, values[index]] for name, index in written]
     meta = {'labels': pairs(source.labels) if source.labels else None}
     levels = [(key, getattr(source, key)) for key in LEVELS]

@@ -6,23 +6,26 @@ import contextlib
 import itertools
 import os
 import re
+from collections.abc import Sequence
+
+import numpy as np
 
 from dnnlib import UserError
 from dnnlib.archive import DAMAGE
 from training.data import tables
-from training.data.convert.readers.source import Source
+from training.data.convert.readers.source import Kind, Source
 
-ABSENT = {'sigmas': 0.0, 'sigma_min': None, 'sigma_max': None}  # the level of images whose source tells none, where others do
+ABSENT = {'sigmas': 0.0, 'sigma_min': None, 'sigma_max': None}  # values for images of a source without levels, if others have some
 
 
 class Joined(Source):
-    """Sources one after the other. Where they have names in common, the name of each one's file or folder stands before
-    its own: noisy/00.png, and for another of that name noisy-2/00.png.
+    """Sources one after the other. If they share names of images, these are prefixed with the name of the source's file or folder:
+    noisy/00.png, and for another source of that name noisy-2/00.png.
 
-    sources: [(path, Source)]. keep_labels, keep_units: whether theirs count; otherwise they may disagree, and units are told only
-    so far as levels are in them. Raises UserError."""
+    sources: [(path, Source)]. keep_labels, keep_units: whether to use the sources' own; otherwise they may disagree, and units are kept
+    only as far as levels depend on them. Raises UserError."""
 
-    def __init__(self, sources, keep_labels=True, keep_units=True):
+    def __init__(self, sources: Sequence[tuple[str, Source]], keep_labels: bool = True, keep_units: bool = True):
         _check_depths(sources)
         self._sources = [source for _, source in sources]
         self._starts = [0, *itertools.accumulate(len(source.names) for source in self._sources)]
@@ -36,25 +39,25 @@ class Joined(Source):
         number = bisect.bisect_right(self._starts, index) - 1
         return self._sources[number], index - self._starts[number]
 
-    def kind(self, index):
-        """The Kind that the image's own source tells."""
+    def kind(self, index: int) -> Kind:
+        """The Kind of the image, from its own source."""
         source, index = self._find(index)
         return source.kind(index)
 
-    def read(self, index):
+    def read(self, index: int) -> np.ndarray:
         """The image, as its own source reads it."""
         source, index = self._find(index)
         return source.read(index)
 
 
 def _check_depths(sources):
-    """Refuses 8-bit sources among others, as far as their first images tell: what is right for one is wrong for the others."""
+    """Refuses a mixture of 8-bit and other sources, judged by their first images: they need different units."""
     found = {}
     for path, source in sources:
         with contextlib.suppress(*DAMAGE):
             found.setdefault(source.kind(0).is_8bit, path)
     if len(found) == 2:
-        raise UserError(f'--source: {found[True]} has 8-bit images, and {found[False]} has not; bring them to one kind first')
+        raise UserError(f'--source: {found[True]} has 8-bit images, and {found[False]} has others; convert them to one kind first')
 
 
 def _names(sources):
@@ -71,7 +74,7 @@ def _names(sources):
 
 
 def _labels(sources):
-    """Labels of one sort: class numbers, names of classes, or vectors; None where no source has any."""
+    """Labels of one sort: class numbers, names of classes, or vectors; None if no source has any."""
     sorts = {}
     for path, source in sources:
         sorts.setdefault(_sort(source.labels), path)
@@ -104,12 +107,12 @@ def _units(sources):
 
 
 def _units_of_levels(sources):
-    """Units that tell whether levels are those of values or of the network (tables.level_scale), which must be one of the two."""
+    """Units from which tables.level_scale() knows whether levels are in stored or in network units, which must be the same for all."""
     found = {}
     for path, source in sources:
         if source.units and any(getattr(source, key) is not None for key in ABSENT):
             found.setdefault(tables.common_scale(source.units) is None, (path, source.units))
     if len(found) == 2:
-        raise UserError(f'--source: {found[True][0]} has channels of different scales, and so its levels in network units, but '
+        raise UserError(f'--source: {found[True][0]} has channels of different scales, and therefore levels in network units, but '
                         f'{found[False][0]} in those of its values; convert one of them with units like the other\'s first')
     return next((units for _, units in found.values()), None)

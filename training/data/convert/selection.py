@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which of a source's images are used."""
+"""Selects the images of a source that are used."""
 
 import collections
 import sys
+from collections.abc import Sequence
 
 
-def select(source, options):
+def select(source, options: dict) -> Sequence[int]:
     """Indices of the images to use, in the source's order."""
     first, step = options['part'] or (0, 1)
-    # Tiles of an image stay together: two parts have nothing in common.
+    # Tiles of an image stay together, so that different parts never share an image.
     images = getattr(source, 'origin', range(len(source.names)))
     indices = [index for index, image in enumerate(images) if image % step == first]
     limit = options['max_images']

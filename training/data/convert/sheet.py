@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A contact sheet: some images of a data set in one picture, a row a class, those that are noisy last in their row and told of."""
+"""A contact sheet: some images of a data set in one picture, one row per class, noisy images last in their row and marked."""
 
 import math
 import os
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -14,12 +15,12 @@ from training.data.dataset import UNITS_8BIT
 
 ROWS, COLUMNS = 10, 10
 SIDE, LARGEST = 96, 128  # pixels of the longer side on the sheet: small images are enlarged by a whole number, large ones reduced
-GAP, MARGIN, FONT, NAME = 4, 12, 12, 24  # NAME: characters of what stands before a row
+GAP, MARGIN, FONT, NAME = 4, 12, 12, 24  # NAME: characters of a row's label
 PAPER, INK = 255, 40
 
 
-def place(option, dest):
-    """Where the sheet goes: beside the archive, or where the option --sheet says; None for "none". Raises UserError."""
+def place(option: str | None, dest: str) -> str | None:
+    """The path of the sheet: beside the archive, or as given by the option --sheet; None for "none". Raises UserError."""
     if option == 'none':
         return None
     if option is None:
@@ -27,7 +28,7 @@ def place(option, dest):
     if not option.lower().endswith('.png'):
         raise UserError(f'--sheet={option}: must end in .png, or be "none"')
     if os.path.abspath(option).startswith(os.path.join(os.path.abspath(dest), '')):
-        raise UserError(f'--sheet={option}: lies in --dest, where it would be an image of the data set')
+        raise UserError(f'--sheet={option}: is inside --dest, where it would become an image of the data set')
     return option
 
 
@@ -47,13 +48,13 @@ def choose(labels, sigmas, indices):
 
 
 def _spread(items, count):
-    """So many of a list, at even distances from its first on."""
+    """At most `count` items of a list, evenly spaced, starting with the first."""
     count = min(count, len(items))
     return [items[i * len(items) // count] for i in range(count)]
 
 
-def draw(path, title, rows, units=None):
-    """Writes the sheet as a PNG. rows: [(what stands before it, [(name, bytes of the member, what stands below it), ...]), ...].
+def draw(path: str, title: str, rows: Sequence, units: dict | None = None) -> None:
+    """Writes the sheet as a PNG. rows: [(label of the row, [(name, bytes of the member, text below the image), ...]), ...].
 
     units: {offset, scale} of float data."""
     rows = [(head[:NAME], [(_visible(decode_image(name, data), units), note) for name, data, note in cells]) for head, cells in rows]
@@ -80,7 +81,7 @@ def draw(path, title, rows, units=None):
 
 
 def _visible(image, units):
-    """[C,H,W] as stored -> 8-bit [H,W,3] of the size on the sheet: grey, or the first three channels; alpha does not count."""
+    """[C,H,W] as stored -> 8-bit [H,W,3] in the size on the sheet: grey, or the first three channels; without alpha."""
     if image.dtype != np.uint8:
         offset, scale = (np.reshape((units or UNITS_8BIT)[key], [-1, 1, 1]) for key in ('offset', 'scale'))
         image = np.rint(((image - offset) / scale).clip(-1, 1) * 127.5 + 127.5).astype(np.uint8)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What dataset_tool.py can read, by name: an entry of SOURCES is a class with the interface of source.Source.
+"""The formats that dataset_tool.py can read, by name: an entry of SOURCES is a class with the interface of source.Source.
 
 --source=PATH[:key=value,...] names a path, or a word such as "digits". The first entry whose matches(path) is true opens it, so that
-those which look closer stand before those which take any folder; `kind=NAME` picks the entry by its name instead. The keys of TOLD are
-for the images of any source. The other keys are the keywords of its constructor, Source(path, **options), in the types of their
-defaults; any others are refused with the choices. Of several sources, one is made."""
+specific formats come before those that accept any folder; `kind=NAME` selects the entry by its name instead. The keys in TOLD apply
+to the images of any source. The other keys are the keyword arguments of its constructor, Source(path, **options), in the types of
+their defaults; unknown keys are refused. Several sources are joined to one."""
 
 import inspect
 import lzma
@@ -27,12 +27,12 @@ from training.data.convert.readers.packed import PackedSource
 from training.data.convert.readers.scientific import DicomSource, FitsSource, NiftiSource
 from training.data.convert.readers.tiff import TiffSource
 
-TOLD = ('label', 'sigma', 'sigma_min', 'sigma_max')  # what annotations.tell() is told
+TOLD = ('label', 'sigma', 'sigma_min', 'sigma_max')  # the keys for annotations.tell()
 MISSING = 'no such file or folder (nor is it the word "digits")'
 
 
-def parse_source(spec):
-    """"PATH:key=value,key=value" -> (path, {key: text}); what does not read as keys and values after the last colon is of the path."""
+def parse_source(spec: str) -> tuple[str, dict[str, str]]:
+    """"PATH:key=value,key=value" -> (path, {key: text}); text after the last colon that is not key=value belongs to the path."""
     path, _, rest = spec.rpartition(':')
     if not path or os.path.exists(spec) or not re.match(r'[a-z_]+=', rest):
         return spec, {}
@@ -40,7 +40,7 @@ def parse_source(spec):
 
 
 def open_source(spec, **defaults):
-    """The Source that a spec names. defaults: options that it gets where it takes such and is told nothing else; None is none.
+    """The Source that a spec names. defaults: options for sources that accept them, unless the spec sets them; None: not given.
 
     Raises UserError."""
     path, options = parse_source(spec)
@@ -58,15 +58,15 @@ def open_source(spec, **defaults):
 
 
 def open_sources(specs, keep_labels=True, keep_units=True, **defaults):
-    """One Source of all that the specs name, in their order; the rest as Joined and open_source() take it.
+    """One Source for all the specs, in their order; the other arguments as for Joined and open_source().
 
-    A default that none of them takes is refused. Raises UserError."""
+    A default that none of the sources accepts is refused. Raises UserError."""
     specs = [specs] if isinstance(specs, str) else specs
     found = [(parse_source(spec)[0], open_source(spec, **defaults)) for spec in specs]
     for key, value in defaults.items():
         if value is not None and not any(key in registry.parameters(type(source)) for _, source in found):
             takes = [name for name, piece in SOURCES.items() if key in registry.parameters(piece)]
-            raise UserError(f'--{key}={value}: is for sources of the kinds {", ".join(takes)}, and --source={specs[0]} is none')
+            raise UserError(f'--{key}={value}: is for sources of the kinds {", ".join(takes)}; --source={specs[0]} is of another kind')
     return found[0][1] if len(found) == 1 else Joined(found, keep_labels, keep_units)
 
 
@@ -79,8 +79,8 @@ def _open(piece, path, options):
         raise UserError(f'--source={path}: cannot be read ({damage(err)})') from None
 
 
-def find(path, kind=None):
-    """The name in SOURCES of what opens a path. Raises UserError."""
+def find(path: str, kind: str | None = None) -> str:
+    """The name in SOURCES of the class that opens a path. Raises UserError."""
     if kind is not None:
         if kind not in SOURCES:
             raise UserError(f'--source={path}: unknown kind "{kind}"; choose from {", ".join(SOURCES)}')
@@ -93,16 +93,16 @@ def find(path, kind=None):
     return found
 
 
-def what_is_read(word='and'):
-    """Every kind of source in a few words, in one line."""
+def what_is_read(word: str = 'and') -> str:
+    """All kinds of sources in one line of text."""
     *first, last = (piece.what for piece in reversed(SOURCES.values()) if piece.what)
     return f'{", ".join(first)} {word} {last}'
 
 
-def describe_sources():
-    """Lines that tell what is read, and the keys of each kind of source."""
+def describe_sources() -> list[str]:
+    """Lines that describe the formats that are read, and the keys of each kind of source."""
     lines = ['--source=PATH or --source=PATH:key=value,key=value. Keys of every kind: kind, and label, sigma, sigma_min, sigma_max',
-             'of all its images. The kind is told by the name or the contents.', '']
+             'of all its images. The kind is recognised by the name or the contents.', '']
     for name, piece in SOURCES.items():
         text = piece.what or (inspect.getdoc(piece) or '').splitlines()[0]
         keys = registry.parameters(piece)

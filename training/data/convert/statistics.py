@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is in a data set, as lines for people: count, shape, range, sigma_data, classes, noise levels, images that are alike.
+"""Describes a data set in lines of text: count, shape, range, sigma_data, classes, noise levels, duplicate images.
 
-Whoever has the pixels of an image measures it; the numbers of all of them together come to one Summary, so that a data set is read once."""
+Each image is measured by the code that has its pixels anyway; a Summary combines the measurements, so that a data set is read once."""
 
 import hashlib
 import math
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -17,8 +18,8 @@ from training.data.dataset import UNITS_8BIT, ImageDataset
 from training.data.limits import usable_levels
 from training.diffusion.ambient import snr_db
 
-CHUNK = 256  # images that a thread takes at a time
-DIGEST = 8  # bytes of each image's; that two of 1.28 million that differ have the same is as likely as 1 in 20 million
+CHUNK = 256  # images per task of a thread
+DIGEST = 8  # bytes of an image's digest; among 1.28 million different images, two share one with probability 1 in 20 million
 BARS = 20  # classes, at most, that are shown one by one
 WIDTH = 40  # characters of the longest bar
 
@@ -30,7 +31,7 @@ class Measured(NamedTuple):
     digest: bytes
 
 
-def measure(image):
+def measure(image: np.ndarray) -> Measured:
     """The Measured of an image [C,H,W]."""
     flat = np.ascontiguousarray(image).reshape(len(image), -1)
     values = flat.astype(np.float64)
@@ -41,19 +42,20 @@ def measure(image):
 
 
 class Summary:
-    """What images of one size have come to, of each channel as stored: low, high, mean, std; and which of them are alike."""
+    """Statistics of images of one size, per channel as stored: low, high, mean, std; and duplicates."""
 
     def __init__(self):
         self.count, self.low, self.high, self.mean = 0, math.inf, -math.inf, 0.0
-        self._squares, self._digests = 0.0, bytearray()  # squares: the images' variances, and what their means differ by, summed up
+        # squares: the sum of the images' variances and of the squared differences of their means
+        self._squares, self._digests = 0.0, bytearray()
 
-    def add(self, image):
-        """Takes the Measured of one more image."""
+    def add(self, image: Measured) -> None:
+        """Adds the Measured of an image."""
         low, high, mean, variance = image.rows
         self._take(low, high, mean, variance, 1, image.digest)
 
     def merge(self, other):
-        """Takes the images of another Summary, which come after those of this one."""
+        """Adds the images of another Summary, which follow those of this one."""
         self._take(other.low, other.high, other.mean, other._squares, other.count, other._digests)
 
     def _take(self, low, high, mean, squares, count, digests):
@@ -67,12 +69,12 @@ class Summary:
         self._digests += digests
 
     @property
-    def std(self):
-        """Of the values of each channel around their mean."""
+    def std(self) -> np.ndarray:
+        """Standard deviation of the values of each channel around their mean."""
         return np.sqrt(self._squares / max(self.count, 1))
 
-    def alike(self):
-        """(how many images have the pixels of an earlier one, (places of two that are alike)); (0, None) where all differ."""
+    def alike(self) -> tuple[int, tuple[int, int] | None]:
+        """(number of images with the pixels of an earlier one, (indices of two equal images)); (0, None) if all differ."""
         digests = np.frombuffer(bytes(self._digests), np.uint64)
         order = np.argsort(digests, kind='stable')
         same = np.flatnonzero(digests[order][1:] == digests[order][:-1])
@@ -83,7 +85,7 @@ class Summary:
 
 
 class Facts(NamedTuple):
-    """What dataset.json says of N images, in network units; and what all of them have in common."""
+    """The annotations of N images in dataset.json, in network units, and the format of the images."""
 
     names: list
     shape: tuple
@@ -97,8 +99,8 @@ class Facts(NamedTuple):
     class_names: dict | None = None  # {class: name}
 
 
-def facts_of(meta, names, shape, is_float, class_names=None):
-    """The Facts of the images `names` that a dataset.json holds. Raises ValueError where it is not valid."""
+def facts_of(meta: dict, names: Sequence[str], shape: Sequence[int], is_float: bool, class_names: dict | None = None) -> Facts:
+    """The Facts of the images `names` from a dataset.json. Raises ValueError if it is not valid."""
     scale = tables.level_scale(meta['units'] if is_float else None)
     values = lambda key: tables.by_file(meta[key], names) if meta.get(key) else None
     told = {'labels': values('labels'), **{key: values(key) for key in ('sigmas', 'sigma_min', 'sigma_max')}}
@@ -110,7 +112,7 @@ def facts_of(meta, names, shape, is_float, class_names=None):
                  zero + math.inf if told['sigma_max'] is None else tables.limits(told['sigma_max'], names, scale), class_names)
 
 
-def facts_of_dataset(dataset):
+def facts_of_dataset(dataset: ImageDataset) -> Facts:
     """The Facts of an ImageDataset."""
     return Facts([dataset.image_name(i) for i in dataset.raw_idx], dataset.image_shape, dataset.is_float, dataset.units,
                  dataset.label_table, dataset.label_dim, dataset.native_sigma, dataset.sigma_min, dataset.sigma_max)
@@ -120,7 +122,7 @@ def _label_dim(labels):
     return 0 if labels is None else int(labels.max()) + 1 if labels.ndim == 1 else labels.shape[1]
 
 
-def describe(path, sigma=None):
+def describe(path: str, sigma: float | None = None) -> Iterable[str]:
     """Lines of text about a zip or folder; sigma: noise level in network units to give the SNR of."""
     dataset = ImageDataset(path)
     if dataset.has_labels:
@@ -128,7 +130,7 @@ def describe(path, sigma=None):
     yield from lines(summarise(dataset), facts_of_dataset(dataset), sigma)
 
 
-def summarise(dataset):
+def summarise(dataset: ImageDataset) -> Summary:
     """The Summary of an ImageDataset, whose images are decoded in threads, each once."""
     def of_chunk(start):
         found = Summary()
@@ -144,7 +146,7 @@ def summarise(dataset):
     return total
 
 
-def lines(summary, facts, sigma=None):
+def lines(summary: Summary, facts: Facts, sigma: float | None = None) -> Iterator[str]:
     """The table: lines of text. sigma: as for describe()."""
     units = facts.units if facts.is_float and facts.units else UNITS_8BIT
     offset, scale = (np.ravel(units[key]) for key in ('offset', 'scale'))  # of all channels, or of each
@@ -167,10 +169,10 @@ def lines(summary, facts, sigma=None):
     if std >= 0.005 and f'{std:.2f}' != '0.50':
         yield f'            train.py --precond=edm --sigma-data={std:.2f}, where 0.50 is the default'
     if native.any():
-        yield (f'sigmas      {np.count_nonzero(native)} of {len(native)} images are noisy; least {native.min():.4g}, '
-               f'median {np.median(native):.4g}, mean {native.mean():.4g}, most {native.max():.4g} in network units')
+        yield (f'sigmas      {np.count_nonzero(native)} of {len(native)} images are noisy; min {native.min():.4g}, '
+               f'median {np.median(native):.4g}, mean {native.mean():.4g}, max {native.max():.4g} in network units')
     else:
-        yield 'sigmas      none: every image counts as clean'
+        yield 'sigmas      none: all images count as clean'
     yield from _limit_lines(facts)
     yield from _label_lines(facts)
     if sigma is not None:
@@ -181,7 +183,7 @@ def lines(summary, facts, sigma=None):
 def _duplicate_lines(summary, facts):
     count, pair = summary.alike()
     if count:
-        yield f'duplicates  {count} images have the pixels of another, such as {facts.names[pair[1]]} those of {facts.names[pair[0]]}'
+        yield f'duplicates  {count} images have the same pixels as another one, such as {facts.names[pair[1]]} and {facts.names[pair[0]]}'
     else:
         yield 'duplicates  none'
 
@@ -191,8 +193,8 @@ def _limit_lines(facts):
                                      ('sigma_max', facts.sigma_max, 'an upper', np.isfinite(facts.sigma_max))):
         values = values[told]
         if len(values):
-            yield (f'{key}   {len(values)} of {len(told)} images have {which} limit; least {values.min():.4g}, '
-                   f'median {np.median(values):.4g}, mean {values.mean():.4g}, most {values.max():.4g} in network units')
+            yield (f'{key}   {len(values)} of {len(told)} images have {which} limit; min {values.min():.4g}, '
+                   f'median {np.median(values):.4g}, mean {values.mean():.4g}, max {values.max():.4g} in network units')
     idle = int(usable_levels(facts.sigmas, 1, facts.sigma_min, facts.sigma_max).empty().sum())
     if idle:
         yield f'            {idle} of them can never be used: no level is above their noise and within their limits'

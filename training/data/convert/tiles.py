@@ -1,36 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Large images in tiles: each an image of its own, with the labels and levels of the one it is from."""
+"""Cuts large images into tiles, each with the labels and levels of its image."""
 
 import sys
 
+import numpy as np
+
 from dnnlib import UserError
 from dnnlib.archive import DAMAGE
-from training.data.convert.readers.source import Source
+from training.data.convert.readers.source import Kind, Source
 
-MAX_TILES = 2 ** 17  # of an image: as many as the largest picture that is read has of 32x32 pixels
+MAX_TILES = 2 ** 17  # limit per image: the largest picture that is read, in tiles of 32x32 pixels
 PER_IMAGE = ('labels', 'sigmas', 'sigma_min', 'sigma_max')
 
 
 class Tiled(Source):
-    """The tiles of a source's images, row by row, called image/y00000x00224. Images that are smaller are left out, and counted.
+    """The tiles of a source's images, row by row, named image/y00000x00224. Images smaller than a tile are left out, and counted.
 
-    width, height: of a tile. overlap: pixels that neighbours share at least; the last of a row or column is moved inwards to end with the
-    image. origin: the place of each tile's image in the source. Raises UserError where no image is large enough."""
+    width, height: of a tile. overlap: least number of pixels that neighbours share; the last tile of a row or column is shifted inwards
+    to end with the image. origin: the index of each tile's image in the source. Raises UserError if no image is large enough."""
 
-    def __init__(self, source, width, height, overlap=0):
+    def __init__(self, source, width: int, height: int, overlap: int = 0):
         self._source, self._shape, self.units = source, (height, width), source.units
         self._kinds, self._places, self._last, small = {}, [], (None, None), 0
         for index in range(len(source.names)):
             try:
                 kind = self._kinds[index] = source.kind(index)
             except DAMAGE:
-                self._places.append((index, 0, 0))  # read() tells what is wrong with it
+                self._places.append((index, 0, 0))  # read() will raise its error
                 continue
             tops, lefts = starts(kind.height, height, overlap), starts(kind.width, width, overlap)
             small += not (tops and lefts)
             if len(tops) * len(lefts) > MAX_TILES:
                 raise UserError(f'--tile={width}x{height}: cuts {source.names[index]} ({kind.width}x{kind.height}) into '
-                                f'{len(tops) * len(lefts)} tiles, more than the {MAX_TILES} that are made of an image; use larger ones')
+                                f'{len(tops) * len(lefts)} tiles, more than the limit of {MAX_TILES} per image; use larger ones')
             self._places += [(index, top, left) for top in tops for left in lefts]
         if small:
             print(f'Left out {small} of {len(source.names)} images, smaller than --tile={width}x{height}', file=sys.stderr)
@@ -46,19 +48,19 @@ class Tiled(Source):
     def __getstate__(self):
         return {**self.__dict__, '_last': (None, None)}
 
-    def kind(self, index):
+    def kind(self, index: int) -> Kind:
         """The Kind of the image, in the tile's size."""
         kind = self._kinds.get(self.origin[index]) or self._source.kind(self.origin[index])
         return kind._replace(height=self._shape[0], width=self._shape[1])
 
-    def read(self, index):
-        """The tile; the image that it is from is decoded once for tiles that follow each other."""
+    def read(self, index: int) -> np.ndarray:
+        """The tile; its image is decoded once for consecutive tiles."""
         image, top, left = self._places[index]
         if self._last[0] != image:
             try:
                 self._last = image, self._source.read(image)
             except DAMAGE as err:
-                self._last = image, err  # told of each tile, found once
+                self._last = image, err  # raised for each tile, after one attempt
         if isinstance(self._last[1], Exception):
             raise self._last[1]
         found = self._last[1][:, top:top + self._shape[0], left:left + self._shape[1]]
@@ -67,8 +69,8 @@ class Tiled(Source):
         return found
 
 
-def starts(side, tile, overlap=0):
-    """Where tiles begin along a side that they cover whole; [] where it is shorter than one."""
+def starts(side: int, tile: int, overlap: int = 0) -> list[int]:
+    """The first pixels of the tiles that cover a side completely; [] if it is shorter than a tile."""
     if side < tile:
         return []
     found = list(range(0, side - tile + 1, tile - overlap))

@@ -19,22 +19,22 @@ SIGMA_DATA = 0.5  # std that float data gets in network units
 
 
 class Member(NamedTuple):
-    """A converted image; or what is wrong with it; or neither, where it is too small for its crop."""
+    """A converted image; or its problem; or neither, if it is too small for its crop."""
 
     data: bytes | None = None
     problem: str | None = None
     shape: tuple = ()
-    total: float = 0.0  # sum of the values, and of their squares, or [C] of each channel: mean and std of float data
+    total: float = 0.0  # sums of the values and of their squares, or [C] per channel, for mean and std of float data
     squares: float = 0.0
-    gain: float = 1.0  # what converting multiplied the std of white noise by
-    channels: int = 0  # of the image as it was
+    gain: float = 1.0  # factor by which the conversion changed the std of white noise
+    channels: int = 0  # of the original image
     measured: Measured | None = None
 
 
 class Job(NamedTuple):
     """How the images of a source are converted.
 
-    traits: (is_8bit, channels, (height, width)) that every image must have, None where it may differ.
+    traits: (is_8bit, channels, (height, width)) that every image must have, None for those that may differ.
     transform: (image, width, height) -> [C,H,W], or None for an image that is too small; of TRANSFORMS. size: (width, height) or None.
     as_png: 8-bit members; otherwise float32 .npy. per_channel: whether a Member's sums are those of each channel."""
 
@@ -45,7 +45,7 @@ class Job(NamedTuple):
     as_png: bool = True
     per_channel: bool = False
 
-    def convert(self, source, index):
+    def convert(self, source, index: int) -> Member:
         """Image number `index` of a source as a Member. Never raises for a bad image."""
         try:
             image = source.read(index)
@@ -68,13 +68,13 @@ class Job(NamedTuple):
         axes = (1, 2) if self.per_channel else None
         return Member(encode_npy(image), total=values.sum(axes), squares=np.square(values).sum(axes), **told)
 
-    def objection(self, kind, sigma):
-        """What keeps an image of a Kind, with noise of level sigma, from being converted; None where nothing does."""
+    def objection(self, kind: Kind, sigma: float) -> str | None:
+        """The reason why an image of a Kind, with noise of level sigma, cannot be converted; None if it can."""
         traits = kind.is_8bit, kind.channels, (kind.height, kind.width)
         if any(want not in (None, got) for want, got in zip(self.traits, traits)):
             return f'{kind}, unlike most others'
         if sigma and noise_gain(kind.channels, self.channels) is None:
-            return (f'grey with noise of level {sigma:g}, which would be repeated in three channels, where training takes it for white '
+            return (f'grey with noise of level {sigma:g}, which would be repeated in three channels, but training assumes independent '
                     'noise; make all images grey with --channels=1')
         return None
 
@@ -84,17 +84,17 @@ class Job(NamedTuple):
         return resize(image, *self.size) if self.size else image
 
 
-def noise_gain(count, channels):
-    """What the std of white noise is multiplied by when `count` channels become `channels` (None: as they are); None where it is
-    repeated in several channels, and no longer white."""
+def noise_gain(count: int, channels: int | None) -> float | None:
+    """The factor by which the std of white noise changes when `count` channels become `channels` (None: unchanged); None if the noise
+    is repeated in several channels, and no longer white."""
     colours = count - (count in (2, 4))  # without alpha
     if channels is None or channels in (count, colours):
         return 1.0
     return math.sqrt(np.square(LUMA).sum()) if channels == 1 else None
 
 
-def as_float(image):
-    """(float32 array, None), or (None, what float32 would not hold). Raises ValueError for numbers that are not real."""
+def as_float(image: np.ndarray) -> tuple[np.ndarray | None, str | None]:
+    """(float32 array, None), or (None, description of the values that float32 cannot represent). Raises ValueError for other types."""
     if image.dtype.kind not in 'biuf':
         raise ValueError(f'{image.dtype}, expected real numbers')
     with np.errstate(over='ignore'):
@@ -103,12 +103,12 @@ def as_float(image):
     if wrong:
         return None, f'values that are not finite ({wrong} of {found.size})'
     if image.dtype.kind in 'iu' and image.itemsize > 2 and (found != image).any():
-        return None, 'numbers that float32 does not hold; divide them, or make them float'
+        return None, 'numbers that float32 cannot represent; divide them, or convert them to float'
     return found, None
 
 
-def to_channels(image, channels):
-    """[C,H,W] with the wanted number of channels (None: as it is): grey repeated, RGB to luma, alpha dropped."""
+def to_channels(image: np.ndarray, channels: int | None) -> np.ndarray:
+    """[C,H,W] with the given number of channels (None: unchanged): grey is repeated, RGB becomes luma, alpha is dropped."""
     count = len(image)
     if channels is None or count == channels:
         return image
@@ -125,21 +125,21 @@ def to_channels(image, channels):
     return np.tensordot(LUMA, image, 1)[None].astype(image.dtype)
 
 
-def center_crop(image, width, height):
-    """The largest centred square of [C,H,W], brought to width x height."""
+def center_crop(image: np.ndarray, width: int, height: int) -> np.ndarray:
+    """The largest centred square of [C,H,W], resized to width x height."""
     side = min(image.shape[1:])
     return resize(_center(image, side, side), width, height)
 
 
 def _center(image, height, width):
-    """The centred rectangle of [C,H,W] that is so large."""
+    """The centred rectangle of [C,H,W] with this size."""
     top, left = (image.shape[1] - height) // 2, (image.shape[2] - width) // 2
     return image[:, top:top + height, left:left + width]
 
 
-def center_crop_dhariwal(image, width, height):
-    """ADM's crop to a square, [C,height,width]: halved by averages while the short side is at least twice what is wanted, brought to it
-    by a bicubic filter, then cut. Small images are enlarged."""
+def center_crop_dhariwal(image: np.ndarray, width: int, height: int) -> np.ndarray:
+    """ADM's crop to a square, [C,height,width]: halved by averaging while the short side is at least twice the target, resized to it
+    by a bicubic filter, then cropped. Small images are enlarged."""
     while min(image.shape[1:]) >= 2 * width:
         image = resize(image, image.shape[2] // 2, image.shape[1] // 2, Image.BOX)
     scale = width / min(image.shape[1:])
@@ -147,14 +147,14 @@ def center_crop_dhariwal(image, width, height):
     return _center(image, height, width)
 
 
-def pad(image, width=None, height=None, *, fill='edge', value=0.0):
-    """[C,H,W] in the middle of width x height, by default of the square of its long side; what is larger is shrunk to fit, in its shape.
+def pad(image: np.ndarray, width: int | None = None, height: int | None = None, *, fill: str = 'edge', value: float = 0.0) -> np.ndarray:
+    """[C,H,W] centred in width x height, by default in a square of its long side; larger images are shrunk to fit, keeping their aspect.
 
-    fill: what is around it: edge (its outermost pixels), reflect (its mirror image) or constant (value, as stored). Raises ValueError."""
+    fill: the border: edge (its outermost pixels), reflect (its mirror image) or constant (value, as stored). Raises ValueError."""
     if fill not in FILLS:
-        raise ValueError(f'fill={fill} is none of {", ".join(FILLS)}')
+        raise ValueError(f'fill={fill} is unknown; choose from {", ".join(FILLS)}')
     if not np.isfinite(value) or image.dtype == np.uint8 and not (0 <= value <= 255 and value == int(value)):
-        raise ValueError(f'value={value} is none that {image.dtype} images hold')
+        raise ValueError(f'value={value} is not possible in {image.dtype} images')
     width, height = (width, height) if width else [max(image.shape[1:])] * 2
     scale = min(width / image.shape[2], height / image.shape[1])
     if scale < 1:
@@ -164,10 +164,10 @@ def pad(image, width=None, height=None, *, fill='edge', value=0.0):
     return np.pad(image, around, fill, **({'constant_values': image.dtype.type(value)} if fill == 'constant' else {}))
 
 
-def center_crop_wide(image, width, height):
+def center_crop_wide(image: np.ndarray, width: int, height: int) -> np.ndarray | None:
     """The centre at width x height between black bars that make it a square, [C,width,width]; None if the image is too small.
 
-    As published: of H rows, the middle H * width / W are kept, and stretched to the height that is asked for."""
+    As published: of H rows, the middle H * width / W are kept, and stretched to the given height."""
     rows = round(width * image.shape[1] / image.shape[2])
     if image.shape[2] < width or rows < height:
         return None
@@ -179,21 +179,21 @@ def center_crop_wide(image, width, height):
     return canvas
 
 
-def resize(image, width, height, filter=Image.LANCZOS):
+def resize(image: np.ndarray, width: int, height: int, filter: int = Image.LANCZOS) -> np.ndarray:
     """[C,H,W] -> [C,height,width] by a filter of Pillow's; 8-bit values are rounded, floats are not clipped."""
     if image.shape[1:] == (height, width):
         return image
     if image.dtype == np.uint8 and len(image) == 3:
         whole = Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0)))
         return np.asarray(whole.resize((width, height), filter)).transpose(2, 0, 1)
-    # Channel by channel: Pillow would multiply colours by a channel that it takes for alpha.
+    # Channel by channel: Pillow would treat a fourth channel as alpha, and multiply colours by it.
     bands = [Image.fromarray(np.ascontiguousarray(band)).resize((width, height), filter) for band in image]
     return np.stack([np.asarray(band) for band in bands])
 
 
-def propose_units(total, squares, count):
-    """{offset, scale} that give data with these sums mean 0 and std SIGMA_DATA in network units; lists where the sums are those of
-    channels. count: of values in each sum."""
+def propose_units(total, squares, count: int) -> dict:
+    """{offset, scale} that give data with these sums mean 0 and std SIGMA_DATA in network units; lists if the sums are per channel.
+    count: number of values in each sum."""
     mean = np.asarray(total) / count
     std = np.sqrt(np.maximum(squares / count - mean * mean, 0.0))
     return {'offset': mean.tolist(), 'scale': np.where(std > 0, std / SIGMA_DATA, 1.0).tolist()}

@@ -88,17 +88,18 @@ def test_tables_that_miss_images_or_name_others(archive):
     for text in (f'{names(0)[0]}: not in "labels" of dataset.json', 'gone.png: in "labels" of dataset.json, but not in the archive',
                  f'{names(5)[0]}: in "labels" of dataset.json, but not', f'{names(5)[0]}: in "sigmas" of dataset.json, but not',
                  f'{names(4)[0]}: not in "sigma_max" of dataset.json',
-                 f'dataset.json: "sigmas" gives {names(2)[0]} the level -1; levels must be 0 or more'):
+                 f'dataset.json: "sigmas" has the level -1 for {names(2)[0]}; levels must be 0 or more'):
         assert text in said, said
     assert code == 1
 
 
 @pytest.mark.parametrize('change, text', [
     (lambda meta: meta.update(labels=[['a', 1, 2]]), '"labels" must be [file, value] pairs'),
-    (lambda meta: meta['labels'].append([names(0)[0], 5]), f'"labels" gives {names(0)[0]} several values'),
-    (lambda meta: [pair.__setitem__(1, 0.5) for pair in meta['labels']], '"labels" gives 6 of 6 images a label that is no whole number'),
-    (lambda meta: meta.update(sigma_max=dict.fromkeys(names(*range(6)), 0)), '"sigma_max" gives'),
-    (lambda meta: meta.update(sigma_min=dict.fromkeys(names(*range(6)), -1)), '"sigma_min" gives'),
+    (lambda meta: meta['labels'].append([names(0)[0], 5]), f'"labels" has several values for {names(0)[0]}'),
+    (lambda meta: [pair.__setitem__(1, 0.5) for pair in meta['labels']],
+     '"labels" has labels that are not whole numbers for 6 of 6 images'),
+    (lambda meta: meta.update(sigma_max=dict.fromkeys(names(*range(6)), 0)), '"sigma_max" has the limit'),
+    (lambda meta: meta.update(sigma_min=dict.fromkeys(names(*range(6)), -1)), '"sigma_min" has the limit'),
     (lambda meta: meta.update(sigmas=7), '"sigmas" must be')])
 def test_tables_that_are_not_valid(archive, change, text):
     rewritten(archive, meta=change)
@@ -154,13 +155,13 @@ def test_packed_data(tmp_path, name):
     images = np.random.default_rng(0).normal(size=(6, 2, 4, 4)).astype(np.float32)
     dest = packed(tmp_path / name, images, {'offset': 0, 'scale': 2}, labels=np.arange(6), sigmas=np.full(6, 0.5))
     code, said = check(dest)
-    assert code == 0 and 'nothing wrong with its 6 images' in said and '6 classes' in said and 'most 0.25' in said
+    assert code == 0 and 'nothing wrong with its 6 images' in said and '6 classes' in said and 'max 0.25' in said
     images[3, 0, 0] = np.nan
     for other in ('packed-2', 'y.npz'):
         code, said = check(packed(tmp_path / other, images, None, labels=-np.arange(6), sigmas=np.full(6, np.nan)))
         assert code == 1 and '4 problems' in said
         for text in ('image 3: 4 of 32 values are not finite (4 NaN)', 'float images need "units"', 'labels.npy must be classes',
-                     'sigmas.npy gives image 0 the level nan; levels must be 0 or more (6 of 6 are not)'):
+                     'sigmas.npy has the level nan for image 0; levels must be 0 or more (6 of 6 are not)'):
             assert text in said, said
     assert check(packed(tmp_path / 'two.npz', images[:2], {'offset': [0] * 3, 'scale': [1] * 3}))[0] == 1
 

@@ -71,7 +71,8 @@ def test_refusals(tmp_path, source):
     (tmp_path / 'full').mkdir()
     (tmp_path / 'full' / 'x').touch()
     (tmp_path / 'd.npz').mkdir()
-    for dest, words in (('x.zip', 'packed data end in .npz'), ('full', 'the folder is not empty'), ('d.npz', 'is a folder; name a file')):
+    for dest, words in (('x.zip', 'packed data go into an .npz'), ('full', 'the folder is not empty'),
+                        ('d.npz', 'is a folder; name a file')):
         code, said = run(*source, f'--dest={tmp_path}/{dest}', '--packed')
         assert code != 0 and words in said.splitlines()[-1]
     for name, shape in (('a', (4, 4)), ('b', (5, 4))):

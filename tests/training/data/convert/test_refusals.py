@@ -31,7 +31,7 @@ def test_whole_numbers_with_a_point_are_classes(tmp_path, name, text):
 
 def test_labels_that_are_no_classes(tmp_path):
     folder, dest = picture_folder(tmp_path / 'in', pictures(3)), f'--dest={tmp_path}/x.zip'
-    for values, text in (([0, 3.5, 1.5], '2 of 3 images a label that is no whole number, such as 3.5'),
+    for values, text in (([0, 3.5, 1.5], 'labels that are not whole numbers for 2 of 3 images, such as 3.5'),
                          ([0, float('nan'), float('nan')], '2 of 3 labels that are not finite (NaN or infinite)'),
                          ([[0, 1], [float('nan'), 1], [2, 3]], '1 of 3 labels that are not finite (NaN or infinite)')):
         np.save(tmp_path / 'l.npy', values)
@@ -58,11 +58,11 @@ def test_a_name_that_may_mean_two_images_is_refused(tmp_path):
 def test_a_file_that_is_given_two_values_is_refused(tmp_path):
     folder = picture_folder(tmp_path / 'in', pictures(2))
     (tmp_path / 't.csv').write_text('00.png,5\n01.png,6\n00.png,7\n')
-    assert 't.csv: gives 00.png several values' in refusal(f'--source={folder}', f'--dest={tmp_path}/x.zip', f'--labels={tmp_path}/t.csv')
+    assert 't.csv: has several values for 00.png' in refusal(f'--source={folder}', f'--dest={tmp_path}/x.zip', f'--labels={tmp_path}/t.csv')
     (tmp_path / 't.csv').write_text('00.png,5\n01.png,6\n00.png,5\n')
     convert(folder, tmp_path / 'x.zip', f'--labels={tmp_path}/t.csv')
     (folder / 'dataset.json').write_text(json.dumps({'labels': [['00.png', 1], ['01.png', 0], ['00.png', 0]]}))
-    with pytest.raises(Exception, match='gives 00.png several values'):
+    with pytest.raises(Exception, match='has several values for 00.png'):
         ImageDataset(str(folder), use_labels=True)
 
 
@@ -168,11 +168,12 @@ def imagenet(path, count=40, odd=()):
 def test_the_published_imagenet_command(tmp_path):
     """Grey photographs among colours become RGB, and a line says how many."""
     said = convert(imagenet(tmp_path / 'in'), tmp_path / 'x.zip', '--transform=center-crop', '--resolution=64x64')
-    assert 'Made RGB, as most images are: 2 grey, of 40 images' in said
+    assert 'Converted to RGB, like most images: 2 grey, of 40 images' in said
     dataset = ImageDataset(str(tmp_path / 'x.zip'), use_labels=True)
     assert len(dataset) == 40 and dataset.image_shape == (3, 64, 64) and dataset.label_dim == 4
     grey = dataset.decode(30)  # n3/03
-    assert 'Made RGB' not in convert(tmp_path / 'in', tmp_path / 'y.zip', '--channels=3', '--resolution=64x64', '--transform=center-crop')
+    assert 'Converted to RGB' not in convert(tmp_path / 'in', tmp_path / 'y.zip', '--channels=3', '--resolution=64x64',
+                                             '--transform=center-crop')
     assert (tmp_path / 'x.zip').read_bytes() == (tmp_path / 'y.zip').read_bytes()
     assert (grey[0] == grey[1]).all() and (grey[1] == grey[2]).all()
 
@@ -193,7 +194,7 @@ def test_what_headers_tell_is_refused_before_a_long_conversion(tmp_path, monkeyp
     result = run(f'--source={folder}', f'--dest={tmp_path}/x.zip', '--workers=1', '--resolution=8x8')
     assert result.exit_code == 1 and 'n0/-.jpg: cannot be read (not an image)' in result.output
     assert 'n0/04.png: 70x70 I;16, unlike most others' in result.output
-    assert '2 of the 14 images (of 42) that were looked at first cannot be used' in result.output
+    assert '2 of the 14 images (of 42) that were examined first cannot be used' in result.output
 
 
 def test_values_that_are_not_finite_are_counted(tmp_path):
@@ -218,7 +219,7 @@ def test_numbers_that_float32_does_not_hold(tmp_path):
     assert 'cannot be read (complex64, expected real numbers)' in run(f'--source={tmp_path}/in', f'--dest={tmp_path}/x.zip').output
     np.save(tmp_path / 'in' / 'a.npy', np.full([1, 4, 4], 2 ** 24 + 1))
     result = run(f'--source={tmp_path}/in', f'--dest={tmp_path}/x.zip', '--workers=1')
-    assert 'a.npy: 4x4 int64, with numbers that float32 does not hold' in result.output and result.exit_code == 1
+    assert 'a.npy: 4x4 int64, with numbers that float32 cannot represent' in result.output and result.exit_code == 1
     np.save(tmp_path / 'in' / 'a.npy', np.full([1, 4, 4], 2 ** 30))
     convert(tmp_path / 'in', tmp_path / 'x.zip')
 

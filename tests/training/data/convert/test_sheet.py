@@ -49,6 +49,6 @@ def test_where_the_sheet_goes(tmp_path):
     convert(folder, tmp_path / 'y.zip', '--sheet=none')
     convert(folder, tmp_path / 'y.zip', f'--sheet={tmp_path}/new/look.png')
     assert not (tmp_path / 'y-sheet.png').exists() and (tmp_path / 'new' / 'look.png').exists()
-    for option, text in (('x.jpg', 'must end in .png'), (f'{tmp_path}/z/look.png', 'lies in --dest')):
+    for option, text in (('x.jpg', 'must end in .png'), (f'{tmp_path}/z/look.png', 'is inside --dest')):
         assert text in refusal(f'--source={folder}', f'--dest={tmp_path}/z', f'--sheet={option}')
     assert not (tmp_path / 'z').exists()

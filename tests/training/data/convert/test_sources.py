@@ -134,12 +134,12 @@ def test_refused_sources(folders):
             ([f'{clean}:label=a', f'--source={folders}/noisy:label=1'], ['names of classes', 'class numbers']),
             ([f'--source={folders}/tree', f'--source={folders}/numbers.npz:layout=nhwc'], ['names of classes', 'class numbers']),
             ([f'--source={folders}/numbers.npz', f'--source={folders}/vectors.npz', '--layout=nhwc'], ['vectors', 'class numbers']),
-            ([f'--source={folders}/float.npy:layout=nchw', clean], ['clean has 8-bit images', 'float.npy has not']),
+            ([f'--source={folders}/float.npy:layout=nchw', clean], ['clean has 8-bit images', 'float.npy has others']),
             ([f'{clean}:colour=red'], ['"files" has no key "colour"', 'it takes no keys']),
             ([f'{clean}:label=a,b'], ['expected key=value', 'got "b"']), ([f'{clean}:label='], ['label=']),
             ([f'{clean}:kind=tar9'], ['unknown kind "tar9"', 'choose from', 'files']), ([f'{clean}:sigma=x'], ['sigma=x: neither']),
             ([f'{clean}:sigma=-1'], ['levels must be 0 or more']), ([clean, '--layout=nhwc'], ['--layout=nhwc', 'numpy']),
-            ([f'--source={folders}/numbers.npz:layout=xyz'], ['layout=xyz is none of nhw, nhwc, nchw']),
+            ([f'--source={folders}/numbers.npz:layout=xyz'], ['layout=xyz is unknown; choose from nhw, nhwc, nchw']),
             ([f'--source={folders}/none:sigma=1'], ['no such file'])]:
         line = refusal(*args, dest)
         assert all(text in line for text in texts), line

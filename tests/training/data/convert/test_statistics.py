@@ -35,7 +35,7 @@ def test_images_that_are_alike_are_counted():
         found.add(measure(images[number]))
     assert found.alike() == (3, (0, 6))
     facts = Facts([f'{i}.png' for i in range(7)], (3, 4, 4), False, None, None, 0, np.zeros(7), np.zeros(7), np.full(7, math.inf))
-    assert 'duplicates  3 images have the pixels of another, such as 6.png those of 0.png' in list(lines(found, facts))
+    assert 'duplicates  3 images have the same pixels as another one, such as 6.png and 0.png' in list(lines(found, facts))
 
 
 def test_units_of_each_channel():
@@ -61,8 +61,8 @@ def test_levels_and_classes():
     for image in pictures(30, (1, 2, 2)):
         found.add(measure(image))
     text = '\n'.join(lines(found, facts))
-    for part in ('sigmas      3 of 30 images are noisy; least 0, median 0, mean 0.01, most 0.1',
-                 'sigma_min   4 of 30 images have a lower limit; least 0.5', 'sigma_max   5 of 30 images have an upper limit; least 0.1',
+    for part in ('sigmas      3 of 30 images are noisy; min 0, median 0, mean 0.01, max 0.1',
+                 'sigma_min   4 of 30 images have a lower limit; min 0.5', 'sigma_max   5 of 30 images have an upper limit; min 0.1',
                  '25 classes, 1 to 2 images each, median 1', 'most  0: 2, 1: 2, 2: 2, 3 dog: 2, 4: 2', 'least 20: 1'):
         assert part in text, text
     assert 'never be used' not in text  # those that are too noisy below their upper limit teach above the lower one
@@ -78,4 +78,4 @@ def test_converting_says_what_stats_says(tmp_path):
             said = said.replace(f'            {name}', f'            {name[0]}')
         for line in run('stats', tmp_path / 'x.zip').output.splitlines():
             assert line in said, line
-    assert 'duplicates  1 images have the pixels of another' in said
+    assert 'duplicates  1 images have the same pixels as another one' in said

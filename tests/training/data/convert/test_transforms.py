@@ -79,9 +79,9 @@ def test_as_a_command(tmp_path):
         np.testing.assert_array_equal(found.decode(i), center_crop_dhariwal(image.transpose(2, 0, 1), 8, 8))
         assert (padded.decode(i)[:, 5:25].transpose(1, 2, 0) == image).all() and (padded.decode(i)[:, :5] == 9).all()
     args = [f'--source={tmp_path}/in', f'--dest={tmp_path}/z.zip', '--workers=1']
-    for more, text in ((['--transform=pad:fill=zero'], 'fill=zero is none of edge, reflect, constant'),
-                       (['--transform=pad:fill=constant,value=256'], 'value=256 is none that uint8'),
-                       (['--transform=pad', '--sigmas=0.1'], '--transform would colour'),
+    for more, text in ((['--transform=pad:fill=zero'], 'fill=zero is unknown; choose from edge, reflect, constant'),
+                       (['--transform=pad:fill=constant,value=256'], 'value=256 is not possible in uint8'),
+                       (['--transform=pad', '--sigmas=0.1'], '--transform would make the noise'),
                        (['--transform=crop'], 'choose from'), (['--transform=pad:colour=1'], 'fill=edge'),
                        (['--transform=center-crop-dhariwal', '--resolution=8x4'], 'crops a square'),
                        (['--transform=center-crop-dhariwal'], 'needs --resolution')):

@@ -11,20 +11,20 @@ LAYOUTS = {'nhw': (0, 1, 2), 'nhwc': (0, 3, 1, 2), 'nchw': (0, 1, 2, 3)}  # axes
 
 
 class ArraySource(Source):
-    """Images that lie in one array: hold() is told of it."""
+    """Base class for images in one array, which a subclass passes to hold()."""
 
-    def hold(self, images, labels=None):
-        """images: [N,C,H,W]. labels: a list of N, or None. Raises ValueError where there are none."""
+    def hold(self, images: np.ndarray, labels: list | None = None) -> None:
+        """images: [N,C,H,W]. labels: a list of N, or None. Raises ValueError if there are no images."""
         if not len(images):
             raise ValueError('no images in it')
         self._images, self.labels = images, labels
         self.names = [str(i) for i in range(len(images))]
 
-    def kind(self, index):
+    def kind(self, index: int) -> Kind:
         """The Kind that all images share."""
         return Kind(*self._images.shape[1:], self._images.dtype == np.uint8, str(self._images.dtype))
 
-    def read(self, index):
+    def read(self, index: int) -> np.ndarray:
         """An image, [C,H,W]."""
         return np.asarray(self._images[index])
 
@@ -34,7 +34,7 @@ class DigitsSource(ArraySource):
 
     what = 'the word "digits"'
 
-    def __init__(self, path):
+    def __init__(self, path: str):
         try:
             from sklearn.datasets import load_digits
         except ImportError:
@@ -44,21 +44,21 @@ class DigitsSource(ArraySource):
         self.hold(images[:, None], found.target.tolist())
 
     @staticmethod
-    def matches(path):
-        """The word alone."""
+    def matches(path: str) -> bool:
+        """True for the word "digits" only."""
         return path == 'digits'
 
 
 class NumpySource(ArraySource):
     """An .npy file, or an .npz with "images" and maybe "labels".
 
-    layout: nhw, nhwc or nchw, where the shape does not tell. split: of an .npz with train_images or x_train, train_labels or y_train."""
+    layout: nhw, nhwc or nchw, if the shape is ambiguous. split: of an .npz with train_images or x_train, train_labels or y_train."""
 
     what = '.npy, .npz'
 
-    def __init__(self, path, layout=None, split=None):
+    def __init__(self, path: str, layout: str | None = None, split: str | None = None):
         if layout not in (None, *LAYOUTS):
-            raise UserError(f'--source={path}: layout={layout} is none of {", ".join(LAYOUTS)}')
+            raise UserError(f'--source={path}: layout={layout} is unknown; choose from {", ".join(LAYOUTS)}')
         self._path, self._layout, self._mapped = path, layout, path.lower().endswith('.npy')
         if self._mapped:
             if split:
@@ -72,7 +72,7 @@ class NumpySource(ArraySource):
             raise ValueError(f'{len(self.names)} images, but {np.size(self.labels)} labels')
 
     @staticmethod
-    def matches(path):
+    def matches(path: str) -> bool:
         """By the ending of the name."""
         return path.lower().endswith(('.npy', '.npz'))
 
@@ -123,9 +123,9 @@ def _as_nchw(images, layout, path):
     return images[:, None] if layout == 'nhw' else images
 
 
-def find_layout(images, layout, path):
-    """The key of LAYOUTS of anything with a shape and a dtype. Without a word on it, the channels are the one axis that is smaller
-    than the other two. Raises UserError."""
+def find_layout(images, layout: str | None, path: str) -> str:
+    """The key in LAYOUTS for anything with a shape and a dtype. By default, the channels are the one axis that is smaller than the
+    other two. Raises UserError."""
     if images.ndim not in (3, 4) or images.dtype.kind not in 'uif' or images.size == 0:
         raise UserError(f'--source={path}: {images.dtype} of shape {list(images.shape)}; expected numbers '
                         '[N,H,W], [N,H,W,C] or [N,C,H,W]')
@@ -134,7 +134,7 @@ def find_layout(images, layout, path):
         fits = [name for name, axis in (('nchw', 1), ('nhwc', 3)) if smallest(axis)]
         if len(fits) != 1:
             raise UserError(f'--source={path}: shape {list(images.shape)} may be [N,H,W,C] or [N,C,H,W]; '
-                            'say --layout=nhwc or --layout=nchw')
+                            'give --layout=nhwc or --layout=nchw')
         layout = fits[0]
     layout = layout or 'nhw'
     if len(layout) != images.ndim:

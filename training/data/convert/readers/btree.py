@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the values of an LMDB data file lie: a walk over its tree of pages that believes nothing it says.
+"""Finds the values in an LMDB data file by walking its tree of pages, all of whose entries are checked.
 
-The library itself follows whatever a page says to wherever that is in memory, so that a damaged file ends the process that reads it;
-and it opens a file once in a process only. The format (0.9, of 64-bit little-endian machines) is that of the symas/mdb sources:
+The LMDB library follows any offset in a page without a check, so that a damaged file crashes the process that reads it; and it can open
+a file only once per process. The format (0.9, of 64-bit little-endian machines) is that of the symas/mdb sources:
 page = number (8 bytes), pad (2), flags (2), lower (2), upper (2) or pages (4), then the places of its nodes (2 each);
 node = low and high half of a size or page number (2, 2), flags or its top (2), size of the key (2), key, data."""
 
@@ -12,7 +12,7 @@ from array import array
 MAGIC, VERSION = 0xBEEFC0DE, 1
 HEAD = 16  # bytes of a page's head
 BRANCH, LEAF, OVERFLOW, META = 1, 2, 4, 8  # flags of pages
-FAR, SUBTREE, SEVERAL = 1, 2, 4  # flags of nodes: the value lies on pages of its own, is a database, is a list of values
+FAR, SUBTREE, SEVERAL = 1, 2, 4  # flags of nodes: the value has its own pages, is a database, is a list of values
 SEVERAL_VALUES, INTEGER_KEYS = 4, 8  # flags of databases
 NO_PAGE = 2 ** 64 - 1
 DEEPEST = 32
@@ -59,25 +59,25 @@ class Tree:
                 below = [struct.unpack_from('<IH', page, place) for place in self._nodes(page)]
                 stack += [(low | top << 32, level + 1) for low, top in reversed(below)]
             else:
-                raise ValueError(f'page {number} is none of its tree')
+                raise ValueError(f'page {number} is not a page of its tree')
         if len(self.keys) + len(self.databases) != entries:
-            raise ValueError(f'{len(self.keys) + len(self.databases)} entries, where it tells of {entries}')
+            raise ValueError(f'{len(self.keys) + len(self.databases)} entries, but its header claims {entries}')
 
     def _page(self, number):
-        """A page of the tree, which may stand in it once."""
+        """A page of the tree, which may occur in it only once."""
         if not number < len(self._seen) or self._seen[number]:
-            raise ValueError(f'page {number} is beyond its end, or stands in its tree twice')
+            raise ValueError(f'page {number} is beyond its end, or occurs in its tree twice')
         self._seen[number] = 1
         page = self._file.read(number * self._page_size, self._page_size)
         if struct.unpack_from('<Q', page)[0] != number:
-            raise ValueError(f'page {number} says that it is another')
+            raise ValueError(f'page {number} has the number of another page')
         return page
 
     def _nodes(self, page):
         """The places of a page's nodes."""
         lower, = struct.unpack_from('<H', page, 12)
         if not HEAD <= lower <= len(page) or lower % 2:
-            raise ValueError('a page without sense')
+            raise ValueError('a page with an invalid header')
         places = struct.unpack_from(f'<{(lower - HEAD) // 2}H', page, HEAD)
         if places and not lower <= min(places) <= max(places) <= len(page) - 8:
             raise ValueError('a page whose nodes lie outside of it')

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tar files of pickles of CIFAR-10 and CIFAR-100, read as data: containers and arrays of bytes are made, nothing else is looked up."""
+"""Reads the tar files of pickles of CIFAR-10 and CIFAR-100 safely: only containers and arrays of bytes are created from them."""
 
 import io
 import lzma
@@ -18,7 +18,7 @@ MAX_BATCH = 2 ** 28  # bytes of a batch; CIFAR-10's have 3.1e7
 MAX_MEMBERS = 10_000
 SPLITS = {'train': ('data_batch',), 'test': ('test_batch',)}  # how their files' names begin; those of CIFAR-100 are train and test
 LABELS = {'fine': ('labels', 'fine_labels'), 'coarse': ('coarse_labels',)}
-FIRST_MEMBERS = 8  # that are looked at to tell whose tar file it is
+FIRST_MEMBERS = 8  # that are examined to recognise a tar file of CIFAR
 
 
 class CifarSource(ArraySource):
@@ -26,15 +26,16 @@ class CifarSource(ArraySource):
 
     what = 'cifar-10-python.tar.gz, cifar-100-python.tar.gz'
 
-    def __init__(self, path, split='train', labels='fine'):
+    def __init__(self, path: str, split: str = 'train', labels: str = 'fine'):
         for key, value, choices in (('split', split, SPLITS), ('labels', labels, LABELS)):
             if value not in choices:
-                raise UserError(f'--source={path}: {key}={value} is none of {", ".join(choices)}')
+                raise UserError(f'--source={path}: {key}={value} is unknown; choose from {", ".join(choices)}')
         self.hold(*read(path, split, labels))
 
     @staticmethod
-    def matches(path):
-        """A tar file whose name, or one of whose first members, is CIFAR's; and one that cannot be read, so that this is told."""
+    def matches(path: str) -> bool:
+        """True for a tar file with CIFAR's name, or with one of CIFAR's files among its first members; and for an unreadable one, so that
+        the error is reported."""
         name = os.path.basename(path).lower()
         if not name.endswith(('.tar', '.tar.gz', '.tgz')) or not os.path.isfile(path):
             return False
@@ -54,7 +55,7 @@ def _looks_like(path):
     return False
 
 
-def read(path, split='train', labels='fine'):
+def read(path: str, split: str = 'train', labels: str = 'fine') -> tuple[np.ndarray, list[int]]:
     """(images uint8 [N,3,32,32], classes) of a split's batches, pickles of {data: uint8 [n, 3*32*32], labels: [n]}.
 
     Raises ValueError, OSError, EOFError and errors of tarfile, zlib and lzma."""
@@ -96,7 +97,7 @@ def _load(data, keys):
             raise ValueError(f'it has no {" or ".join(keys)}')
         return batch['data'].array(), [int(label) for label in told]
     except Exception as err:  # what a damaged pickle comes to may be of any type
-        raise ValueError(f'a batch is damaged, or none ({type(err).__name__}: {err})') from err
+        raise ValueError(f'a batch is damaged, or not a batch ({type(err).__name__}: {err})') from err
 
 
 class _Dtype:
@@ -132,5 +133,5 @@ class _Unpickler(pickle.Unpickler):
 
     def find_class(self, module, name):
         if (module, name) not in self.ALLOWED:
-            raise pickle.UnpicklingError(f'it refers to {module}.{name}, which image data has no use for')
+            raise pickle.UnpicklingError(f'it refers to {module}.{name}, which image data never contain')
         return self.ALLOWED[module, name]

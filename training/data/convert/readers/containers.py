@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pictures packed by other programs: LMDB, WebDataset's tar files, and the parquet files and folders of Hugging Face's datasets.
 
-Their members are PNG, JPEG, WebP, TIFF or other pictures, or .npy files, whatever they are called."""
+Their members are PNG, JPEG, WebP, TIFF or other pictures, or .npy files, recognised by their content."""
 
 import collections
 import glob
@@ -13,13 +13,15 @@ import tarfile
 from array import array
 from pathlib import Path
 
+import numpy as np
+
 from dnnlib import UserError
 from dnnlib.archive import IMAGES, MAX_MEMBER, RARER_IMAGES
 from training.data.convert.readers import parquet
 from training.data.convert.readers.btree import Tree
 from training.data.convert.readers.formats import Bytes, Opened, decode, encoded_kind, first_files, guarded, head, holds, needs
 from training.data.convert.readers.parquet import LEVELS
-from training.data.convert.readers.source import Source
+from training.data.convert.readers.source import Kind, Source
 
 NOTES = re.compile(rb'_*(num[-_ ]?(samples|images)|length|len|keys|classes|meta|metadata|dataset\.json|map_size)_*')  # no images
 NO_LEVELS = {}  # of many samples; not to be changed
@@ -29,20 +31,20 @@ MAX_TEXT = 2 ** 20  # bytes of a sample's .cls or .json
 class EncodedSource(Source):
     """Pictures as bytes: a subclass has data(index)."""
 
-    def data(self, index):
+    def data(self, index: int) -> bytes:
         """The bytes of a picture or .npy file. Raises errors of DAMAGE."""
         raise NotImplementedError
 
-    def kind(self, index):
+    def kind(self, index: int) -> Kind:
         """The Kind of an image, from its header."""
         return encoded_kind(self.data(index))
 
-    def read(self, index):
+    def read(self, index: int) -> np.ndarray:
         """The image, [C,H,W], as decode_image gives it."""
         return decode(self.data(index))
 
-    def tell(self, levels):
-        """Takes {name of LEVELS: value an image}; what none of the images has is left out. Raises ValueError where some lack it."""
+    def tell(self, levels: dict[str, list]) -> None:
+        """Sets {name in LEVELS: one value per image}; a level that no image has is left out. Raises ValueError if only some have it."""
         for key, values in levels.items():
             lacking = next((i for i, value in enumerate(values) if value is None), None)
             if lacking is not None and all(value is None for value in values):
@@ -59,21 +61,21 @@ class LmdbSource(EncodedSource):
 
     what = 'LMDB'
 
-    def __init__(self, path, key=None):
+    def __init__(self, path: str, key: str | None = None):
         file = os.path.join(path, 'data.mdb') if os.path.isdir(path) else path
         self._file = Opened(Bytes, file)
         tree = Tree(self._file(), None if key is None else str(key))
         kept = [i for i, own in enumerate(tree.keys) if not NOTES.fullmatch(own.lower())]
         if not kept:
             inside = ', '.join(name.decode(errors='replace') for name in tree.databases)
-            raise ValueError('no images in it' + (f'; it has databases with names, say key= one of {inside}' if inside else ''))
+            raise ValueError('no images in it' + (f'; it has databases with names, give key= one of {inside}' if inside else ''))
         self._offsets, self._sizes = (array('q', (values[i] for i in kept)) for values in (tree.offsets, tree.sizes))
         self.names = [self._name(tree.keys[i], tree.integer_keys) for i in kept]
         if len(set(self.names)) < len(self.names):
             raise ValueError('some of its keys are the same')
 
     @staticmethod
-    def matches(path):
+    def matches(path: str) -> bool:
         """A folder with data.mdb in it, or a file called .lmdb or .mdb."""
         if os.path.isdir(path):
             return os.path.isfile(os.path.join(path, 'data.mdb'))
@@ -86,11 +88,11 @@ class LmdbSource(EncodedSource):
         text = key.decode(errors='replace')
         return text if text.isprintable() and '\ufffd' not in text else key.hex()
 
-    def data(self, index):
+    def data(self, index: int) -> bytes:
         """The value of a key."""
         offset, size = self._offsets[index], self._sizes[index]
         if size > MAX_MEMBER:
-            raise ValueError(f'it has {size} bytes, more than the {MAX_MEMBER} that are read of it')
+            raise ValueError(f'it has {size} bytes, more than the limit of {MAX_MEMBER}')
         return self._file().read(offset, size)
 
 
@@ -107,7 +109,7 @@ class WebDatasetSource(EncodedSource):
 
     what = 'WebDataset .tar'
 
-    def __init__(self, path, key=None, label_key=None):
+    def __init__(self, path: str, key: str | None = None, label_key: str | None = None):
         shards = _shards(path)
         missing = next((shard for shard in shards if not os.path.isfile(shard)), None)
         if missing or not shards:
@@ -129,7 +131,7 @@ class WebDatasetSource(EncodedSource):
         self._keep(facts)
 
     @staticmethod
-    def matches(path):
+    def matches(path: str) -> bool:
         """A pattern that ends in .tar, a folder of tar files alone, or a tar file whose first file is called like part of a sample."""
         if os.path.isdir(path):
             return holds(path, lambda name: name.endswith('.tar') and _is_sample(_first(name)))
@@ -137,7 +139,7 @@ class WebDatasetSource(EncodedSource):
             return False
         return _is_pattern(path) or os.path.isfile(path) and _is_sample(_first(path))
 
-    def data(self, index):
+    def data(self, index: int) -> bytes:
         """The bytes of a sample's image."""
         number, offset, size = self._places[index]
         return self._files[number]().read(offset, size)
@@ -201,7 +203,7 @@ def _first(path):
     try:
         with tarfile.open(path) as archive:
             return next((member for member in itertools.islice(archive, 100) if member.isfile()), None)
-    except Exception:  # whatever is wrong with it is told where it is read
+    except Exception:  # errors are reported when it is read
         return None
 
 
@@ -225,12 +227,12 @@ def _samples(shard):
             folder, base = os.path.split(member.name)
             name, _, ending = base.partition('.')
             if not name:
-                continue  # other programs' notes
+                continue  # metadata of other programs
             sample = found.setdefault(os.path.join(folder, name), {})
             if ending.lower() in sample:
-                raise ValueError(f'{member.name} stands twice in {os.path.basename(shard)}')
+                raise ValueError(f'{member.name} occurs twice in {os.path.basename(shard)}')
             sample[ending.lower()] = member.offset_data, member.size
-            archive.members = []  # tarfile would keep all of them
+            archive.members = []  # tarfile would keep all of them in memory
     return list(found.items())
 
 
@@ -241,12 +243,12 @@ def _image_member(members, key):
     found = [ending for ending in members if f'.{ending}'.endswith((*IMAGES, *RARER_IMAGES))]
     found = [ending for ending in found if '.' not in ending] or found
     if len(found) > 1:
-        raise ValueError(f'its samples have several images: {", ".join(found)}; say key= one of them')
+        raise ValueError(f'its samples have several images: {", ".join(found)}; give key= one of them')
     return found[0] if found else None
 
 
 def _whole(text):
-    """A class as it stands in a .cls: a whole number, or a name."""
+    """The class in a .cls file: a whole number, or a name."""
     text = text.strip()
     return int(text) if re.fullmatch(r'[+-]?\d{1,18}', text) else text
 
@@ -256,7 +258,7 @@ def _whole(text):
 
 
 class TableSource(EncodedSource):
-    """Rows of a table with a column of pictures: a subclass takes what a Columns says of them."""
+    """Rows of a table with a column of pictures: base class for sources that are described by Columns."""
 
     def hold(self, columns, table):
         """columns: a parquet.Columns. table: an Opened whose value has image(index) -> bytes."""
@@ -266,7 +268,7 @@ class TableSource(EncodedSource):
         self.labels = columns.labels
         self.tell(columns.levels)
 
-    def data(self, index):
+    def data(self, index: int) -> bytes:
         """The bytes in the image column."""
         with guarded():
             return self._table().image(index)
@@ -280,7 +282,7 @@ class ParquetSource(TableSource):
 
     what = 'parquet'
 
-    def __init__(self, path, split=None, key=None, label_key=None):
+    def __init__(self, path: str, split: str | None = None, key: str | None = None, label_key: str | None = None):
         needs('pyarrow.parquet', path)
         files = parquet.choose(path, split)
         with guarded():
@@ -288,7 +290,7 @@ class ParquetSource(TableSource):
         self.hold(columns, Opened(parquet.Rows, files, columns.image))
 
     @staticmethod
-    def matches(path):
+    def matches(path: str) -> bool:
         """A file called .parquet, or a folder in which such are found."""
         if os.path.isdir(path):
             return any(file.endswith('.parquet') for file in first_files(path))
@@ -302,7 +304,8 @@ class HuggingFaceSource(TableSource):
 
     what = 'hf:OWNER/NAME'
 
-    def __init__(self, path, split=None, config=None, key=None, label_key=None):
+    def __init__(self, path: str, split: str | None = None, config: str | None = None, key: str | None = None,
+                 label_key: str | None = None):
         needs('datasets', path)
         place = path[3:] if path.startswith('hf:') else os.path.abspath(path)
         table = Opened(parquet.Hub, place, path.startswith('hf:'), split, config, key, label_key)
@@ -313,7 +316,7 @@ class HuggingFaceSource(TableSource):
             raise UserError(f'--source={path}: {err}') from None
 
     @staticmethod
-    def matches(path):
+    def matches(path: str) -> bool:
         """hf:..., or a folder as save_to_disk leaves it."""
         notes = ('dataset_dict.json', 'state.json')
         return path.startswith('hf:') or any(os.path.isfile(os.path.join(path, note)) for note in notes)

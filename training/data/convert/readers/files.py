@@ -14,11 +14,11 @@ from training.data.convert.readers.source import Kind, Source, folder_classes
 
 
 class FileSource(Source):
-    """Image files of a folder or zip. A dataset.json gives labels, levels and units; else the top folders are the classes."""
+    """Image files of a folder or zip. A dataset.json gives labels, levels and units; otherwise the top folders are the classes."""
 
     what = 'a folder, .zip'
 
-    def __init__(self, path):
+    def __init__(self, path: str):
         self._archive = Archive(path, f'--source={path}')
         self.names = self._archive.images((*IMAGES, *RARER_IMAGES))
         meta = self._archive.read_json()
@@ -29,11 +29,11 @@ class FileSource(Source):
             self.labels = folder_classes(self.names)
 
     @staticmethod
-    def matches(path):
+    def matches(path: str) -> bool:
         """Any folder, and files called .zip."""
         return os.path.isdir(path) or path.lower().endswith('.zip')
 
-    def kind(self, index):
+    def kind(self, index: int) -> Kind:
         """The Kind of an image, from the header of its file."""
         name = self.names[index]
         if name.lower().endswith('.npy'):
@@ -45,8 +45,8 @@ class FileSource(Source):
         picture = open_picture(data)
         return Kind(*pictures.header(picture, data), picture.mode)
 
-    def read(self, index):
-        """The image, [C,H,W], as decode_image gives it, or decode_tiff what Pillow would read a part of."""
+    def read(self, index: int) -> np.ndarray:
+        """The image, [C,H,W], from decode_image, or from decode_tiff if Pillow would read only a part of it."""
         name = self.names[index]
         data = self._archive.read(name)
         return tiff.decode_tiff(data) if tiff.beyond_pillow(data) else decode_image(name, data)
@@ -56,5 +56,5 @@ def _units(told, path):
     try:
         return None if told is None else tables.units(told)
     except (KeyError, ValueError):
-        raise UserError(f'--source={path}: "units" in its dataset.json must be {{"offset": ..., "scale": ...}}, finite numbers or one '
-                        'a channel, the scale above 0') from None
+        raise UserError(f'--source={path}: "units" in its dataset.json must be {{"offset": ..., "scale": ...}}, finite numbers, '
+                        'single or one per channel, the scale above 0') from None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the readers of other programs' formats share: packages that may be missing, handles of one process, values as physical numbers."""
+"""Shared code of the readers of other programs' formats: optional packages, file handles per process, values as physical numbers."""
 
 import contextlib
 import importlib
@@ -9,7 +9,9 @@ import logging
 import os
 import warnings
 import weakref
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,12 +20,12 @@ from dnnlib.archive import DAMAGE, IMAGES, MAX_MEMBER, MAX_PIXELS, RARER_IMAGES,
 from dnnlib.util import one_line
 from training.data.convert.readers.source import Kind, Source, folder_classes
 
-LOOKED_AT = 1000  # files of a folder that tell what is in it
+LOOKED_AT = 1000  # files of a folder that are examined to recognise its content
 PACKAGES = {'astropy.io.fits': 'astropy', 'pyarrow.parquet': 'pyarrow'}  # of modules that are not called like their package
 
 
 def needs(module, path):
-    """A module of a package that not every machine has. Raises UserError."""
+    """Imports a module of an optional package. Raises UserError."""
     package = PACKAGES.get(module, module)
     try:
         with warnings.catch_warnings():
@@ -31,13 +33,13 @@ def needs(module, path):
             found = importlib.import_module(module)
     except ImportError:
         raise UserError(f'--source={path} needs {package}: pip install {package}') from None
-    logging.getLogger(package).setLevel(logging.CRITICAL)  # what it notes of damaged files is told in one line, by its error
+    logging.getLogger(package).setLevel(logging.CRITICAL)  # about damaged files, its error is reported in one line instead of its log
     return found
 
 
 @contextlib.contextmanager
 def guarded():
-    """Packages meet bytes that they do not expect with whatever error their code comes to: turns it into one of DAMAGE."""
+    """Turns any error of a package into one of DAMAGE: damaged bytes make packages raise errors of all kinds."""
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         try:
@@ -63,7 +65,7 @@ class Opened:
         return self._held
 
     def close(self):
-        """Closes what is open; the next call opens it anew."""
+        """Closes the file; the next call opens it again."""
         held, self._held = self._held, None
         if hasattr(held, 'close'):
             with contextlib.suppress(Exception):
@@ -90,27 +92,27 @@ if hasattr(os, 'register_at_fork'):
 class Bytes:
     """A file whose bytes are read by their place; one position is not shared by threads."""
 
-    def __init__(self, path):
+    def __init__(self, path: str):
         self._file = open(path, 'rb')  # noqa: SIM115 (closed by Opened)
         self.size = os.fstat(self._file.fileno()).st_size
         self.close = self._file.close
 
-    def read(self, offset, size):
-        """Exactly so many bytes. Raises ValueError where the file ends before."""
+    def read(self, offset: int, size: int) -> bytes:
+        """Exactly `size` bytes. Raises ValueError if the file ends earlier."""
         if not 0 <= offset <= offset + size <= self.size:
             raise ValueError(f'cut off: {size} bytes at {offset} of {self.size}')
         return os.pread(self._file.fileno(), size, offset)
 
 
 class Capped(io.BufferedReader):
-    """A file for packages that ask for as many bytes as a header tells of: read() makes room for no more than there are."""
+    """A file for packages that read as many bytes as a header claims: read() allocates no more than the file has."""
 
-    def __init__(self, path):
+    def __init__(self, path: str):
         super().__init__(open(path, 'rb', buffering=0))  # noqa: SIM115 (closed with this)
         self._size = os.fstat(self.fileno()).st_size
 
-    def read(self, size=-1):
-        """So many bytes, or what is left."""
+    def read(self, size: int = -1) -> bytes:
+        """`size` bytes, or fewer at the end of the file."""
         return super().read(size if size is None or size < 0 else min(size, max(self._size - self.tell(), 0)))
 
 
@@ -118,20 +120,20 @@ class Capped(io.BufferedReader):
 # Images
 
 
-def sized(channels, height, width, dtype):
-    """The Kind of numbers of a type, within the limits of what is read. Raises ValueError."""
+def sized(channels: int, height: int, width: int, dtype: Any) -> Kind:
+    """The Kind of an image of this size and type, if it is within the limits. Raises ValueError."""
     dtype, sides = np.dtype(dtype), [int(channels), int(height), int(width)]
     if dtype.kind not in 'uif':
         raise ValueError(f'values of type {dtype}; expected plain real numbers')
     if min(sides) < 1:
         raise ValueError(f'an image of {width} x {height} pixels and {channels} channels')
     if sides[1] * sides[2] > MAX_PIXELS or np.prod(sides, dtype=object) * dtype.itemsize > MAX_MEMBER:
-        raise ValueError(f'{width} x {height} pixels in {channels} channels, more than are read')
+        raise ValueError(f'{width} x {height} pixels in {channels} channels, more than the limit')
     return Kind(*sides, dtype == np.uint8, str(dtype.newbyteorder('=')))
 
 
-def physical(array):
-    """Numbers as uint8, where that is what they are, or else native float32. Raises ValueError where some are not finite."""
+def physical(array: np.ndarray) -> np.ndarray:
+    """Numbers as uint8 if they have this type, otherwise as native float32. Raises ValueError if some are not finite."""
     if array.dtype.kind not in 'uif':
         raise ValueError(f'values of type {array.dtype}; expected plain real numbers')
     if array.dtype == np.uint8:
@@ -144,8 +146,8 @@ def physical(array):
     return found
 
 
-def encoded_kind(data):
-    """The Kind of a picture or .npy file, from the head of its bytes. Raises errors of DAMAGE."""
+def encoded_kind(data: bytes) -> Kind:
+    """The Kind of a picture or .npy file, from its header. Raises the errors in DAMAGE."""
     if data[:6] == b'\x93NUMPY':
         found = arrays.read_header(data, len(data))
         return sized(*(1, *found.shape)[-3:], found.dtype) if len(found.shape) in (2, 3) else decode_image('.npy', data)
@@ -153,8 +155,8 @@ def encoded_kind(data):
     return Kind(*pictures.header(picture, data), picture.mode)
 
 
-def decode(data):
-    """A picture or .npy file, whatever it is called, as [C,H,W]. Raises errors of DAMAGE."""
+def decode(data: bytes) -> np.ndarray:
+    """A picture or .npy file, recognised by its content, as [C,H,W]. Raises the errors in DAMAGE."""
     if data[:6] == b'\x93NUMPY':
         return physical(decode_image('.npy', data))
     return decode_image('', data)
@@ -164,7 +166,7 @@ def decode(data):
 # Files that hold one image or several
 
 
-def files_below(path, fits):
+def files_below(path: str, fits: Callable[[str], bool]) -> list[str]:
     """The files below a folder whose names fit, relative to it, sorted. fits: a function of a name."""
     root = Path(path)
     found = (p.relative_to(root).as_posix() for p in root.rglob('*') if p.is_file() and not p.name.startswith('.') and fits(str(p)))
@@ -172,12 +174,12 @@ def files_below(path, fits):
 
 
 def first_files(path):
-    """The paths of those files below a folder that are found first, so many as tell what is in it."""
+    """The paths of the first LOOKED_AT files below a folder."""
     found = (os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names)
     return itertools.islice(found, LOOKED_AT)
 
 
-def holds(path, fits):
+def holds(path: str, fits: Callable[[str], bool]) -> bool:
     """Whether a folder holds files that fit, and no pictures."""
     found = False
     for file in first_files(path):
@@ -196,7 +198,7 @@ class StackSource(Source):
     _last = None  # the file that was read last
 
     def hold(self, path, **options):
-        """The files and how many images each has. options: those of `opens`."""
+        """Finds the files and counts their images. options: those of `opens`."""
         self._path, self._options = path, options
         is_folder = os.path.isdir(path)
         files = files_below(path, self.fits) if is_folder else [os.path.basename(path)]
@@ -213,7 +215,7 @@ class StackSource(Source):
                 if not is_folder:
                     raise
                 problems.append(f'{file}: {damage(err)}')
-                count = 1  # which will not be read, and told of
+                count = 1  # read() will raise its error
             self.names += [f'{file}[{k}]' for k in range(count)] if count > 1 else [file]
             self._places += [(file, k) for k in range(count)]
         if len(problems) == len(files):
@@ -224,12 +226,12 @@ class StackSource(Source):
         return {**self.__dict__, '_last': None}
 
     @classmethod
-    def fits(cls, path):
-        """Whether a file is one of these, by its name or first bytes."""
+    def fits(cls, path: str) -> bool:
+        """Whether a file has this format, by its name or first bytes."""
         raise NotImplementedError
 
     @classmethod
-    def matches(cls, path):
+    def matches(cls, path: str) -> bool:
         """A file that fits, or a folder that holds such and no pictures."""
         with contextlib.suppress(OSError):
             return holds(path, cls.fits) if os.path.isdir(path) else os.path.isfile(path) and cls.fits(path)
@@ -246,23 +248,23 @@ class StackSource(Source):
     def _open(self, file):
         return self.opens(os.path.join(self._root, file), **self._options)
 
-    def kind(self, index):
+    def kind(self, index: int) -> Kind:
         """The Kind of an image, from headers."""
         file, k = self._places[index]
         opened = self._file(file)
         with guarded():
             return opened.kind(k)
 
-    def read(self, index):
+    def read(self, index: int) -> np.ndarray:
         """The image, [C,H,W]: uint8 where it is stored so, else float32."""
         file, k = self._places[index]
         opened = self._file(file)
         with guarded():
-            opened.kind(k)  # its size is within limits
+            opened.kind(k)  # checks that its size is within limits
             return physical(opened.read(k))
 
 
-def head(path, size):
+def head(path: str, size: int) -> bytes:
     """The first bytes of a file; b'' where it cannot be read."""
     try:
         with open(path, 'rb') as f:

@@ -13,26 +13,26 @@ from training.data.convert.readers.formats import Opened, guarded, head, needs, 
 from training.data.convert.readers.source import Kind, Source
 
 MAGIC = b'\x89HDF\r\n\x1a\n'
-LABELS = ('labels', 'label', 'y', 'targets', 'target', 'classes')  # data sets beside the images, where none is named
+LABELS = ('labels', 'label', 'y', 'targets', 'target', 'classes')  # names of data sets beside the images, if none is given
 LEVELS = {'sigmas': ('sigmas', 'sigma'), 'sigma_min': ('sigma_min',), 'sigma_max': ('sigma_max',)}
-BLOCK = 2 ** 26  # bytes that are read and kept at a time, at most
-ROWS = 16  # that are read at a time where the file has no chunks
+BLOCK = 2 ** 26  # bytes, at most, that are read and kept at a time
+ROWS = 16  # rows read at a time if the file has no chunks
 MAX_NOTES = 2 ** 28  # bytes of labels
-MOST_OBJECTS = 100_000  # that are looked at to find the images
+MOST_OBJECTS = 100_000  # groups and data sets examined to find the images
 
 
 class Hdf5Source(Source):
-    """A data set of three or four dimensions in an HDF5 file; more of its kind in a folder of the file count as one of several.
+    """A data set of three or four dimensions in an HDF5 file; `key` chooses if there are several.
 
     key, label_key: paths of images and labels in the file; by default the only images, or those called "images", and what lies beside
     them as "labels", "label" or "y"; "sigmas", "sigma_min" and "sigma_max" beside them are levels. layout: as for arrays."""
 
     what = 'HDF5'
 
-    def __init__(self, path, key=None, label_key=None, layout=None):
+    def __init__(self, path: str, key: str | None = None, label_key: str | None = None, layout: str | None = None):
         needs('h5py', path)
         if layout not in (None, *LAYOUTS):
-            raise UserError(f'--source={path}: layout={layout} is none of {", ".join(LAYOUTS)}')
+            raise UserError(f'--source={path}: layout={layout} is unknown; choose from {", ".join(LAYOUTS)}')
         with guarded():
             file = _open(path)
             with contextlib.closing(file):
@@ -49,15 +49,15 @@ class Hdf5Source(Source):
         self._rows = Opened(_Rows, path, key)
 
     @staticmethod
-    def matches(path):
+    def matches(path: str) -> bool:
         """By the ending of the name, or the first bytes."""
         return os.path.isfile(path) and (path.lower().endswith(('.h5', '.hdf5', '.hdf', '.he5')) or head(path, 8) == MAGIC)
 
-    def kind(self, index):
+    def kind(self, index: int) -> Kind:
         """The Kind that all images share."""
         return Kind(*self._kind)
 
-    def read(self, index):
+    def read(self, index: int) -> np.ndarray:
         """An image, [C,H,W]: uint8 where it is stored so, else float32."""
         with guarded():
             row = self._rows().row(index)
@@ -102,20 +102,20 @@ def _images(file, key):
     named = [name for name in found if name.split('/')[-1] == 'images']
     if len(found) != 1 and len(named) != 1:
         told = '; '.join(list(found.values())[:20])
-        raise ValueError(f'several data sets may be the images: {told}; say key= one of them' if found else
+        raise ValueError(f'several data sets may be the images: {told}; give key= one of them' if found else
                          'no data set of numbers with three or four dimensions in it')
     return named[0] if len(named) == 1 else next(iter(found))
 
 
 def _data_sets(file):
-    """(path, data set) of what lies in this file. HDF5's own walk over it does not end in some that are damaged."""
+    """(path, data set) of the data sets in this file. HDF5's own traversal does not end for some damaged files."""
     import h5py
     groups, seen = [('', file)], set()
     while groups:
         above, group = groups.pop()
         for name in group:
             if len(seen) > MOST_OBJECTS:
-                raise ValueError(f'it has more than {MOST_OBJECTS} groups and data sets; say key= where the images are')
+                raise ValueError(f'it has more than {MOST_OBJECTS} groups and data sets; give the path of the images with key=')
             if not isinstance(group.get(name, getlink=True), h5py.HardLink):
                 continue
             item = group[name]
@@ -129,17 +129,17 @@ def _data_sets(file):
 
 
 def _whole(file, key):
-    """A data set whose values lie in this file, as many as it tells of. Raises ValueError."""
+    """A data set whose values are all stored in this file. Raises ValueError."""
     item = file[key]
     if item.file.filename != file.filename or item.is_virtual or item.external:
-        raise ValueError(f'{key} lies in another file; copy it into one')
+        raise ValueError(f'{key} is stored in another file; copy both into one')
     chunk = int(np.prod(item.chunks or [0], dtype=object)) * item.dtype.itemsize
     if chunk > MAX_MEMBER:
-        raise ValueError(f'{key} has chunks of {chunk} bytes, more than the {MAX_MEMBER} that are read; make them smaller (h5repack)')
+        raise ValueError(f'{key} has chunks of {chunk} bytes, more than the limit of {MAX_MEMBER}; make them smaller (h5repack)')
     size = int(np.prod(item.shape, dtype=object)) * item.dtype.itemsize
     stored = item.id.get_storage_size()
     if size > stored * (MAX_DEFLATE if item.chunks else 1) or size and stored > os.path.getsize(file.filename):
-        raise ValueError(f'{key} tells of {size} bytes of values, and {stored} are stored')
+        raise ValueError(f'{key} claims {size} bytes of values, but only {stored} are stored')
     return item
 
 
@@ -161,13 +161,13 @@ def _labels(file, key, label_key, count):
 
 
 def _numbers(file, key, count):
-    """A data set with one value, or vector, an image as a list."""
+    """A data set with one value, or vector, per image as a list."""
     import h5py
     item = _whole(file, key) if file[key].dtype.kind != 'O' else file[key]
     if item.shape[:1] != (count,):
         raise ValueError(f'{count} images, but {key} is of shape {list(item.shape)}')
     if item.size * item.dtype.itemsize > MAX_NOTES:
-        raise ValueError(f'{key} has {item.size} values, more than are read')
+        raise ValueError(f'{key} has {item.size} values, more than the limit')
     text = h5py.check_string_dtype(item.dtype) is not None
     values = (item.asstr() if text else item)[()]
     values = values.reshape([side for k, side in enumerate(values.shape) if k == 0 or side > 1])

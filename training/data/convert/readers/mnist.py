@@ -22,16 +22,17 @@ class MnistSource(ArraySource):
 
     what = 'MNIST\'s ...images-idx3-ubyte(.gz) or their folder'
 
-    def __init__(self, path, split=None):
+    def __init__(self, path: str, split: str | None = None):
         if split not in (None, *SPLITS):
-            raise UserError(f'--source={path}: split={split} is none of {", ".join(SPLITS)}')
+            raise UserError(f'--source={path}: split={split} is unknown; choose from {", ".join(SPLITS)}')
         folder, name = os.path.split(path)
         if os.path.isdir(path):
             folder, name = path, next(iter(_files(path, split or 'train')), None)
             if name is None:
                 raise ValueError(f'no {SPLITS[split or "train"]}-images-idx3-ubyte(.gz) in it')
         elif split and SPLITS[split] not in name.lower():
-            raise UserError(f'--source={path}: split={split} is told by {SPLITS[split]} in its name; name that file, or their folder')
+            raise UserError(f'--source={path}: split={split}: the file of this split has {SPLITS[split]} in its name; give that file, '
+                            'or the folder of all files')
         images = read_idx(os.path.join(folder, name))
         if images.ndim != 3:
             raise ValueError(f'an array of shape {list(images.shape)}, expected images [N,H,W]')
@@ -43,7 +44,7 @@ class MnistSource(ArraySource):
         self.hold(images[:, None], labels)
 
     @staticmethod
-    def matches(path):
+    def matches(path: str) -> bool:
         """By the ending of the name; of folders, by the names of MNIST's files in them."""
         if os.path.isdir(path):
             return any(_files(path, split) for split in SPLITS)
@@ -56,7 +57,7 @@ def _files(folder, split):
     return [name for name in names if os.path.isfile(os.path.join(folder, name))]
 
 
-def read_idx(path):
+def read_idx(path: str) -> np.ndarray:
     """The array in an idx file of unsigned bytes, uint8. Raises ValueError and errors of gzip."""
     packed = path.endswith('.gz')
     most = os.path.getsize(path) * (MAX_DEFLATE if packed else 1)

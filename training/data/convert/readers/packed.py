@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Packed data sets as sources: what dataset_tool.py --packed has written."""
+"""Packed data sets, as written by dataset_tool.py --packed, as sources."""
 
 import contextlib
 import os
@@ -13,14 +13,14 @@ from training.data.packed import Packed, is_packed
 class PackedSource(ArraySource):
     """The images of a packed .npz or folder, with their labels, levels and units."""
 
-    what = 'what --packed has written'
+    what = 'a data set written with --packed'
 
-    def __init__(self, path):
+    def __init__(self, path: str):
         self._path, contents = path, Packed(path, where=f'--source={path}')
         told = {key: None if contents.values(key) is None else contents.values(key).tolist() for key in tables.CHECKS}
         self.hold(contents.images, told['labels'])
         self.units, self.sigmas = contents.units, told['sigmas']
-        # As dataset.json has them, where there is no infinity.
+        # As in dataset.json, since JSON has no infinity.
         self.sigma_min = told['sigma_min'] and [min(limit, tables.LARGEST) or None for limit in told['sigma_min']]
         self.sigma_max = told['sigma_max'] and [limit if limit <= tables.LARGEST else None for limit in told['sigma_max']]
 
@@ -31,8 +31,8 @@ class PackedSource(ArraySource):
         self.__dict__.update(state, _images=Packed(state['_path']).images)
 
     @staticmethod
-    def matches(path):
-        """A packed folder, and an .npz with a dataset.json, which tells it from arrays of other programs."""
+    def matches(path: str) -> bool:
+        """A packed folder, or an .npz with a dataset.json, which distinguishes it from arrays of other programs."""
         if not is_packed(path) or os.path.isdir(path):
             return is_packed(path)
         with contextlib.suppress(OSError, ValueError, zipfile.BadZipFile), zipfile.ZipFile(path) as archive:

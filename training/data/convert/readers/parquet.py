@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Columns of tables that hold pictures and what is said of them: parquet files, and the tables of Hugging Face's datasets."""
+"""Tables with columns of pictures and their labels and levels: parquet files, and the tables of Hugging Face's datasets."""
 
 import bisect
 import json
@@ -15,7 +15,7 @@ BATCH = 16  # rows that are decoded at a time
 
 
 class Columns:
-    """What is said of the images of a table: count, image (the name of their column), labels, levels ({name of LEVELS: values})."""
+    """The annotations of the images of a table: count, image (the name of their column), labels, levels ({name in LEVELS: values})."""
 
     def __init__(self, schema, features, key, label_key):
         """schema: pyarrow's. features: what Hugging Face's datasets note of the columns, {name: {_type: ...}}. Raises ValueError."""
@@ -34,15 +34,15 @@ class Columns:
             self.labels = (self.labels or []) + found[self._label]
 
     def finish(self, count):
-        """Looks at what was taken of `count` rows."""
+        """Checks the columns after all `count` rows have been added."""
         self.count = count
         short = [len(values) for values in (self.labels, *self.levels.values()) if values is not None and len(values) != count]
         if short:
-            raise ValueError(f'it tells of {count} rows, and has {short[0]}')
+            raise ValueError(f'it claims {count} rows, but has {short[0]}')
         if self.labels is None:
             return self
         if all(label in (None, -1) for label in self.labels):
-            self.labels = None  # as datasets have it of those whose labels are secret
+            self.labels = None  # as in data sets whose labels are secret
         elif None in self.labels:
             raise ValueError(f'row {self.labels.index(None)} has no {self._label}, as others have')
         return self
@@ -61,7 +61,7 @@ class Columns:
                     raise ValueError(f'{os.path.basename(file)} has no column "{columns.image}"')
                 count += opened.metadata.num_rows
                 if opened.metadata.num_rows > 8 * os.path.getsize(file):
-                    raise ValueError(f'{os.path.basename(file)} tells of {opened.metadata.num_rows} rows, more than it can hold')
+                    raise ValueError(f'{os.path.basename(file)} claims {opened.metadata.num_rows} rows, more than it can hold')
                 if columns.wanted:
                     columns.take(opened.read(columns.wanted, use_threads=False))
         return columns.finish(count)
@@ -173,7 +173,7 @@ def _one(splits, split):
         return 'train' if 'train' in splits else next(iter(splits))
     if split not in splits:
         raise ValueError(f'{"it has" if split is None else f"split={split}: it has"} the splits {", ".join(map(str, splits)) or "none"}; '
-                         'say split= one of them')
+                         'give split= one of them')
     return split
 
 
@@ -199,7 +199,7 @@ def _image_column(schema, features, key):
     found = next((way for way in ways if way), [])
     if len(found) != 1:
         told = f'several columns of images: {", ".join(found)}' if found else f'no column of images among {", ".join(schema.names)}'
-        raise ValueError(f'{told}; say key= one of them')
+        raise ValueError(f'{told}; give key= one of them')
     return found[0]
 
 
@@ -211,7 +211,7 @@ def _label_column(schema, features, key):
         return key
     found = [name for name in schema.names if features.get(name, {}).get('_type') == 'ClassLabel']
     if len(found) > 1:
-        raise ValueError(f'several columns of classes: {", ".join(found)}; say label_key= one of them')
+        raise ValueError(f'several columns of classes: {", ".join(found)}; give label_key= one of them')
     plain = lambda kind: pyarrow.types.is_integer(kind) or pyarrow.types.is_string(kind)
     found = found or [name for name in LABELS if name in schema.names and plain(schema.field(name).type)]
     return found[0] if found else None
@@ -221,10 +221,10 @@ def _bytes(value):
     """The bytes of an image as a column has them: themselves, or in a struct; a path to a file elsewhere is not followed."""
     if isinstance(value, dict):
         if value.get('bytes') is None and value.get('path') is not None:
-            raise ValueError('the table has the path of a picture, and not the picture; make it again with the pictures in it')
+            raise ValueError('the table has the path of a picture instead of the picture; make it again with embedded pictures')
         value = value.get('bytes')
     if not isinstance(value, bytes):
         raise ValueError('the table has no picture there')
     if len(value) > MAX_MEMBER:
-        raise ValueError(f'it has {len(value)} bytes, more than the {MAX_MEMBER} that are read of it')
+        raise ValueError(f'it has {len(value)} bytes, more than the limit of {MAX_MEMBER}')
     return value

@@ -8,6 +8,7 @@ import numpy as np
 from dnnlib import UserError
 from dnnlib.archive import MAX_DEFLATE
 from training.data.convert.readers.formats import Capped, StackSource, head, needs, sized
+from training.data.convert.readers.source import Kind
 
 # ----------------------------------------------------------------------------------------------------
 # FITS
@@ -29,7 +30,7 @@ class FitsSource(StackSource):
         self.hold(path, hdu=hdu, axis=axis)
 
     @classmethod
-    def fits(cls, path):
+    def fits(cls, path: str) -> bool:
         """By the ending of the name, or the first bytes."""
         return path.lower().endswith(cls.ENDINGS) or head(path, 10) == b'SIMPLE  = '
 
@@ -66,11 +67,11 @@ class FitsFile:
         found = {k: one for k, one in enumerate(file) if one.is_image and len(one.shape or ()) >= 2 and min(one.shape) > 0}
         if len(found) != 1:
             told = ', '.join(f'{k} {one.name} {list(one.shape)}' for k, one in list(found.items())[:20])
-            raise ValueError(f'several HDUs hold images: {told}; say hdu= one of them' if found else 'no HDU in it holds an image')
+            raise ValueError(f'several HDUs hold images: {told}; give hdu= one of them' if found else 'no HDU in it holds an image')
         return next(iter(found.values()))
 
     def _check(self, path):
-        """Takes the type of the values, and compares what the header tells of with the size of the file."""
+        """Reads the type of the values, and compares the size that the header claims with that of the file."""
         header = self._hdu.header
         self._type = np.dtype(self.TYPES[header['BITPIX']])
         self._is_scaled = header.get('BSCALE', 1) != 1 or header.get('BZERO', 0) != 0 or 'BLANK' in header or 'ZBLANK' in header
@@ -78,17 +79,17 @@ class FitsFile:
         is_packed = type(self._hdu).__name__ == 'CompImageHDU' or head(path, 2) in (b'\x1f\x8b', b'BZ', b'PK')
         start, size = 0 if is_packed else self._hdu.fileinfo()['datLoc'], os.path.getsize(path)
         if start + told > size * (MAX_DEFLATE if is_packed else 1):
-            raise ValueError(f'cut off: it tells of {told} bytes of values from {start} on, and has {size}')
+            raise ValueError(f'cut off: it claims {told} bytes of values from {start} on, but has {size}')
 
     def __len__(self):
         return 1 if self._as_channels else self._planes
 
-    def kind(self, k):
+    def kind(self, k: int) -> Kind:
         """The Kind of an image."""
         return sized(self._planes if self._as_channels else 1, *self._hdu.shape[-2:], np.float32 if self._is_scaled else self._type)
 
-    def read(self, k):
-        """An image; what is blank is NaN."""
+    def read(self, k: int) -> np.ndarray:
+        """An image; blank values are NaN."""
         if self._as_channels or not self._lead:
             found = self._hdu.section[...]
         else:
@@ -106,13 +107,13 @@ class DicomSource(StackSource):
 
     what = 'DICOM'
 
-    def __init__(self, path):
+    def __init__(self, path: str):
         needs('pydicom', path)
         self.opens = DicomFile
         self.hold(path)
 
     @classmethod
-    def fits(cls, path):
+    def fits(cls, path: str) -> bool:
         """By the ending of the name; those without one by their first bytes."""
         name = os.path.basename(path).lower()
         return name.endswith(('.dcm', '.dicom', '.ima')) or '.' not in name[-5:] and name != 'dicomdir' and head(path, 132)[128:] == b'DICM'
@@ -134,7 +135,7 @@ class DicomFile:
         size, syntax = os.path.getsize(path), self._head.file_meta.TransferSyntaxUID
         most = size * 8 * (MAX_DEFLATE if syntax.is_deflated else 1)
         if not 0 < self._frames <= size or not syntax.is_encapsulated and bits > most:
-            raise ValueError(f'it tells of {self._frames} frames and {bits // 8} bytes of values, and has {size}')
+            raise ValueError(f'it claims {self._frames} frames and {bits // 8} bytes of values, but has {size}')
 
     def __len__(self):
         return self._frames
@@ -150,7 +151,7 @@ class DicomFile:
         slope, intercept = part.get('RescaleSlope'), part.get('RescaleIntercept')
         return 1.0 if slope is None else float(slope), 0.0 if intercept is None else float(intercept)
 
-    def kind(self, k):
+    def kind(self, k: int) -> Kind:
         """The Kind of a frame."""
         head = self._head
         if head.PhotometricInterpretation not in self.COLOURS:
@@ -164,7 +165,7 @@ class DicomFile:
             dtype = np.dtype(f'{"i" if is_signed else "u"}{max(bits, 16) // 8}')
         return sized(head.SamplesPerPixel, head.Rows, head.Columns, dtype)
 
-    def read(self, k):
+    def read(self, k: int) -> np.ndarray:
         """A frame."""
         from pydicom.pixels import pixel_array
         self._file.seek(0)
@@ -207,7 +208,7 @@ class NiftiSource(StackSource):
         self.hold(path, axis=axis, volume=volume)
 
     @classmethod
-    def fits(cls, path):
+    def fits(cls, path: str) -> bool:
         """By the ending of the name."""
         return path.lower().endswith(('.nii', '.nii.gz'))
 
@@ -226,13 +227,13 @@ class NiftiFile:
         while len(shape) > 2 and shape[-1] == 1:
             shape.pop()
         if len(shape) == 4 and (not isinstance(volume, int) or not 0 <= volume < shape[3]):
-            raise ValueError(f'it has {shape[3]} volumes along its fourth axis; say volume=0 or another up to {shape[3] - 1}')
+            raise ValueError(f'it has {shape[3]} volumes along its fourth axis; give volume=0 or another up to {shape[3] - 1}')
         if len(shape) not in (2, 3, 4):
             raise ValueError(f'of shape {list(told.shape)}; expected a volume of three axes')
         self._is_packed = head(path, 2) == b'\x1f\x8b'
         size = int(np.prod(told.shape, dtype=object)) * told.dtype.itemsize
         if size > os.path.getsize(path) * (MAX_DEFLATE if self._is_packed else 1):
-            raise ValueError(f'cut off: it tells of {size} bytes of values, and has {os.path.getsize(path)}')
+            raise ValueError(f'cut off: it claims {size} bytes of values, but has {os.path.getsize(path)}')
         self._scale = float(told.slope), float(told.inter)
         self._raw = ArrayProxy(told.file_like, (tuple(told.shape), told.dtype, told.offset), mmap=False)
         self._shape, self._volume, self._axis = shape, volume if len(shape) == 4 else None, axis
@@ -245,12 +246,12 @@ class NiftiFile:
     def __len__(self):
         return 1 if len(self._shape) == 2 else self._shape[self._axis]
 
-    def kind(self, k):
+    def kind(self, k: int) -> Kind:
         """The Kind of a slice."""
         sides = [side for axis, side in enumerate(self._shape[:3]) if len(self._shape) == 2 or axis != self._axis]
         return sized(1, *sides, np.float32 if self._scale != (1, 0) else self._raw.dtype)
 
-    def read(self, k):
+    def read(self, k: int) -> np.ndarray:
         """A slice."""
         place = [slice(None)] * min(len(self._shape), 3)
         if len(place) == 3:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TIFF files whole: all pages, all bits, through tifffile. Pillow reads the first page, and 8 of 16 bits where there are colours."""
+"""Reads TIFF files completely, all pages and all bits, by tifffile. Pillow reads the first page, and 8 of 16 bits of colour images."""
 
 import contextlib
 import io
@@ -12,6 +12,7 @@ import PIL.Image
 from dnnlib import UserError
 from dnnlib.archive import DAMAGE
 from training.data.convert.readers.formats import StackSource, guarded, needs, physical, sized
+from training.data.convert.readers.source import Kind
 
 MAGIC = (b'II*\0', b'MM\0*', b'II+\0', b'MM\0+')  # also of BigTIFF
 MIN_IS_WHITE, MIN_IS_BLACK, RGB, PALETTE, YCBCR = 0, 1, 2, 3, 6  # how values are meant (PhotometricInterpretation)
@@ -36,18 +37,18 @@ class TiffSource(StackSource):
         self.hold(path, axis=axis, series=series)
 
     @classmethod
-    def fits(cls, path):
+    def fits(cls, path: str) -> bool:
         """By the ending."""
         return path.lower().endswith(('.tif', '.tiff', '.btf', '.lsm'))
 
     @classmethod
-    def matches(cls, path):
+    def matches(cls, path: str) -> bool:
         """A file; folders of TIFF files are folders of pictures."""
         return os.path.isfile(path) and cls.fits(path)
 
 
 class TiffFile:
-    """The images in a TIFF file. source: a path, or a file object. Raises ValueError and whatever tifffile does: see guarded()."""
+    """The images in a TIFF file. source: a path, or a file object. Raises ValueError and any error of tifffile: see guarded()."""
 
     def __init__(self, source, axis=None, series=None):
         import tifffile
@@ -68,12 +69,12 @@ class TiffFile:
         number = next(n for n, first in enumerate(self._first[1:]) if k < first)
         return self._stacks[number], k - self._first[number]
 
-    def kind(self, k):
+    def kind(self, k: int) -> Kind:
         """The Kind of an image."""
         stack, _ = self._find(k)
         return stack.kind()
 
-    def read(self, k):
+    def read(self, k: int) -> np.ndarray:
         """An image, [C,H,W], in the type that it has in the file; bits and palettes as uint8."""
         stack, k = self._find(k)
         return stack.read(k)
@@ -158,7 +159,7 @@ def _stacks(file, axis, number):
     told = (file.imagej_metadata or {}).get('images', 1) if file.is_imagej else 1
     held = sum(int(np.prod(one.shape, dtype=np.int64)) // max(one.keyframe.size, 1) for one in series)
     if isinstance(told, int) and told > held:  # tifffile then reads the first
-        raise ValueError(f'cut off: it tells of {told} images, and has {held}')
+        raise ValueError(f'cut off: it claims {told} images, but has {held}')
     if number is not None:
         if not isinstance(number, int) or not 0 <= number < len(series):
             raise ValueError(f'series={number}: it has series 0 to {len(series) - 1}')
@@ -187,10 +188,10 @@ def _of_series(file, series, axis):
     count = int(np.prod([length for _, length in lead], dtype=np.int64))
     if len(series.pages) == count and series.pages[0] is not None and all(one is not None for one in series.pages):
         return _Stack(file, series.pages, lead, _along(lead, axis))
-    # ImageJ's files beyond 4 GiB tell of the first page alone; the others lie behind it.
+    # ImageJ's files beyond 4 GiB describe only the first page; the others follow it.
     size = file.filehandle.size
     if series.dataoffset is None or series.dataoffset + series.nbytes > size:
-        raise ValueError(f'it has {len(series.pages)} pages, where it tells of {count}')
+        raise ValueError(f'it has {len(series.pages)} pages, but it claims {count}')
     array = series.asarray(out='memmap') if file.filehandle.is_file else series.asarray()
     return _Stack(file, [page], lead, _along(lead, axis), array)
 
@@ -249,7 +250,7 @@ def _bands(page, array):
     return array[:, ::-1 if turn in (3, 4, 7, 8) else 1, ::-1 if turn in (2, 3, 6, 7) else 1]
 
 
-def decode_tiff(data):
+def decode_tiff(data: bytes) -> np.ndarray:
     """The bytes of a TIFF file that is one image -> [C,H,W], uint8 or float32: all its bits, and grey pages as channels.
 
     Raises errors of DAMAGE, also where tifffile is missing."""
@@ -258,7 +259,7 @@ def decode_tiff(data):
         return physical(file.read(0))
 
 
-def tiff_kind(data):
+def tiff_kind(data: bytes) -> Kind:
     """The Kind of what decode_tiff() gives, without decoding it."""
     with _whole(data) as file:
         return file.kind(0)
@@ -275,7 +276,7 @@ def beyond_pillow(data):
             deep = page.bitspersample > 8 and (page.samplesperpixel > 1 or page.photometric == MIN_IS_WHITE)
             # Bands that Pillow leaves out, and blank values that it takes for numbers.
             return deep or len(file.pages) > 1 or UNSPECIFIED in page.extrasamples or GDAL_NODATA in page.tags
-    except (UserError, *DAMAGE):  # Pillow tells what is wrong with it
+    except (UserError, *DAMAGE):  # Pillow will report the error
         return False
 
 

@@ -82,8 +82,8 @@ def test_splits_of_cifar_10(tmp_path):
             archive.addfile(info, io.BytesIO(data))
     assert open_source(f'{tmp_path}/cifar.tar').labels == list(range(6))
     assert open_source(f'{tmp_path}/cifar.tar:split=test').labels == open_source(f'{tmp_path}/cifar.tar', split='test').labels == [6, 7, 8]
-    for spec, text in (('split=val', 'split=val is none of train, test'), ('labels=coarse', 'has no coarse_labels'),
-                       ('labels=rough', 'labels=rough is none of fine, coarse')):
+    for spec, text in (('split=val', 'split=val is unknown; choose from train, test'), ('labels=coarse', 'has no coarse_labels'),
+                       ('labels=rough', 'labels=rough is unknown; choose from fine, coarse')):
         with pytest.raises(UserError, match=text):
             open_source(f'{tmp_path}/cifar.tar:{spec}')
 

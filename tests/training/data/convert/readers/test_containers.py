@@ -132,7 +132,7 @@ def test_lmdb_with_named_databases(tmp_path):
     same(open_source(f'{tmp_path}/set:key=images'), labels=None)
     source = open_source(f'{tmp_path}/set:key=whole')
     assert source.names == [str(k) for k in range(5, 12)]
-    assert 'say key= one of images, twice, whole' in refusal(tmp_path / 'set')
+    assert 'give key= one of images, twice, whole' in refusal(tmp_path / 'set')
     assert 'it has no database "other"' in refusal(f'{tmp_path}/set:key=other')
     assert 'several values' in refusal(f'{tmp_path}/set:key=twice')
 
@@ -210,7 +210,7 @@ def test_webdataset_that_is_refused(tmp_path):
     for members, text in (([('1.txt', b'x')], 'no sample in it has an image'),
                           ([('1.png', picture), ('1.jpg', picture)], 'several images: png, jpg'),
                           ([('1.png', picture), ('1.cls', b'1'), ('2.png', picture)], '2 has no label'),
-                          ([('1.png', picture), ('1.png', picture)], '1.png stands twice'),
+                          ([('1.png', picture), ('1.png', picture)], '1.png occurs twice'),
                           ([('1.png', picture), ('1.json', b'[]')], 'holds no object'),
                           ([('1.png', picture), ('1.json', b'{')], 'cannot be read')):
         assert text in refusal(tar(path, members)), members
@@ -272,7 +272,7 @@ def test_plain_parquet_without_datasets(tmp_path, monkeypatch):
     assert 'hf:a/b needs datasets: pip install datasets' in refusal('hf:a/b')
     assert 'no column "x"; it has img, label' in refusal(f'{tmp_path}/x.parquet:key=x')
     pyarrow.parquet.write_table(pyarrow.table({'a': values, 'b': values}), tmp_path / 'x.parquet')
-    assert 'several columns of images: a, b; say key= one of them' in refusal(tmp_path / 'x.parquet')
+    assert 'several columns of images: a, b; give key= one of them' in refusal(tmp_path / 'x.parquet')
     same(open_source(f'{tmp_path}/x.parquet:key=b'), images[..., None], None)
     pyarrow.parquet.write_table(pyarrow.table({'a': [{'bytes': None, 'path': '/etc/passwd'}]}, pyarrow.schema([(
         'a', pyarrow.struct([('bytes', pyarrow.binary()), ('path', pyarrow.string())]))])), tmp_path / 'x.parquet')
@@ -292,7 +292,7 @@ def test_folders_of_save_to_disk(tmp_path):
     same(open_source(f'{tmp_path}/two:split=test'), IMAGES[2:3], [4])
     source = open_source(f'{tmp_path}/two/train')
     same_in_a_fork(source)
-    assert 'say split= one of them' in refusal(f'{tmp_path}/two:split=valid')
+    assert 'give split= one of them' in refusal(f'{tmp_path}/two:split=valid')
 
 
 def test_names_on_the_hub(tmp_path, monkeypatch):

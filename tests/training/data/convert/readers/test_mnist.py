@@ -47,7 +47,7 @@ def test_splits_of_a_folder_and_of_its_files(folder):
         same(open_source(str(path)), part)
         same(open_source(f'{path}:split={split}'), part)
         other = {'train': 'test', 'test': 'train'}[split]
-        with pytest.raises(UserError, match=f'split={other} is told by .* in its name; name that file, or their folder'):
+        with pytest.raises(UserError, match=f'split={other}: the file of this split has .* in its name; give that file'):
             open_source(f'{path}:split={other}')
     for path in folder.glob('t10k*'):
         path.unlink()
@@ -61,6 +61,6 @@ def test_what_is_refused(tmp_path):
         path.write_bytes(idx(array.astype(np.uint8)))
         with pytest.raises(UserError, match=text):
             open_source(str(path))
-    with pytest.raises(UserError, match='split=val is none of train, test'):
+    with pytest.raises(UserError, match='split=val is unknown; choose from train, test'):
         open_source(f'{path}:split=val')
     assert not MnistSource.matches(str(tmp_path))

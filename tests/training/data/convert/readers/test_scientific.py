@@ -101,13 +101,13 @@ def test_hdf5_of_several_data_sets(tmp_path):
     with h5py.File(tmp_path / 'x.h5', 'w') as file:
         file['train/x'], file['train/labels'], file['test/x'] = BYTES, ['b', 'a', 'b', 'b', 'a', 'b'], FLOATS[:3]
         file['test/onehot'], file['test/wrong'] = np.eye(3, dtype=np.float32), np.arange(4)
-    assert 'test/x float32 [3, 8, 12]; train/x uint8 [6, 8, 12]; say key= one of them' in refusal(tmp_path / 'x.h5')
+    assert 'test/x float32 [3, 8, 12]; train/x uint8 [6, 8, 12]; give key= one of them' in refusal(tmp_path / 'x.h5')
     same(open_source(f'{tmp_path}/x.h5:key=train/x'), BYTES, list('babbab'))
     same(open_source(f'{tmp_path}/x.h5:key=test/x,label_key=test/onehot'), FLOATS[:3], np.eye(3).tolist())
     assert '3 images, but test/wrong is of shape [4]' in refusal(f'{tmp_path}/x.h5:key=test/x,label_key=test/wrong')
     assert 'no data set "valid/x"' in refusal(f'{tmp_path}/x.h5:key=valid/x')
     assert 'int64 of shape [4]; expected numbers' in refusal(f'{tmp_path}/x.h5:key=test/wrong')
-    assert 'layout=hwc is none of' in refusal(f'{tmp_path}/x.h5:key=test/x,layout=hwc')
+    assert 'layout=hwc is unknown; choose from' in refusal(f'{tmp_path}/x.h5:key=test/x,layout=hwc')
     with h5py.File(tmp_path / 'y', 'w') as file:
         file['images'], file['masks'] = BYTES, BYTES
     assert find(str(tmp_path / 'y')) == 'hdf5'
@@ -118,13 +118,13 @@ def test_hdf5_that_is_refused(tmp_path):
     """Values that are not there, or not in the file, or not finite."""
     h5py, path = pytest.importorskip('h5py'), tmp_path / 'x.h5'
     for make, text in (
-            (lambda file: file.create_dataset('x', (10 ** 9, 64, 64), 'u1', chunks=(1, 64, 64)), 'bytes of values, and 0 are stored'),
+            (lambda file: file.create_dataset('x', (10 ** 9, 64, 64), 'u1', chunks=(1, 64, 64)), 'bytes of values, but only 0 are stored'),
             (lambda file: file.create_dataset('x', (2, 40_000, 40_000), 'u1', chunks=(1, 40_000, 40_000)),
              'has chunks of 1600000000 bytes'),
-            (lambda file: file.create_dataset('x', (1, 8, 8), 'u1', external=[('/etc/passwd', 0, 64)]), 'lies in another file'),
+            (lambda file: file.create_dataset('x', (1, 8, 8), 'u1', external=[('/etc/passwd', 0, 64)]), 'is stored in another file'),
             (lambda file: file.create_dataset('x', (0, 8, 8), 'u1'), 'no data set of numbers'),
             (lambda file: file.create_dataset('x', data=np.zeros([3, 8, 8], bool)), 'no data set of numbers'),
-            (lambda file: file.create_dataset('x', data=np.zeros([2, 3, 8, 3])), 'say --layout=nhwc or --layout=nchw')):
+            (lambda file: file.create_dataset('x', data=np.zeros([2, 3, 8, 3])), 'give --layout=nhwc or --layout=nchw')):
         with h5py.File(path, 'w') as file:
             make(file)
         assert text in refusal(path)
@@ -181,7 +181,7 @@ def test_fits_of_several_hdus(tmp_path):
     table = fits.BinTableHDU.from_columns([fits.Column('x', 'J', array=[1, 2])])
     hdus = fits.ImageHDU(FLOATS[0], name='SCI'), fits.ImageHDU(SIGNED[1], name='DQ')
     fits.HDUList([fits.PrimaryHDU(), *hdus, table]).writeto(tmp_path / 'x.fits')
-    assert '1 SCI [8, 12], 2 DQ [8, 12]; say hdu= one of them' in refusal(tmp_path / 'x.fits')
+    assert '1 SCI [8, 12], 2 DQ [8, 12]; give hdu= one of them' in refusal(tmp_path / 'x.fits')
     same(open_source(f'{tmp_path}/x.fits:hdu=SCI'), FLOATS[:1])
     same(open_source(f'{tmp_path}/x.fits:hdu=2'), SIGNED[1:2])
     assert 'hdu=9: it has 0 PRIMARY, 1 SCI, 2 DQ, 3' in refusal(f'{tmp_path}/x.fits:hdu=9')
@@ -280,8 +280,8 @@ def test_dicom_folders_and_refusals(tmp_path):
                        ({'PhotometricInterpretation': 'MONOCHROME1', 'RescaleSlope': '2', 'RescaleIntercept': '0'}, 'which way they go'),
                        ({'ModalityLUTSequence': [pydicom.Dataset()]}, 'go through a table')):
         assert text in bad(open_source(str(dicom(path, DEEP[0], **tags))))
-    assert 'it tells of 1 frames and 2000000 bytes' in refusal(dicom(path, DEEP[0], Rows=1000, Columns=1000))
-    assert 'it tells of 99999' in refusal(dicom(path, DEEP[0], NumberOfFrames=99999))
+    assert 'it claims 1 frames and 2000000 bytes' in refusal(dicom(path, DEEP[0], Rows=1000, Columns=1000))
+    assert 'it claims 99999' in refusal(dicom(path, DEEP[0], NumberOfFrames=99999))
     path.write_bytes(b'x' * 500)
     assert 'cannot be read' in refusal(path)
     made = pydicom.dcmread(dicom(path, BYTES[0]))
@@ -319,7 +319,7 @@ def test_nifti_volumes_and_refusals(tmp_path):
     nibabel = pytest.importorskip('nibabel')
     path = tmp_path / 'x.nii.gz'
     nibabel.Nifti1Image(np.stack([SIGNED, SIGNED + 1], -1), np.eye(4)).to_filename(path)
-    assert 'it has 2 volumes along its fourth axis; say volume=0 or another up to 1' in refusal(path)
+    assert 'it has 2 volumes along its fourth axis; give volume=0 or another up to 1' in refusal(path)
     same(open_source(f'{path}:volume=1,axis=0'), SIGNED + 1)
     nibabel.Nifti1Image(SIGNED[..., None], np.eye(4)).to_filename(path)
     same(open_source(f'{path}:axis=0'), SIGNED)

@@ -136,7 +136,7 @@ def test_imagej_files_whose_first_page_stands_for_all(tmp_path):
     (tmp_path / 'x.tif').write_bytes(data)
     same(open_source(f'{tmp_path}/x.tif'), DEEP)
     (tmp_path / 'x.tif').write_bytes(data[:data.index(DEEP[5].tobytes()) + 100])
-    assert 'cut off: it tells of 6 images, and has 1' in refusal(tmp_path / 'x.tif')
+    assert 'cut off: it claims 6 images, but has 1' in refusal(tmp_path / 'x.tif')
 
 
 def test_what_values_mean(tmp_path):
@@ -193,7 +193,7 @@ def test_tiff_that_is_refused(tmp_path):
     for place, size in places:
         data[place:place + size] = (60_000).to_bytes(size, 'little')
     path.write_bytes(data)
-    with pytest.raises(ValueError, match='60000 x 60000 pixels in 1 channels, more than are read'):
+    with pytest.raises(ValueError, match='60000 x 60000 pixels in 1 channels, more than the limit'):
         open_source(str(path)).read(0)
 
 
