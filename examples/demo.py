@@ -53,7 +53,7 @@ def write_noisy(data, config, dest):
     np.savez(dest, images=images.numpy().transpose(0, 2, 3, 1))
 
 
-def first_images(path, count=28):
+def first_images(path, count=20):
     """The first images in an .npz of write_noisy, or in a data set: uint8 [count,1,H,W]."""
     if path.endswith('.npz'):
         return np.load(path)['images'][:count].transpose(0, 3, 1, 2)
@@ -61,7 +61,7 @@ def first_images(path, count=28):
     return np.stack([dataset.decode(row) for row in range(count)])
 
 
-def write_comparison(dest, panels, columns=7, rows=4, gap=24, top=36):
+def write_comparison(dest, panels, columns=5, rows=4, gap=24, top=36):
     """Writes one picture: a panel for each (title, uint8 images [N,1,H,W]), side by side; their first images, enlarged."""
     pictures = [grid(images[:columns * rows], columns)[0] for _, images in panels]
     height, width = pictures[0].shape
