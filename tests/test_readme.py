@@ -197,6 +197,30 @@ def test_a_wrong_command_is_noticed(tmp_path, monkeypatch):
         assert message in (problem(shlex.split(line)) or ''), line
 
 
+def anchors(path):
+    """The anchors of a page's headings, as GitHub makes them."""
+    text = re.sub(r'^```.*?^```$', '', path.read_text(encoding='utf-8'), flags=re.M | re.S)
+    return {re.sub(r'[^\w\- ]', '', title.lower()).replace(' ', '-') for title in re.findall(r'^#+ (.*)$', text, re.M)}
+
+
+@pytest.mark.parametrize('path', [*PAGES, ROOT / 'CONTRIBUTING.md', ROOT / 'CHANGELOG.md'], ids=lambda path: path.name)
+def test_links_lead_somewhere(path):
+    for target in re.findall(r'\]\(([^)\s]+)\)', path.read_text(encoding='utf-8')):
+        if re.match(r'\w+:', target):
+            continue
+        name, _, anchor = target.partition('#')
+        page = path.parent / name if name else path
+        assert page.exists(), target
+        assert not anchor or anchor in anchors(page), target
+
+
+def test_every_page_is_in_the_index():
+    text = (ROOT / 'docs' / 'README.md').read_text(encoding='utf-8')
+    assert [page.name for page in PAGES[1:] if f']({page.name})' not in text] == ['README.md']
+    readme = (ROOT / 'README.md').read_text(encoding='utf-8')
+    assert all(f'](docs/{page.name})' in readme for page in PAGES[1:])
+
+
 def write_stand_ins(folder):
     """What README's commands read: photographs, clean and noisy images, CIFAR-10 as published, but 8 small pictures a file."""
     random = np.random.default_rng(0)
@@ -246,4 +270,4 @@ def test_readme_runs(tmp_path):
     code = [line for language, lines in blocks(text) for line in lines if language == 'python']
     (tmp_path / 'notebook.py').write_text('\n'.join(code).replace('range(64), num_steps=18', 'range(2), num_steps=2'))
     result = launch.run(tmp_path / 'notebook.py', [], cwd=tmp_path, env={'PYTHONPATH': str(ROOT)})
-    assert result.returncode == 0 and '[0, 1] torch.Size([2, 3, 32, 32])' in result.stdout, result.stdout + result.stderr
+    assert result.returncode == 0 and '[0, 1] torch.Size([2, 3, 16, 16])' in result.stdout, result.stdout + result.stderr
