@@ -221,6 +221,19 @@ def test_every_page_is_in_the_index():
     assert all(f'](docs/{page.name})' in readme for page in PAGES[1:])
 
 
+def test_the_picture_of_the_demo(tmp_path):
+    """README's picture: a panel for each set, in order, under its title; each pixel of a digit 8 pixels wide."""
+    demo = module('examples/demo.py')
+    levels = [50, 120, 200]
+    demo.write_comparison(tmp_path / 'a.png', [(f'panel {k}', np.full([20, 1, 8, 8], k, np.uint8)) for k in levels])
+    picture = np.asarray(Image.open(tmp_path / 'a.png'))
+    found = [np.argwhere(picture[36:] == k) for k in levels]
+    assert [len(pixels) for pixels in found] == [20 * 64 ** 2] * 3
+    assert found[0][:, 1].max() < found[1][:, 1].min() and found[1][:, 1].max() < found[2][:, 1].min()
+    assert (picture[:36] < 128).any(axis=0).sum() > 30  # the titles
+    assert picture.shape == np.asarray(Image.open(ROOT / 'docs' / 'figures' / 'demo.png')).shape
+
+
 def write_stand_ins(folder):
     """What README's commands read: photographs, clean and noisy images, CIFAR-10 as published, but 8 small pictures a file."""
     random = np.random.default_rng(0)
