@@ -11,6 +11,7 @@ import time
 
 import click
 import numpy as np
+from PIL import Image, ImageDraw, ImageFont
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
@@ -22,7 +23,7 @@ from training.data.dataset import ImageDataset  # noqa: E402
 from training.data.store import ImageStore  # noqa: E402
 from training.run.build import build_corruption  # noqa: E402
 from training.run.config import from_json  # noqa: E402
-from training.sampling.pixels import to_uint8  # noqa: E402
+from training.sampling.pixels import grid, to_uint8  # noqa: E402
 
 COUNT = 898  # half of the 1,797 digits, the last one left out
 TRAIN = ['--sigma=0.4', '--corruption_probability=0.9', '--cbase=32', '--cres=1,2', '--blocks=2', '--attn=4', '--augment=0',
@@ -52,6 +53,29 @@ def write_noisy(data: str, config, dest: str) -> None:
     np.savez(dest, images=images.numpy().transpose(0, 2, 3, 1))
 
 
+def first_images(path, count=20):
+    """The first images in an .npz of write_noisy, or in a data set: uint8 [count,1,H,W]."""
+    if path.endswith('.npz'):
+        return np.load(path)['images'][:count].transpose(0, 3, 1, 2)
+    dataset = ImageDataset(path)
+    return np.stack([dataset.decode(row) for row in range(count)])
+
+
+def write_comparison(dest, panels, columns=5, rows=4, gap=24, top=36):
+    """Writes one picture: a panel for each (title, uint8 images [N,1,H,W]), side by side; their first images, enlarged."""
+    pictures = [grid(images[:columns * rows], columns)[0] for _, images in panels]
+    height, width = pictures[0].shape
+    canvas = Image.new('L', (len(panels) * (width + gap) - gap, top + height), 255)
+    try:
+        font = ImageFont.load_default(18)
+    except TypeError:  # Pillow before 10.1 has its font in one size
+        font = ImageFont.load_default()
+    for k, (picture, (title, _)) in enumerate(zip(pictures, panels)):
+        canvas.paste(Image.fromarray(picture), (k * (width + gap), top))
+        ImageDraw.Draw(canvas).text((k * (width + gap) + 2, 8), title, fill=0, font=font)
+    canvas.save(dest, optimize=True)
+
+
 @click.command(cls=Command)
 @click.option('--outdir', default='demo', show_default=True, metavar='DIR', help='Folder for everything that is written')
 @click.option('--seed', default=0, show_default=True, metavar='INT', help='Seed of the training run')
@@ -71,18 +95,22 @@ def main(outdir: str, seed: int, duration: float) -> None:
         '--expr_id=digits')
     newest = max(os.listdir(path('runs')))
     network = path(os.path.join('runs', newest, max(n for n in os.listdir(path(f'runs/{newest}')) if n.startswith('network-'))))
-    samples, grid = path('samples'), path('samples.png')
-    run('generate.py', f'--network={network}', f'--outdir={samples}', f'--seeds=0-{COUNT - 1}', f'--grid={grid}')
+    samples = path('samples')
+    run('generate.py', f'--network={network}', f'--outdir={samples}', f'--seeds=0-{COUNT - 1}', f'--grid={path("samples.png")}')
 
     options = read_json(os.path.join(os.path.dirname(network), 'options.json'))
     write_noisy(path('train.zip'), from_json(options), path('noisy.npz'))
     table = [('the noisy images themselves (sigma 0.4, 8-bit)', distance(outdir, 'noisy', path('noisy.npz'))),
              ('samples of the model trained on 10 % clean + 90 % noisy', distance(outdir, 'samples', samples)),
              ('the clean training half (floor)', distance(outdir, 'clean', path('train.zip')))]
+    write_comparison(path('comparison.png'), [('training images, 90 % this noisy', first_images(path('noisy.npz'))),
+                                              ('samples of the model', first_images(samples)),
+                                              ('clean digits, for comparison', first_images(path('reference.zip')))])
     print(f'\nFréchet distance in pixel space to the other half, {COUNT} images in each set, training seed {seed}:')
     for name, value in table:
         print(f'  {name:<58}{value:6.2f}')
-    print(f'\nGenerated digits: {grid}\nRun with samples, statistics and network: {os.path.dirname(network)}\n'
+    print(f'\nNoisy digits, samples, clean digits: {path("comparison.png")}\n'
+          f'Run with samples, statistics and network: {os.path.dirname(network)}\n'
           f'Took {(time.time() - start) / 60:.1f} minutes.')
 
 
