@@ -148,7 +148,7 @@ def test_a_schedule_and_an_optimizer_of_ones_own(trained):
     ('--arch=pointwise:depth=3', '"pointwise" has no key "depth"; it takes cbase=4, scales=1|2'),
     ('--blocks=2', '"pointwise" has no key "blocks"'),
     ('--term=drift:coeff=-1', '--term=drift:coeff=-1: coeff=-1 must be 0 or more'),
-    ('--term=drift:coeff=1', 'two of the terms denoise, drift, drift have one name'),
+    ('--term=drift:coeff=1', 'two of the terms denoise, drift, drift have the same name'),
     ('--cep=gaussian', '--cep=gaussian perturbs the embedding of a class label'),
     ('--lr-schedule=ladder', 'choose from constant, cosine, inverse_sqrt, stairs')])
 def test_mistakes_are_one_line(here, change, told):

@@ -32,7 +32,8 @@ TINY = {'train': ['--cbase=8', '--cres=1', '--blocks=1', '--attn=0', '--dropout=
                   '--ema=0.001', '--tick=0.05', '--snap=1', '--dump=1', '--samples=1', '--threads=1'],
         'generate': ['--seeds=0-7', '--steps=2'],
         'eval_fid': ['--detector=pixels', '--num=8', '--kid-subsets=2', '--kid-subset-size=4'],
-        'eval_fid ref': ['--detector=pixels'], 'eval_fid nearest': ['--detector=pixels'],
+        'eval_fid ref': ['--detector=pixels'],
+        'eval_fid sweep': ['--detector=pixels', '--seeds=0-7', '--steps=2'], 'eval_fid nearest': ['--detector=pixels'],
         'eval_nll': ['--num=2', '--rtol=0.1', '--atol=0.1', '--sigma-min=0.1'],
         'dataset_tool': ['--workers=1']}
 

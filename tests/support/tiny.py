@@ -18,7 +18,7 @@ from PIL import Image
 import train
 from dnnlib import EasyDict, UserError
 from tests.support import ROOT, launch
-from training.run import training_loop
+from training.run import presets, training_loop
 from training.run.configure import configure
 from training.run.folder import RunFolder
 
@@ -46,7 +46,8 @@ def options(folder, *flags):
     if not os.path.exists(data):
         make_zip(data)
     args = [f'--outdir={folder}', f'--data={data}', '--seed=5', *FLAGS, *flags]
-    return configure(EasyDict(train.main.make_context('train', args).params))
+    context = train.main.make_context('train', args)
+    return configure(EasyDict(context.params, command=presets.given(context)))
 
 
 def make_run(folder, *flags):
@@ -120,9 +121,11 @@ def digests(folder, name=STEP_40):
     state = read_state(Path(folder) / name)
     state['progress'].pop('seconds')
     state['progress'].pop('log_bytes')  # counts the digits of times
-    state['options']['run'].pop('versions')
+    for name in ('versions', 'command'):  # of the last start
+        state['options']['run'].pop(name)
     written = json.loads((Path(folder) / 'options.json').read_text())
-    written['run'].pop('versions')
+    for name in ('versions', 'command'):
+        written['run'].pop(name)
     return {**{key: digest(part) for key, part in state.items()}, 'log': digest(read_log(folder)), 'options.json': digest(written)}
 
 

@@ -20,10 +20,10 @@ BATCH = 64  # batch size per rank; eval_fid.py's default
 NAMES = {'fid_score': 'fid', 'fd_dinov2': 'fd_dinov2_', 'fd_vgg16': 'fd_vgg16_'}
 # Options of eval_fid.py that errors of the shared code name, and what train.py calls them.
 RENAMED = {'--detector-weights=': '--metrics-detector=inception:weights=', '--detector=': '--metrics-detector=',
-           'make them anew with "ref", or pass the images with --ref-path': 'make them anew with "eval_fid.py ref"',
+           'make them again with "ref", or pass the images with --ref-path': 'make them again with "eval_fid.py ref"',
            'pass the --detector ': 'pass the --metrics-detector ',
            ', or --other-shape to compare them all the same': '',
-           'images go with --ref-path, statistics are made by "ref"': 'statistics of images are made by "eval_fid.py ref"'}
+           'give images with --ref-path, or make statistics with "ref"': 'make statistics with "eval_fid.py ref"'}
 
 
 class PeriodicMetrics:

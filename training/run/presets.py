@@ -13,7 +13,7 @@ from dnnlib.files import read_json
 from torch_utils.command_line import HELP, show_choices
 
 FOLDER = Path(__file__).resolve().parent.parent / 'presets'
-NOT_REPEATED = ('resume', 'dry_run', 'nosubdir')  # options that concern a single start of a run
+NOT_REPEATED = ('outdir', 'nosubdir', 'resume', 'dry_run')  # options of one start of a run, not of what it trains
 
 
 def names() -> list[str]:

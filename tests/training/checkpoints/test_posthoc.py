@@ -131,7 +131,7 @@ def test_command_warns_of_a_bad_profile(run, tmp_path):
     shutil.copy(folder / 'ema-snapshot-000000.080-0.100.safetensors', one)
     result = tool(one, '--length=0.02', f'--dest={tmp_path / "net"}')
     assert result.exit_code == 0 and 'Warning: ' in result.output.splitlines()[-1]
-    off = float(result.output.split('profile is ')[1].split('%')[0]) / 100
+    off = float(result.output.split('profile error of ')[1].split('%')[0]) / 100
     assert off == pytest.approx(ema.profile_error([(80, 0.1)], (80, 0.02), np.ones(1)), abs=1e-4) and off > 0.5
 
 

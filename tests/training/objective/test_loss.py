@@ -151,14 +151,14 @@ class Wide(Linear):
 
 def test_two_terms_of_one_name_are_refused():
     chains = [chain(LogNormal(), weighting.edm, 8, batch_size=0) for chain in (Euler, Bridge)]
-    with pytest.raises(ValueError, match='terms denoise, consistency, consistency have one name'):
+    with pytest.raises(ValueError, match='terms denoise, consistency, consistency have the same name'):
         Objective([edm_term(), *chains])
     with pytest.raises(ValueError, match='terms denoise, denoise have one name'):
         Objective([edm_term(), edm_term()])
 
 
 def test_the_first_term_is_looked_at_in_every_step():
-    with pytest.raises(ValueError, match='every=3: the first term, own, must be looked at in every step'):
+    with pytest.raises(ValueError, match='every=3: the first term, own, must be evaluated in every step'):
         Objective([Own(), edm_term()])
     objective = Objective([edm_term(), Own()])
     assert objective.first is objective.terms['denoise'] and list(objective.terms) == ['denoise', 'own']

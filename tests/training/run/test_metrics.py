@@ -170,7 +170,7 @@ def refused(inputs, outdir, *args):
     (['--metrics-every=1', '--metrics-ref=ref.npz', '--metrics=fid,is', PIXELS], ['--metrics=fid,is', 'logits', 'pixels']),
     (['--metrics-every=1', '--metrics-ref=ref.npz', '--metrics=pr', '--metrics-num=3', PIXELS], ['--metrics-num=3', 'more than 3']),
     (['--metrics-every=1', '--metrics-ref=ref.npz', '--metrics=fid_inf', '--metrics-num=3', PIXELS], ['--metrics-num=3', '4 images']),
-    (['--metrics-every=1', '--metrics-ref=ref.npz', '--metrics=fid,sfid', PIXELS], ['sfid is of --metrics-detector=inception']),
+    (['--metrics-every=1', '--metrics-ref=ref.npz', '--metrics=fid,sfid', PIXELS], ['sfid needs --metrics-detector=inception']),
     (['--metrics-every=1', '--metrics-ref=few.npz', '--metrics=dc', PIXELS], ['--metrics-ref=few.npz', 'more than 5', '5']),
 ])
 def test_refusals(inputs, tmp_path, monkeypatch, args, words):

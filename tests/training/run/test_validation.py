@@ -180,7 +180,7 @@ def test_data_set_without_the_top_class(tmp_path):
     run.data.feed.close()
     (tmp_path / 'small').mkdir()
     tiny.make_zip(tmp_path / 'small' / 'data.zip', count=2)
-    with pytest.raises(UserError, match='--val=.*three.zip: it has 3 classes, and the training data 2') as error:
+    with pytest.raises(UserError, match='--val=.*three.zip: it has 3 classes, and the training data has 2') as error:
         tiny.make_run(tmp_path / 'small', '--cond=1', f'--val={tiny.make_zip(tmp_path / "three.zip", count=6)}', '--batch=2')
     assert '\n' not in error.value.message
 

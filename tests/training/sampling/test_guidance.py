@@ -216,7 +216,7 @@ def test_intervals_that_are_refused(text):
     (dict(), Guidance(2.0), 'unconditional'),
     (dict(label_dim=2), Guidance(-1.0), '0 or more'),
     (dict(label_dim=2), Guidance(math.nan), '0 or more'),
-    (dict(label_dim=2), dict(label_dim=3), r'label_dim 3, the network 2'),
+    (dict(label_dim=2), dict(label_dim=3), r'label_dim 3, and the network has 2'),
     (dict(label_dim=2), dict(channels=3, label_dim=2), r'images \[3, 8, 8\], and the network has \[1, 8, 8\]'),
     (dict(label_dim=2), dict(label_dim=2, units={'offset': 1, 'scale': 2}), 'units'),
 ])

@@ -230,7 +230,7 @@ def test_a_killed_run_leaves_a_record_that_says_so(folders, tmp_path):
     assert not found['complete'] and found['unfinished'] == found['seeds'] == '0-199' and found['num_images'] == 0
     names = [path.name for path in out.glob('[0-9]*.png')]
     assert 0 < len(names) < 200
-    assert 'images: ' in folder.record_of(out, names, (3, 32, 32))[1]
+    assert 'images that it lists are missing' in folder.record_of(out, names, (3, 32, 32))[1]
 
 
 @pytest.mark.parametrize('text, words', [
