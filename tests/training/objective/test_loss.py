@@ -153,7 +153,7 @@ def test_two_terms_of_one_name_are_refused():
     chains = [chain(LogNormal(), weighting.edm, 8, batch_size=0) for chain in (Euler, Bridge)]
     with pytest.raises(ValueError, match='terms denoise, consistency, consistency have the same name'):
         Objective([edm_term(), *chains])
-    with pytest.raises(ValueError, match='terms denoise, denoise have one name'):
+    with pytest.raises(ValueError, match='terms denoise, denoise have the same name'):
         Objective([edm_term(), edm_term()])
 
 

@@ -117,12 +117,12 @@ def test_config_repeats_a_run(tmp_path):
              '--batch=16', '--gns=1', '--batch-gpu=8', '--desc=first', '--metrics=fid,kid']
     first, ctx = configured(*flags)
     (tmp_path / 'options.json').write_text(json.dumps(to_json(first)))
-    again, ctx = configured(f'--config={tmp_path}/options.json')
+    again, ctx = configured(f'--config={tmp_path}/options.json', '--outdir=runs')
     assert to_json(again) == {**to_json(first), 'run': {**to_json(first)['run'], 'command': to_json(again)['run']['command']}}
     assert to_json(from_json(to_json(again))) == to_json(again)
-    other, ctx = configured(f'--config={tmp_path}/options.json', '--lr=0.5', '--batch-gpu=4')
+    other, ctx = configured(f'--config={tmp_path}/options.json', '--outdir=runs', '--lr=0.5', '--batch-gpu=4')
     assert (other.optimizer.lr, other.run.batch_gpu, other.run.seed) == (0.5, 4, first.run.seed)
     assert '--batch-gpu=4 instead of 8' in presets.told(ctx) and '--lr' not in presets.told(ctx)
-    third = configured(f'--config={tmp_path}/options.json', '--seed=3')[0]
+    third = configured(f'--config={tmp_path}/options.json', '--outdir=runs', '--seed=3')[0]
     (tmp_path / 'third.json').write_text(json.dumps(to_json(third)))
-    assert configured(f'--config={tmp_path}/third.json')[0].run.seed == 3
+    assert configured(f'--config={tmp_path}/third.json', '--outdir=runs')[0].run.seed == 3
