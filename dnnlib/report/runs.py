@@ -86,6 +86,8 @@ def read_run(folder: str | os.PathLike, name: str | None = None) -> Run:
     path = os.path.join(folder, 'options.json')
     if os.path.isfile(path):
         run.options = flatten(read_json(path))
+        for key in [key for key in run.options if key.startswith('run.command')]:
+            del run.options[key]  # the same again, as it was typed
         prefix = 'run.versions.'
         run.versions = {key.removeprefix(prefix): run.options.pop(key) for key in list(run.options) if key.startswith(prefix)}
     found = [(float(match[1]), os.path.join(folder, file)) for file in os.listdir(folder) if (match := SAMPLES.fullmatch(file))]
