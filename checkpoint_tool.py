@@ -6,6 +6,7 @@ python checkpoint_tool.py push runs/00000-mix/network-snapshot-200000 owner/mix
 python checkpoint_tool.py ema runs/00000-mix --length=0.12 --dest=mix-0.12"""
 
 import os
+import re
 import tempfile
 
 import click
@@ -18,6 +19,13 @@ ROUGH = 0.05  # relative error of a reconstructed EMA profile above which a warn
 REF = "REF is a snapshot folder, a training-state .pt, EDM's .pkl, a URL or a Hugging Face name."
 weights_option = click.option('--weights', metavar='ema|raw|ema:WIDTH', default='ema', show_default=True,
                               help='Which weights of a training state to use; ema:0.05 is a stored power-function average')
+
+
+def web_address(ctx, param, value):
+    """An http(s) URL that can stand in Markdown."""
+    if value is not None and not re.fullmatch(r'https?://[^\s()<>]+', value):
+        raise click.BadParameter(f'"{value}" is not an address such as https://example.org/code')
+    return value
 
 
 @click.group(cls=Group)
@@ -62,7 +70,7 @@ def export(ref, format, dest, weights):
               help='Picture for the card  [default: the samples-*.png of the snapshot]')
 @click.option('--license', metavar='NAME', default='unknown', show_default=True,
               help='Licence of the weights for the card, as the Hub calls it, such as apache-2.0 or cc-by-nc-4.0')
-@click.option('--code', metavar='URL', help='URL of the code for the card to link to  [default: the card names program and version]')
+@click.option('--code', metavar='URL', callback=web_address, help='URL of the code for the card to link to  [default: the card names program and version]')
 @click.option('--dry-run', metavar='DIR', help='Write what would be uploaded into this new folder, and upload nothing')
 @weights_option
 def push(ref, name, private, revision, metrics, samples, license, code, dry_run, weights):

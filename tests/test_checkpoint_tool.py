@@ -210,6 +210,7 @@ def test_the_licence_and_the_code_are_told_as_the_hub_wants(run, tmp_path, name,
     card = (tmp_path / 'out' / 'README.md').read_text()
     assert card.startswith(f'---\n{tag}tags:') and f'[ambient-trainer {misc.VERSION}](https://example.org/code)' in card
     assert '--license=a b' in refused('push', snapshot, 'owner/name', f'--dry-run={tmp_path / "no"}', '--license=a b')
+    assert '"foo" is not an address' in refused('push', snapshot, 'owner/name', f'--dry-run={tmp_path / "no"}', '--code=foo')
 
 
 @pytest.fixture(scope='module')

@@ -38,7 +38,8 @@ def test_bytes_that_are_not_utf8(tmp_path):
 
 
 def test_options_versions_and_samples(tmp_path):
-    folder = write(tmp_path / 'run', options={'run': {'seed': 1, 'versions': {'torch': '2.13'}, 'command': {'seed': '1'}}, 'data': {'fingerprint': {}}})
+    run = {'seed': 1, 'versions': {'torch': '2.13'}, 'command': {'seed': '1'}}
+    folder = write(tmp_path / 'run', options={'run': run, 'data': {'fingerprint': {}}})
     for name in ('samples-000500.png', 'samples-001000.png', 'samples-000000.064.png', 'samples-x.png', 'other.png'):
         (tmp_path / 'run' / name).write_bytes(b'')
     run = runs.read_run(folder)
