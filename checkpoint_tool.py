@@ -70,7 +70,8 @@ def export(ref, format, dest, weights):
               help='Picture for the card  [default: the samples-*.png of the snapshot]')
 @click.option('--license', metavar='NAME', default='unknown', show_default=True,
               help='Licence of the weights for the card, as the Hub calls it, such as apache-2.0 or cc-by-nc-4.0')
-@click.option('--code', metavar='URL', callback=web_address, help='URL of the code for the card to link to  [default: the card names program and version]')
+@click.option('--code', metavar='URL', callback=web_address,
+              help='URL of the code for the card to link to  [default: the card names program and version]')
 @click.option('--dry-run', metavar='DIR', help='Write what would be uploaded into this new folder, and upload nothing')
 @weights_option
 def push(ref, name, private, revision, metrics, samples, license, code, dry_run, weights):
