@@ -27,6 +27,18 @@ def is_url(ref: str | os.PathLike) -> bool:
     return urllib.parse.urlparse(str(ref)).scheme in ('http', 'https')
 
 
+def published_file(url: str, sha256: str, given: str | os.PathLike | None, option: str) -> str:
+    """Local path of a published file, downloaded once and checked, or of the path or URL that is given in its place.
+
+    option: what gives another one, such as "--detector-weights=PATH", which errors of the download name. Raises UserError."""
+    if given not in (None, url):
+        return open_url(given)
+    try:
+        return open_url(url, sha256)
+    except UserError as err:
+        raise UserError(f'{err.message}, or give its path: {option}') from None
+
+
 def open_url(ref: str | os.PathLike, sha256: str | None = None) -> str:
     """Local path of a file that may be a URL; URLs are downloaded once into cache_dir(), where an interrupted download is resumed.
 

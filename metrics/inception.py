@@ -5,7 +5,8 @@ import os
 
 import torch
 
-from dnnlib import UserError, open_url
+from dnnlib import UserError
+from dnnlib.download import published_file
 from torch_utils import checkpoint
 
 URL = 'https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth'
@@ -133,12 +134,7 @@ def resize(x: torch.Tensor, side: int) -> torch.Tensor:
 
 def weights_file(weights: str | os.PathLike | None = None) -> str:
     """Local path of the weights: the published file, downloaded once and checked, or the given path or URL."""
-    if weights not in (None, URL):
-        return open_url(weights)
-    try:
-        return open_url(URL, SHA256)
-    except UserError as err:
-        raise UserError(f'{err.message}, or give its path: --detector-weights=PATH') from None
+    return published_file(URL, SHA256, weights, '--detector-weights=PATH')
 
 
 def read_weights(weights: str | os.PathLike, expected: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -7,7 +7,8 @@ import safetensors
 import safetensors.torch
 import torch
 
-from dnnlib import UserError, one_line, open_url
+from dnnlib import UserError, one_line
+from dnnlib.download import published_file
 from torch_utils import checkpoint
 
 URL = 'https://download.pytorch.org/models/vgg16-397923af.pth'
@@ -58,12 +59,7 @@ def layers() -> tuple[torch.nn.Sequential, torch.nn.Sequential]:
 
 def weights_file(weights: str | os.PathLike | None = None) -> str:
     """Local path of the weights: torchvision's public file, downloaded once and checked, or the given path or URL."""
-    if weights not in (None, URL):
-        return open_url(weights)
-    try:
-        return open_url(URL, SHA256)
-    except UserError as err:
-        raise UserError(f'{err.message}, or give its path: --detector=vgg16:weights=PATH') from None
+    return published_file(URL, SHA256, weights, '--detector=vgg16:weights=PATH')
 
 
 def _read_weights(path, expected):

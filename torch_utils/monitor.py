@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Sequence
 
+STOPPED = 75  # exit code of a run that was asked to end and can be continued (EX_TEMPFAIL: try again)
 EXIT_LOST = 76             # exit code of a rank that lost the others (EX_PROTOCOL of sysexits.h)
 INTERVAL_SEC = 0.5, 15     # least and most time between heartbeats, which is otherwise a twentieth of the timeout
 SHARE = 0.75               # share of the timeout after which a silent rank counts as lost

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from torch_utils.pickle_machine import MAX_TEXT, Limits, Machine, Record, Refused, is_record
+from torch_utils.pickle_machine import MAX_TEXT, Limits, Machine, Refused, dict_or_record, is_record
 
 MAX_DIMS = 8
 NUMBERS = re.compile(r'[fiu][1248]')  # types of numbers, without byte order
@@ -30,7 +30,7 @@ WORDS = {
 
 def read_dict(data: memoryview) -> dict:
     """The dict in a pickle, data a memoryview. Its values are plain values, dicts, lists, and Records for as_array(). Raises Refused."""
-    found = Machine(data, 0, WORDS, Limits(text=MAX_TEXT + len(data)), _record).run()  # in protocol 2 arrays are stored as text
+    found = Machine(data, 0, WORDS, Limits(text=MAX_TEXT + len(data)), dict_or_record).run()  # in protocol 2 arrays are stored as text
     if not isinstance(found, dict):
         raise Refused('holds no dict')
     return found
@@ -78,12 +78,3 @@ def _values(value):
         except UnicodeEncodeError:
             pass
     raise Refused('is damaged (an array without its values)')
-
-
-def _record(word, args):
-    """The value that represents a call: an empty dict, or a Record."""
-    if word == 'dict':
-        if args:
-            raise Refused('is damaged (unexpected arguments)')
-        return {}
-    return Record(word, args)

@@ -55,6 +55,15 @@ class Record:
         self.word, self.args, self.state = word, args, None
 
 
+def dict_or_record(word: str, args: tuple) -> Any:
+    """The value that represents a call: an empty dict, or a Record."""
+    if word == 'dict':
+        if args:
+            raise Refused('is damaged (unexpected arguments)')
+        return {}
+    return Record(word, args)
+
+
 def is_record(value: Any, word: str) -> bool:
     """Whether a value represents a call of this word."""
     return isinstance(value, Record) and value.word == word

@@ -16,7 +16,7 @@ import torch
 
 from dnnlib import UserError
 from dnnlib.archive import DAMAGE
-from torch_utils.pickle_machine import Global, Limits, Machine, Record, Refused, is_record
+from torch_utils.pickle_machine import Global, Limits, Machine, Refused, dict_or_record, is_record
 
 MAX_STEPS = 2_000_000    # opcodes, which take seconds; a state of 1,000 tensors in 6 parts takes 250,000
 MAX_DEPTH = 64           # of dicts and lists within each other
@@ -113,7 +113,7 @@ class Reader:
         words = WORDS | {('torch', name): name for name in STORAGES}
         data = self.record('data.pkl')
         try:
-            root = Machine(data, 0, words, self.limits, _record, persistent=True, keys=(str, int)).run()
+            root = Machine(data, 0, words, self.limits, dict_or_record, persistent=True, keys=(str, int)).run()
         except Refused as err:
             raise Refused(f'holds more than tensors and plain values, or is damaged: it {err}') from None
         done = MAX_STEPS - self.limits.steps
@@ -181,12 +181,3 @@ class Reader:
         if self.mapped:
             return torch.frombuffer(found, dtype=dtype)
         return torch.frombuffer(found, dtype=torch.uint8).clone().view(dtype)  # the bytes need not be aligned
-
-
-def _record(word, args):
-    """The value that represents a call: an empty dict, or a Record."""
-    if word == 'dict':
-        if args:
-            raise Refused('is damaged (unexpected arguments)')
-        return {}
-    return Record(word, args)

@@ -100,7 +100,7 @@ def write_reference(o):
 
 
 def make_detector(o):
-    """The detector on its device; one rank a node fetches its weights."""
+    """The detector on its device; one rank per node fetches its weights."""
     weights = {'weights': o.detector_weights} if o.detector_weights else {}
     name = registry.parse(o.detector)[0]
     if weights and 'weights' not in registry.parameters(DETECTORS[name]):

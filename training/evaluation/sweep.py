@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sweeps: every combination of guidance, steps, samplers and weights of a network is a cell, whose result is one JSON file.
 
-The files are all that a sweep knows of what was done: it is gone on with by what lies there, and its table and picture are made of them."""
+The files are a sweep's only memory: it is resumed from those in its folder, and its table and picture are made of them."""
 
 import dataclasses
 import glob
@@ -82,7 +82,7 @@ class Sweep:
         return [cell.path for cell in self.cells if cell.path in known and not _missing(known[cell.path], facts)]
 
     def run(self, todo, measure):
-        """Writes the results of cells. measure(o, source) -> the result, on every rank. Raises UserError at the first cell that fails."""
+        """Evaluates cells and writes their results. measure(o, source) -> the result, on every rank. Raises UserError at the first cell that fails."""
         done, start, total = 0, time.monotonic(), sum(cell.cost() for cell in todo)
         before = len(self.cells) - len(todo)
         distributed.print0(f'{len(self.cells)} cells in {self.outdir}: {before} done, {len(todo)} to do')
@@ -184,7 +184,7 @@ def write_tables(outdir):
     try:
         curves.draw(found, os.path.join(outdir, PICTURE), 'plot.png')
         written.append(PICTURE)
-    except UserError as err:  # the results are what counts: a package or a number that is missing takes none of them away
+    except UserError as err:  # the results are what counts: a package or a number that is missing does not spoil them
         print(f'no picture: {err.message}')
     for place, value in table.best(columns, rows).items():
         row = next(row for row in rows if row[place] == value)

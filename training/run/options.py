@@ -8,11 +8,11 @@ from collections.abc import Callable
 import click
 
 from torch_utils.command_line import Names, Number, Spec, group, groups, row
+from torch_utils.monitor import STOPPED
 from training.run import presets, published
 
 SHARE, POSITIVE, NOT_NEGATIVE, MINUTES = Number(least=0, most=1), Number(above=0), Number(least=0), Number(least=0.1, most=10080)
 COUNT, WHOLE = click.IntRange(min=1), click.IntRange(min=0)
-STOPPED = 75  # exit code of a run that ended early and can be continued: EX_TEMPFAIL of sysexits.h
 DIFFUSION = 'cosine:steps=4000'  # default schedule of a discrete-time objective
 PREDICTION = 'v'  # default prediction of its network, see docs/improved_ddpm.md
 

@@ -9,8 +9,8 @@ import time
 from collections.abc import Callable
 
 from torch_utils import distributed
+from torch_utils.monitor import STOPPED
 
-STOPPED = 75  # exit code of a run that was asked to end and can be continued (EX_TEMPFAIL: try again)
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 SAME_SEC = 0.2  # two signals closer than this are one request: timeout(1), for one, signals a process and then its group
 
