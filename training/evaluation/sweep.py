@@ -82,7 +82,9 @@ class Sweep:
         return [cell.path for cell in self.cells if cell.path in known and not _missing(known[cell.path], facts)]
 
     def run(self, todo, measure):
-        """Evaluates cells and writes their results. measure(o, source) -> the result, on every rank. Raises UserError at the first cell that fails."""
+        """Evaluates cells and writes their results. measure(o, source) -> the result, on every rank.
+
+        Raises UserError at the first cell that fails."""
         done, start, total = 0, time.monotonic(), sum(cell.cost() for cell in todo)
         before = len(self.cells) - len(todo)
         distributed.print0(f'{len(self.cells)} cells in {self.outdir}: {before} done, {len(todo)} to do')

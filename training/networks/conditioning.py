@@ -4,30 +4,70 @@
 import math
 
 import torch
+from torch import nn
+from torch.nn import functional as F
 
 from training.networks.layers import Linear
 from training.networks.rows import RowLayer
 
 
-class LabelEmbedding(Linear):
-    """Class labels [N, label_dim], one-hot, an all-zero row meaning "no label" -> condition embedding [N, channels].
+class Conditioning(nn.Module):
+    """What embeddings of class labels [N, label_dim] have in common; an all-zero row means "no label".
 
     dropout: in training, the probability that a row is replaced by "no label" (for classifier-free guidance).
-    scale: factor of the labels, sqrt(label_dim) where a one-hot vector should have unit variance.
     Attribute perturb: None, or a piece of CEP that is applied to the embedding in training. It is set from outside, and is neither in
     the state dict nor in the network's configuration, so that a network trained with it is sampled like any other."""
 
-    def __init__(self, label_dim: int, channels: int, dropout: float = 0, scale: float = 1, **init) -> None:
-        super().__init__(label_dim, channels, **init)
-        self.dropout, self.scale = dropout, scale
-        self.perturb = None
+    def __init__(self, dropout: float = 0) -> None:
+        super().__init__()
+        self.dropout, self.perturb = dropout, None
         self.draws = RowLayer()
+
+    def embed(self, labels: torch.Tensor) -> torch.Tensor:
+        """labels [N, label_dim] -> embedding [N, channels], without dropout and perturbation."""
+        raise NotImplementedError
 
     def forward(self, labels: torch.Tensor) -> torch.Tensor:
         if self.training and self.dropout:
             labels = labels * self.draws.keep('label', [len(labels), 1], self.dropout, labels.device)
-        embedding = super().forward(labels * self.scale)
+        embedding = self.embed(labels)
         return self.perturb(embedding, self.draws) if self.training and self.perturb is not None else embedding
+
+
+class LabelEmbedding(Conditioning):
+    """Linear map of class labels [N, label_dim] -> condition embedding [N, channels]; "no label" gives the bias.
+
+    scale: factor of the labels, sqrt(label_dim) where a one-hot vector should have unit variance. init: of layers.Linear."""
+
+    def __init__(self, label_dim: int, channels: int, dropout: float = 0, scale: float = 1, bias: bool = True,
+                 init_mode: str = 'kaiming_normal', init_weight: float = 1, init_bias: float = 0) -> None:
+        super().__init__(dropout)
+        self.scale = scale
+        linear = Linear(label_dim, channels, bias, init_mode, init_weight, init_bias)
+        self.weight, self.bias = linear.weight, linear.bias  # the published names have no further level
+
+    def embed(self, labels: torch.Tensor) -> torch.Tensor:
+        """As Conditioning.embed."""
+        labels = labels * self.scale
+        return F.linear(labels, self.weight.to(labels.dtype), None if self.bias is None else self.bias.to(labels.dtype))
+
+
+class LabelTable(Conditioning):
+    """Table of class embeddings, whose last row stands for "no label": labels [N, label_dim] -> [N, channels].
+
+    One-hot labels select their rows of `weight` [label_dim + null, channels]; labels of any other kind weight them. null=False: no such
+    row, and the embedding of "no label" is 0. std: of the initial values, which are normal."""
+
+    def __init__(self, label_dim: int, channels: int, dropout: float = 0, null: bool = True, std: float = 1) -> None:
+        super().__init__(dropout)
+        self.label_dim, self.null = label_dim, null
+        self.weight = nn.Parameter(std * torch.randn(label_dim + null, channels))
+
+    def embed(self, labels: torch.Tensor) -> torch.Tensor:
+        """As Conditioning.embed."""
+        if self.null:
+            labels = torch.cat([labels, (labels == 0).all(1, keepdim=True).to(labels.dtype)], dim=1)
+        return labels @ self.weight.to(labels.dtype)
 
 
 # Condition-embedding perturbation (Chen et al. 2024): c(y) + delta for every image in every training step. It is applied after label

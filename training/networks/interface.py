@@ -4,10 +4,13 @@
 A new network is a file in this folder (or elsewhere, if it is imported) with a class that derives from Network and a line
 ARCHS['name'] = Arch(TheClass) at its end. Then --arch=name:key=value trains it, and config.json's model_type names the class."""
 
+import contextlib
 import inspect
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
+import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from dnnlib import UserError
 
@@ -22,11 +25,33 @@ class Network(nn.Module):
     Constructor: the preconditioner gives img_resolution (int or [H, W]), in_channels, out_channels and label_dim; all other arguments
     have defaults and are keys of --arch and of config.json, of JSON types. It raises ValueError, in one line, for impossible values.
     Initial values come from torch's global random state, which misc.seeded sets; dropout and similar draws from rows.py. Parameters and
-    buffers are the whole state: averages copy them, checkpoints store them by name."""
+    buffers are the whole state: averages copy them, checkpoints store them by name. forward() calls its blocks by run(). Any module in it
+    may have a method begin_step(), which is called without gradients at the beginning of each training step."""
 
     augment_dim = 0         # width of augment_labels; 0: it takes none
-    label_embedding = None  # its conditioning.LabelEmbedding, for --cep and --label-dropout; None: it has none
+    label_embedding = None  # its conditioning.Conditioning, for --cep and --label-dropout; None: it has none
     short_names = {}        # constructor argument: key of --arch, where the published options use another name
+    takes_times = False     # whether noise_labels are times from 0 to about 1000, to which the preconditioner then maps its c_noise
+    checkpointing = False   # whether run() recomputes blocks in the backward pass (train.py --checkpointing); set from outside
+    row_draws = None        # in a training run: see rows.attach_row_draws()
+
+    @classmethod
+    def published(cls, state: dict[str, torch.Tensor]) -> dict | None:
+        """config.json of published weights in this class's layout, found from names and shapes; None for others.
+
+        state: a plain state dict of F, as its authors publish it. The result may hold everything that build_network() takes: "precond" and
+        its options, "sampling" for the published sampler. Raises UserError for weights of this layout that this class cannot hold."""
+        return None
+
+    def run(self, block: Callable, *inputs: torch.Tensor) -> torch.Tensor:
+        """block(*inputs); in training with `checkpointing` the block's activations are not kept, but computed again in the backward pass
+        (Chen et al. 2016), with the same random draws."""
+        if not (self.checkpointing and self.training and torch.is_grad_enabled()):
+            return block(*inputs)
+        if torch.compiler.is_compiling():  # the compiler records the draws' key with the block's inputs
+            return checkpoint(block, *inputs, use_reentrant=False)
+        contexts = (contextlib.nullcontext(), self.row_draws.at(self.row_draws.key)) if self.row_draws is not None else None
+        return checkpoint(block, *inputs, use_reentrant=False, **({'context_fn': lambda: contexts} if contexts else {}))
 
 
 class Arch:

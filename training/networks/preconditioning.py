@@ -29,6 +29,7 @@ class Precond(nn.Module):
     model_type = 'SongUNet'     # the default network
     output_multiple = 1         # output channels of F per channel of the image
     gives_variance = False      # whether the further channels were trained as the variance of a sampling step, see discrete.py
+    times = 1.0, 0.0            # factor and offset that map c_noise to times from 0 to about 1000, for networks that take these
     sigma_data = 0.5            # std of the data, for pieces of the objective that need it
     row_draws = None            # in a training run: see rows.attach_row_draws()
 
@@ -68,6 +69,8 @@ class Precond(nn.Module):
         x = x.float()
         sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).reshape(-1, 1, 1, 1)
         c_skip, c_out, c_in, c_noise = self.coefficients(sigma)
+        if self.model.takes_times:
+            c_noise = c_noise * self.times[0] + self.times[1]
         half_on_cpu = self.compute_dtype == torch.float16 and x.device.type != 'cuda'
         inner = (c_in * x).to(torch.float32 if half_on_cpu else self.compute_dtype)
         F_x = self.model(inner, c_noise.flatten(), self._labels(class_labels, x), augment_labels).float()
@@ -92,6 +95,7 @@ class EDMPrecond(Precond):
 
     options = {'sigma_min': 0.0, 'sigma_max': math.inf, 'sigma_data': 0.5}
     model_type = 'DhariwalUNet'
+    times = 250.0, 500.0  # ln(sigma) from -8 to 8
 
     def coefficients(self, sigma: torch.Tensor) -> tuple:
         return *predict_edm(sigma, self.sigma_data), sigma.log() / 4
@@ -124,6 +128,7 @@ class VEPrecond(Precond):
     ln(sigma / 2)."""
 
     options = {'sigma_min': 0.02, 'sigma_max': 100.0}
+    times = 62.5, 500.0  # ln(sigma / 2) from -8 to 8
 
     def coefficients(self, sigma: torch.Tensor) -> tuple:
         return 1, sigma, 1, (sigma / 2).log()

@@ -4,6 +4,7 @@
 A draw depends only on seed, step, place in the network and row, so that masks do not change with the distribution of the rows over
 ranks and micro-batches."""
 
+import contextlib
 import math
 
 import torch
@@ -34,6 +35,15 @@ class RowDraws:
     def next_call(self) -> None:
         """Begins a call of the network, whose draws are independent of those of earlier calls."""
         self.key = self.key + torch.tensor([0, 1, 0, 0], device='cpu')
+
+    @contextlib.contextmanager
+    def at(self, key: torch.Tensor):
+        """Context in which draws are those of an earlier key, for blocks that are computed again in the backward pass."""
+        now, self.key = self.key, key
+        try:
+            yield
+        finally:
+            self.key = now
 
     def __deepcopy__(self, memo):
         return None
@@ -88,7 +98,7 @@ class Dropout(RowLayer):
 
 def attach_row_draws(net: nn.Module) -> RowDraws:
     """Connects each RowLayer of a preconditioned network to new RowDraws, and returns these, to begin() each micro-batch with."""
-    net.row_draws = RowDraws()
+    net.row_draws = net.model.row_draws = RowDraws()
     for index, layer in enumerate(module for module in net.modules() if isinstance(module, RowLayer)):
         layer.rows, layer.index = net.row_draws, index
     return net.row_draws

@@ -138,10 +138,10 @@ class UNet(Network):
         skips, side = [x], image
         for level in range(len(self.sizes)):
             if level:
-                x, side = self._side_input(level, self.enc[self._name(level, 'down')](x, emb), side)
+                x, side = self._side_input(level, self.run(self.enc[self._name(level, 'down')], x, emb), side)
                 skips.append(x)
             for index in range(self.num_blocks):
-                x = self.enc[self._name(level, f'block{index}')](x, emb)
+                x = self.run(self.enc[self._name(level, f'block{index}')], x, emb)
                 skips.append(x)
         return skips
 
@@ -150,9 +150,9 @@ class UNet(Network):
         x, side, deepest = skips[-1], None, len(self.sizes) - 1
         for level in range(deepest, -1, -1):
             for role in ('in0', 'in1') if level == deepest else ('up',):
-                x = self.dec[self._name(level, role)](x, emb)
+                x = self.run(self.dec[self._name(level, role)], x, emb)
             for index in range(self.num_blocks + 1):
-                x = self.dec[self._name(level, f'block{index}')](torch.cat([x, skips.pop()], dim=1), emb)
+                x = self.run(self.dec[self._name(level, f'block{index}')], torch.cat([x, skips.pop()], dim=1), emb)
             side = self._side_output(level, x, side)
         return x, side
 

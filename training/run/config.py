@@ -128,6 +128,7 @@ class RunConfig:
     precision: str = 'fp32'
     bench: bool = True
     compile: bool = False
+    checkpointing: bool = False
     expr_id: str | None = None
     desc: str | None = None
     ranks: int = 1

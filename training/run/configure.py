@@ -51,8 +51,8 @@ def configure(o: EasyDict) -> config.Config:
             batch=o.batch, batch_gpu=o.batch_gpu or o.batch // distributed.size(), duration_kimg=o.duration * 1e3, tick_kimg=o.tick,
             snapshot_ticks=o.snap, state_ticks=o.dump, state_minutes=o.dump_minutes, keep_states=o.keep_states,
             max_hours=o.max_hours, samples=o.samples, metrics=metrics(o, dataset), gns=o.gns,
-            precision=choose_precision(o), bench=o.bench, compile=o.compile_net, expr_id=o.expr_id, desc=o.desc,
-            ranks=distributed.size(), versions=misc.versions(), command=o.get('command') or {}))
+            precision=choose_precision(o), bench=o.bench, compile=o.compile_net, checkpointing=o.checkpointing, expr_id=o.expr_id,
+            desc=o.desc, ranks=distributed.size(), versions=misc.versions(), command=o.get('command') or {}))
 
 
 def check_corruption(o: EasyDict) -> None:

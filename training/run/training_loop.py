@@ -92,6 +92,7 @@ class Run:
         self.net = build_net(config.network, self.device, seed=config.run.seed, precision=config.run.precision)
         if config.network.transfer and not resuming:
             transfer_weights(config.network.transfer, self.net)
+        self.net.model.checkpointing = config.run.checkpointing
         self.row_draws = attach_row_draws(self.net)
         self.noise, self.objective = build_objective(config.objective, self.net, config.run.batch)
         self.objective.to(self.device)
@@ -114,6 +115,7 @@ class Run:
             switch = 'forward_sync_buffers' if 'forward_sync_buffers' in known else 'broadcast_buffers'
             self.train_step = ddp(self.train_step, device_ids=ids, **{switch: False})
             warnings.filterwarnings('ignore', 'Grad strides do not match')  # 1x1 kernels have several equivalent layouts
+        self.beginners = [module for module in self.train_step.modules() if hasattr(module, 'begin_step')]
         self.noise_scale = self._noise_scale() if self.config.run.gns else None
         self.params = [p for p in (*self.net.parameters(), *self.objective.parameters()) if p.requires_grad]
         self.optimizer = build_optimizer(self.config.optimizer, self.params)
@@ -168,6 +170,9 @@ class Run:
         draws_of = lambda row: misc.Draws(run.seed, p.step, self.first_row + row, self.device)
         rounds = -(-self.rank_batch // run.batch_gpu)
         self.optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            for module in self.beginners:
+                module.begin_step()
         for i, (batch, draws) in enumerate(micro_batches(host, run.batch_gpu, self.device, draws_of, self.net.label_dim)):
             if self.augment is not None:
                 images, augment_labels = self.augment(batch.images, batch.sigma_n, draws)

@@ -1,90 +1,95 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A network of one's own: a class, a line in the registry, and it is trained, saved and loaded like the others."""
+"""What the interface of networks promises: recomputed blocks, times, and label tables."""
 
 import pytest
 import torch
 
-from dnnlib import UserError
-from tests.support import tiny
-from torch_utils import registry
-from training.checkpoints.load import load_network
-from training.checkpoints.save import save_network
-from training.networks import interface
-from training.networks.interface import ARCHS, Arch, Network
+from torch_utils import misc
+from training.networks import rows
+from training.networks.conditioning import LabelTable
+from training.networks.interface import ARCHS, Network
+from training.networks.preconditioning import PRECONDS, build_network
+
+SMALL = {'img_resolution': 8, 'img_channels': 1, 'label_dim': 3, 'model_channels': 16, 'channel_mult': [1, 1], 'num_blocks': 1,
+         'attn_resolutions': [8], 'dropout': 0.3, 'label_dropout': 0.3}
 
 
-class Mixer(Network):
-    """A convolution, told the level by a bias: no label embedding, no augmentation labels."""
+def gradients(checkpointing, compiled=False, calls=2):
+    """Gradients of a loss that calls the network more than once before backward(), as the consistency term does."""
+    with misc.seeded('net'):
+        net = build_network(ARCHS['ddpmpp']() | SMALL).train()
+        for p in net.parameters():
+            p.data += 0.1 * torch.randn(p.shape)
+    net.model.checkpointing = checkpointing
+    draws = rows.attach_row_draws(net)
+    draws.begin(misc.Draws(0, 1, 0), 4)
+    if compiled:
+        net.model.compile()
+    with misc.seeded('x'):
+        x, sigma, labels = torch.randn(4, 1, 8, 8), torch.rand(4), torch.eye(3)[[0, 1, 2, 0]]
+    sum(net(x, sigma * (call + 1), labels).square().mean() for call in range(calls)).backward()
+    return [p.grad for p in net.parameters()]
 
-    short_names = {'width': 'cbase'}
 
-    def __init__(self, img_resolution, in_channels, out_channels, label_dim=0, width=8, kernel=3, act='relu'):
+def test_recomputed_blocks_give_the_same_gradients_with_dropout():
+    kept, recomputed = gradients(False), gradients(True)
+    assert all(torch.equal(a, b) for a, b in zip(kept, recomputed))
+
+
+def test_recomputed_blocks_keep_fewer_activations():
+    """Bytes that autograd keeps for the backward pass."""
+    def kept(checkpointing):
+        total = 0
+
+        def count(tensor):
+            nonlocal total
+            total += tensor.nbytes
+            return tensor
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            with misc.seeded('net'):
+                net = build_network(ARCHS['ddpmpp']() | SMALL | {'num_blocks': 3}).train()
+            net.model.checkpointing = checkpointing
+            net(torch.ones(4, 1, 8, 8), torch.ones(4), torch.zeros(4, 3))
+        return total
+    assert kept(True) < kept(False) / 3
+
+
+@pytest.mark.slow
+def test_recomputed_blocks_compile():
+    torch.testing.assert_close(gradients(True, compiled=True), gradients(False), rtol=1e-4, atol=1e-5)
+
+
+class Clock(Network):
+    """A network whose output is its noise labels."""
+
+    takes_times = True
+
+    def __init__(self, img_resolution, in_channels, out_channels, label_dim=0):
         super().__init__()
-        interface.check_choice('act', act, ('relu', 'silu'))
-        self.first = torch.nn.Conv2d(in_channels, width, kernel, padding=kernel // 2)
-        self.last = torch.nn.Conv2d(width, out_channels, 1)
-        self.act = getattr(torch.nn.functional, act)
 
-    def forward(self, x, noise_labels, class_labels=None, augment_labels=None):
-        return self.last(self.act(self.first(x) + noise_labels.reshape(-1, 1, 1, 1)))
+    def forward(self, x, noise_labels, class_labels, augment_labels=None):
+        self.seen = noise_labels
+        return torch.zeros(len(x), 2 * x.shape[1], *x.shape[2:])
 
 
-@pytest.fixture(autouse=True)
-def registered(monkeypatch):
-    monkeypatch.setitem(ARCHS, 'mixer', Arch(Mixer, kernel=5))
+@pytest.mark.parametrize('precond', PRECONDS)
+def test_times_span_about_a_thousand(precond, monkeypatch):
+    """Of every preconditioner, increasing with sigma, so that a sinusoid or a table of times distinguishes its levels."""
+    monkeypatch.setitem(ARCHS, 'clock', type('Arch', (), {'network': Clock}))
+    net = build_network({'img_resolution': 4, 'img_channels': 1, 'model_type': 'Clock', 'precond': precond})
+    sigma = torch.logspace(-2, 1.5, 50).clamp(max=net.sigma_max)
+    net(torch.zeros(50, 1, 4, 4), sigma)
+    assert (net.model.seen.diff() >= 0).all() and net.model.seen.min() >= 0 and net.model.seen.max() <= 1000
+    assert net.model.seen.max() - net.model.seen.min() > 350
 
 
-@pytest.fixture
-def no_unet(monkeypatch):
-    """tiny's options without those of a U-Net."""
-    unet = ('--cbase', '--cres', '--blocks', '--attn')
-    monkeypatch.setattr(tiny, 'FLAGS', [flag for flag in tiny.FLAGS if not flag.startswith(unet)])
-
-
-def test_keys_are_the_constructor_arguments_under_their_short_names():
-    assert registry.parameters(ARCHS['mixer']) == dict(cbase=8, kernel=5, act='relu')
-    assert ARCHS['mixer']() == dict(model_type='Mixer', kernel=5)
-    assert ARCHS['mixer'](cbase=4, kernel=1) == dict(model_type='Mixer', kernel=1, width=4)
-    assert interface.network_class('Mixer') is Mixer
-    with pytest.raises(UserError, match='unknown model_type "Mixture"; choose from DhariwalUNet, Mixer'):
-        interface.network_class('Mixture')
-
-
-@pytest.mark.parametrize('name', ['adm', 'ddpmpp', 'ncsnpp'])
-def test_what_other_options_give_is_no_key(name):
-    keys = registry.parameters(ARCHS[name])
-    assert keys.keys() >= {'cbase', 'cres', 'blocks', 'attn', 'dropout'} and not keys.keys() & set(Arch.GIVEN)
-
-
-def test_it_is_trained_saved_and_loaded(tmp_path, no_unet):
-    run = tiny.make_run(tmp_path, '--arch=mixer:act=silu', '--cbase=6', '--augment=0.5')  # without augmentation labels: it takes none
-    assert run.config.network.arguments.items() >= dict(model_type='Mixer', kernel=5, width=6, act='silu').items()
-    assert 'augment_dim' not in run.config.network.arguments
-    before = [p.clone() for p in run.params]
-    for _ in range(3):
-        run.step()
-    assert any((p != b).any() for p, b in zip(run.params, before)) and not int(run.guard.in_row)
-    save_network(run.net, tmp_path / 'net')
-    again = load_network(tmp_path / 'net')
-    x, sigma = torch.ones(2, 1, 8, 8), torch.tensor([0.3, 2.0])
-    assert isinstance(again.model, Mixer) and torch.equal(again(x, sigma), run.net.eval()(x, sigma))
-
-
-@pytest.mark.parametrize('flags, words', [
-    (['--blocks=2'], '"mixer" has no key "blocks"; it takes cbase=8, kernel=5, act=relu'),
-    (['--dropout=0.1'], '"mixer" has no key "dropout"'),
-    (['--cond=1', '--label-dropout=0.1'], '--label-dropout=0.1: --arch=mixer has no label dropout')])
-def test_options_that_it_does_not_have_are_refused(tmp_path, no_unet, flags, words):
-    with pytest.raises(UserError) as err:
-        tiny.options(tmp_path, '--arch=mixer', *flags)
-    assert words in err.value.message and '\n' not in err.value.message
-
-
-def test_there_is_no_embedding_to_perturb(tmp_path, no_unet):
-    with pytest.raises(UserError, match='--cep=uniform perturbs the embedding of a class label, and Mixer has none'):
-        tiny.make_run(tmp_path, '--arch=mixer', '--cond=1', '--cep=uniform')
-
-
-def test_what_the_constructor_refuses_is_said_in_one_line(tmp_path, no_unet):
-    with pytest.raises(UserError, match='network configuration: act=tanh is unknown; choose from relu, silu'):
-        tiny.make_run(tmp_path, '--arch=mixer:act=tanh')
+def test_label_tables():
+    table = LabelTable(3, 5)
+    assert torch.equal(table(torch.eye(3)), table.weight[:3])
+    assert torch.equal(table(torch.zeros(2, 3)), table.weight[[3, 3]])
+    assert torch.equal(LabelTable(3, 5, null=False)(torch.zeros(2, 3)), torch.zeros(2, 5))
+    dropped = LabelTable(3, 5, dropout=0.5).train()
+    with misc.seeded('drop'):
+        out = dropped(torch.eye(3)[[1] * 1000])
+    share = (out == dropped.weight[3]).all(1).double().mean()
+    assert abs(share - 0.5) < 5 * 0.5 / 1000 ** 0.5 and ((out == dropped.weight[3]) | (out == dropped.weight[1])).all()

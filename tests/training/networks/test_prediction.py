@@ -18,6 +18,7 @@ from training.checkpoints.save import save_network
 from training.data.batches import Batch
 from training.data.dataset import ImageDataset
 from training.diffusion import discrete
+from training.networks.interface import Network
 from training.networks.preconditioning import PREDICTIONS, build_network
 from training.run.build import build_objective, transfer_weights
 from training.run.config import ObjectiveConfig
@@ -26,7 +27,7 @@ SIGMA = torch.logspace(-4, 4, 60, dtype=torch.float64).reshape(-1, 1, 1, 1)
 IDDPM = ['--precond=iddpm', '--augment=0', '--objective=simple']
 
 
-class Fixed(torch.nn.Module):
+class Fixed(Network):
     """An F that is a parameter, for the net around it."""
 
     def __init__(self, F):
