@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from training.networks.layers import Linear
+from training.networks.layers import Linear, initial
 from training.networks.rows import RowLayer
 
 
@@ -61,7 +61,7 @@ class LabelTable(Conditioning):
     def __init__(self, label_dim: int, channels: int, dropout: float = 0, null: bool = True, std: float = 1) -> None:
         super().__init__(dropout)
         self.label_dim, self.null = label_dim, null
-        self.weight = nn.Parameter(std * torch.randn(label_dim + null, channels))
+        self.weight = initial([label_dim + null, channels], 'kaiming_normal', fan_in=1, fan_out=1, gain=std)
 
     def embed(self, labels: torch.Tensor) -> torch.Tensor:
         """As Conditioning.embed."""
