@@ -2,13 +2,10 @@
 """Every command in README.md and docs/ names scripts, options and values that exist; README's are also run, on small stand-ins."""
 
 import importlib.util
-import io
 import json
-import pickle
 import re
 import shlex
 import shutil
-import tarfile
 
 import click
 import numpy as np
@@ -16,7 +13,7 @@ import pytest
 from PIL import Image
 
 from ambient_trainer.__main__ import SCRIPTS
-from tests.support import ROOT, launch
+from tests.support import ROOT, launch, stand_ins
 
 PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
 STARTS = ('python', '.venv/bin/python', 'torchrun', 'make', 'ambient', 'pip', 'conda', 'source', 'pytest', 'srun')
@@ -235,21 +232,6 @@ def test_the_picture_of_the_demo(tmp_path):
     assert picture.shape == np.asarray(Image.open(ROOT / 'docs' / 'figures' / 'demo.png')).shape
 
 
-def write_stand_ins(folder):
-    """What README's commands read: photographs, clean and noisy images, CIFAR-10 as published, but 8 small pictures a file."""
-    random = np.random.default_rng(0)
-    for name in ('photos/cats', 'photos/dogs', 'clean', 'noisy'):
-        (folder / name).mkdir(parents=True)
-        for k in range(4):
-            Image.fromarray(random.integers(0, 256, (36, 40, 3), np.uint8)).save(folder / name / f'{k}.png')
-    with tarfile.open(folder / 'cifar-10-python.tar.gz', 'w:gz') as archive:
-        for name in [*(f'data_batch_{k}' for k in range(1, 6)), 'test_batch']:
-            data = pickle.dumps({'data': random.integers(0, 256, (8, 3072), np.uint8), 'labels': list(range(8))}, 2)
-            info = tarfile.TarInfo(f'cifar-10-batches-py/{name}')
-            info.size = len(data)
-            archive.addfile(info, io.BytesIO(data))
-
-
 def name_snapshots(folder, text):
     """Gives the newest snapshot of each run the name by which README calls the last one of a training in full length."""
     for run, snapshot in set(re.findall(r'runs/(\d+-\w+)/(network-snapshot-\d+)', text)):
@@ -268,7 +250,8 @@ def tiny(script, args):
 def test_readme_runs(tmp_path):
     """The commands of README in their order, and its Python block, in one folder."""
     text, done = (ROOT / 'README.md').read_text(encoding='utf-8'), []
-    write_stand_ins(tmp_path)
+    stand_ins.pictures(tmp_path, photos=('photos/cats', 'photos/dogs'))
+    stand_ins.published_sets(tmp_path)
     for words in commands(ROOT / 'README.md'):
         if words[0] in NOT_RUN:
             continue

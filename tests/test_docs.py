@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every command of docs/ runs, in the order of its page, on small stand-ins and at a small size; those that cannot are named with a reason.
+
+tests/test_readme.py runs README's, and checks that all of them are written as the program understands them."""
+
+import shutil
+
+import numpy as np
+import pytest
+
+from tests.support import ROOT, launch, stand_ins
+from tests.test_readme import PAGES, TINY, commands, script_and_args, tiny
+
+pytestmark = pytest.mark.slow
+
+# Why a command is not run here, by what it begins with or holds.
+NOT_RUN = {'pip ': 'tests/test_install.py installs the package; further packages come from the index',
+           'make ': 'starts the tests',
+           'pytest': 'starts the tests',
+           'tests.kill_matrix': 'takes hours; tests/test_kill_matrix.py runs it once',
+           '...': 'stands for any command of its script',
+           'my_train.py': 'tests/test_extension.py runs it',
+           'hf:': 'needs the network',
+           'https://': 'needs the network',
+           'srun ': 'needs Slurm; tests/test_nodes.py starts several nodes',
+           '--nnodes=2': 'waits for a second machine; tests/test_nodes.py starts several nodes',
+           'evaluation.py parity': 'needs the independent implementations; tests/benchmarks/test_parity.py runs it with those at hand'}
+# Options of the page that need the published Inception network, which is not at hand, and what stands in for them.
+OTHERS = {'fid,fid_inf,sfid,kid': 'fid,kid', '--intervals': '', 'fid,kid,is,pr,dc': 'fid,kid,pr,dc', '--guidance=1,1.5,2': '',
+          '--metrics-ref=cifar-ref.npz': '--metrics-ref=cifar-ref.npz --metrics-num=8 --metrics-detector=pixels', 'ema:0.1': 'ema:0.10'}
+# Options of TINY that a command does not take, by what tells of it.
+REFUSED = {'--arch=': ('--cbase', '--cres', '--blocks', '--attn', '--dropout'), '--method=vlb': ('--rtol', '--atol', '--sigma-min'),
+           '--dequantise': ('--sigma-min',)}
+# Benchmarks, at a size that shows that they run.
+SMALL = {'consistency_bias': ['--points=50', '--samples=4'], 'consistency_toys mixture': ['--arms=none', '--seeds=1', '--steps=3'],
+         'consistency_toys digits': ['--arms=none', '--seeds=1', '--kimg=0.256'], 'large_data': ['--images=64', '--size=8'],
+         'intervals frechet': ['--repetitions=4'], 'intervals kernel': ['--repetitions=4'],
+         'evaluation features': ['--images=2', '--size=8', '--threads=1'], 'improved_ddpm': ['--kimg=0.256', '--seeds=0-0'],
+         'outliers': ['--seeds=2', '--data=mixture'], 'states': ['--cbase=16'],
+         'sampling': ['--images=2', '--batch=2', '--steps=2', '--repeats=1']}
+
+
+def reason(line):
+    return next((why for part, why in NOT_RUN.items() if part in f'{line} '), None)
+
+
+def prepare(folder, page):
+    """The stand-ins, and runs with a network for the pages that take one up."""
+    stand_ins.pictures(folder)
+    stand_ins.converted(folder)
+    if page == 'data.md':
+        for make in (stand_ins.published_sets, stand_ins.containers, stand_ins.scientific):
+            make(folder)
+    discrete = ['--precond=iddpm', '--objective=hybrid', '--diffusion=cosine:steps=8'] if page == 'improved_ddpm.md' else []
+    for name in ('00000-mix', '00001-edm'):
+        args = [f'--outdir=runs/{name}', '--nosubdir', '--data=cifar.zip', '--power-ema=0.05,0.1', *discrete]
+        call(folder, 'train.py', args)
+    run = folder / 'runs' / '00000-mix'
+    shutil.copytree(sorted(run.glob('network-snapshot-*'))[-1], folder / 'NAME')
+    shutil.copytree(folder / 'NAME', folder / 'REF')
+    shutil.copy(sorted(run.glob('training-state-*'))[-1], folder / 'training-state.pt')
+
+
+def reduced(script, args):
+    """The arguments at a small size: those of a benchmark's SMALL, or of TINY where the command takes them."""
+    name = script.removeprefix('benchmarks/')[:-3]
+    if script.startswith('benchmarks/'):
+        return [*args, *SMALL.get(f'{name} {args[0]}' if args else name, SMALL.get(name, []))]
+    found, line = tiny(script, args), ' '.join(args)
+    for mark, refused in REFUSED.items():
+        if mark in line:
+            found = [arg for arg in found if arg in args or not arg.startswith(refused)]
+    return found
+
+
+def call(folder, script, args):
+    args = reduced(script, args)
+    result = launch.run(ROOT / script, args, cwd=folder)
+    assert result.returncode == 0, f'{script} {" ".join(args)}\n{result.stdout}\n{result.stderr}'
+
+
+def stood_in(word, folder):
+    """The words that stand for one of the page: files of a pattern, and options that go without the published Inception network."""
+    if '*' in word and not word.startswith('-'):
+        return sorted(str(path.relative_to(folder)) for path in folder.glob(word))
+    for part, instead in OTHERS.items():
+        if part in word:
+            return word.replace(part, instead).split()
+    return [word]
+
+
+@pytest.mark.parametrize('page', PAGES[1:], ids=lambda page: page.name)
+def test_commands_run(page, tmp_path):
+    prepare(tmp_path, page.name)
+    failures = []
+    for words in commands(page):
+        line = ' '.join(words)
+        if reason(line):
+            continue
+        script, args = script_and_args(words)
+        args = [one for word in args for one in stood_in(word, tmp_path)]
+        try:
+            call(tmp_path, script, args)
+        except AssertionError as err:
+            failures.append(str(err)[-1500:])
+    assert not failures, '\n\n'.join(failures)
+
+
+def test_stand_ins_are_images():
+    assert np.ptp(stand_ins.PICTURES) > 200 and 'train' in TINY
