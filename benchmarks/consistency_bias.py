@@ -71,7 +71,7 @@ def measure(*args, **kwargs):
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('--points', type=int, default=8000)
-    parser.add_argument('--samples', type=int, default=128, help='chains a point (K)')
+    parser.add_argument('--samples', type=int, default=128, help='chains per point (K)')
     args = parser.parse_args()
     torch.set_num_threads(1)
     print(f'{args.points} points, K = {args.samples}, in units of 1e-4: U +- standard error; last column Var / K at the exact D\n')

@@ -43,7 +43,7 @@ ARMS = {
 
 
 class Networks(torch.nn.Module):
-    """Independent small networks with EDM's preconditioning, one a seed, side by side: row block s belongs to seed s."""
+    """Independent small networks with EDM's preconditioning, one per seed, evaluated together: row block s belongs to seed s."""
 
     def __init__(self, seeds, width=64, hidden=3, features=8):
         super().__init__()
@@ -68,7 +68,7 @@ class Networks(torch.nn.Module):
 
 
 class Draws(misc.Draws):
-    """One draw for the batches of all seeds: as many rows as asked for."""
+    """One draw for the batches of all seeds, with the number of rows that is asked for."""
 
     def _block(self, name, index, shape):
         return torch.randn([misc.BLOCK_ROWS, *shape], generator=misc.generator(self.seed, self.step, name, index))
@@ -127,7 +127,7 @@ def mixture_errors(net, points=4000):
 
 
 def report_mixture(arms, seeds, steps):
-    """Prints one line of a table an arm."""
+    """Prints a table, one line per arm."""
     print(f'{seeds} seeds, {POINTS} points at sigma_n = {SIGMA_N}, {steps} steps of {BATCH}; RMS error to the exact denoiser: '
           'mean ± standard error (worst seed)\n')
     print('| arm | below sigma_n | above sigma_n | against none, below | seconds |\n| --- | --- | --- | --- | --- |')
@@ -171,7 +171,7 @@ def digits_run(folder, spec, seed, kimg):
 
 
 def report_digits(arms, seeds, kimg):
-    """Prints one line of a table an arm."""
+    """Prints a table, one line per arm."""
     print(f'{seeds} seeds, {IMAGES} digits, all noisy at 0.4, {kimg:g} kimg; Fréchet distance in pixels to the other, clean half\n')
     print('| arm | distance: mean ± standard error | each seed | img/s, fastest tick |\n| --- | --- | --- | --- |')
     with tempfile.TemporaryDirectory() as folder:

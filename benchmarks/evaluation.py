@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Evaluation against its peers in one run: Fréchet distance, Inception's features, and distances within a bound of memory.
+"""Evaluation against its peers in one run: Fréchet distance, Inception's features, and distances within a memory limit.
 
 python benchmarks/evaluation.py frechet
 python benchmarks/evaluation.py features [--data=PATH] [--threads=1] [--half] [--compile]   (against torch-fidelity if installed)
@@ -45,7 +45,7 @@ def skewed_features(count, dim, seed):
 
 
 def best_of(function, runs=3):
-    """(shortest time in seconds, last result); with one thread the time is the process's own, which other programs do not take part in."""
+    """(shortest time in seconds, last result); with one thread the time is the process's own CPU time, on which other programs have little effect."""
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     seconds = []
     for _ in range(runs):
@@ -113,7 +113,7 @@ def some_images(args):
 
 
 def time_in_turns(nets, images):
-    """{name: seconds}, {name: features}: every network sees each batch in turn, so that the machine's moods meet them all."""
+    """{name: seconds}, {name: features}: every network sees each batch in turn, so that changes of the machine's speed affect all alike."""
     for net in nets.values():
         net(images[:BATCH])  # allocations, and compilation where asked for
     seconds, found = dict.fromkeys(nets, 0.0), {name: [] for name in nets}

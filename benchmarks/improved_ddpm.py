@@ -95,7 +95,7 @@ def judge(path, network):
 
 
 def distance(path, network, sampler, evaluations):
-    """Fréchet distance in pixels to the held-out digits of samples that take so many network evaluations; heun's on EDM's levels."""
+    """Fréchet distance in pixels to the held-out digits of samples with this number of network evaluations; those of heun are on EDM's levels."""
     steps, result = (evaluations + 1) // 2 if sampler == 'heun' else evaluations, os.path.join(os.path.dirname(network), 'distance.json')
     call('eval_fid', f'--network={network}', f'--ref_stats={path("held-out.npz")}', '--detector=pixels', f'--num={IMAGES}',
          f'--seeds=0-{IMAGES - 1}', f'--sampler={sampler}', f'--steps={steps}', f'--out_path={result}')
@@ -120,7 +120,7 @@ def mean(values):
 
 
 def print_table(path, arms, seeds):
-    """All figures, an arm a line."""
+    """All figures, one line per arm."""
     figures = load(path)
     columns = [f'bits, {name}' for name in ('large', 'small', 'learned')] + [f'{STEPS} steps, {name}' for name in SAMPLERS]
     print(f'| arm | {" | ".join(columns)} |\n|{" --- |" * (len(columns) + 1)}')
@@ -131,7 +131,7 @@ def print_table(path, arms, seeds):
 
 
 def print_samplers(path, arm, seeds):
-    """Distances of one arm, a sampler a line and a number of evaluations a column."""
+    """Distances of one arm, one line per sampler and one column per number of evaluations."""
     figures = load(path)
     print(f'\n"{arm}":\n\n| evaluations | {" | ".join(map(str, BUDGETS))} |\n|{" --- |" * (len(BUDGETS) + 1)}')
     for sampler in EVERY_SAMPLER:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How often the intervals of eval_fid.py hold what they are of: stated 95 %, in simulation.
+"""How often the 95 % intervals of eval_fid.py contain the true value, in simulation.
 
 python benchmarks/intervals.py frechet [--repetitions=2000]
 python benchmarks/intervals.py kernel [--repetitions=2000]"""
@@ -34,7 +34,7 @@ KERNEL = [
 
 
 def spectrum(dim):
-    """Deviations of the features: a decay over a factor of e^2."""
+    """Standard deviations of the features, which decay by a factor of e^2."""
     return np.exp(-2 * np.arange(dim) / dim)
 
 
@@ -50,7 +50,7 @@ def draw(rng, law, count, dim):
 
 
 def frechet_case(dim, count, law, shift, stretch, repetitions, seed=0):
-    """Shares of (fid, fid_inf) intervals that hold the mean distance over the repetitions, and the distance of the laws."""
+    """Shares of the fid intervals that contain the mean over the repetitions, and of the fid_inf intervals that contain the true distance."""
     rng, scale = np.random.default_rng(seed), spectrum(dim)
     own = scale * np.where(np.arange(dim) % 2, stretch, 1 / stretch)
     mu, cov = np.zeros(dim), np.diag(scale ** 2)
@@ -68,7 +68,7 @@ def frechet_case(dim, count, law, shift, stretch, repetitions, seed=0):
 
 
 def kernel_case(dim, count, others, size, law, shift, repetitions, seed=0, subsets=30):
-    """(share of kid intervals that hold the squared MMD of the laws, which is 0 or the mean of the unbiased estimates; that)."""
+    """(share of the kid intervals that contain the squared MMD, that squared MMD: 0, or the mean of the unbiased estimates)."""
     rng, scale, found = np.random.default_rng(seed), spectrum(dim), []
     whole = count == others == size
     for repetition in range(repetitions):

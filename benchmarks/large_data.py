@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a data set of ImageNet's size takes of a node: memory, disk, time to the first batch, images per second.
+"""What a data set of ImageNet's size costs: memory, disk space, time to the first batch, images per second.
 
 python benchmarks/large_data.py [--images=1281167] [--size=64] [--classes=1000] [--ranks=2] [--dir=FOLDER]
 
@@ -44,14 +44,14 @@ def make(folder, count, size, classes):
 
 
 def forget(folder):
-    """Takes the files out of the memory that the system keeps read files in, as at a first start."""
+    """Removes the files from the system's page cache, as at a first start."""
     for path in Path(folder).iterdir():
         with open(path, 'rb') as f:
             os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def own_memory():
-    """Bytes of this process's own: in no file that it maps, and in no memory that it shares."""
+    """Private memory of this process in bytes, without mapped files and shared memory."""
     lines = Path('/proc/self/smaps_rollup').read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith('Anonymous'))
 
@@ -82,7 +82,7 @@ def work(folder, flags, seconds):
 
 
 def start(folder, ranks, flags, seconds=8):
-    """What each of so many ranks measured."""
+    """What each of the ranks measured."""
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
         port = free.getsockname()[1]

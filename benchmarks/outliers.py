@@ -80,7 +80,7 @@ def split(images, seed, kind='none', share=0.2):
 
 
 class Stack(Network):
-    """Independent networks of three layers, by batched products: a start for each seed, repeated for each penalty.
+    """Independent networks of three layers, by batched products: one initialisation per seed, the same for each penalty.
 
     Rows of the input come grouped by network, [penalty, seed, row], equally many for each."""
 
@@ -141,7 +141,7 @@ def test_levels():
 
 @torch.no_grad()
 def errors(denoise, toy, seeds):
-    """EDM's weight times the squared error of a value on the clean test images: [penalty, seed, level].
+    """EDM's weight times the squared error per value on the clean test images: [penalty, seed, level].
 
     denoise: (x, sigma) -> [penalty, seed * row, C, H, W]."""
     weight = registry.build('edm', WEIGHTS, sigma_data=toy.sigma_data)

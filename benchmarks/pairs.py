@@ -20,7 +20,7 @@ BATCHES = (256, 512, 4096)
 
 
 def mixes(count):
-    """(name, levels, lower, upper) of so many images; one in ten is clean and has no limit, but in the first mix and the last two."""
+    """(name, levels, lower, upper) for this number of images; except in the first mix and the last two, one image in ten is clean and has no limit."""
     source = np.random.default_rng(0)
     zeros, none, clean = np.zeros(count), np.full(count, np.inf), source.random(count) < 0.1
     spread, high, low = (source.lognormal(mean, std, count) for mean, std in ((-1.5, 0.7), (0.3, 0.4), (-1.5, 0.4)))

@@ -30,7 +30,7 @@ SUBSETS = 20, 50  # of KID, and images in each, or half of them where those are 
 
 
 class Rows:
-    """The table: each row is told as soon as it is known."""
+    """The table, of which each row is printed as soon as it is known."""
 
     def __init__(self):
         self.failed, self.skipped = 0, 0
@@ -228,7 +228,7 @@ def prdc(rows, name, features):
 
 
 def dinov2(rows, images, folder):
-    """A small network of random weights, its images resized by Pillow: without rounding, as EDM2's rule is, and by transformers' own."""
+    """A small network of random weights, its images resized by Pillow: without rounding, as EDM2 does, and by transformers' own function."""
     import transformers
     # At 224 pixels, as it is used: from other sizes transformers interpolates positions otherwise than DINOv2's authors do.
     config = transformers.Dinov2Config(hidden_size=48, num_hidden_layers=3, num_attention_heads=3, image_size=224, patch_size=14)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far the minimiser of pseudo_huber lies from the conditional mean, on closed forms: a skewed law of two points, seen bare and noisy.
+"""How far the minimiser of pseudo_huber lies from the conditional mean, in closed form: a skewed distribution of two points, with and without noise.
 
 python benchmarks/penalty_bias.py"""
 
@@ -52,7 +52,7 @@ def posterior(x, sigma):
 
 
 def ambient_bias(c, sigma_n, x, sigma=SIGMA):
-    """What the ambient loss of an image at level sigma_n makes of x, less E[x_0 | x]: the minimiser of E rho((1 - r) D + r x - y).
+    """The minimiser of the ambient loss of an image at level sigma_n, minus E[x_0 | x]: the minimiser of E rho((1 - r) D + r x - y).
 
     Given x_0 and x, y is normal: mean (1 - r) x_0 + r x, variance sigma_n^2 (1 - r), r = sigma_n^2 / sigma^2. c is in units of the
     residual of a network whose sigma_data is the law's std."""
@@ -80,7 +80,7 @@ def bare_table():
 
 
 def ambient_table(x):
-    """Markdown: minimiser less E[x_0 | x], a row for each c and a column for each level of the image."""
+    """Markdown: minimiser minus E[x_0 | x], one row per c and one column per level of the image."""
     lines = ['| c | ' + ' | '.join(f'sigma_n = {level:g}' for level in OWN_LEVELS) + ' |', '| --- |' + ' --- |' * len(OWN_LEVELS)]
     for c in THRESHOLDS:
         lines.append(f'| {c:g} | ' + ' | '.join(f'{ambient_bias(c, level, x):+.4f}' for level in OWN_LEVELS) + ' |')
@@ -90,7 +90,7 @@ def ambient_table(x):
 @click.command(cls=Command)
 @version_option
 def main():
-    """Print what pseudo_huber aims at, beside the conditional mean, as the tables of docs/penalties.md."""
+    """Prints the minimiser of pseudo_huber beside the conditional mean, as the tables of docs/penalties.md."""
     torch.set_num_threads(1)
     click.echo(f'x_0 = 1 with probability {RARE:g}, else 0; c_out = 1\n\n{bare_table()}')
     for x in SEEN:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images per second of generation with writer threads, beside a plain loop over the same network that saves as it goes.
+"""Images per second of generation with writer threads, compared with a plain loop that saves each batch before the next.
 
 python benchmarks/sampling.py [--device=cuda --arch=cifar --images=4096 --batch=512 --precision=bf16 --compile --peak-tflops=989]"""
 
@@ -49,7 +49,7 @@ def make_network(arch, device, precision, compile):
 
 @torch.no_grad()
 def plain_loop(net, count, batch, steps, outdir):
-    """Batch by batch: draw, walk, convert, save each image before the next batch begins."""
+    """Draws, solves, converts and saves one batch after the other."""
     device, shape = network_device(net), [net.img_channels, *resolution(net)]
     levels = schedules.edm(steps).to(device)
     for first in range(0, count, batch):
@@ -84,7 +84,7 @@ def ours(net, count, batch, steps, outdir, threads=4):
 
 
 def rates(arms, args):
-    """{arm: images per second of each repeat}: the arms take turns, after one untimed batch each."""
+    """{arm: images per second of each repeat}: the arms alternate, after one untimed batch each."""
     found = {name: [] for name in arms}
     for repeat in range(args.repeats + 1):
         for name, arm in arms.items():

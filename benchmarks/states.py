@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How long a training state keeps the training waiting, against the copy to host memory and the whole write.
+"""How long the training waits for a state to be saved, beside the copy to host memory and the whole write.
 
 python benchmarks/states.py [--cbase=128] [--folder=DIR]"""
 
