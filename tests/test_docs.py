@@ -27,7 +27,8 @@ NOT_RUN = {'pip ': 'tests/test_install.py installs the package; further packages
            'evaluation.py parity': 'needs the independent implementations; tests/benchmarks/test_parity.py runs it with those at hand'}
 # Options of the page that need the published Inception network, which is not at hand, and what stands in for them.
 OTHERS = {'fid,fid_inf,sfid,kid': 'fid,kid', '--intervals': '', 'fid,kid,is,pr,dc': 'fid,kid,pr,dc', '--guidance=1,1.5,2': '',
-          '--metrics-ref=cifar-ref.npz': '--metrics-ref=cifar-ref.npz --metrics-num=8 --metrics-detector=pixels', 'ema:0.1': 'ema:0.10'}
+          '--metrics-ref=cifar-ref.npz': '--metrics-ref=cifar-ref.npz --metrics-num=8 --metrics-detector=pixels', 'ema:0.1': 'ema:0.10',
+          'a.json': 'NAME.heun18-pixels-3x8.fid.json', 'b.json': 'out.fid.json', '--data=FILE': '--data=images', 'runs/*/*.fid.json': '*.fid.json'}
 # Options of TINY that a command does not take, by what tells of it.
 REFUSED = {'--arch=': ('--cbase', '--cres', '--blocks', '--attn', '--dropout'), '--method=vlb': ('--rtol', '--atol', '--sigma-min'),
            '--dequantise': ('--sigma-min',)}
@@ -81,12 +82,12 @@ def call(folder, script, args):
 
 def stood_in(word, folder):
     """The words that stand for one of the page: files of a pattern, and options that go without the published Inception network."""
-    if '*' in word and not word.startswith('-'):
-        return sorted(str(path.relative_to(folder)) for path in folder.glob(word))
     for part, instead in OTHERS.items():
         if part in word:
-            return word.replace(part, instead).split()
-    return [word]
+            word = word.replace(part, instead)
+    if '*' in word and not word.startswith('-'):
+        return sorted(str(path.relative_to(folder)) for path in folder.glob(word))
+    return word.split()
 
 
 @pytest.mark.parametrize('page', PAGES[1:], ids=lambda page: page.name)
