@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every architecture at a size for tests, and networks of it whose weights are all random."""
+"""The architectures beside the U-Nets at a size for tests, and networks of them whose weights are all random."""
 
 import math
 
@@ -9,10 +9,8 @@ from torch_utils import misc, registry
 from training.networks.interface import ARCHS
 from training.networks.preconditioning import build_network
 
-# --arch; a new architecture needs only its line here to be tested by tests/training/networks/test_archs.py. No dropout: its layers are
-# tested where they are used.
+# --arch; a new architecture needs only its line here to be tested by tests/training/networks/test_archs.py and the slow kill matrix.
 TINY = {
-    'ddpmpp': 'ddpmpp:cbase=16,cres=1|1,blocks=1,attn=4,dropout=0',
     'dit': 'dit:width=16,depth=2,heads=2',
     'vit': 'vit:width=16,depth=2,heads=2',
     'uvit': 'uvit:width=16,depth=2,heads=2',
