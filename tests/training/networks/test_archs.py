@@ -12,6 +12,7 @@ from dnnlib import UserError
 from tests.support import archs, tiny
 from tests.support.archs import TINY
 from torch_utils import checkpoint, misc, registry
+from training.checkpoints.diffusers import difference
 from training.checkpoints.load import load_network
 from training.checkpoints.save import save_network
 from training.data.pairs import PAIRINGS
@@ -153,7 +154,7 @@ def test_recomputed_blocks_give_the_same_gradients(arch):
     assert torch.equal(kept[0], recomputed[0]) and all(torch.equal(a, b) for a, b in zip(kept[1], recomputed[1]))
 
 
-@pytest.mark.parametrize('checkpointing', [False, True])
+@pytest.mark.parametrize('checkpointing', [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_network_is_one_graph_for_the_compiler(arch, checkpointing):
     net = archs.network(arch, augment_dim=9, label_dropout=0.4)
     expected, found = trained(net), trained(net, compiled='eager', checkpointing=checkpointing)
@@ -256,6 +257,11 @@ def test_trained_saved_loaded_and_sampled(tmp_path, arch):
     assert expected.isfinite().all() and expected.std() > 0
     for ref in (tmp_path / 'snapshot', checkpoint.states(tmp_path)[0]):
         assert torch.equal(pixels(load_network(ref)), expected)
+
+
+def test_export_to_diffusers_says_why_not(arch):
+    net = archs.network(arch)
+    assert difference(net).endswith(f'this network is a {type(net.model).__name__}')
 
 
 @pytest.mark.parametrize('key, told', [('nonsense=1', '"nonsense"'), ('patch=3', 'images of 8x8 .* patch_size=3')])
