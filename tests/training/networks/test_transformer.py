@@ -6,11 +6,14 @@ import math
 import pytest
 import torch
 
-from tests.support.archs import randomized
+from dnnlib import UserError
+from tests.support import archs
 from torch_utils import misc, registry
 from training.networks import transformer
 from training.networks.interface import ARCHS
+from training.networks.preconditioning import build_network
 
+NAMES = pytest.mark.parametrize('arch', ['dit', 'vit', 'uvit'])
 SIZES = {'S': (384, 12, 6), 'XL': (1152, 28, 16)}
 
 
@@ -28,7 +31,7 @@ def test_patches_and_images_are_inverse():
 @pytest.mark.parametrize('biased', [False, True])
 def test_attention_is_softmax_attention_per_head(biased):
     """Outputs of qkv are ordered by query, key or value, then head, then channel."""
-    layer = randomized(transformer.Attention(8, 2, transformer.normal_linear)).double()
+    layer = archs.randomized(transformer.Attention(8, 2, transformer.normal_linear)).double()
     layer.proj.weight.data, layer.proj.bias.data = torch.eye(8).double(), torch.zeros(8).double()
     x, bias = (torch.randn(*shape, generator=misc.generator('x'), dtype=torch.float64) for shape in ((3, 5, 8), (2, 5, 5)))
     query, key, value = layer.qkv(x).chunk(3, dim=2)
@@ -66,3 +69,29 @@ def test_published_tables_have_a_row_of_no_label_except_at_a_thousand():
     assert transformer.published_labels(1001) == {'label_dim': 1000} and transformer.published_labels(11) == {'label_dim': 10}
     assert transformer.published_labels(1000) == {'label_dim': 1000, 'null_label': False}
     assert transformer.published_labels(1) == {'label_dim': 0}
+
+
+@NAMES
+def test_rectangles(arch):
+    """16x4 at patches of 2: a published class would return 8x8. Without attention each patch depends on its own pixels alone."""
+    net = archs.network(arch, img_resolution=[16, 4], img_channels=1)
+    for name, p in net.named_parameters():
+        if '.attn.proj.' in name:
+            p.data.zero_()
+        elif name == 'model.final_layer.weight':
+            p.data[:, :, [0, 0, 0, 1, 1, 2, 2, 2], [0, 1, 2, 0, 2, 0, 1, 2]] = 0
+    x = torch.randn(1, 1, 16, 4, generator=misc.generator('x')).requires_grad_()
+    out = net(x, torch.tensor(1.0))
+    assert out.shape == x.shape
+    for row, column in ((0, 0), (5, 3), (14, 1)):
+        (change,) = torch.autograd.grad(out[0, 0, row, column], x, retain_graph=True)
+        place = torch.zeros_like(x, dtype=torch.bool)
+        place[:, :, row // 2 * 2:row // 2 * 2 + 2, column // 2 * 2:column // 2 * 2 + 2] = True
+        assert (change[place] != 0).all() and (change[~place] == 0).all()
+
+
+@NAMES
+def test_sides_that_are_no_multiple_of_the_patch(arch):
+    with pytest.raises(UserError, match=r'images of 8x7 cannot be cut .* multiple of patch_size=2 \(patch\)') as err:
+        build_network(archs.config(arch, img_resolution=[8, 7]))
+    assert '\n' not in err.value.message
