@@ -12,8 +12,10 @@ from pathlib import Path
 
 import click
 import numpy as np
+import safetensors
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 import train
 from dnnlib import EasyDict, UserError
@@ -22,8 +24,9 @@ from training.run import presets, training_loop
 from training.run.configure import configure
 from training.run.folder import RunFolder
 
-FLAGS = ['--sigma=0.4', '--corruption-probability=0.7', '--cbase=16', '--cres=1,1', '--blocks=1', '--attn=4', '--batch=16',
-         '--tick=0.08', '--dump=4', '--snap=4', '--samples=0', '--lr-rampup=0']
+UNET = ['--cbase=16', '--cres=1,1', '--blocks=1', '--attn=4']
+REST = ['--sigma=0.4', '--corruption-probability=0.7', '--batch=16', '--tick=0.08', '--dump=4', '--snap=4', '--samples=0', '--lr-rampup=0']
+FLAGS = UNET + REST
 STEP_20, STEP_40 = 'training-state-000000.320.pt', 'training-state-000000.640.pt'
 
 
@@ -45,7 +48,8 @@ def options(folder, *flags):
     data = os.path.join(folder, 'data.zip')
     if not os.path.exists(data):
         make_zip(data)
-    args = [f'--outdir={folder}', f'--data={data}', '--seed=5', *FLAGS, *flags]
+    own = any(flag.startswith('--arch=') and ':' in flag for flag in flags)  # has the keys of another network
+    args = [f'--outdir={folder}', f'--data={data}', '--seed=5', *(REST if own else FLAGS), *flags]
     context = train.main.make_context('train', args)
     return configure(EasyDict(context.params, command=presets.given(context)))
 
@@ -130,11 +134,14 @@ def digests(folder, name=STEP_40):
 
 
 def files_digest(folder):
-    """SHA-256 over the names and contents of a folder's files."""
-    sha = hashlib.sha256()
-    for path in sorted(Path(folder).rglob('*')):
-        sha.update(path.name.encode() + (path.read_bytes() if path.is_file() else b''))
-    return sha.hexdigest()
+    """SHA-256 over the names and contents of a folder's files; of weights, the order of the metadata is left out, which is random."""
+    def content(path):
+        if path.suffix != '.safetensors':
+            return path.read_bytes().hex()
+        with safetensors.safe_open(path, 'pt') as file:
+            return [file.metadata(), load_file(path)]
+
+    return digest({path.name: content(path) for path in sorted(Path(folder).rglob('*')) if path.is_file()})
 
 
 def only_folder(outdir):
