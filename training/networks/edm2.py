@@ -77,7 +77,7 @@ class Resample(nn.Module):
 class LabelProjection(Conditioning):
     """Class labels [N, label_dim] -> [N, channels], of unit variance for one-hot labels; "no label" gives 0."""
 
-    def __init__(self, label_dim: int, channels: int, dropout: float = 0) -> None:
+    def __init__(self, label_dim: int, channels: int, dropout: float = 0.0) -> None:
         super().__init__(dropout)
         self.label_dim, self.weight = label_dim, nn.Parameter(normal(channels, label_dim))
 
@@ -94,8 +94,8 @@ class Block(nn.Module):
     is none, as published. clip_act: largest activation; 0: any."""
 
     def __init__(self, in_channels: int, out_channels: int, emb_channels: int, decoder: bool, resample: str | None = None,
-                 attention: bool = False, resample_filter: Sequence[float] = (1, 1), channels_per_head: int = 64, dropout: float = 0,
-                 concat_balance: float = 0.5, res_balance: float = 0.3, attn_balance: float = 0.3, clip_act: float = 256) -> None:
+                 attention: bool = False, resample_filter: Sequence[float] = (1, 1), channels_per_head: int = 64, dropout: float = 0.0,
+                 concat_balance: float = 0.5, res_balance: float = 0.3, attn_balance: float = 0.3, clip_act: float = 256.0) -> None:
         super().__init__()
         self.decoder, self.clip_act = decoder, clip_act
         self.concat_balance, self.res_balance, self.attn_balance = concat_balance, res_balance, attn_balance
@@ -150,10 +150,10 @@ class EDM2UNet(Network):
 
     def __init__(self, img_resolution: int | Sequence[int], in_channels: int, out_channels: int, label_dim: int = 0, augment_dim: int = 0,
                  model_channels: int = 192, channel_mult: Sequence[int] = (1, 2, 3, 4), channel_mult_noise: int | None = None,
-                 channel_mult_emb: int | None = None, num_blocks: int = 3, attn_resolutions: Sequence[int] = (16, 8), dropout: float = 0,
-                 label_dropout: float = 0, label_balance: float = 0.5, concat_balance: float = 0.5, res_balance: float = 0.3,
+                 channel_mult_emb: int | None = None, num_blocks: int = 3, attn_resolutions: Sequence[int] = (16, 8), dropout: float = 0.0,
+                 label_dropout: float = 0.0, label_balance: float = 0.5, concat_balance: float = 0.5, res_balance: float = 0.3,
                  attn_balance: float = 0.3, resample_filter: Sequence[float] = (1, 1), channels_per_head: int = 64,
-                 clip_act: float = 256) -> None:
+                 clip_act: float = 256.0) -> None:
         channels = [model_channels * mult for mult in channel_mult]
         check_sizes(channels, num_blocks, dropout)
         check_values(channels_per_head, clip_act, channel_mult_noise, channel_mult_emb, label_balance=label_balance,

@@ -154,21 +154,30 @@ def test_published_functions(dtype, suffix, atol):
 # ---- sizes, initial weights
 
 
+def on_meta(name):
+    """(net without memory for its weights, published facts)."""
+    with torch.device('meta'):
+        return build_network({'model_type': 'EDM2UNet', **COUNTS[name]['kwargs']}).eval(), COUNTS[name]
+
+
 @pytest.mark.parametrize('name', COUNTS)
 def test_published_sizes(name):
-    """Parameters, names and shapes, and multiply-accumulates of matrix products and convolutions, without memory for the weights."""
-    about = COUNTS[name]
-    with torch.device('meta'):
-        net = build_network({'model_type': 'EDM2UNet', **about['kwargs']}).eval()
-        with FlopCounterMode(display=False) as counted:
-            net(torch.zeros(1, *[about['kwargs'][key] for key in ('img_channels', 'img_resolution', 'img_resolution')]), torch.ones(1),
-                torch.zeros(1, net.label_dim))
+    """Parameters, names and shapes."""
+    net, about = on_meta(name)
     own = 128  # of the published network's weight of u(sigma)
     assert sum(p.numel() for p in net.parameters()) == about['n_params'] - own
     shapes = [(f'unet.{key}', value.shape) for key, value in net.model.state_dict().items()]
     shapes += [('logvar_fourier.freqs', [own]), ('logvar_fourier.phases', [own]), ('logvar_linear.weight', [1, own])]
     text = '\n'.join(f'{key} {tuple(shape)}' for key, shape in shapes)
     assert hashlib.sha256(text.encode()).hexdigest() == about['state_dict_keys_sha256']
+
+
+@pytest.mark.parametrize('name', [name if name == 'edm2-img512-s' else pytest.param(name, marks=pytest.mark.slow) for name in COUNTS])
+def test_published_amounts_of_work(name):
+    """Multiply-accumulates of matrix products and convolutions, for one image."""
+    net, about = on_meta(name)
+    with torch.device('meta'), FlopCounterMode(display=False) as counted:
+        net(torch.zeros(1, net.img_channels, 64, 64), torch.ones(1), torch.zeros(1, net.label_dim))
     # The published code resamples by convolutions with 2x2 kernels; means and repetitions do not count here.
     resampling = 19200 * about['kwargs']['model_channels']
     assert counted.get_total_flops() == 2 * (about['macs_matmul_conv'] - resampling)
@@ -370,6 +379,7 @@ def test_recomputed_blocks_give_the_same_gradients():
     assert all(torch.equal(a, b) for a, b in zip(*found)) and all(grad.any() for grad in found[0])
 
 
+@pytest.mark.slow
 def test_network_is_one_graph_for_the_compiler():
     net = small(**TRAINED).train()
     args = draw(2, 3, 8, 8), torch.tensor([0.3, 3.0]), torch.eye(2), torch.zeros(2, 9)
