@@ -16,13 +16,13 @@ DATA = GOLDEN / 'edm2'
 CASES = ('edm2_head64_silent_no_attention', 'edm2_latent_cond', 'edm2_options', 'edm2_pixel_uncond_3level')
 
 
-def formula(shapes, salt, first=0):
-    """{name: tensor} by the formula; shapes: {name: shape} in the order of the parameters, the first of which has the number `first`."""
-    found = {}
-    for j, (name, shape) in enumerate(shapes.items(), first):
-        mixed = np.arange(math.prod(shape), dtype=np.uint64) * np.uint64(2654435761) + np.uint64(j * 97654321 + salt) & np.uint64(2 ** 32 - 1)
+def formula(shapes, salt):
+    """{name: tensor} by the formula; shapes: {name: shape} in the order of the parameters."""
+    found, whole = {}, np.uint64(2 ** 32 - 1)
+    for j, (name, shape) in enumerate(shapes.items()):
+        mixed = np.arange(math.prod(shape), dtype=np.uint64) * np.uint64(2654435761) + np.uint64(j * 97654321 + salt) & whole
         for shift, factor in ((16, 2246822519), (13, 3266489917), (16, 1)):
-            mixed = (mixed ^ mixed >> np.uint64(shift)) * np.uint64(factor) & np.uint64(2 ** 32 - 1)
+            mixed = (mixed ^ mixed >> np.uint64(shift)) * np.uint64(factor) & whole
         u = mixed / 2 ** 32
         found[name] = torch.from_numpy((0.5 + 0.5 * u if not shape else (2 * u - 1) * math.sqrt(3)).astype(np.float32)).reshape(shape)
     return found
@@ -57,7 +57,7 @@ def guide():
     about, io = json.loads((DATA / 'sampler.json').read_text()), load_file(DATA / 'sampler.safetensors')
     kwargs = {key: value for key, value in about['gnet_kwargs'].items() if key != 'logvar_channels'}
     net = build_network({**kwargs, 'model_type': 'EDM2UNet'}).eval()
-    net.model.load_state_dict({name: value for name, value in formula({name: list(p.shape) for name, p in net.model.named_parameters()},
-                                                                       about['gnet_formula_salt']).items()}
-                              | {f'emb_fourier.{name}': io[f'gnet.buffer.unet.emb_fourier.{name}'] for name in ('freqs', 'phases')})
+    weights = formula({name: list(p.shape) for name, p in net.model.named_parameters()}, about['gnet_formula_salt'])
+    buffers = {f'emb_fourier.{name}': io[f'gnet.buffer.unet.emb_fourier.{name}'] for name in ('freqs', 'phases')}
+    net.model.load_state_dict(weights | buffers)
     return net

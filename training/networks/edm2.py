@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from dnnlib import UserError
+from torch_utils import distributed
 from torch_utils.magnitude import MPConv, MPFourier, force_unit_rows, normalize, unit_rows
 from training.networks.conditioning import Conditioning
 from training.networks.interface import ARCHS, Arch, Network
@@ -147,6 +148,7 @@ class EDM2UNet(Network):
     residual branch and attention in their mp_sum or mp_cat. clip_act: largest activation between blocks; 0: any."""
 
     short_names = {'model_channels': 'cbase', 'channel_mult': 'cres', 'num_blocks': 'blocks', 'attn_resolutions': 'attn'}
+    takes_levels = True  # its Fourier features vary within 0.2 of a label: they suit ln(sigma) / 4, and not times up to 1000
 
     def __init__(self, img_resolution: int | Sequence[int], in_channels: int, out_channels: int, label_dim: int = 0, augment_dim: int = 0,
                  model_channels: int = 192, channel_mult: Sequence[int] = (1, 2, 3, 4), channel_mult_noise: int | None = None,
@@ -259,15 +261,21 @@ class SizedArch(Arch):
         self.__signature__ = self.__signature__.replace(parameters=[size, *self.__signature__.parameters.values()])
 
     def __call__(self, size: str | None = None, **keys) -> dict:
-        """As Arch."""
-        if size is None:
-            return super().__call__(**keys)
-        if str(size).lower() not in SIZES:
-            raise UserError(f'--arch=edm2: size={size} is unknown; choose from {", ".join(SIZES)}')
-        if 'cbase' in keys:
-            raise UserError(f'--arch=edm2: size={size} and cbase={keys["cbase"]} both set the channels of the first level; '
-                            'give one of them')
-        return super().__call__(cbase=SIZES[size.lower()], **keys)
+        """As Arch; prints which levels cannot have attention."""
+        if size is not None:
+            if size.lower() not in SIZES:
+                raise UserError(f'--arch=edm2: size={size} is unknown; choose from {", ".join(SIZES)}')
+            if 'cbase' in keys:
+                raise UserError(f'--arch=edm2: size={size} and cbase={keys["cbase"]} both set the channels of the first level; '
+                                'give one of them')
+            keys['cbase'] = SIZES[size.lower()]
+        found = super().__call__(**keys)
+        base, mults, head = (found.get(name, inspect.signature(self.network).parameters[name].default)
+                             for name in ('model_channels', 'channel_mult', 'channels_per_head'))
+        if narrow := [str(base * mult) for mult in mults if 0 < base * mult < head]:
+            distributed.print0(f'Note: --arch=edm2: levels of {", ".join(narrow)} channels are narrower than a head of attention '
+                               f'(channels_per_head={head}), and have none')
+        return found
 
 
 ARCHS['edm2'] = SizedArch(EDM2UNet)
