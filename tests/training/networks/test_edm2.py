@@ -14,6 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from dnnlib import UserError
 from tests.support import edm2
 from torch_utils import misc, registry
+from training.checkpoints.load import load_network
+from training.checkpoints.save import save_network
 from training.networks import rows
 from training.networks.edm2 import SIZES, Resample, mp_cat, mp_silu, mp_sum
 from training.networks.interface import ARCHS
@@ -361,6 +363,12 @@ def test_bfloat16_inside_is_close_to_float32():
     rough = net.model(draw(4, 3, 8, 8).bfloat16(), torch.zeros(4), None)
     assert rough.dtype == torch.bfloat16
     assert 1e-4 < (rough.float() - exact).square().mean().sqrt() / exact.std() < 0.03
+    found = []
+    for inner in (exact, rough):
+        inner.float().square().mean().backward()
+        found.append(torch.cat([p.grad.flatten() for p in net.parameters()]))
+        net.zero_grad()
+    assert (found[1] - found[0]).norm() < 0.05 * found[0].norm()
 
 
 def test_float16_parameters_are_close_to_float32():
@@ -373,6 +381,13 @@ def test_float16_parameters_are_close_to_float32():
     x, sigma, labels = draw(2, 3, 8, 8), torch.tensor([0.2, 1.0]), torch.eye(4)[:2]
     difference = (half(x, sigma, labels) - net(x, sigma, labels)).abs().max()
     assert 1e-5 < difference < 2e-3 and half(x, sigma, labels).dtype == torch.float32
+
+
+def test_a_saved_network_is_the_same(tmp_path):
+    net = small(label_dim=4, channel_mult_emb=3, clip_act=0, resample_filter=[1, 3, 3, 1])
+    save_network(net, tmp_path / 'net')
+    loaded, x, sigma = load_network(tmp_path / 'net'), draw(2, 3, 8, 8), torch.tensor([0.2, 1.0])
+    assert loaded.config == net.config and torch.equal(loaded(x, sigma), net(x, sigma))
 
 
 def test_a_copy_gives_the_same_output():
