@@ -19,7 +19,7 @@ from training.networks.rows import Dropout
 from training.networks.unet import check_sizes, level_sizes
 
 SILU_SIZE = 0.596  # root mean square of silu(x) for x ~ N(0, 1)
-SIZES = {'xxs': 64, 'xs': 128, 's': 192, 'm': 256, 'l': 320, 'xl': 384, 'xxl': 448}  # published model_channels
+SIZES = {'XXS': 64, 'XS': 128, 'S': 192, 'M': 256, 'L': 320, 'XL': 384, 'XXL': 448}  # published model_channels
 
 
 def normal(*shape: int) -> torch.Tensor:
@@ -253,22 +253,22 @@ def check_values(channels_per_head: int, clip_act: float, *multipliers: int | No
 
 
 class SizedArch(Arch):
-    """The choice of --arch with one more key: size, one of SIZES, in place of cbase."""
+    """The choice of --arch with one more key: size, one of SIZES in letters of either case, in place of cbase."""
 
     def __init__(self, network: type[Network], **preset) -> None:
         super().__init__(network, **preset)
-        size = inspect.Parameter('size', inspect.Parameter.KEYWORD_ONLY, default='s')
+        size = inspect.Parameter('size', inspect.Parameter.KEYWORD_ONLY, default='S')
         self.__signature__ = self.__signature__.replace(parameters=[size, *self.__signature__.parameters.values()])
 
     def __call__(self, size: str | None = None, **keys) -> dict:
         """As Arch; prints which levels cannot have attention."""
         if size is not None:
-            if size.lower() not in SIZES:
+            if size.upper() not in SIZES:
                 raise UserError(f'--arch=edm2: size={size} is unknown; choose from {", ".join(SIZES)}')
             if 'cbase' in keys:
                 raise UserError(f'--arch=edm2: size={size} and cbase={keys["cbase"]} both set the channels of the first level; '
                                 'give one of them')
-            keys['cbase'] = SIZES[size.lower()]
+            keys['cbase'] = SIZES[size.upper()]
         found = super().__call__(**keys)
         base, mults, head = (found.get(name, inspect.signature(self.network).parameters[name].default)
                              for name in ('model_channels', 'channel_mult', 'channels_per_head'))

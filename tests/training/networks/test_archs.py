@@ -34,6 +34,12 @@ def batch(count=4, shape=(2, 8, 8), seed=0):
     return draw('x', count, *shape), draw('sigma', count).exp(), torch.eye(3)[torch.arange(count) % 3], draw('augment', count, 9)
 
 
+def for_patches(arch):
+    """Skips a test of what only networks that cut images into patches have."""
+    if 'patch' not in ARCHS[arch].arguments:
+        pytest.skip('it has no patches')
+
+
 # The network
 
 
@@ -62,6 +68,7 @@ def test_every_parameter_is_used(arch):
 
 def test_rectangles(arch):
     """16x4 at patches of 2: a published class would return 8x8. Without attention each patch depends on its own pixels alone."""
+    for_patches(arch)
     net = archs.network(arch, img_resolution=[16, 4], img_channels=1)
     for name, p in net.named_parameters():
         if '.attn.proj.' in name:
@@ -79,6 +86,7 @@ def test_rectangles(arch):
 
 
 def test_sides_that_are_no_multiple_of_the_patch(arch):
+    for_patches(arch)
     with pytest.raises(UserError, match=r'images of 8x7 cannot be cut .* multiple of patch_size=2 \(patch\)') as err:
         build_network(archs.config(arch, img_resolution=[8, 7]))
     assert '\n' not in err.value.message
@@ -86,6 +94,7 @@ def test_sides_that_are_no_multiple_of_the_patch(arch):
 
 def test_sizes_for_small_photographs(arch):
     """The plain name is a network for 32x32 pixels."""
+    for_patches(arch)
     with torch.device('meta'):
         net = build_network({'img_resolution': 32, 'img_channels': 3, **registry.build(arch, ARCHS)()})
     assert 2e7 < sum(p.numel() for p in net.parameters()) < 5e7
@@ -266,6 +275,8 @@ def test_export_to_diffusers_says_why_not(arch):
 
 @pytest.mark.parametrize('key, told', [('nonsense=1', '"nonsense"'), ('patch=3', 'images of 8x8 .* patch_size=3')])
 def test_refused_by_name(tmp_path, arch, key, told):
+    if key.startswith('patch'):
+        for_patches(arch)
     with pytest.raises(UserError, match=told) as err:
         tiny.call(f'--outdir={tmp_path / "runs"}', f'--data={tiny.make_zip(tmp_path / "data.zip")}', f'--arch={TINY[arch]},{key}')
     assert '\n' not in err.value.message and not (tmp_path / 'runs').exists()

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""EDM2's U-Net: reference outputs and gradients, sizes, initial weights, magnitudes, attention, rectangles, precision, the compiler."""
+"""EDM2's U-Net: reference outputs and gradients, sizes, initial weights, magnitudes, attention, rectangles, precision.
+
+What it shares with other architectures is in test_archs.py."""
 
 import copy
 import hashlib
@@ -16,7 +18,6 @@ from tests.support import edm2
 from torch_utils import misc, registry
 from training.checkpoints.load import load_network
 from training.checkpoints.save import save_network
-from training.networks import rows
 from training.networks.edm2 import SIZES, Resample, mp_cat, mp_silu, mp_sum
 from training.networks.interface import ARCHS
 from training.networks.preconditioning import PRECONDS, build_network
@@ -187,8 +188,8 @@ def test_published_amounts_of_work(name):
 
 @pytest.mark.parametrize('size, channels', SIZES.items())
 def test_the_key_size(size, channels):
-    assert registry.build(f'edm2:size={size}', ARCHS)() == registry.build(f'edm2:cbase={channels}', ARCHS)() == {
-        'model_type': 'EDM2UNet', 'model_channels': channels}
+    for spec in (f'size={size}', f'size={size.lower()}', f'cbase={channels}'):
+        assert registry.build(f'edm2:{spec}', ARCHS)() == {'model_type': 'EDM2UNet', 'model_channels': channels}
 
 
 def test_initial_weights_have_the_published_spread():
@@ -284,9 +285,9 @@ def test_impossible_values_are_refused(config, said):
 
 
 @pytest.mark.parametrize('spec, said', [
-    ('edm2:size=huge', 'size=huge is unknown; choose from xxs, xs, s, m, l, xl, xxl'),
+    ('edm2:size=huge', 'size=huge is unknown; choose from XXS, XS, S, M, L, XL, XXL'),
     ('edm2:size=xs,cbase=64', 'size=xs and cbase=64 both set'), ('edm2:size=1', '"size" must be a word'),
-    ('edm2:channels=1', '"edm2" has no key "channels"; it takes size=s, cbase=192')])
+    ('edm2:channels=1', '"edm2" has no key "channels"; it takes size=S, cbase=192')])
 def test_sizes_that_are_refused(spec, said):
     with pytest.raises(UserError, match=said):
         registry.build(spec, ARCHS, '--arch')()
@@ -307,15 +308,6 @@ def test_transposed_network_gives_transposed_output(taps):
     torch.testing.assert_close(tall(x.mT, sigma), wide(x, sigma).mT, rtol=0, atol=1e-5)
 
 
-def test_one_row_of_labels_serves_all_images():
-    net = small(label_dim=4, augment_dim=9)
-    x, sigma = draw(3, 3, 8, 8), torch.tensor([0.2, 1.0, 3.0])
-    row = torch.eye(4)[[2]]
-    torch.testing.assert_close(net(x, sigma, row), net(x, sigma, row.expand(3, -1)), rtol=0, atol=1e-6)
-    assert torch.equal(net(x, sigma), net(x, sigma, torch.zeros(1, 4)))
-    assert not torch.allclose(net(x, sigma), net(x, sigma, row), atol=1e-3)
-
-
 def test_without_augmentation_the_network_is_the_published_one():
     """Also with augment_dim, whose labels are 0 or left out then."""
     plain, augmented = small(), small(augment_dim=9)
@@ -324,18 +316,6 @@ def test_without_augmentation_the_network_is_the_published_one():
     x, sigma = draw(2, 3, 8, 8), torch.tensor([0.2, 1.0])
     assert torch.equal(augmented(x, sigma), plain(x, sigma)) and torch.equal(augmented(x, sigma, None, torch.zeros(2, 9)), plain(x, sigma))
     assert not torch.allclose(augmented(x, sigma, None, torch.ones(2, 9)), plain(x, sigma), atol=1e-3)
-
-
-def test_dropped_labels_are_no_labels():
-    net, n = small(label_dim=4, label_dropout=0.25), 200
-    x, labels = draw(1, 3, 8, 8).expand(n, -1, -1, -1), torch.eye(4)[torch.arange(n) % 4]
-    with torch.no_grad():
-        with_label, without = net(x, torch.ones(n), labels), net(x, torch.ones(n))
-        with misc.seeded('label dropout'):
-            D = net.train()(x, torch.ones(n), labels)
-    near = lambda a, b: (a - b).abs().amax(dim=(1, 2, 3)) < 1e-5
-    dropped = near(D, without)
-    assert torch.equal(dropped, ~near(D, with_label)) and abs(float(dropped.float().mean()) - 0.25) < 4.5 * math.sqrt(0.25 * 0.75 / n)
 
 
 def test_channels_for_the_variance():
@@ -354,7 +334,7 @@ def test_its_labels_are_those_of_edm_under_every_preconditioner(precond):
     torch.testing.assert_close(seen[0], sigma.log() / 4)
 
 
-# ---- precision, copies, recomputation, the compiler
+# ---- precision, files
 
 
 def test_bfloat16_inside_is_close_to_float32():
@@ -388,37 +368,3 @@ def test_a_saved_network_is_the_same(tmp_path):
     save_network(net, tmp_path / 'net')
     loaded, x, sigma = load_network(tmp_path / 'net'), draw(2, 3, 8, 8), torch.tensor([0.2, 1.0])
     assert loaded.config == net.config and torch.equal(loaded(x, sigma), net(x, sigma))
-
-
-def test_a_copy_gives_the_same_output():
-    net = small(label_dim=4)
-    x, sigma = draw(2, 3, 8, 8), torch.tensor([0.2, 1.0])
-    twin = copy.deepcopy(net)
-    assert torch.equal(twin(x, sigma), net(x, sigma))
-    twin.model.begin_step()
-    assert not torch.equal(twin.model.out_conv.weight, net.model.out_conv.weight)
-
-
-TRAINED = {'label_dim': 2, 'augment_dim': 9, 'dropout': 0.3, 'label_dropout': 0.2}
-
-
-def test_recomputed_blocks_give_the_same_gradients():
-    found = []
-    for checkpointing in (False, True):
-        net = small(**TRAINED).train()
-        net.model.checkpointing = checkpointing
-        rows.attach_row_draws(net).begin(misc.Draws(0, 1, 0), 2)
-        net(draw(2, 3, 8, 8), torch.tensor([0.3, 3.0]), torch.eye(2), torch.ones(2, 9)).square().mean().backward()
-        found.append([p.grad for p in net.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*found)) and all(grad.any() for grad in found[0])
-
-
-@pytest.mark.slow
-def test_network_is_one_graph_for_the_compiler():
-    net = small(**TRAINED).train()
-    args = draw(2, 3, 8, 8), torch.tensor([0.3, 3.0]), torch.eye(2), torch.zeros(2, 9)
-    compiled = torch.compile(net, fullgraph=True, backend='eager')
-    with misc.seeded('dropout'):
-        expected = net(*args)
-    with misc.seeded('dropout'):
-        torch.testing.assert_close(compiled(*args), expected)

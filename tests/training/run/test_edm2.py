@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests.support import edm2, tiny
+from tests.support.archs import TINY
 from torch_utils import checkpoint
 from torch_utils.magnitude import MPConv, normalize
 from training.data.batches import Batch
@@ -17,8 +18,8 @@ from training.run.build import build_optimizer
 from training.run.config import OptimizerConfig
 from training.run.optimizer import LearningRate
 
-FLAGS = ['--arch=edm2:channels_per_head=16', '--weight=edm2', '--optimizer=adam:beta2=0.99', '--lr=0.01',
-         '--lr-schedule=inverse_sqrt:ref=2', '--power-ema=0.05,0.10', '--dropout=0.1']
+FLAGS = [f'--arch={TINY["edm2"]},dropout=0.1', '--weight=edm2', '--optimizer=adam:beta2=0.99', '--lr=0.01',
+         '--lr-schedule=inverse_sqrt:ref=2', '--power-ema=0.05,0.10']
 
 
 @pytest.fixture
