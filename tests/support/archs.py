@@ -15,6 +15,7 @@ TINY = {
     'dit': 'dit:width=16,depth=2,heads=2',
     'vit': 'vit:width=16,depth=2,heads=2',
     'uvit': 'uvit:width=16,depth=2,heads=2',
+    'edm2': 'edm2:cbase=16,cres=1|2,blocks=1,attn=4,channels_per_head=16',
 }
 # Others of their forms, which are tested as networks only.
 VARIANTS = {
@@ -48,5 +49,5 @@ def randomized(net, seed=0):
     with torch.no_grad():
         for name, p in net.named_parameters():
             noise = torch.randn(p.shape, generator=misc.generator(seed, name))
-            p.copy_(noise / math.sqrt(p[0].numel()) if p.ndim > 1 else noise * 0.1 + name.endswith('weight'))
+            p.copy_(noise / math.sqrt(p[0].numel()) if p.ndim > 1 else noise * 0.1 + (name.endswith('weight') or not p.ndim))
     return net.eval()
