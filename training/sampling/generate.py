@@ -89,7 +89,7 @@ def guided(net, labels: torch.Tensor | None = None, guidance: Guidance = NO_GUID
     if guidance.weight == 1:
         return denoise
     guide = ConditionedDenoiser(net, None, rows) if guidance.net is None else ConditionedDenoiser(guidance.net, labels, rows)
-    return Guided(denoise, guide, guidance.weight, guidance.interval)
+    return Guided(denoise, guide, guidance.weight, guidance.interval, guidance.channels)
 
 
 class ConditionedDenoiser:
