@@ -154,7 +154,7 @@ class iDDPMPrecond(Precond):
         self.gives_variance = self.learned_variance and self.diffusion is not None
         self.time_scale = 1.0
         if self.diffusion is None:
-            u = self._published_levels()
+            u = published_levels(self.M, self.C_1, self.C_2).numpy()
         else:
             diffusion = discrete.build_diffusion(self.diffusion, 'network configuration: diffusion')
             u, self.M = np.append(diffusion.levels.flip(0).numpy(), 0.0), diffusion.steps
@@ -178,13 +178,6 @@ class iDDPMPrecond(Precond):
             return discrete.build_diffusion(self.diffusion)
         return discrete.Cosine(self.M, s=self.C_2, largest=1 - self.C_1)
 
-    def _published_levels(self):
-        alpha_bar = np.sin(0.5 * np.pi * np.arange(self.M + 1) / (self.M * (self.C_2 + 1))) ** 2
-        u = np.zeros(self.M + 1)
-        for j in range(self.M, 0, -1):
-            u[j - 1] = math.sqrt((u[j] ** 2 + 1) / max(alpha_bar[j - 1] / alpha_bar[j], self.C_1) - 1)
-        return u
-
     def round_sigma(self, sigma: torch.Tensor | float, return_index: bool = False) -> torch.Tensor:
         """The nearest level of u, with sigma's shape and dtype, or its index."""
         sigma = torch.as_tensor(sigma)
@@ -194,6 +187,15 @@ class iDDPMPrecond(Precond):
     def coefficients(self, sigma: torch.Tensor) -> tuple:
         t = self.M - 1 - self.round_sigma(sigma, return_index=True).float()
         return *PREDICTIONS[self.prediction](sigma, self.sigma_data), t * self.time_scale + self.time_offset
+
+
+def published_levels(M: int = 1000, C_1: float = 0.001, C_2: float = 0.008) -> torch.Tensor:
+    """The levels u_0 > ... > u_M = 0 of iDDPMPrecond without a `diffusion`, float64 [M + 1] (Karras et al. 2022, appendix C.3.4)."""
+    alpha_bar = np.sin(0.5 * np.pi * np.arange(M + 1) / (M * (C_2 + 1))) ** 2
+    u = np.zeros(M + 1)
+    for j in range(M, 0, -1):
+        u[j - 1] = math.sqrt((u[j] ** 2 + 1) / max(alpha_bar[j - 1] / alpha_bar[j], C_1) - 1)
+    return torch.from_numpy(u)
 
 
 def predict_edm(sigma: torch.Tensor, sigma_data: float) -> tuple:
