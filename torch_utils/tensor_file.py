@@ -239,6 +239,8 @@ class LegacyReader(Reader):
                 raise Refused('is cut off or damaged (a storage that is not where it should be)')
             self.places[key] = place + 8, size
             place += 8 + size
+        if place != len(self.data):
+            raise Refused('is damaged (bytes behind its last storage)')
         return root
 
     def _types(self, value, found, depth=0):

@@ -6,10 +6,12 @@ from typing import Any
 import torch
 
 from dnnlib import UserError, one_line
+from torch_utils import registry
 from training.networks.interface import ARCHS, Network
 from training.networks.preconditioning import published_levels
 
 PREFIX = 'model.'  # of F in the state dict of a preconditioner
+LABEL_DROPOUT = 0.1  # assumed of classes with a row for "no label", which the weights do not show; only training depends on it
 
 
 def select(root: Any) -> Any:
@@ -41,7 +43,8 @@ def network(found: Any, weights: str = 'ema') -> tuple[dict, dict]:
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as err:  # tensors of odd shapes
             raise UserError(f'weights like those of {kind.__name__}, but not the published ones: {one_line(err)}') from None
         if config is not None:
-            return {'model_type': kind.__name__, **config}, state
+            trained = config.get('label_dim') and config.get('null_label', True) and 'label_dropout' in registry.parameters(kind)
+            return {'model_type': kind.__name__, **({'label_dropout': LABEL_DROPOUT} if trained else {}), **config}, state
     names = ', '.join(f'{ascii(name[:60])[1:-1]} {list(tensor.shape)}' for name, tensor in list(state.items())[:3])
     raise UserError(f'not a training state (lacks options, net or ema), but {len(state)} tensors ({names}, ...); those read without a '
                     f'config.json are published weights of {", ".join(kind.__name__ for kind in _readers())}')
