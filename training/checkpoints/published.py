@@ -11,6 +11,7 @@ from training.networks.interface import ARCHS, Network
 from training.networks.preconditioning import published_levels
 
 PREFIX = 'model.'  # of F in the state dict of a preconditioner
+LATENTS, TEXT_LATENTS = 0.18215, 0.23010  # factors of latents of Stable Diffusion's autoencoder, the latter in U-ViT's text models
 LABEL_DROPOUT = 0.1  # assumed of classes with a row for "no label", which the weights do not show; only training depends on it
 
 
@@ -43,8 +44,7 @@ def network(found: Any, weights: str = 'ema') -> tuple[dict, dict]:
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as err:  # tensors of odd shapes
             raise UserError(f'weights like those of {kind.__name__}, but not the published ones: {one_line(err)}') from None
         if config is not None:
-            trained = config.get('label_dim') and config.get('null_label', True) and 'label_dropout' in registry.parameters(kind)
-            return {'model_type': kind.__name__, **({'label_dropout': LABEL_DROPOUT} if trained else {}), **config}, state
+            return {'model_type': kind.__name__, **_assumed(kind, config), **config}, state
     names = ', '.join(f'{ascii(name[:60])[1:-1]} {list(tensor.shape)}' for name, tensor in list(state.items())[:3])
     raise UserError(f'not a training state (lacks options, net or ema), but {len(state)} tensors ({names}, ...); those read without a '
                     f'config.json are published weights of {", ".join(kind.__name__ for kind in _readers())}')
@@ -58,6 +58,14 @@ def complete(config: dict, state: dict) -> dict:
     if config.get('precond') == 'iddpm' and config.get('diffusion') is None:
         levels['u'] = published_levels(**{key: config[key] for key in ('M', 'C_1', 'C_2') if key in config}).float()
     return {**{PREFIX + key: value for key, value in state.items()}, **levels}
+
+
+def _assumed(kind, config):
+    """What neither weights nor their class tell: whether labels were dropped, and the units of latents, which are those of networks of four
+    channels; so they are not taken for 8-bit images, and are written as the autoencoder takes them."""
+    droppable = config.get('label_dim') and config.get('null_label', True) and 'label_dropout' in registry.parameters(kind)
+    units = {'offset': 0.0, 'scale': 1 / (TEXT_LATENTS if config.get('clip_dim') else LATENTS)}
+    return {**({'label_dropout': LABEL_DROPOUT} if droppable else {}), **({'units': units} if config.get('img_channels') == 4 else {})}
 
 
 def _is_state_dict(state):

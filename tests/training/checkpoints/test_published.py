@@ -19,6 +19,8 @@ from torch_utils import misc
 from training.checkpoints import load, published
 from training.checkpoints.load import load_network
 from training.networks.preconditioning import build_network
+from training.sampling import labels, pieces
+from training.sampling.guidance import Guidance
 
 DATA = GOLDEN / 'transformers'
 DIT, VIT, UVIT = ({'model_type': name, 'img_channels': 4, 'img_resolution': 32, 'label_dim': 1000} for name in
@@ -81,6 +83,8 @@ def test_files_of_full_size_are_recognised(tmp_path, name):
     net = sketched(tmp_path / name)
     assert {**net.config, **config} == {'label_dim': 0, **net.config}
     assert net.sampling['steps'] in (20, 50, 250)
+    factor = {3: None, 4: 0.23010 if 'coco' in name else 0.18215}[config['img_channels']]
+    assert net.units == (None if factor is None else {'offset': 0, 'scale': pytest.approx(1 / factor)})
     classes = config['label_dim'] and config.get('null_label', True)
     assert net.config.get('label_dropout', 0) == (0.1 if classes else 0)  # so that nobody is warned of guiding it
 
@@ -101,13 +105,18 @@ def test_a_url_is_the_same(small, tmp_path, monkeypatch):
 
 
 def test_sampling_by_command_line(small, tmp_path):
-    """By the sampler that goes with the weights, without a warning about guidance."""
+    """By the sampler that goes with the weights: without a warning about guidance, and without limits to D, since latents are no pictures.
+    What is written is what the autoencoder takes."""
     path, net = small
     result = unets.run(path, tmp_path / 'out', '--seeds=0-1', '--class=3', '--guidance=4', '--guidance-channels=3', '--format=npy')
     assert result.exit_code == 0 and 'Warning' not in result.output, result.output
     record = json.loads((tmp_path / 'out.json').read_text())
-    assert record['sampler'].startswith('ancestral') and record['steps'] == 2 and record['guidance_channels'] == 3
-    assert np.load(tmp_path / 'out' / '000001.npy').shape == (4, 16, 16)
+    assert record['sampler'] == 'ancestral' and record['steps'] == 2 and record['guidance_channels'] == 3
+    found = np.load(tmp_path / 'out' / '000001.npy')
+    expected = unets.all_images(net, [0, 1], **pieces.sampler_pieces(net, steps=2), labels=labels.one_class(3),
+                                guidance=Guidance(4.0, channels=3))[1]
+    np.testing.assert_allclose(found, expected / 0.18215, rtol=1e-5, atol=1e-5)
+    assert found.shape == (4, 16, 16) and expected.abs().max() > 1
 
 
 @pytest.mark.parametrize('zipped', [True, False])
