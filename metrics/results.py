@@ -21,7 +21,7 @@ KINDS = {'': {'num_images': int, 'generated': dict, 'reference': dict, 'detector
          'reference': {'num_images': int, 'split': str, 'sha256': str, 'path': str},
          'detector': {'name': str}}
 ORIGIN = {'network': str, 'sha256': str, 'weights': str, 'sampler': str, 'steps': int, 'evaluations': int, 'guidance': (int, float),
-          'guidance_interval': (list, str), 'gnet': str, 'gnet_sha256': str}
+          'guidance_interval': (list, str), 'guidance_channels': int, 'gnet': str, 'gnet_sha256': str}
 WORDS = {'images': 'of other images', 'reference': 'against another reference', 'detector': 'with another detector'}
 MOST = 2 ** 63  # whole numbers beyond are of nothing that is counted
 
@@ -90,7 +90,7 @@ def tag(facts, count, repeats=1, detector='inception', **others):
     labels = {key: value for key, value in (facts.get('labels') or {}).items() if key != 'path'}
     rest = {**others, 'sampler': keys, 'detector': detector_keys, 'levels': facts['levels'].replace('edm', '', 1),
             'labels': labels if labels != {'source': 'uniform'} else None, 'precision': facts['precision'].replace('fp32', ''),
-            **{key: facts.get(key) for key in ('stop_sigma', 'guidance_interval', 'gnet_sha256', 'compile')}}
+            **{key: facts.get(key) for key in ('stop_sigma', 'guidance_interval', 'guidance_channels', 'gnet_sha256', 'compile')}}
     rest = {key: value for key, value in rest.items() if value}
     digest = hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()[:6] if rest else ''
     return '-'.join(filter(None, [*parts, digest]))

@@ -37,13 +37,14 @@ def quoted(result):
 
 
 def guidance_words(made, gnet):
-    """Weight, interval where there is one, and what the guiding network is to be called; None where nothing is told."""
-    weight, interval = made.get('guidance'), made.get('guidance_interval')
+    """Weight, interval and channels where they are told, and what the guiding network is to be called; None where nothing is told."""
+    weight, interval, channels = (made.get(f'guidance{name}') for name in ('', '_interval', '_channels'))
     if weight is None or weight == 1:
         return None if weight is None else '1'
     if isinstance(interval, list) and len(interval) == 2:  # open above: null in JSON
         interval = f'({interval[0]}, {"inf" if interval[1] is None else interval[1]}]'
-    return ' '.join(filter(None, [f'{weight:g}', interval and f'at {interval}', gnet and f'from {gnet}']))
+    words = [f'{weight:g}', interval and f'at {interval}', channels and f'in {channels} channels', gnet and f'from {gnet}']
+    return ' '.join(filter(None, words))
 
 
 def short(path):
@@ -55,7 +56,8 @@ def in_order(results):
     """Results by network, weights, sampler, guidance and steps: in one order, whatever that in which they are given."""
     def key(result):
         made = origin(result)
-        text = '\0'.join(str(made.get(name) or '') for name in ('network', 'weights', 'sampler', 'gnet', 'guidance_interval'))
+        names = ('network', 'weights', 'sampler', 'gnet', 'guidance_interval', 'guidance_channels')
+        text = '\0'.join(str(made.get(name) or '') for name in names)
         names = [(int(part), '') if part.isdigit() else (-1, part) for part in re.split(r'(\d+)', text) if part]
         return not made, names, made.get('guidance') or 0, made.get('steps') or 0, json.dumps(result, sort_keys=True)
     return sorted(results, key=key)

@@ -162,11 +162,11 @@ def test_a_network_of_discrete_timesteps_is_sampled_on_its_own(folders, tmp_path
 # --- guidance and labels
 
 def test_guidance(folders, tmp_path):
-    options = ['--guidance=2.5', '--guidance_interval=0.1,20']
+    options = ['--guidance=2.5', '--guidance_interval=0.1,20', '--guidance-channels=1']
     found, output = arrays(folders / 'dropout', tmp_path, *options, steps=4)
-    expected = all_images(load_network(folders / 'dropout'), range(3), num_steps=4, guidance=Guidance(2.5, (0.1, 20.0)))
+    expected = all_images(load_network(folders / 'dropout'), range(3), num_steps=4, guidance=Guidance(2.5, (0.1, 20.0), channels=1))
     assert torch.equal(found, expected.float())
-    assert 'guidance 2.5 where 0.1 < sigma <= 20 (t = 55 to 967 of 0 to 999)' in output and 'Warning' not in output
+    assert 'guidance 2.5 where 0.1 < sigma <= 20 (t = 55 to 967 of 0 to 999), in the first channel' in output and 'Warning' not in output
 
 
 def test_a_network_without_label_dropout_is_warned_of(folders, tmp_path):
@@ -243,6 +243,8 @@ def test_compiled_images_are_close(folders, tmp_path, how):
     ('rgb', ['--guidance=nan'], '--guidance=nan'),
     ('rgb', ['--guidance=-1'], '--guidance=-1'),
     ('rgb', ['--guidance-interval=0,1'], '--guidance-interval has no effect without a --guidance other than 1'),
+    ('rgb', ['--guidance-channels=2'], '--guidance-channels has no effect without a --guidance other than 1'),
+    ('rgb', ['--guidance=2', '--guidance-channels=4'], '--guidance-channels=4 must be between 1 and the 3 of the network'),
     ('rgb', ['--gnet=worse'], '--gnet has no effect without'),
     ('rgb', ['--guidance=2', '--guidance-interval=1,0'], '--guidance-interval=1,0: give lo,hi'),
     ('rgb', ['--guidance=2', '--gnet=grey'], 'the guiding network has images [1, 8, 8], and the network has [3, 8, 8]'),

@@ -39,7 +39,7 @@ def test_names_hold_what_differs(changed, options, expected):
 def test_all_else_stands_in_six_digits():
     others = [({}, {'seeds': '5-9'}), ({}, {'detector': 'inception:compile=true'}), *(({key: value}, {}) for key, value in {
         'sampler': 'heun:S_churn=5', 'levels': 'edm:rho=5', 'labels': {'source': 'class', 'class': 1}, 'stop_sigma': 0.1,
-        'precision': 'bf16', 'compile': True, 'guidance_interval': [0, 1], 'gnet_sha256': 'cd' * 32}.items())]
+        'precision': 'bf16', 'compile': True, 'guidance_interval': [0, 1], 'guidance_channels': 3, 'gnet_sha256': 'cd' * 32}.items())]
     tags = [tag({**FACTS, **changed}, 50000, **options) for changed, options in others]
     assert len({*tags}) == len(tags) and all(len(each) == len('heun18-123456') and each.startswith('heun18-') for each in tags)
     moved = [tag({**FACTS, 'labels': {'source': 'file', 'path': path, 'sha256': 'x'}}, 50000) for path in 'ab']
@@ -48,7 +48,8 @@ def test_all_else_stands_in_six_digits():
 
 def test_a_table_in_the_order_given_of_settings_or_of_a_metric(tmp_path):
     a = write(tmp_path / 'a.json', generated={'path': 'out', 'sha256': '34' * 32, 'record': {**FACTS, 'sampler': 'heun:S_churn=5'}})
-    b = write(tmp_path / 'b.json', generated={**FACTS, 'steps': 6, 'evaluations': 22, 'guidance': 1.5, 'guidance_interval': [0.5, None]},
+    b = write(tmp_path / 'b.json', generated={**FACTS, 'steps': 6, 'evaluations': 22, 'guidance': 1.5, 'guidance_interval': [0.5, None],
+                                           'guidance_channels': 3},
               fid_score=1.5, kid=0.00123, num_images=2000, repeats=[{'seeds': '0-1999'}, {'seeds': '2000-3999'}])
     c = write(tmp_path / 'c.json', generated={'path': 'pictures|x', 'sha256': None}, fid_score=3.0,
               reference={'path': '/data/ref.npz', 'sha256': None})
@@ -56,8 +57,8 @@ def test_a_table_in_the_order_given_of_settings_or_of_a_metric(tmp_path):
         '| network | weights | sampler | evaluations | guidance | images | detector | reference | fid_score | inception_score | kid |\n'
         '| --- | --- | --- | --- | --- | --- | --- | --- | ---: | ---: | ---: |\n'
         '| network-snapshot-200000 | ema | heun18:S_churn=5 | 35 | 1 | 50000 | inception | train, 12121212 | 2.1250 | - | - |\n'
-        '| network-snapshot-200000 | ema | heun6 | 22 | 1.5 at (0.5, inf] | 2 x 2000 | inception | train, 12121212 | 1.5000 | - '
-        '| 0.00123 |\n'
+        '| network-snapshot-200000 | ema | heun6 | 22 | 1.5 at (0.5, inf] in 3 channels | 2 x 2000 | inception | train, 12121212 | 1.5000 '
+        '| - | 0.00123 |\n'
         '| pictures\\|x (images) | - | - | - | - | 50000 | inception | ref.npz | 3.0000 | - | - |\n')
     output = table(c, a, b, '--format=csv', '--sort=fid_score', f'--out-path={tmp_path / "new" / "table.csv"}')
     assert output == f'3 results in {tmp_path / "new" / "table.csv"}\n'

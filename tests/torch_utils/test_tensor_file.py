@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Files of torch.save read as data: what torch.load would give, or one line; never more than the file holds, and nothing executed."""
 
+import argparse
 import copy
 import io
 import os
@@ -61,9 +62,11 @@ def with_pickle(data, change):
 # --- what is read
 
 @pytest.mark.parametrize('mapped', [False, True])
-def test_it_is_what_torch_load_gives(tmp_path, mapped):
+@pytest.mark.parametrize('zipped', [True, False])
+def test_it_is_what_torch_load_gives(tmp_path, mapped, zipped):
+    """Also in the format before PyTorch 1.6, where numbers lie at any byte."""
     tree = {**TREE, 'types': {name: (X % 2).to(getattr(torch, name)) for name in TYPES}}
-    torch.save(tree, tmp_path / 'a.pt')
+    torch.save(tree, tmp_path / 'a.pt', _use_new_zipfile_serialization=zipped)
     found, expected = tensor_file.read(tmp_path / 'a.pt', mapped=mapped), torch.load(tmp_path / 'a.pt', weights_only=True)
     assert same(found, expected)
     found['net']['whole'][1, 0, 0] = 99
@@ -75,6 +78,17 @@ def test_it_is_what_torch_load_gives(tmp_path, mapped):
                          ids=lambda path: path.parent.name)
 def test_files_of_other_programs(path):
     assert same(tensor_file.read(path), torch.load(path, weights_only=True))
+
+
+@pytest.mark.parametrize('zipped', [True, False])
+def test_only_what_is_selected_is_read(tmp_path, zipped):
+    """A namespace, which is no plain value, may stand beside it, with tensors of its own; and is refused where it is asked for."""
+    tree = {'ema': {'x': X}, 'args': argparse.Namespace(a=1, b=X + 1), 'model': {'x': X + 2}}
+    torch.save(tree, tmp_path / 'a.pt', _use_new_zipfile_serialization=zipped)
+    assert same(tensor_file.read(tmp_path / 'a.pt', select=lambda root: {'ema': root['ema']}), {'ema': {'x': X}})
+    for select in (None, lambda root: root['args']):
+        with pytest.raises(UserError, match='holds more than tensors and plain values'):
+            tensor_file.read(tmp_path / 'a.pt', select=select)
 
 
 def test_memory_of_their_own_outlives_the_file(tmp_path):
@@ -100,6 +114,29 @@ def test_a_file_cut_at_any_place(refused):
     data = saved({'x': X})
     for size in range(0, len(data), 61):
         refused(data[:size])
+
+
+def test_the_older_format_cut_at_any_place(refused):
+    data = saved({'x': X, 'y': X.half()}, _use_new_zipfile_serialization=False)
+    for size in range(0, len(data), 31):
+        refused(data[:size])
+
+
+@pytest.mark.parametrize('old, new, words', [
+    (b'\x80\x02M\xe9\x03.', b'\x80\x02M\xea\x03.', 'unknown version'),
+    (b'little_endianq\x02\x88', b'little_endianq\x02\x89', 'big-endian'), (b'little_endian', b'Little_endian', 'big-endian'),
+    (b'FloatStorage', b'HalfStorage', 'bytes behind its last storage'),
+    (b'FloatStorage', b'UntypedStorage', 'asks for torch.UntypedStorage'),
+    (b'_rebuild_tensor_v2', b'_rebuild_qtensor', 'asks for torch._utils._rebuild_qtensor'),
+    (b'K\x18N', b'K\x19N', 'storage that is not where it should be'),
+    (b'K\x18N', b'\x8a\x06' + (10 ** 12).to_bytes(6, 'little') + b'N', 'storage that is not where it should be'),
+    (b'K\x18N', b'J\xff\xff\xff\xffN', 'storage of an unknown form'), (b'K\x18N', b'K\x18K\x01', 'two forms'),
+    ((24).to_bytes(8, 'little'), (25).to_bytes(8, 'little'), 'storage that is not where it should be'),
+    (b'K\x02K\x03K\x04\x87', b'K\x02K\x03K\x05\x87', 'larger than its storage')])
+def test_lies_in_the_older_format(refused, old, new, words):
+    data = saved({'x': X}, _use_new_zipfile_serialization=False)
+    assert data.count(old) == 1
+    assert words in refused(data.replace(old, new))
 
 
 @pytest.mark.parametrize('kind, old, new, words', [
@@ -174,7 +211,6 @@ def test_other_files(refused):
     data = saved({'x': X})
     parts = mutators.members(data)
     assert 'is empty' in refused(b'')
-    assert 'not a complete zip file' in refused(saved({'x': X}, _use_new_zipfile_serialization=False))
     assert 'not a complete zip file' in refused(data + b'behind the end')
     assert 'not one that torch.save wrote' in refused(mutators.pack([('a.txt', b'x')]))
     assert 'not one that torch.save wrote' in refused(mutators.pack([*parts, ('other/data.pkl', b'.')]))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loading networks from a folder, a training state, an EDM pickle, a Hugging Face name or a URL."""
+"""Loading networks from a folder, a training state, an EDM pickle, published weights, a Hugging Face name or a URL."""
 
 import contextlib
 import json
@@ -16,13 +16,14 @@ from dnnlib import UserError, hub, one_line
 from dnnlib.download import is_url, open_url
 from dnnlib.files import read_json
 from torch_utils import distributed, legacy_pickle, misc, registry, tensor_file
+from training.checkpoints import published
 from training.networks import preconditioning
 from training.networks.interface import network_class
 
 CONFIG, WEIGHTS, OLD_WEIGHTS = 'config.json', 'model.safetensors', 'pytorch_model.bin'
 STATISTICS = 'data_statistics'  # metadata of model.safetensors, see sampling/channels.py; an attribute of networks
-READS = ('a snapshot folder (config.json + model.safetensors), a training-state .pt, an EDM .pkl, a URL of either file, '
-         'or a Hugging Face name, owner/name[@revision]')
+READS = ('a snapshot folder (config.json + model.safetensors), a training-state .pt, an EDM .pkl, published weights of DiT, ViT or U-ViT, '
+         'a URL of such a file, or a Hugging Face name, owner/name[@revision]')
 PRECONDS = {'EDMPrecond': 'edm', 'VPPrecond': 'vp', 'VEPrecond': 've', 'iDDPMPrecond': 'iddpm'}  # by the names of the published classes
 MAX_TEXT = 2 ** 24  # largest size in bytes of a configuration or a header: 100,000 tensors
 MANY = 10 ** 6  # larger than any count in a network, or steps of a diffusion or sampler
@@ -34,9 +35,11 @@ def load_network(ref: str | os.PathLike, device: str | torch.device = 'cpu', wei
     """Loads the network that `ref` names, on `device`, in eval mode and without gradients.
 
     ref: an existing folder or file, a URL (which may end in #sha256=DIGEST), or a Hugging Face name; a folder takes precedence over a
-    name. The content of a file decides what it is: a training state, or an EDM network snapshot, from which no code is executed.
+    name. The content of a file decides what it is: a training state, an EDM network snapshot, from which no code is executed, or
+    published weights without a configuration (see published.py).
     weights: of a training state, "ema", "raw" (the trained weights without averaging) or "ema:0.05" (a stored average of that width,
-    train.py --power-ema); other files hold one set of weights. Under torchrun every rank calls this, and one per node downloads.
+    train.py --power-ema); DiT's training checkpoints hold "ema" and "raw", and other files one set of weights. Under torchrun every
+    rank calls this, and one per node downloads.
     Attribute data_statistics: what the weights' file says about the training data, a dict, or None.
     Raises UserError, in one line, for other references, weights that do not fit their config, and weights that are not finite."""
     config, state = read(str(ref), weights)
@@ -75,6 +78,7 @@ def _build(config, state, ref):
     try:
         check_tensors(state)
         _check_plausible(config, state)
+        state = published.complete(config, state)
         with torch.device('meta'), misc.seeded('a sketch'):
             sketch = preconditioning.build_network(config)
         check_weights(sketch, state)
@@ -116,6 +120,8 @@ def _check_plausible(config, state):
         if (len(numbers) > max(len(state), 16) or any(abs(number) > min(max(largest, 4096), MANY) for number in numbers)
                 or max(texts, default=0) > MANY):
             raise UserError(f'network configuration: {key} asks for a far larger network than these weights are of')
+    if isinstance(config.get('depth'), int) and config['depth'] > max(len(state), 16):
+        raise UserError(f'network configuration: depth={config["depth"]} asks for more layers than {len(state)} tensors make')
     if isinstance(blocks, int) and isinstance(levels, list) and blocks * max(len(levels), 1) > max(len(state), 16):
         raise UserError(f'network configuration: num_blocks={blocks} asks for more layers than {len(state)} tensors make')
 
@@ -219,15 +225,17 @@ def _read_file(path, weights):
     """(config, state dict) of a file, whose kind its first bytes decide."""
     with open(path, 'rb') as f:
         start = f.read(16)
+    if start.startswith(tensor_file.LEGACY):
+        return _read_state(path, weights)
     if start[:1] == b'\x80':
         return _read_pickle(path, weights)
+    if start[8:9] == b'{':
+        return _recognised(path, _read_weights(path), weights)
     with contextlib.suppress(zipfile.BadZipFile):
         if zipfile.is_zipfile(path):
             return _read_state(path, weights)
     kind = 'not a PyTorch file, or an incomplete one'
-    if start[8:9] == b'{':
-        kind = f'a safetensors file, which holds weights without their {CONFIG}'
-    elif start[:1] in (b'<', b'{'):
+    if start[:1] in (b'<', b'{'):
         kind = 'a text file, not a network'
     raise UserError(f'{path}: {kind}; a network is {READS}')
 
@@ -266,7 +274,7 @@ def _read_config(path):
 
 def _read_weights(path):
     """A state dict from a safetensors file, or from a weights-only PyTorch file."""
-    if path.endswith('.bin'):
+    if str(path).endswith('.bin'):
         return _read_old_weights(path)
     try:
         with open(path, 'rb') as f:
@@ -290,10 +298,11 @@ def _read_statistics(path):
 
 
 def _read_state(path, weights):
-    """Config and weights of a training state: {"options": {"network": config}, "net": ..., "ema": {name: ...}}."""
-    state = tensor_file.read(path, 'a training state', f'; a network is {READS}', mapped=True)
+    """Config and weights of a training state, {"options": {"network": config}, "net": ..., "ema": {name: ...}}, or published ones."""
+    state = tensor_file.read(path, 'a training state or published weights', f'; a network is {READS}', mapped=True,
+                             select=published.select)
     if not isinstance(state, dict) or not {'options', 'net', 'ema'} <= state.keys():
-        raise UserError(f'{path}: not a training state (lacks options, net or ema); a network is {READS}')
+        return _recognised(path, state, weights)
     try:
         config, raw, averages = state['options']['network'], state['net'], dict(state['ema'])
         config = config.get('arguments', config)  # version 0.1.0 had them in place of the network's part of a tree
@@ -306,6 +315,14 @@ def _read_state(path, weights):
     if weights not in sets:
         raise UserError(f'{path}: holds no {weights} weights; use --weights={" or --weights=".join(sets)}')
     return config, {**sets['raw'], **sets[weights]}  # what is not averaged, such as buffers, is the network's own
+
+
+def _recognised(path, found, weights):
+    """Config and weights of published weights."""
+    try:
+        return published.network(found, weights)
+    except UserError as err:
+        raise UserError(f'{path}: {err.message}') from None
 
 
 def _weights_name(key, first):

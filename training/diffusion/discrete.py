@@ -37,6 +37,7 @@ class Diffusion:
         # The posterior of the first step has no variance: its logarithm takes the second step's.
         btilde_log = np.log(np.append(btilde[1] if self.steps > 1 else betas[0], btilde[1:]))
         tables = dict(betas=betas, alpha_bar=abar, alpha_bar_before=before, levels=np.sqrt(1 / abar - 1),
+                      signal=np.sqrt(abar), noise_std=np.sqrt(1 - abar),  # tables because 1 - abar loses digits in float32
                       from_x0=betas * np.sqrt(before) / (1 - abar), from_xt=(1 - before) * np.sqrt(1 - betas) / (1 - abar),
                       posterior_variance=btilde, posterior_log_variance=btilde_log,
                       beta_log=np.log(betas), beta_log_large=np.append(btilde_log[0], np.log(betas[1:])))
@@ -69,8 +70,7 @@ class Diffusion:
 
     def noisy(self, x0: torch.Tensor, t: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         """x_t."""
-        abar = self.at('alpha_bar', t, x0)
-        return abar.sqrt() * x0 + (1 - abar).sqrt() * noise
+        return self.at('signal', t, x0) * x0 + self.at('noise_std', t, x0) * noise
 
     def posterior_mean(self, x0: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """Mean of q(x_{t-1} | x_t, x_0); with the denoiser's D for x0, the mean of the reverse step (equation 11)."""
@@ -126,6 +126,17 @@ class Cosine(Diffusion):
             raise ValueError(f's={s} must not be negative, and largest={largest} must be in (0, 1)')
         f = np.cos((np.arange(steps + 1) / steps + s) / (1 + s) * math.pi / 2) ** 2
         super().__init__(np.minimum(1 - f[1:] / f[:-1], largest))
+
+
+class ScaledLinear(Diffusion):
+    """Stable Diffusion's schedule: sqrt(beta_t) rises linearly from sqrt(start) to sqrt(end) (Rombach et al. 2022)."""
+
+    def __init__(self, steps: int = 1000, start: float = 0.00085, end: float = 0.012) -> None:
+        if steps < 2:
+            raise ValueError(f'steps={steps} must be at least 2')
+        if not 0 < start <= end < 1:
+            raise ValueError(f'start={start} and end={end}: 0 < start <= end < 1 is needed')
+        super().__init__(np.linspace(math.sqrt(start), math.sqrt(end), steps) ** 2)
 
 
 def kept_steps(steps: int, spec: str | int) -> np.ndarray:
@@ -241,4 +252,4 @@ PREDICTIONS = {
     'v': lambda d: (-(1 - d.alpha_bar).rsqrt(), (d.alpha_bar / (1 - d.alpha_bar)).sqrt()),  # sqrt(abar) eps - sqrt(1 - abar) x_0
     'x0': lambda d: (torch.ones_like(d.alpha_bar), torch.zeros_like(d.alpha_bar)),
 }
-DIFFUSIONS = {'cosine': Cosine, 'linear': Linear}
+DIFFUSIONS = {'cosine': Cosine, 'linear': Linear, 'scaled_linear': ScaledLinear}

@@ -11,6 +11,7 @@ from torch_utils import misc
 from training.diffusion.discrete import build_diffusion, kept_steps
 from training.diffusion.noise import IDDPMLevels
 
+SLACK = 1e-5  # relative: a network's levels are float32 numbers, and published ones were computed in float32
 EPSILON_S = 1e-3  # the time at which VP sampling reaches its lowest level
 VP_MIN, VP_MAX = (math.sqrt(math.expm1(19.9 / 2 * t ** 2 + 0.1 * t)) for t in (EPSILON_S, 1))  # beta_d = 19.9, beta_min = 0.1
 
@@ -114,7 +115,7 @@ def iddpm(num_steps: int, *, sigma_min: float = 0.002, sigma_max: float = 81.0, 
     Also raises ValueError where fewer than num_steps of them lie in that range."""
     check_range(sigma_min, sigma_max)
     levels = IDDPMLevels(M, C_1, C_2).levels.flip(0)
-    levels = levels[(levels >= sigma_min) & (levels <= sigma_max)]
+    levels = levels[_within(levels, sigma_min, sigma_max)]
     misc.require(num_steps <= len(levels), f'{len(levels)} of the {M} levels of iddpm lie between sigma_min={sigma_min:g} and '
                  f'sigma_max={sigma_max:g}, which is not enough for {num_steps} steps')
     places = (len(levels) - 1) / max(num_steps - 1, 1) * _count(num_steps)
@@ -130,7 +131,7 @@ def respaced(num_steps: int, *, diffusion: str = 'cosine:steps=1000', spacing: s
     commas. spacing: even, from the first to the last, or ddim, with a constant whole stride from the first; see discrete.kept_steps."""
     misc.require(spacing in ('even', 'ddim'), f'spacing={spacing}: choose from even, ddim')
     levels = build_diffusion(diffusion.replace('|', ','), 'diffusion').levels
-    levels = levels[(levels >= sigma_min) & (levels <= sigma_max)]
+    levels = levels[_within(levels, sigma_min, sigma_max)]
     misc.require(num_steps >= 1, f'the number of steps must be 1 or more, got {num_steps}')
     misc.require(len(levels) > 0, f'no level of {diffusion} lies between sigma_min={sigma_min:g} and sigma_max={sigma_max:g}')
     if num_steps == 1:
@@ -152,7 +153,7 @@ def explicit(num_steps: int | None, *, sigmas: str | float | list | tuple | None
         levels = torch.zeros(0, dtype=torch.float64)
     falling = len(levels) > 0 and bool((levels[1:] < levels[:-1]).all()) and 0 < levels[-1] <= levels[0] < math.inf
     misc.require(falling, f'sigmas={sigmas} must be positive, falling numbers separated by |, such as 80|10|1|0.1')
-    misc.require(sigma_min <= levels[-1] and levels[0] <= sigma_max,
+    misc.require(bool(_within(levels, sigma_min, sigma_max).all()),
                  f'sigmas={sigmas} must lie between sigma_min={sigma_min:g} and sigma_max={sigma_max:g}')
     misc.require(num_steps in (None, len(levels)), f'sigmas={sigmas} are {len(levels)} steps, but {num_steps} are asked for')
     return _ending_in_zero(levels)
@@ -172,6 +173,11 @@ def check_range(sigma_min: float, sigma_max: float) -> None:
     """Raises ValueError where the levels cannot fall from sigma_max to sigma_min."""
     misc.require(0 < sigma_min < sigma_max < math.inf, f'0 < sigma_min < sigma_max is needed, got sigma_min={sigma_min:g}, '
                  f'sigma_max={sigma_max:g}')
+
+
+def _within(levels, sigma_min, sigma_max):
+    """Which levels lie in the range, up to rounding."""
+    return (levels >= sigma_min * (1 - SLACK)) & (levels <= sigma_max * (1 + SLACK))
 
 
 def _count(num_steps):

@@ -107,14 +107,14 @@ class Sweep:
 
 
 def combinations(o):
-    """Yields the options of each cell, an EasyDict of single values. Where other weights guide, that of 1 has neither interval nor gnet."""
+    """Yields the options of each cell, an EasyDict of single values. Where other weights guide, that of 1 has no option of guidance."""
     if o.steps is not None and min(o.steps) < 1:
         raise UserError(f'--steps={min(o.steps)}: must be 1 or more')
     several = {axis: list(dict.fromkeys(o[axis] or [None])) for axis in AXES}
     for chosen in itertools.product(*several.values()):
         cell = EasyDict(o, **dict(zip(AXES, chosen)), num=len(set(o.seeds)))
         if cell.guidance == 1 and set(o.guidance) != {1}:
-            cell.update(guidance_interval=None, gnet=None)
+            cell.update(guidance_interval=None, guidance_channels=None, gnet=None)
         yield cell
 
 

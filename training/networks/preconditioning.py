@@ -143,9 +143,11 @@ class iDDPMPrecond(Precond):
     By default the published cosine schedule, whose timesteps are M - 1 - j. diffusion: a schedule of discrete.py, such as
     "cosine:steps=4000", whose T levels are then used; the network is conditioned on its timestep t = T - 1 - j as t * 1000 / T.
     learned_variance: whether there are channels for the variance. prediction: what F predicts, one of PREDICTIONS; by default the noise,
-    as published. outputs() returns D and the channels for the variance."""
+    as published. time_offset: added to the time on which the network is conditioned; 1 for networks whose times begin at 1. outputs()
+    returns D and the channels for the variance."""
 
-    options = {'C_1': 0.001, 'C_2': 0.008, 'M': 1000, 'diffusion': None, 'learned_variance': True, 'prediction': 'eps', 'sigma_data': 0.5}
+    options = {'C_1': 0.001, 'C_2': 0.008, 'M': 1000, 'diffusion': None, 'learned_variance': True, 'prediction': 'eps', 'sigma_data': 0.5,
+               'time_offset': 0.0}
     model_type = 'DhariwalUNet'
 
     def prepare(self) -> None:
@@ -154,27 +156,29 @@ class iDDPMPrecond(Precond):
         self.gives_variance = self.learned_variance and self.diffusion is not None
         self.time_scale = 1.0
         if self.diffusion is None:
-            u = self._published_levels()
+            u = published_levels(self.M, self.C_1, self.C_2).numpy()
         else:
             diffusion = discrete.build_diffusion(self.diffusion, 'network configuration: diffusion')
             u, self.M = np.append(diffusion.levels.flip(0).numpy(), 0.0), diffusion.steps
             self.time_scale = discrete.TRAINED_TIMES / diffusion.steps
         # Levels that follow from `diffusion` are not saved with the weights, which may be used in a network with another diffusion.
         self.register_buffer('u', torch.tensor(u, dtype=torch.float32), persistent=self.diffusion is None)
-        self.sigma_min, self.sigma_max = float(u[self.M - 1]), float(u[0])
+
+    @property
+    def sigma_min(self) -> float:
+        """The lowest level, as stored: weights may bring levels of their own."""
+        return float(self.u[self.M - 1])
+
+    @property
+    def sigma_max(self) -> float:
+        """The highest level, as stored."""
+        return float(self.u[0])
 
     def own_diffusion(self) -> discrete.Diffusion:
         """The Diffusion whose levels these are."""
         if self.diffusion is not None:
             return discrete.build_diffusion(self.diffusion)
         return discrete.Cosine(self.M, s=self.C_2, largest=1 - self.C_1)
-
-    def _published_levels(self):
-        alpha_bar = np.sin(0.5 * np.pi * np.arange(self.M + 1) / (self.M * (self.C_2 + 1))) ** 2
-        u = np.zeros(self.M + 1)
-        for j in range(self.M, 0, -1):
-            u[j - 1] = math.sqrt((u[j] ** 2 + 1) / max(alpha_bar[j - 1] / alpha_bar[j], self.C_1) - 1)
-        return u
 
     def round_sigma(self, sigma: torch.Tensor | float, return_index: bool = False) -> torch.Tensor:
         """The nearest level of u, with sigma's shape and dtype, or its index."""
@@ -184,7 +188,16 @@ class iDDPMPrecond(Precond):
 
     def coefficients(self, sigma: torch.Tensor) -> tuple:
         t = self.M - 1 - self.round_sigma(sigma, return_index=True).float()
-        return *PREDICTIONS[self.prediction](sigma, self.sigma_data), t * self.time_scale
+        return *PREDICTIONS[self.prediction](sigma, self.sigma_data), t * self.time_scale + self.time_offset
+
+
+def published_levels(M: int = 1000, C_1: float = 0.001, C_2: float = 0.008) -> torch.Tensor:
+    """The levels u_0 > ... > u_M = 0 of iDDPMPrecond without a `diffusion`, float64 [M + 1] (Karras et al. 2022, appendix C.3.4)."""
+    alpha_bar = np.sin(0.5 * np.pi * np.arange(M + 1) / (M * (C_2 + 1))) ** 2
+    u = np.zeros(M + 1)
+    for j in range(M, 0, -1):
+        u[j - 1] = math.sqrt((u[j] ** 2 + 1) / max(alpha_bar[j - 1] / alpha_bar[j], C_1) - 1)
+    return torch.from_numpy(u)
 
 
 def predict_edm(sigma: torch.Tensor, sigma_data: float) -> tuple:
@@ -211,6 +224,13 @@ def predict_v(sigma: torch.Tensor, sigma_data: float) -> tuple:
     Returns c_skip, c_out, c_in."""
     c_in = 1 / (sigma ** 2 + 1).sqrt()
     return c_in ** 2, -sigma * c_in, c_in
+
+
+def predict_x0(sigma: torch.Tensor, sigma_data: float) -> tuple:
+    """The image x_0 itself: D = F (Ho et al. 2020, section 3.2), so D has the error of the network at every level.
+
+    Returns c_skip, c_out, c_in."""
+    return 0, 1, 1 / (sigma ** 2 + 1).sqrt()
 
 
 def build_network(config: dict) -> Precond:
@@ -251,5 +271,5 @@ def _check(what, name, choices):
 
 
 # What F predicts with discrete timesteps: (sigma [N,1,1,1], sigma_data) -> c_skip, c_out, c_in.
-PREDICTIONS = {'edm': predict_edm, 'eps': predict_eps, 'v': predict_v}
+PREDICTIONS = {'edm': predict_edm, 'eps': predict_eps, 'v': predict_v, 'x0': predict_x0}
 PRECONDS = {'edm': EDMPrecond, 'iddpm': iDDPMPrecond, 've': VEPrecond, 'vp': VPPrecond}

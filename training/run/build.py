@@ -29,6 +29,8 @@ from training.objective.weighting import WEIGHTS
 from training.run import alarms, validation
 from training.run.optimizer import OPTIMIZERS
 
+POSITIONS = ('pos_embed', 'relative_position_bias_table', 'relative_position_index')  # ends of names of tensors that belong to a grid
+
 
 def build_net(config, device: torch.device | str = 'cpu', *, seed: int = 0, precision: str = 'fp32') -> torch.nn.Module:
     """The network of a NetworkConfig in training mode, with initial weights that depend on the seed."""
@@ -95,9 +97,10 @@ def build_averages(config, net: torch.nn.Module) -> dict:
 
 
 def transfer_weights(ref: str, net: torch.nn.Module) -> None:
-    """Copies every tensor of another network that has the same name and shape; prints which keep their initial values."""
+    """Copies every tensor of another network that has the same name, shape and meaning; prints which keep their initial values."""
     other, own = load_network(ref), net.state_dict()
     fitting = {name: tensor for name, tensor in other.state_dict().items() if name in own and own[name].shape == tensor.shape}
+    told = _transfer_labels(fitting, other, net) | _transfer_positions(fitting, other, net)
     if not fitting:
         raise UserError(f'--transfer={ref}: none of its tensors fits this network; use the same architecture (see its config.json)')
     net.load_state_dict(fitting, strict=False)
@@ -105,10 +108,38 @@ def transfer_weights(ref: str, net: torch.nn.Module) -> None:
     if None not in (theirs, ours) and theirs != ours:
         distributed.print0(f'Warning: {ref} predicts {theirs}, and this network has to learn another prediction; --prediction={theirs} '
                            'keeps it')
-    left = sorted(set(own) - set(fitting))
-    rest = f'; initialised at random: {", ".join(left[:8])}' if left else ''
+    left = sorted(set(own) - set(fitting) - set(told) - {name for name, _ in net.named_buffers()})
+    lines = [f'Transferred {len(fitting)} of {len(own)} tensors from {ref}', *dict.fromkeys(told.values()),
+             *([f'initialised at random: {", ".join(left[:8])}'] if left else [])]
     few = 'Warning: is this another architecture? ' if 2 * len(fitting) < len(own) else ''
-    distributed.print0(f'{few}Transferred {len(fitting)} of {len(own)} tensors from {ref}{rest}')
+    distributed.print0(few + '; '.join(lines))
+
+
+def _transfer_labels(fitting, other, net):
+    """{name: line about it} of class embeddings where the classes differ. They are taken out of the tensors that fit, except the row of a
+    table for "no label", which means the same in both."""
+    theirs, told = dict(other.named_modules()), {}
+    for module, ours in net.named_modules():
+        source, name = theirs.get(module), f'{module}.weight'
+        if not isinstance(ours, conditioning.Conditioning) or type(source) is not type(ours) or other.label_dim == net.label_dim:
+            continue
+        fitting.pop(name, None)
+        told[name] = (f'class embeddings are initialised at random: {other.label_dim} classes there, {net.label_dim} here' if net.label_dim
+                      else f'class embeddings are left out: {other.label_dim} classes there, none here')
+        if getattr(ours, 'null', False) and source.null and ours.weight.shape[1:] == source.weight.shape[1:]:
+            fitting[name] = torch.cat([ours.weight.detach()[:-1], source.weight.detach()[-1:].to(ours.weight)])
+            told[name] += ', and the one of "no label" is kept'
+    return told
+
+
+def _transfer_positions(fitting, other, net):
+    """{name: line about it} of positions where the images differ in size; what belongs to a grid is taken out of the tensors that fit."""
+    if not fitting or (there := misc.height_width(other.img_resolution)) == (here := misc.height_width(net.img_resolution)):
+        return {}
+    for name in [name for name in fitting if name.endswith(POSITIONS)]:
+        del fitting[name]
+    line = 'positions are initialised at random: images of {}x{} there, {}x{} here'.format(*there, *here)
+    return {name: line for name, _ in net.named_parameters() if name.endswith(POSITIONS)}
 
 
 def build_corruption(config) -> Corruption:

@@ -105,7 +105,7 @@ NETWORK = group(
     slot('--arch', 'training.networks.interface:ARCHS', 'Architecture, such as ddpmpp:cbase=128,cres=1|2|2', 'ddpmpp'),
     number('--label-dropout', SHARE, 'Probability of dropping a label, for classifier-free guidance', 0.0),
     slot('--cep', 'training.networks.conditioning:CEP', 'Condition-embedding perturbation  [default: none]'),
-    click.option('--transfer', metavar='REF', help='Start from the weights of a network: folder, .pt state, Hugging Face name'),
+    click.option('--transfer', metavar='REF', help='Start from the weights of a network: folder, .pt file, Hugging Face name'),
 )
 
 TRAINING = group(

@@ -90,7 +90,7 @@ def guided(net, labels: torch.Tensor | None = None, guidance: Guidance = NO_GUID
         return denoise
     worse = guidance.net
     guide = ConditionedDenoiser(net, None, rows) if worse is None else ConditionedDenoiser(worse, labels if worse.label_dim else None, rows)
-    return Guided(denoise, guide, guidance.weight, guidance.interval)
+    return Guided(denoise, guide, guidance.weight, guidance.interval, guidance.channels)
 
 
 class ConditionedDenoiser:

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Guidance: a denoiser extrapolated away from a worse one, D_0 + w (D_1 - D_0), at all noise levels or those of an interval."""
+"""Guidance: a denoiser extrapolated away from a worse one, D_0 + w (D_1 - D_0), at all noise levels or those of an interval, in all
+channels or the first ones."""
 
 import math
 from collections.abc import Callable
@@ -19,6 +20,7 @@ class Guidance(NamedTuple):
     weight: float = 1.0  # w; 1 is the conditional network alone
     interval: tuple = (0.0, math.inf)  # (lo, hi]: the levels sigma at which it acts
     net: object = None  # D_0 of autoguidance, with the same labels if it takes any; None: D_0 is D_1's network without labels
+    channels: int | None = None  # only the first so many channels of D are guided, the others are those of D_1; None: all are
 
 
 class Guided:
@@ -27,10 +29,12 @@ class Guided:
     denoise, guide: (x, sigma) -> D_1, D_0. D_0 is the unconditional prediction in Ho & Salimans 2022, with w = 1 + their w, and a worse
     network in Karras et al. 2024a. interval: (lo, hi] in sigma, Kynkäänniemi et al. 2024. Where a stepper announces with begin_step the
     level at which its step starts, that level decides for all evaluations of the step; otherwise that of each call does. With w = 1 the
-    guide is not called."""
+    guide is not called. channels: the others are those of D_1, as DiT is sampled in Peebles & Xie 2023, with 3 of 4 (per channel D is
+    linear in the predicted noise, so guiding one is guiding the other)."""
 
-    def __init__(self, denoise: Callable, guide: Callable, weight: float, interval: tuple[float, float] = (0.0, math.inf)) -> None:
-        self.denoise, self.guide, self.weight, self.interval = denoise, guide, weight, interval
+    def __init__(self, denoise: Callable, guide: Callable, weight: float, interval: tuple[float, float] = (0.0, math.inf),
+                 channels: int | None = None) -> None:
+        self.denoise, self.guide, self.weight, self.interval, self.channels = denoise, guide, weight, interval, channels
         self._start = None
 
     def begin_step(self, sigma: torch.Tensor) -> None:
@@ -59,7 +63,8 @@ class Guided:
         if self.weight == 1 or not low < (sigma if self._start is None else self._start) <= high:
             return D_1
         D_1, D_0 = D_1.to(x.dtype), self.guide(x, sigma).to(x.dtype)
-        return D_0 + self.weight * (D_1 - D_0)
+        led = D_0 + self.weight * (D_1 - D_0)
+        return led if self.channels is None else torch.cat([led[:, :self.channels], D_1[:, self.channels:]], dim=1)
 
 
 def check(net, guidance: Guidance) -> None:
@@ -67,6 +72,8 @@ def check(net, guidance: Guidance) -> None:
     weight, guide = guidance.weight, guidance.net
     if not 0 <= weight < math.inf:
         raise ValueError(f'the weight must be 0 or more, got {weight:g}')
+    if guidance.channels is not None and not 1 <= guidance.channels <= net.img_channels:
+        raise ValueError(f'--guidance-channels={guidance.channels} must be between 1 and the {net.img_channels} of the network')
     if guide is None:
         if weight != 1 and not net.label_dim:
             raise ValueError('the network is unconditional, so it has no label to drop; guide with a worse network instead (--gnet)')
@@ -116,8 +123,10 @@ def _angle_cosine(u):
 
 
 def describe(guidance: Guidance) -> str:
-    """One line: the weight, and the interval in sigma and in t."""
+    """One line: the weight, the interval in sigma and in t, and the channels where not all are guided."""
     low, high = guidance.interval
     where = 'at all levels' if (low, high) == (0, math.inf) else (
         f'where {low:.4g} < sigma <= {high:.4g} (t = {index_at(low)} to {index_at(high)} of 0 to {LEVELS - 1})')
-    return f'guidance {guidance.weight:g} {where}'
+    count = guidance.channels
+    channels = '' if count is None else f', in the first {count} channels' if count > 1 else ', in the first channel'
+    return f'guidance {guidance.weight:g} {where}{channels}'

@@ -35,6 +35,7 @@ CONDITIONS = group(
     click.option('--labels', metavar='SOURCE', help='uniform: draw a class for each seed; dataset:PATH: draw a label of that data set; '
                  'FILE: .npy, .json or .txt, row s (a class or a vector) for seed s  [default: uniform]'),
     click.option('--gnet', metavar='REF', help='Autoguidance: take D_0 from this network, with the same labels if it takes any'),
+    _number('--guidance-channels', 'Guide only the first INT channels, such as 3 of 4 for DiT as published  [default: all]', COUNT, 'INT'),
     click.option('--gnet-weights', metavar='WHICH', default='ema', show_default=True, help='Like --weights, for --gnet'),
 )
 ONE = group(
@@ -90,6 +91,6 @@ def SWEEP(command: Callable) -> Callable:
 
 
 # Parameter names of these options: those that stand alone, and those that are keys of --levels or --sampler.
-NAMES = ('class_idx', 'labels', 'guidance', 'guidance_interval', 'gnet', 'weights', 'gnet_weights', 'sampler', 'levels', 'steps',
-         'stop_sigma', 'stop_variance', 'precision', 'compile')
+NAMES = ('class_idx', 'labels', 'guidance', 'guidance_interval', 'guidance_channels', 'gnet', 'weights', 'gnet_weights', 'sampler',
+         'levels', 'steps', 'stop_sigma', 'stop_variance', 'precision', 'compile')
 KEYS = ('sigma_min', 'sigma_max', 'rho', 'S_churn', 'S_min', 'S_max', 'S_noise', 'schedule', 'scaling')

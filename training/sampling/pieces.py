@@ -65,7 +65,7 @@ def prepare(o: EasyDict, seeds: Iterable[int], networks=None) -> tuple:
     before anything is sampled."""
     networks = networks or Networks()
     net, gnet = networks.open(o)
-    guidance = pick_guidance(net, gnet, o.guidance, o.guidance_interval, networks.warn)
+    guidance = pick_guidance(net, gnet, o.guidance, o.guidance_interval, networks.warn, o.guidance_channels)
     keys = {key: o[key] for key in KEYS}
     pieces = sampler_pieces(net, o.steps, o.sampler, o.levels, o.stop_sigma, o.stop_variance, **keys)
     o.sampler, o.levels, o.steps = choose(net, o.sampler, o.levels, o.steps, o.rho)  # so that records of the options hold what was used
@@ -84,16 +84,17 @@ def open_network(ref: str, weights: str, device, precision: str | None, compile:
     return net
 
 
-def pick_guidance(net, gnet, weight: float, interval: str | None, warn: Callable) -> guidance.Guidance:
+def pick_guidance(net, gnet, weight: float, interval: str | None, warn: Callable, channels: int | None = None) -> guidance.Guidance:
     """The Guidance that the options ask for; refuses options that would do nothing. warn(text) prints a warning."""
-    if weight == 1 and (gnet is not None or interval):
-        option = 'gnet' if gnet is not None else 'guidance-interval'
+    given = {'gnet': gnet is not None, 'guidance-interval': interval, 'guidance-channels': channels}
+    if weight == 1 and any(given.values()):
+        option = next(option for option, value in given.items() if value)
         raise UserError(f'--{option} has no effect without a --guidance other than 1, such as --guidance=2')
     try:
         limits = guidance.interval(interval) if interval else (0.0, math.inf)
     except ValueError as err:
         raise UserError(f'--guidance-interval={interval}: {err}') from None
-    found = guidance.Guidance(weight, limits, gnet)
+    found = guidance.Guidance(weight, limits, gnet, None if channels == net.img_channels else channels)
     try:
         guidance.check(net, found)
     except ValueError as err:

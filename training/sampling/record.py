@@ -22,9 +22,9 @@ from training.sampling.labels import DATASET
 # The keys that are compared between two records, because pixels depend on them, each with the option that sets it. Levels are compared as
 # numbers, "sigmas", and labels without their path; device, threads, ranks, batch size and seeds are not compared.
 DECIDES = {'sha256': '--network', 'gnet_sha256': '--gnet', 'sampler': '--sampler', 'steps': '--steps', 'sigmas': '--levels',
-           'stop_sigma': '--stop-sigma', 'guidance': '--guidance', 'guidance_interval': '--guidance-interval', 'labels': '--labels',
-           'precision': '--precision', 'compile': '--compile', 'image_shape': '--network', 'units': '--network',
-           'format': '--format', 'subdirs': '--subdirs'}
+           'stop_sigma': '--stop-sigma', 'guidance': '--guidance', 'guidance_interval': '--guidance-interval',
+           'guidance_channels': '--guidance-channels', 'labels': '--labels', 'precision': '--precision', 'compile': '--compile',
+           'image_shape': '--network', 'units': '--network', 'format': '--format', 'subdirs': '--subdirs'}
 
 
 def describe(o: EasyDict, net, pieces: dict, digest: Callable = misc.state_digest) -> dict:
@@ -48,6 +48,7 @@ def describe(o: EasyDict, net, pieces: dict, digest: Callable = misc.state_diges
         'guidance': guidance.weight,
         **({'guide_evaluations': of_guide} if led else {}),
         **({'guidance_interval': list(guidance.interval)} if limited else {}),
+        **({'guidance_channels': guidance.channels} if led and guidance.channels is not None else {}),
         **({'labels': describe_labels(o, pieces['labels'])} if net.label_dim else {}),
         'precision': precision(net), 'compile': bool(o.compile),
         'image_shape': [net.img_channels, *resolution(net)],

@@ -74,6 +74,18 @@ def test_levels_are_those_of_the_house():
     close(d.noisy(x0, t, noise) / d.at('alpha_bar', t, x0).sqrt(), x0 + d.at('levels', t, x0) * noise, rtol=1e-12)
 
 
+@pytest.mark.parametrize('spec', ['cosine:steps=4000', 'linear:steps=4000'])
+def test_noise_of_the_first_steps_is_exact_in_float32(spec):
+    """1 - abar is about 2e-5 there, which has an error of 0.3 % where it is formed from an abar in float32."""
+    d, t = build_diffusion(spec), torch.arange(20)
+    std = d.noisy(torch.zeros(20, 1, 2, 2), t, torch.ones(20, 1, 2, 2))
+    assert std.dtype == torch.float32
+    expected = (1 - d.alpha_bar[:20]).sqrt()  # float64
+    torch.testing.assert_close(std[:, 0, 0, 0].double(), expected, rtol=2e-7, atol=0)
+    image = d.noisy(torch.ones(20, 1, 2, 2), t, torch.zeros(20, 1, 2, 2))
+    torch.testing.assert_close(image[:, 0, 0, 0].double(), d.alpha_bar[:20].sqrt(), rtol=2e-7, atol=0)
+
+
 def test_levels_between_two_go_to_the_nearer_one():
     d = build_diffusion('linear:steps=50')
     between = d.levels[:-1] + 0.49 * d.levels.diff()
@@ -88,7 +100,21 @@ def test_first_step_takes_the_log_variance_of_the_second():
     assert d.posterior_log_variance[0] == d.posterior_log_variance[1] == d.posterior_variance[1].log()
 
 
+def test_scaled_linear_is_linear_in_the_square_root():
+    d = build_diffusion('scaled_linear')
+    assert d.steps == 1000
+    assert (d.betas[0].item(), d.betas[-1].item()) == (pytest.approx(0.00085, rel=1e-12), pytest.approx(0.012, rel=1e-12))
+    for t in (1, 500, 777):
+        share = t / 999
+        assert d.betas[t].item() == pytest.approx((0.00085 ** 0.5 * (1 - share) + 0.012 ** 0.5 * share) ** 2, rel=1e-12)
+    assert d.levels[-1].item() == pytest.approx(14.6146, abs=1e-4)  # the well-known highest level of Stable Diffusion
+    short = build_diffusion('scaled_linear:steps=3,start=0.04,end=0.16')
+    close(short.betas, torch.tensor([0.04, 0.09, 0.16], dtype=torch.float64), rtol=1e-12)
+
+
 @pytest.mark.parametrize('spec, text', [
+    ('scaled_linear:steps=1', 'at least 2'), ('scaled_linear:start=0', '0 < start <= end < 1'),
+    ('scaled_linear:start=0.5,end=0.1', '0 < start <= end < 1'),
     ('linear:steps=20', 'more than 20'), ('cosine:steps=1', 'at least 2'), ('cosine:largest=1', r'in \(0, 1\)'),
     ('cosine:s=-1', 'must not be negative'), ('square', 'choose from cosine, linear'), ('cosine:T=1000', 'has no key "T"')])
 def test_schedules_that_cannot_be_are_refused(spec, text):

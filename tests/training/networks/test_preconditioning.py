@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The denoisers: published networks reproduced, identities of the formulas, configurations that rebuild a network, refusals."""
 
+import functools
 import json
 import math
 
@@ -12,7 +13,9 @@ from safetensors.torch import load_file
 from dnnlib import UserError
 from tests.support import GOLDEN
 from torch_utils import misc
+from training.diffusion import schedules
 from training.networks.preconditioning import PRECONDS, build_network
+from training.sampling.generate import noise_levels
 
 DATA = GOLDEN / 'networks'
 CASES = sorted(path.parent.name for path in DATA.glob('*/case.json'))
@@ -158,6 +161,58 @@ def test_iddpm_levels_are_the_cosine_schedule():
     j = torch.arange(200, 1000)  # above this the ratio of alpha_bar is not clipped
     expected = ((1 - alpha_bar[j] / alpha_bar[1000]) / (alpha_bar[j] / alpha_bar[1000])).sqrt()
     torch.testing.assert_close(net.u[j].double(), expected, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize('M', [50, 500, 1000])
+def test_every_level_of_an_iddpm_network_can_be_sampled(M):
+    """The schedule computes its levels in another order than the network does, which stores them in float32."""
+    published, own = small('iddpm', M=M), small('iddpm', diffusion=f'cosine:steps={M}')
+    iddpm, respaced = functools.partial(schedules.iddpm, M=M), functools.partial(schedules.respaced, diffusion=f'cosine:steps={M}')
+    for net, schedule in ((published, iddpm), (own, respaced), (own, iddpm)):
+        levels = noise_levels(net, functools.partial(schedule, sigma_max=1e9), M)
+        assert torch.equal(levels.float(), net.u)
+
+
+def test_range_of_an_iddpm_network_is_that_of_its_loaded_levels():
+    """Published files hold u in float32, computed in float32: 5e-4 lower than the exact ones for M = 1000."""
+    net = small('iddpm', M=40)
+    state = net.state_dict()
+    state['u'] = state['u'] * torch.tensor([1 + 4e-6] + [1.0] * 38 + [0.9995, 1.0])
+    net.load_state_dict(state)
+    assert (net.sigma_min, net.sigma_max) == (state['u'][39].item(), state['u'][0].item())
+    assert net.round_sigma(net.sigma_min) == net.sigma_min
+    assert torch.equal(noise_levels(net, functools.partial(schedules.iddpm, M=40, sigma_max=1e9), 40).float(), net.u)
+
+
+def test_times_can_begin_at_one():
+    """U-ViT's discrete models: timestep t = 0 ... 999 has the time t + 1."""
+    for config in ({'M': 1000}, {'diffusion': 'scaled_linear'}):
+        plain, shifted = (small('iddpm', **config, time_offset=offset) for offset in (0, 1))
+        sigma = plain.u[:-1].reshape(-1, 1, 1, 1)
+        assert torch.equal(plain.coefficients(sigma)[3].flatten(), torch.arange(999, -1, -1.0))
+        assert torch.equal(shifted.coefficients(sigma)[3].flatten(), torch.arange(1000, 0, -1.0))
+    assert 'time_offset' not in plain.config or plain.config['time_offset'] == 0
+
+
+def test_published_levels_without_channels_for_a_variance():
+    """Min-SNR's networks: iDDPM's levels, x_0 of C channels; D = F(x / sqrt(1 + sigma^2), M - 1 - j)."""
+    net = small('iddpm', learned_variance=False, prediction='x0')
+    x, sigma = torch.randn(3, 2, 8, 8, generator=misc.generator('x')), net.u[[900, 500, 100]]
+    D, rest = net.outputs(x, sigma)
+    assert rest.shape == (3, 0, 8, 8) and not net.gives_variance and net.model.out_channels == 2
+    expected = net.model(x / (1 + sigma.reshape(-1, 1, 1, 1) ** 2).sqrt(), torch.tensor([99.0, 499.0, 899.0]), None, None)
+    torch.testing.assert_close(D, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_vp_network_of_u_vit():
+    """Continuous VP, beta from 0.1 to 20: abar(t) = exp(-0.1 t - 19.9 t^2 / 2), and the network is given 999 t."""
+    net = small('vp', beta_d=19.9, beta_min=0.1)
+    t = torch.tensor([0.001, 0.1, 0.5, 1.0], dtype=torch.float64)
+    sigma = (torch.exp(0.1 * t + 19.9 * t ** 2 / 2) - 1).sqrt().reshape(-1, 1, 1, 1)
+    c_skip, c_out, c_in, c_noise = net.coefficients(sigma)
+    torch.testing.assert_close(c_noise.flatten(), 999 * t, rtol=1e-9, atol=0)
+    torch.testing.assert_close(c_in ** 2, torch.exp(-0.1 * t - 19.9 * t ** 2 / 2).reshape(-1, 1, 1, 1), rtol=1e-12, atol=0)
+    assert c_skip == 1 and torch.equal(c_out, -sigma)
 
 
 def test_iddpm_keeps_the_channels_for_a_variance():

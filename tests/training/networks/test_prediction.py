@@ -46,12 +46,12 @@ def discrete_net(prediction, **config):
 
 
 def test_networks_predict_what_they_are_named_after():
-    """x = x_0 + sigma eps: with F the noise, v = sqrt(abar) eps - sqrt(1 - abar) x_0, or what EDM's residual is, D is x_0."""
+    """x = x_0 + sigma eps: with F the image, the noise, v = sqrt(abar) eps - sqrt(1 - abar) x_0, or what EDM's residual is, D is x_0."""
     draws = misc.Draws(0, 0)
     x0, eps = 0.5 * draws('x0', [60, 1, 8, 8]).double(), draws('eps', [60, 1, 8, 8]).double()
     x, abar = x0 + SIGMA * eps, 1 / (1 + SIGMA ** 2)
     c_skip, c_out, _ = PREDICTIONS['edm'](SIGMA, 0.5)
-    F = {'eps': eps, 'v': abar.sqrt() * eps - (1 - abar).sqrt() * x0, 'edm': (x0 - c_skip * x) / c_out}
+    F = {'eps': eps, 'v': abar.sqrt() * eps - (1 - abar).sqrt() * x0, 'edm': (x0 - c_skip * x) / c_out, 'x0': x0}
     assert F.keys() == PREDICTIONS.keys()
     for name, value in F.items():
         c_skip, c_out, _ = PREDICTIONS[name](SIGMA, 0.5)
@@ -91,10 +91,10 @@ def test_all_predictions_are_the_same_family_of_denoisers(name):
 
 
 def test_errors_of_F_do_not_grow_with_sigma():
-    """An error of F by 1 is one of D by sigma for eps, by sigma_data at most for edm, and by 1 at most for v."""
-    largest = {name: PREDICTIONS[name](SIGMA, 0.5)[1].abs().max().item() for name in PREDICTIONS}
-    assert largest == {'eps': pytest.approx(1e4), 'edm': pytest.approx(0.5, rel=1e-6), 'v': pytest.approx(1, rel=1e-6)}
-    for name in ('edm', 'v'):
+    """An error of F by 1 is one of D by sigma for eps, by sigma_data at most for edm, by 1 at most for v, and by 1 for x0."""
+    largest = {name: torch.as_tensor(PREDICTIONS[name](SIGMA, 0.5)[1]).abs().max().item() for name in PREDICTIONS}
+    assert largest == {'eps': pytest.approx(1e4), 'edm': pytest.approx(0.5, rel=1e-6), 'v': pytest.approx(1, rel=1e-6), 'x0': 1}
+    for name in ('edm', 'v', 'x0'):
         c_skip = PREDICTIONS[name](SIGMA, 0.5)[0]
         assert (c_skip * SIGMA)[-1] < 1e-3, 'at the highest level D says nothing of the noise'
 
@@ -134,8 +134,8 @@ def test_networks_that_name_none_predict_the_noise(case):
 
 def test_unknown_prediction_in_a_config_is_refused():
     with pytest.raises(UserError) as err:
-        small('iddpm', prediction='x0')
-    assert err.value.message == 'network configuration: unknown prediction "x0"; choose from edm, eps, v'
+        small('iddpm', prediction='score')
+    assert err.value.message == 'network configuration: unknown prediction "score"; choose from edm, eps, v, x0'
 
 
 def test_snapshot_carries_the_prediction(tmp_path):
@@ -150,7 +150,7 @@ def test_snapshot_carries_the_prediction(tmp_path):
 
 
 def test_option(tmp_path):
-    for flags, expected in (([], 'v'), (['--prediction=edm'], 'edm'), (['--prediction=eps'], 'eps')):
+    for flags, expected in (([], 'v'), (['--prediction=edm'], 'edm'), (['--prediction=eps'], 'eps'), (['--prediction=x0'], 'x0')):
         assert tiny.options(tmp_path, *IDDPM, *flags).network.arguments['prediction'] == expected
     found = tiny.options(tmp_path, *IDDPM, '--prediction=edm', '--sigma-data=0.3').network.arguments
     assert found['sigma_data'] == 0.3 and build_network(found).sigma_data == 0.3
@@ -218,10 +218,10 @@ def trained_and_sampled(data, outdir, *flags):
     return (found.min(), found.max()), (images.min(), images.max())
 
 
-@pytest.mark.parametrize('dtype', ['float32', 'uint16'])
-def test_samples_stay_within_the_range_of_data_that_is_not_8_bit(smooth, tmp_path, dtype):
-    """Where D is not clipped: by the default prediction, within a tenth of the range."""
-    (low, high), (least, most) = trained_and_sampled(smooth[dtype], tmp_path)
+@pytest.mark.parametrize('dtype, flags', [('float32', []), ('uint16', []), ('float32', ['--prediction=x0'])])
+def test_samples_stay_within_the_range_of_data_that_is_not_8_bit(smooth, tmp_path, dtype, flags):
+    """Where D is not clipped: by predictions that are bounded at every level, within a tenth of the range."""
+    (low, high), (least, most) = trained_and_sampled(smooth[dtype], tmp_path, *flags)
     margin = (float(most) - float(least)) / 10
     assert least - margin < low < high < most + margin
     assert high - low > margin * 3, 'and they are no flat pictures'

@@ -142,7 +142,7 @@ def test_training_run(tmp_path, prediction):
 def test_what_train_writes(tmp_path):
     """What clips D for networks that predict the noise, and else what came nearest in few evaluations (docs/improved_ddpm.md)."""
     written = lambda *flags: tiny.options(tmp_path, *flags).network.arguments
-    for prediction, expected in (('eps', ('ancestral', 50)), ('v', ('dpmpp_2m', 18)), ('edm', ('dpmpp_2m', 18))):
+    for prediction, expected in (('eps', ('ancestral', 50)), ('v', ('dpmpp_2m', 18)), ('edm', ('dpmpp_2m', 18)), ('x0', ('dpmpp_2m', 18))):
         found = written('--precond=iddpm', '--objective=simple', f'--prediction={prediction}')
         assert found['sampling'] == dict(zip(('sampler', 'steps'), expected))
     assert written('--precond=iddpm', '--objective=simple')['sampling']['sampler'] == 'dpmpp_2m'

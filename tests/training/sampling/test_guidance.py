@@ -54,6 +54,25 @@ def walk(sigmas, interval, stepper=steppers.heun, weight=2.0):
 
 # --- what it computes
 
+def test_only_the_first_channels_are_guided():
+    """Those that are not are the conditional network's own, as in the published samplers of DiT, also with what else a network gives."""
+    x = torch.zeros(2, 4, 3, 3, dtype=torch.float64)
+    for channels, expected in ((1, [4.0, 1, 1, 1]), (3, [4.0, 4, 4, 1]), (None, [4.0] * 4), (4, [4.0] * 4)):
+        led = Guided(note(1.0, []), note(0.0, []), 4.0, channels=channels)
+        for D in (led(x, torch.tensor(1.0)), led.outputs(x, torch.tensor(1.0))[0]):
+            assert D.dtype == torch.float64 and D[:, :, 0, 0].tolist() == [expected] * 2
+    net = tiny(3, label_dim=2)
+    plain, some, every = (all_images(net, range(2), num_steps=1, guidance=Guidance(weight, channels=channels))
+                          for weight, channels in ((1.0, None), (3.0, 2), (3.0, None)))  # in one step D is the image
+    assert torch.equal(some[:, :2], every[:, :2]) and torch.equal(some[:, 2:], plain[:, 2:]) and not torch.equal(plain, every)
+
+
+def test_channels_that_are_not_there():
+    for channels in (0, 4):
+        with pytest.raises(ValueError, match=f'--guidance-channels={channels} must be between 1 and the 3 of the network'):
+            guidance.check(tiny(3, label_dim=2), Guidance(2.0, channels=channels))
+
+
 def test_gaussians():
     """p_c = N(m, 1), p_u = N(0, S^2): D_w is linear in x, with the slope and the offset that the formula gives."""
     m, S, w, sigma = 0.7, 2.0, 1.8, torch.tensor(0.6, dtype=torch.float64)

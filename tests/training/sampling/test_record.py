@@ -45,6 +45,16 @@ def read(outdir):
 
 # --- what it tells
 
+def test_guided_channels_belong_to_the_images(tmp_path):
+    save_network(tiny(3, label_dim=3, label_dropout=0.1), tmp_path / 'net')
+    options = [tmp_path / 'net', tmp_path / 'out', '--seeds=0', '--guidance=2']
+    assert generated(*options, '--guidance-channels=2')['guidance_channels'] == 2
+    result = run(*options, '--skip-existing')
+    assert result.exit_code != 0 and '--guidance-channels: 2, now none' in result.output
+    for name, others in (('every', ['--guidance=2', '--guidance-channels=3']), ('unguided', [])):  # 3 are all that there are
+        assert 'guidance_channels' not in generated(tmp_path / 'net', tmp_path / name, '--seeds=0', *others)
+
+
 def test_the_record_of_a_folder(folders, tmp_path):
     found = generated(folders / 'a', tmp_path / 'out', '--seeds=0-2,5', '--sampler=heun:S_churn=0')
     assert {key: found[key] for key in found.keys() - {'made_by', 'sigmas'}} == {
