@@ -88,7 +88,8 @@ def guided(net, labels: torch.Tensor | None = None, guidance: Guidance = NO_GUID
     denoise = ConditionedDenoiser(net, labels, rows)
     if guidance.weight == 1:
         return denoise
-    guide = ConditionedDenoiser(net, None, rows) if guidance.net is None else ConditionedDenoiser(guidance.net, labels, rows)
+    other = net if guidance.net is None else guidance.net
+    guide = ConditionedDenoiser(other, labels if guidance.net is not None and other.label_dim else None, rows)
     return Guided(denoise, guide, guidance.weight, guidance.interval)
 
 

@@ -106,6 +106,16 @@ def test_autoguidance_of_an_unconditional_network():
     assert not torch.equal(all_images(net, range(2), guidance=Guidance(2.0, net=worse)), all_images(net, range(2)))
 
 
+def test_an_unconditional_network_guides_a_conditional_one():
+    """As EDM2's, whose guide is called without labels."""
+    net, worse = tiny(3, label_dim=4), Counted(tiny(3, key='worse'))
+    labels, x, sigma = torch.tensor([3, 0]), torch.ones([2, 3, 8, 8]).double(), torch.tensor(0.5).double()
+    found = guided(net, labels, Guidance(1.5, net=worse))(x, sigma)
+    D_1, D_0 = ConditionedDenoiser(net, labels)(x, sigma).double(), ConditionedDenoiser(worse.net)(x, sigma).double()
+    torch.testing.assert_close(found, D_0 + 1.5 * (D_1 - D_0), rtol=1e-12, atol=1e-12)
+    assert worse.told == [None] and len(all_images(net, range(2), guidance=Guidance(1.5, net=worse)))
+
+
 @pytest.mark.parametrize('how', ['labels', 'gnet'])
 def test_pixels_do_not_depend_on_the_batch(how):
     net = tiny(3, label_dim=3, size=16)
@@ -217,6 +227,7 @@ def test_intervals_that_are_refused(text):
     (dict(label_dim=2), Guidance(-1.0), '0 or more'),
     (dict(label_dim=2), Guidance(math.nan), '0 or more'),
     (dict(label_dim=2), dict(label_dim=3), r'label_dim 3, and the network has 2'),
+    (dict(), dict(label_dim=3), r'label_dim 3, and the network has 0'),
     (dict(label_dim=2), dict(channels=3, label_dim=2), r'images \[3, 8, 8\], and the network has \[1, 8, 8\]'),
     (dict(label_dim=2), dict(label_dim=2, units={'offset': 1, 'scale': 2}), 'units'),
 ])
