@@ -8,6 +8,9 @@ import math
 
 import torch
 
+from torch_utils import misc
+from torch_utils.magnitude import MPConv, MPFourier, force_unit_rows
+
 GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 
 
@@ -54,35 +57,70 @@ def uniform(sigma: torch.Tensor) -> torch.Tensor:
     return torch.ones_like(sigma)
 
 
-class LearnedWeight(torch.nn.Module):
+class Uncertainty(torch.nn.Module):
     """Learned uncertainty weighting: EDM's weight divided by exp(u(sigma)), with u learned together with the network (Karras et al. 2024,
     equations 14 to 16 and 21).
 
     The loss is lambda / exp(u) cost + u, so that exp(u) tends to the mean of lambda cost and every level contributes equally. forward()
     returns the factor, and offset() the u that the loss must add once for every cost in the sum; a caller that adds no u must detach the
-    factor. u is linear in `channels` cosines of c_noise = ln(sigma) / 4 and starts at 0, which is EDM's weight; EDM2 keeps the norm of the
-    linear map at 1 instead. Only the linear map is learned: frequencies (normal quantiles) and phases (multiples of the golden ratio) are
-    fixed."""
+    factor. u is a linear map of `channels` cosines of c_noise = ln(sigma) / 4."""
 
-    def __init__(self, sigma_data: float = 0.5, channels: int = 128) -> None:
+    def __init__(self, sigma_data: float, channels: int) -> None:
         super().__init__()
         self.sigma_data = _positive('sigma_data', sigma_data)
         if channels < 1:
             raise ValueError(f'channels={channels} must be at least 1')
+
+    def offset(self, sigma: torch.Tensor) -> torch.Tensor:
+        """u(sigma), of the shape of sigma."""
+        raise NotImplementedError
+
+    def forward(self, sigma: torch.Tensor) -> torch.Tensor:
+        """lambda(sigma) / exp(u(sigma))."""
+        return edm(sigma, self.sigma_data) * (-self.offset(sigma)).exp()
+
+
+class LearnedWeight(Uncertainty):
+    """Learned uncertainty weighting: EDM's weight divided by exp(u(sigma)), where u starts at 0 and is not bounded.
+
+    Only the linear map is learned: frequencies (normal quantiles) and phases (multiples of the golden ratio) are fixed, so that no random
+    state decides."""
+
+    def __init__(self, sigma_data: float = 0.5, channels: int = 128) -> None:
+        super().__init__(sigma_data, channels)
         place = torch.arange(channels, dtype=torch.float64)
         self.register_buffer('frequencies', torch.special.ndtri((place + 0.5) / channels).float(), persistent=False)
         self.register_buffer('phases', (place * GOLDEN_RATIO).frac().float(), persistent=False)
         self.linear = torch.nn.Parameter(torch.zeros(channels))
 
     def offset(self, sigma: torch.Tensor) -> torch.Tensor:
-        """u(sigma), of the shape of sigma."""
+        """As Uncertainty.offset."""
         c_noise = (sigma.log() / 4).unsqueeze(-1).to(self.linear.dtype)
         waves = (2 * math.pi * (c_noise * self.frequencies + self.phases)).cos()  # [..., channels], variance 1/2
         return (waves @ self.linear * math.sqrt(2 / len(self.linear))).to(sigma.dtype)
 
-    def forward(self, sigma: torch.Tensor) -> torch.Tensor:
-        """lambda(sigma) / exp(u(sigma))."""
-        return edm(sigma, self.sigma_data) * (-self.offset(sigma)).exp()
+
+class EDM2Weight(Uncertainty):
+    """Learned uncertainty weighting as published with EDM2, with its names: EDM's weight divided by exp(u(sigma)), where u is a
+    magnitude-preserving linear map of Fourier features.
+
+    The norm of the linear map is 1, so that u starts as noise of variance 1 over sigma and abs(u) <= sqrt(2 channels). The initial values
+    are the same in every run, drawn from a generator of their own; frequencies and phases belong to the state."""
+
+    def __init__(self, sigma_data: float = 0.5, channels: int = 128) -> None:
+        super().__init__(sigma_data, channels)
+        source = misc.generator('weight edm2')
+        freqs, phases, weight = (draw([channels], generator=source, device='cpu') for draw in (torch.randn, torch.rand, torch.randn))
+        self.logvar_fourier = MPFourier(2 * math.pi * freqs, 2 * math.pi * phases)
+        self.logvar_linear = MPConv(weight[None])
+
+    def begin_step(self) -> None:
+        """Forced weight normalisation of the linear map. The training loop calls it."""
+        force_unit_rows([self.logvar_linear.weight])
+
+    def offset(self, sigma: torch.Tensor) -> torch.Tensor:
+        """As Uncertainty.offset."""
+        return self.logvar_linear(self.logvar_fourier(sigma.log().flatten() / 4)).reshape(sigma.shape)
 
 
 def _positive(name, value):
@@ -91,5 +129,5 @@ def _positive(name, value):
     return value
 
 
-WEIGHTS = {'edm': edm, 'learned': LearnedWeight, 'min_snr': min_snr, 'p2': p2, 'snr': snr, 'soft_min_snr': soft_min_snr,
+WEIGHTS = {'edm': edm, 'edm2': EDM2Weight, 'learned': LearnedWeight, 'min_snr': min_snr, 'p2': p2, 'snr': snr, 'soft_min_snr': soft_min_snr,
            'truncated_snr': truncated_snr, 'uniform': uniform}
