@@ -35,7 +35,7 @@ def source(marker):
 class Persistent:
     """An object of a class that torch_utils.persistence knows, and that is no module."""
 
-    def __init__(self, class_name, **state):
+    def __init__(self, class_name, /, **state):
         self.class_name, self.state = class_name, state
 
 
@@ -61,8 +61,11 @@ class Pickler(pickle.Pickler):
 
     def state(self, module):
         kind = collections.OrderedDict if self.old_torch else dict
-        found = {'training': False, '_parameters': kind(module._parameters), '_buffers': kind(module._buffers),
-                 '_non_persistent_buffers_set': set(), '_backward_hooks': collections.OrderedDict(), '_modules': kind(module._modules)}
+        transient = module._non_persistent_buffers_set
+        buffers = {name: value for name, value in module._buffers.items() if not self.old_torch or name not in transient}
+        found = {'training': False, '_parameters': kind(module._parameters), '_buffers': kind(buffers),
+                 '_non_persistent_buffers_set': set(transient), '_backward_hooks': collections.OrderedDict(),
+                 '_modules': kind(module._modules)}
         if self.old_torch:
             found.pop('_non_persistent_buffers_set')  # which Python would write as builtins.set in protocol 3
         if type(module).__name__ in KINDS:
@@ -81,14 +84,15 @@ def snapshot(net, marker, protocol=4, old_torch=False, **changes):
     return dumped({'ema': net, 'loss_fn': None, 'augment_pipe': None, 'dataset_kwargs': dataset, **changes}, marker, protocol, old_torch)
 
 
-def edm2_snapshot(unet, arguments, marker, encoder=VAE, old_torch=False, **changes):
+def edm2_snapshot(unet, arguments, marker, encoder=VAE, old_torch=False, whole=None):
     """The bytes of EDM2's edm2-*.pkl, in float16: a dict of the class EasyDict, whose network is a Precond around `unet`.
 
-    arguments: of Precond's constructor. encoder: attributes of a StabilityVAEEncoder; None for pixels."""
+    arguments: of Precond's constructor. encoder: attributes of a StabilityVAEEncoder; None for pixels. whole: what else the dict holds, or
+    what it holds in place of EDM2's own."""
     made = Persistent('StandardRGBEncoder') if encoder is None else Persistent('StabilityVAEEncoder', **encoder)
     data = EasyDict(encoder=made, dataset_kwargs=EasyDict(class_name='training.dataset.ImageFolderDataset', path='x.zip', use_labels=True),
                     loss_fn=Persistent('EDM2Loss', P_mean=-0.4, P_std=1.0, sigma_data=0.5), ema=Precond(unet, arguments).half())
-    return dumped(EasyDict(data, **changes), marker, 4, old_torch)
+    return dumped(EasyDict({**data, **(whole or {})}), marker, 4, old_torch)
 
 
 def dumped(value, marker, protocol=4, old_torch=False):
