@@ -108,7 +108,8 @@ GLOBALS = [('os', 'system'), ('builtins', 'eval'), ('torch', 'load'), ('collecti
            ('builtins', 'bytearray'), ('_codecs', 'encode'), ('collections', 'Counter'), ('torch', 'device'), ('torch', 'Tensor'),
            ('torch._tensor', '_rebuild_from_type_v2'), ('torch.storage', '_load_from_bytes'), ('torch', 'HalfStorage'),
            ('dnnlib.util', 'EasyDict'), ('torch_utils.persistence', '_reconstruct_persistent_obj'), ('numpy', 'ndarray'),
-           ('numpy', 'dtype'), ('numpy.core.multiarray', '_reconstruct'), ('numpy._core.multiarray', 'scalar'), ('numpy._core.numeric', '_frombuffer')]
+           ('numpy', 'dtype'), ('numpy.core.multiarray', '_reconstruct'), ('numpy._core.multiarray', 'scalar'),
+           ('numpy._core.numeric', '_frombuffer')]
 NAMES = [name.encode() for pair in GLOBALS for name in pair]
 
 
