@@ -18,10 +18,14 @@ def normalize(x: torch.Tensor, dims: int | list[int] | None = None) -> torch.Ten
 
     The mean is taken in float32, or in float64 for float64. Because of EPS a normalised vector has a size slightly below 1, and
     normalising twice differs from once by about 1e-4."""
+    return x / _size(x, dims)
+
+
+def _size(x, dims=None):
+    """What normalize divides by, with dimensions of 1 in place of dims."""
     dims = list(range(1, x.ndim)) if dims is None else dims
     norm = torch.linalg.vector_norm(x, dim=dims, keepdim=True, dtype=at_least_float32(x.dtype))
-    rms = norm * math.sqrt(norm.numel() / x.numel())
-    return x / (rms + EPS).to(x.dtype)
+    return (norm * math.sqrt(norm.numel() / x.numel()) + EPS).to(x.dtype)
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
@@ -45,7 +49,7 @@ def force_unit_rows(weights: Iterable[torch.Tensor]) -> None:
     Done once before each training step, it makes the relative size of the optimizer's steps depend on the learning rate alone."""
     with torch.no_grad():
         for weight in weights:
-            weight.copy_(normalize(weight))
+            weight.div_(_size(weight))
 
 
 class MPConv(nn.Module):

@@ -22,8 +22,9 @@ from training.run import presets, training_loop
 from training.run.configure import configure
 from training.run.folder import RunFolder
 
-FLAGS = ['--sigma=0.4', '--corruption-probability=0.7', '--cbase=16', '--cres=1,1', '--blocks=1', '--attn=4', '--batch=16',
-         '--tick=0.08', '--dump=4', '--snap=4', '--samples=0', '--lr-rampup=0']
+UNET = ['--cbase=16', '--cres=1,1', '--blocks=1', '--attn=4']
+REST = ['--sigma=0.4', '--corruption-probability=0.7', '--batch=16', '--tick=0.08', '--dump=4', '--snap=4', '--samples=0', '--lr-rampup=0']
+FLAGS = UNET + REST
 STEP_20, STEP_40 = 'training-state-000000.320.pt', 'training-state-000000.640.pt'
 
 
@@ -45,7 +46,8 @@ def options(folder, *flags):
     data = os.path.join(folder, 'data.zip')
     if not os.path.exists(data):
         make_zip(data)
-    args = [f'--outdir={folder}', f'--data={data}', '--seed=5', *FLAGS, *flags]
+    own = any(flag.startswith('--arch=') and ':' in flag for flag in flags)  # has the keys of another network
+    args = [f'--outdir={folder}', f'--data={data}', '--seed=5', *(REST if own else FLAGS), *flags]
     context = train.main.make_context('train', args)
     return configure(EasyDict(context.params, command=presets.given(context)))
 

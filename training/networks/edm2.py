@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from dnnlib import UserError
+from torch_utils import distributed
 from torch_utils.magnitude import MPConv, MPFourier, force_unit_rows, normalize, unit_rows
 from training.networks.conditioning import Conditioning
 from training.networks.interface import ARCHS, Arch, Network
@@ -77,7 +78,7 @@ class Resample(nn.Module):
 class LabelProjection(Conditioning):
     """Class labels [N, label_dim] -> [N, channels], of unit variance for one-hot labels; "no label" gives 0."""
 
-    def __init__(self, label_dim: int, channels: int, dropout: float = 0) -> None:
+    def __init__(self, label_dim: int, channels: int, dropout: float = 0.0) -> None:
         super().__init__(dropout)
         self.label_dim, self.weight = label_dim, nn.Parameter(normal(channels, label_dim))
 
@@ -94,8 +95,8 @@ class Block(nn.Module):
     is none, as published. clip_act: largest activation; 0: any."""
 
     def __init__(self, in_channels: int, out_channels: int, emb_channels: int, decoder: bool, resample: str | None = None,
-                 attention: bool = False, resample_filter: Sequence[float] = (1, 1), channels_per_head: int = 64, dropout: float = 0,
-                 concat_balance: float = 0.5, res_balance: float = 0.3, attn_balance: float = 0.3, clip_act: float = 256) -> None:
+                 attention: bool = False, resample_filter: Sequence[float] = (1, 1), channels_per_head: int = 64, dropout: float = 0.0,
+                 concat_balance: float = 0.5, res_balance: float = 0.3, attn_balance: float = 0.3, clip_act: float = 256.0) -> None:
         super().__init__()
         self.decoder, self.clip_act = decoder, clip_act
         self.concat_balance, self.res_balance, self.attn_balance = concat_balance, res_balance, attn_balance
@@ -147,13 +148,14 @@ class EDM2UNet(Network):
     residual branch and attention in their mp_sum or mp_cat. clip_act: largest activation between blocks; 0: any."""
 
     short_names = {'model_channels': 'cbase', 'channel_mult': 'cres', 'num_blocks': 'blocks', 'attn_resolutions': 'attn'}
+    takes_levels = True  # its Fourier features vary within 0.2 of a label: they suit ln(sigma) / 4, and not times up to 1000
 
     def __init__(self, img_resolution: int | Sequence[int], in_channels: int, out_channels: int, label_dim: int = 0, augment_dim: int = 0,
                  model_channels: int = 192, channel_mult: Sequence[int] = (1, 2, 3, 4), channel_mult_noise: int | None = None,
-                 channel_mult_emb: int | None = None, num_blocks: int = 3, attn_resolutions: Sequence[int] = (16, 8), dropout: float = 0,
-                 label_dropout: float = 0, label_balance: float = 0.5, concat_balance: float = 0.5, res_balance: float = 0.3,
+                 channel_mult_emb: int | None = None, num_blocks: int = 3, attn_resolutions: Sequence[int] = (16, 8), dropout: float = 0.0,
+                 label_dropout: float = 0.0, label_balance: float = 0.5, concat_balance: float = 0.5, res_balance: float = 0.3,
                  attn_balance: float = 0.3, resample_filter: Sequence[float] = (1, 1), channels_per_head: int = 64,
-                 clip_act: float = 256) -> None:
+                 clip_act: float = 256.0) -> None:
         channels = [model_channels * mult for mult in channel_mult]
         check_sizes(channels, num_blocks, dropout)
         check_values(channels_per_head, clip_act, channel_mult_noise, channel_mult_emb, label_balance=label_balance,
@@ -259,15 +261,21 @@ class SizedArch(Arch):
         self.__signature__ = self.__signature__.replace(parameters=[size, *self.__signature__.parameters.values()])
 
     def __call__(self, size: str | None = None, **keys) -> dict:
-        """As Arch."""
-        if size is None:
-            return super().__call__(**keys)
-        if str(size).lower() not in SIZES:
-            raise UserError(f'--arch=edm2: size={size} is unknown; choose from {", ".join(SIZES)}')
-        if 'cbase' in keys:
-            raise UserError(f'--arch=edm2: size={size} and cbase={keys["cbase"]} both set the channels of the first level; '
-                            'give one of them')
-        return super().__call__(cbase=SIZES[size.lower()], **keys)
+        """As Arch; prints which levels cannot have attention."""
+        if size is not None:
+            if size.lower() not in SIZES:
+                raise UserError(f'--arch=edm2: size={size} is unknown; choose from {", ".join(SIZES)}')
+            if 'cbase' in keys:
+                raise UserError(f'--arch=edm2: size={size} and cbase={keys["cbase"]} both set the channels of the first level; '
+                                'give one of them')
+            keys['cbase'] = SIZES[size.lower()]
+        found = super().__call__(**keys)
+        base, mults, head = (found.get(name, inspect.signature(self.network).parameters[name].default)
+                             for name in ('model_channels', 'channel_mult', 'channels_per_head'))
+        if narrow := [str(base * mult) for mult in mults if 0 < base * mult < head]:
+            distributed.print0(f'Note: --arch=edm2: levels of {", ".join(narrow)} channels are narrower than a head of attention '
+                               f'(channels_per_head={head}), and have none')
+        return found
 
 
 ARCHS['edm2'] = SizedArch(EDM2UNet)

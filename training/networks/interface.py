@@ -32,6 +32,7 @@ class Network(nn.Module):
     label_embedding = None  # its conditioning.Conditioning, for --cep and --label-dropout; None: it has none
     short_names = {}        # constructor argument: key of --arch, where the published options use another name
     takes_times = False     # whether noise_labels are times from 0 to about 1000, to which the preconditioner then maps its c_noise
+    takes_levels = False    # whether noise_labels are ln(sigma) / 4 under every preconditioner, in place of its c_noise
     checkpointing = False   # whether run() recomputes blocks in the backward pass (train.py --checkpointing); set from outside
     row_draws = None        # in a training run: see rows.attach_row_draws()
 

@@ -2,7 +2,7 @@
 """Layers with the published initialisers, and embeddings of noise levels; parameters are cast where they are used."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -136,10 +136,16 @@ class GroupNorm(nn.Module):
         return F.group_norm(x.float(), self.num_groups, self.weight.float(), self.bias.float(), self.eps).to(x.dtype)
 
 
-def silu(x: torch.Tensor, training: bool) -> torch.Tensor:
-    """SiLU of [N,...]; in evaluation on several CPU threads row by row, so that the result of a row does not depend on its place.
+def by_row(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, training: bool) -> torch.Tensor:
+    """An elementwise function of [N,...]; in evaluation on several CPU threads row by row, so that the result of a row does not depend on
+    its place.
 
     The threads split a tensor into equal parts, and the elements of a part beyond whole vectors are computed by another exp."""
     if training or not x.is_cpu or torch.compiler.is_compiling() or torch.get_num_threads() == 1:
-        return F.silu(x)
-    return torch.stack([F.silu(row) for row in x])
+        return function(x)
+    return torch.stack([function(row) for row in x])
+
+
+def silu(x: torch.Tensor, training: bool) -> torch.Tensor:
+    """SiLU of [N,...], by_row()."""
+    return by_row(F.silu, x, training)

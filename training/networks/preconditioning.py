@@ -70,7 +70,9 @@ class Precond(nn.Module):
         x = x.float()
         sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).reshape(-1, 1, 1, 1)
         c_skip, c_out, c_in, c_noise = self.coefficients(sigma)
-        if self.model.takes_times:
+        if self.model.takes_levels:
+            c_noise = sigma.log() / 4
+        elif self.model.takes_times:
             c_noise = c_noise * self.times[0] + self.times[1]
         half_on_cpu = self.compute_dtype == torch.float16 and x.device.type != 'cuda'
         inner = (c_in * x).to(torch.float32 if half_on_cpu else self.compute_dtype)

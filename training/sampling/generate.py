@@ -88,8 +88,8 @@ def guided(net, labels: torch.Tensor | None = None, guidance: Guidance = NO_GUID
     denoise = ConditionedDenoiser(net, labels, rows)
     if guidance.weight == 1:
         return denoise
-    other = net if guidance.net is None else guidance.net
-    guide = ConditionedDenoiser(other, labels if guidance.net is not None and other.label_dim else None, rows)
+    worse = guidance.net
+    guide = ConditionedDenoiser(net, None, rows) if worse is None else ConditionedDenoiser(worse, labels if worse.label_dim else None, rows)
     return Guided(denoise, guide, guidance.weight, guidance.interval)
 
 

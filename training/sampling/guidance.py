@@ -18,7 +18,7 @@ class Guidance(NamedTuple):
 
     weight: float = 1.0  # w; 1 is the conditional network alone
     interval: tuple = (0.0, math.inf)  # (lo, hi]: the levels sigma at which it acts
-    net: object = None  # D_0 of autoguidance, with the labels if it takes any; None: D_0 is the unconditional prediction of D_1's network
+    net: object = None  # D_0 of autoguidance, with the same labels if it takes any; None: D_0 is D_1's network without labels
 
 
 class Guided:
@@ -63,7 +63,7 @@ class Guided:
 
 
 def check(net, guidance: Guidance) -> None:
-    """Raises ValueError where a network cannot be guided in this way. An unconditional network can guide a conditional one, as in EDM2."""
+    """Raises ValueError where a network cannot be guided in this way."""
     weight, guide = guidance.weight, guidance.net
     if not 0 <= weight < math.inf:
         raise ValueError(f'the weight must be 0 or more, got {weight:g}')
@@ -72,7 +72,8 @@ def check(net, guidance: Guidance) -> None:
             raise ValueError('the network is unconditional, so it has no label to drop; guide with a worse network instead (--gnet)')
         return
     for what, of in (('images', _shape), ('label_dim', lambda net: net.label_dim), ('units', lambda net: getattr(net, 'units', None))):
-        if of(guide) != of(net) and not (what == 'label_dim' and not guide.label_dim):
+        unconditional = what == 'label_dim' and not guide.label_dim  # it guides a conditional network in Karras et al. 2024
+        if of(guide) != of(net) and not unconditional:
             raise ValueError(f'the guiding network has {what} {of(guide)}, and the network has {of(net)}; they must be equal')
 
 

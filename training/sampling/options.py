@@ -34,7 +34,7 @@ CONDITIONS = group(
     click.option('--class', 'class_idx', metavar='INT', type=click.IntRange(min=0), help='Class of all images'),
     click.option('--labels', metavar='SOURCE', help='uniform: draw a class for each seed; dataset:PATH: draw a label of that data set; '
                  'FILE: .npy, .json or .txt, row s (a class or a vector) for seed s  [default: uniform]'),
-    click.option('--gnet', metavar='REF', help='Autoguidance: take D_0 from this network, with the same labels'),
+    click.option('--gnet', metavar='REF', help='Autoguidance: take D_0 from this network, with the same labels if it takes any'),
     click.option('--gnet-weights', metavar='WHICH', default='ema', show_default=True, help='Like --weights, for --gnet'),
 )
 ONE = group(

@@ -236,7 +236,7 @@ def test_models_without_a_name_are_the_published_default():
 
 @pytest.mark.parametrize('change, names', [
     ({'precond': 'ddim'}, ['precond', '"ddim"', 'edm, iddpm, ve, vp']),
-    ({'model_type': 'UViT'}, ['model_type', '"UViT"', 'DhariwalUNet, SongUNet']),
+    ({'model_type': 'UNet'}, ['model_type', '"UNet"', 'DhariwalUNet, ', 'SongUNet']),
     ({'chanel_mult': [1]}, ['"chanel_mult"', 'channel_mult']),
     ({'beta_d': 3}, ['"beta_d"', 'sigma_data']),
     ({'encoder_type': 'none'}, ['encoder_type=none', 'standard, skip, residual']),

@@ -13,6 +13,7 @@ from dnnlib import EasyDict
 from tests.support import tiny
 from torch_utils import registry
 from training.data.convert.writers import encode_png
+from training.networks.interface import ARCHS
 from training.networks.preconditioning import build_network
 from training.run import presets
 from training.run.config import from_json, to_json
@@ -67,6 +68,27 @@ def test_published_settings():
     # 500,000 steps of 128 images; an average with the factor 0.9999 a step halves in ln 2 / 1e-4 steps.
     assert facts('iddpm-cifar10-vlb', 'duration', 'ema', 'objective') == [64, 0.887, 'vlb']
     assert registry.parse(presets.read('min-snr-imagenet64')['options']['weight']) == ('min_snr', {'gamma': 5})
+
+
+@pytest.mark.parametrize('name, channels, lr, ref, dropout, mebi, mean, std, mparams', [
+    ('img512-xs', 128, 0.0120, 70000, 0, 2048, -0.4, 1.0, 124.7), ('img512-s', 192, 0.0100, 70000, 0, 2048, -0.4, 1.0, 280.2),
+    ('img512-m', 256, 0.0090, 70000, 0.1, 2048, -0.4, 1.0, 497.8), ('img512-l', 320, 0.0080, 70000, 0.1, 1792, -0.4, 1.0, 777.5),
+    ('img512-xl', 384, 0.0070, 70000, 0.1, 1280, -0.4, 1.0, 1119.3), ('img512-xxl', 448, 0.0065, 70000, 0.1, 896, -0.4, 1.0, 1523.2),
+    ('img64-xs', 128, 0.0120, 35000, 0, 1024, -0.8, 1.6, 124.7), ('img64-s', 192, 0.0100, 35000, 0, 1024, -0.8, 1.6, 280.2),
+    ('img64-m', 256, 0.0090, 35000, 0.1, 2048, -0.8, 1.6, 497.8), ('img64-l', 320, 0.0080, 35000, 0.1, 1024, -0.8, 1.6, 777.5),
+    ('img64-xl', 384, 0.0070, 35000, 0.1, 640, -0.8, 1.6, 1119.3)])
+def test_settings_of_edm2(name, channels, lr, ref, dropout, mebi, mean, std, mparams):
+    """Table 6 of Karras et al. 2024, in which lengths are in 2^20 images."""
+    found = presets.read(f'edm2-{name}')
+    options = found['options']
+    assert registry.build(options['arch'], ARCHS)()['model_channels'] == channels
+    assert [options[key] for key in ('lr', 'dropout', 'batch', 'lr_rampup', 'power_ema', 'optimizer', 'weight', 'augment')] == [
+        lr, dropout, 2048, 10, '0.05,0.10', 'adam:beta2=0.99', 'edm2', 0]
+    assert registry.parse(options['noise']) == ('lognormal', {'mean': mean, 'std': std})
+    assert registry.parse(options['lr_schedule']) == ('inverse_sqrt', {'ref': ref})
+    assert options['duration'] * 1e6 == mebi * 2 ** 20 and options['tick'] * options['snap'] * 1e3 == 8 * 2 ** 20
+    assert round(found['parameters'] / 1e6, 1) == mparams
+    assert found['image_shape'] == ([4, 64, 64] if 'img512' in name else [3, 64, 64])
 
 
 def test_dry_run_prints_the_settings_and_what_has_changed(tmp_path):
