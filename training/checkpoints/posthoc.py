@@ -121,7 +121,7 @@ def _read_average(path, net):
 
 def _read_published(path, net):
     config, state = load.read(path)
-    differ = sorted(key for key in {*config, *net.config} if config.get(key) != net.config.get(key))
+    differ = sorted(key[:50] for key in {*config, *net.config} if config.get(key) != net.config.get(key))
     try:
         if differ:
             raise UserError(f'this network differs in {", ".join(differ[:3])} from that of the last snapshot')
