@@ -16,7 +16,7 @@ from dnnlib.files import new_folder
 from torch_utils.command_line import Command, Group, Number, version_option
 
 ROUGH = 0.05  # relative error of a reconstructed EMA profile above which a warning is printed
-REF = "REF is a snapshot folder, a training-state .pt, EDM's .pkl, a URL or a Hugging Face name."
+REF = "REF is a snapshot folder, a training-state .pt, a .pkl of EDM or EDM2, a URL or a Hugging Face name."
 weights_option = click.option('--weights', metavar='ema|raw|ema:WIDTH', default='ema', show_default=True,
                               help='Which weights of a training state to use; ema:0.05 is a stored power-function average')
 
@@ -94,7 +94,8 @@ def push(ref, name, private, revision, metrics, samples, license, code, dry_run,
 @click.option('--kimg', metavar='FLOAT', type=Number(least=0), help='Training progress to reconstruct it at  [default: the last stored]')
 @click.option('--dest', metavar='DIR', required=True, help='New folder for the network, in the layout of a snapshot')
 def reconstruct_ema(run, length, kimg, dest):
-    """Reconstruct a power-function EMA of any length from the averages that RUN has stored (train.py --power-ema)."""
+    """Reconstruct a power-function EMA of any length from the averages that RUN has stored (train.py --power-ema), or from EDM2's published
+    snapshots of one network in a folder RUN."""
     if os.path.exists(dest):
         raise UserError(f'--dest={dest} exists; choose a new name')
     from training.checkpoints import posthoc

@@ -14,7 +14,7 @@ COUNT = click.IntRange(min=1)
 IMAGES = group(
     'Images',
     click.option('--network', metavar='REF', required=True,
-                 help='Snapshot folder, training-state .pt, Hugging Face name, URL, EDM .pkl, or published weights of DiT, ViT or U-ViT'),
+                 help='Snapshot folder, training-state .pt, Hugging Face name, URL, .pkl of EDM or EDM2, weights of DiT, ViT or U-ViT'),
     click.option('--outdir', help='Folder to write the images to', metavar='DIR', required=True),
     click.option('--seeds', help='Seeds, one image each, such as 0-63 or 1,2,5-10', type=IntList(), default='0-63', show_default=True),
     click.option('--format', type=click.Choice(['png', 'npy', 'npz']), metavar='png|npy|npz',

@@ -1,44 +1,57 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads the pickles in which EDM and ambient-laws published networks (network-snapshot-*.pkl) without executing anything in them.
+"""Reads the pickles in which EDM, EDM2 and ambient-laws published networks (*.pkl) without executing anything in them.
 
-The source code that such files contain is skipped: only names, constructor arguments and tensors are read."""
+The source code that such files contain is skipped: only names, constructor arguments, tensors and what describes an encoder are read."""
 
 import math
 import mmap
 import os
 import struct
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from dnnlib import UserError
-from torch_utils.pickle_machine import MAX_NAME, Global, Limits, Machine, Record, Refused, is_record
+from torch_utils import numpy_pickle
+from torch_utils.pickle_machine import MAX_NAME, Global, Limits, Machine, Refused, dict_or_record, is_record
 
 MAX_DEPTH = 64  # of modules within modules, and of lists within arguments
 MAX_DIMS, MAX_SIDE = 8, 2 ** 40  # of a tensor
 
-# Every global that such files contain (complete) -> its name here.
-WORDS = {
+# Every global that such files contain -> its name here; among NumPy's are the dicts, plain and EDM2's.
+WORDS = numpy_pickle.WORDS | {
     ('torch_utils.persistence', '_reconstruct_persistent_obj'): 'object',
-    ('collections', 'OrderedDict'): 'dict',
     ('torch._utils', '_rebuild_parameter'): 'parameter',
     ('torch._utils', '_rebuild_tensor_v2'): 'tensor',
     ('torch.storage', '_load_from_bytes'): 'storage',
     ('torch.nn.modules.container', 'ModuleDict'): 'modules',
-    ('numpy._core.multiarray', 'scalar'): 'scalar',
-    ('numpy.core.multiarray', 'scalar'): 'scalar',
-    ('numpy', 'dtype'): 'dtype',
 }
 STORAGES = {('torch', 'DoubleStorage'): '<f8', ('torch', 'FloatStorage'): '<f4', ('torch', 'HalfStorage'): '<f2',
             ('torch', 'LongStorage'): '<i8'}
 STORAGE_MAGIC, STORAGE_VERSION = 0x1950a86a20f9469cfc6c, 1001
 
 
-def read_network(path: str | os.PathLike) -> tuple[str, dict, dict[str, torch.Tensor]]:
-    """(class name, constructor arguments, state dict) of the network `ema` in a snapshot; nothing is executed.
+class Snapshot(NamedTuple):
+    """What a file holds: the class name, constructor arguments and state dict of its network, and what describes its encoder.
 
-    The arguments are JSON types, and may be infinite; the tensors are on the CPU, with the names and values of state_dict().
+    arguments: JSON types, and may be infinite. state: tensors on the CPU, with the names, values and types of state_dict(). encoder, of
+    EDM2's files: {"class_name": ..., its public attributes: JSON types}, else None."""
+
+    class_name: str
+    arguments: dict
+    state: dict[str, torch.Tensor]
+    encoder: dict | None
+
+
+def read_network(path: str | os.PathLike) -> tuple[str, dict, dict[str, torch.Tensor]]:
+    """(class name, constructor arguments, state dict) of the network `ema` in a snapshot, as read_snapshot returns them."""
+    return read_snapshot(path)[:3]
+
+
+def read_snapshot(path: str | os.PathLike) -> Snapshot:
+    """The network `ema` and the encoder in a snapshot; nothing is executed.
+
     Raises UserError, in one line, for globals, opcodes, versions and types that such files do not contain, for truncated
     files, and for sizes larger than the file."""
     try:
@@ -46,9 +59,10 @@ def read_network(path: str | os.PathLike) -> tuple[str, dict, dict[str, torch.Te
         snapshot = Machine(data, 0, WORDS, limits, record).run()
         if not isinstance(snapshot, dict) or not is_record(snapshot.get('ema'), 'object'):
             raise Refused('holds no network under the name "ema"')
-        return Reader(len(data), limits).network(snapshot['ema'])
+        reader = Reader(len(data), limits)
+        return Snapshot(*reader.network(snapshot['ema']), reader.description(snapshot.get('encoder')))
     except Refused as err:
-        raise UserError(f'{path}: {err}; expected a network snapshot (.pkl) of EDM or ambient-laws') from None
+        raise UserError(f'{path}: {err}; expected a network snapshot (.pkl) of EDM, EDM2 or ambient-laws') from None
 
 
 def map_file(path: str | os.PathLike) -> memoryview:
@@ -62,17 +76,9 @@ def map_file(path: str | os.PathLike) -> memoryview:
 
 def record(word: str, args: tuple) -> Any:
     """The value that represents a call in such files: an empty dict for OrderedDict(), otherwise a Record that is checked later."""
-    if word == 'dict':
-        check_empty(args)
-        return {}
     if word == 'object':
         check_meta(args)
-    return Record(word, args)
-
-
-def check_empty(args):
-    if args:
-        raise Refused('is damaged (unexpected arguments)')
+    return dict_or_record(word, args)
 
 
 def check_meta(args):
@@ -97,13 +103,24 @@ class Reader:
     def network(self, node):
         """As read_network."""
         meta = node.args[0]
-        check_empty(meta['state'].get('_init_args'))
         arguments = self.plain(meta['state'].get('_init_kwargs'))
+        if meta['state'].get('_init_args'):
+            raise Refused('holds a network with constructor arguments that are not named')
         if not isinstance(arguments, dict):
             raise Refused('holds a network without constructor arguments')
         tensors = {}
         self.collect(node, '', 0, tensors)
         return meta['class_name'][:MAX_NAME], arguments, tensors
+
+    def description(self, node):
+        """{"class_name": ..., public attributes} of an encoder; None where there is none."""
+        if node is None:
+            return None
+        if not is_record(node, 'object'):
+            raise Refused('holds an encoder of an unknown form')
+        meta = node.args[0]
+        public = {key: value for key, value in meta['state'].items() if not key.startswith('_')}
+        return {**self.plain(public), 'class_name': meta['class_name'][:MAX_NAME]}
 
     def collect(self, node, prefix, depth, tensors):
         """Adds the tensors of a module and its sub-modules, in the order of state_dict()."""
@@ -172,7 +189,7 @@ class Reader:
         return np.frombuffer(values, kind)
 
     def plain(self, value, depth=0):
-        """Constructor arguments in JSON types: tuples become lists, NumPy numbers become floats."""
+        """Arguments and attributes in JSON types: tuples and NumPy arrays become lists, NumPy numbers become floats."""
         check_depth(depth)
         self.limits.step()
         if isinstance(value, str):
@@ -183,7 +200,11 @@ class Reader:
             return [self.plain(item, depth + 1) for item in value]
         if isinstance(value, dict):
             return {self.join('', key): self.plain(item, depth + 1) for key, item in value.items()}
-        return scalar(value)
+        array = numpy_pickle.as_array(value)
+        if array is None:
+            return scalar(value)
+        self.limits.step(array.size)
+        return array.tolist()
 
 
 def check_depth(depth):
@@ -215,5 +236,5 @@ def scalar(value):
     """The float in a NumPy scalar; only float64 is accepted."""
     dtype, raw = value.args if is_record(value, 'scalar') and len(value.args) == 2 else (None, None)
     if not is_record(dtype, 'dtype') or dtype.args[:1] != ('f8',) or not isinstance(raw, memoryview) or len(raw) != 8:
-        raise Refused('holds a constructor argument that is not a plain value')
+        raise Refused('holds an argument or attribute that is not a plain value')
     return struct.unpack('<d', raw)[0]

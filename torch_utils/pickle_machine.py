@@ -26,8 +26,8 @@ class Limits:
         self.most = self.steps = steps
         self.most_text = self.text = text
 
-    def step(self) -> None:
-        self.steps -= 1
+    def step(self, count: int = 1) -> None:
+        self.steps -= count
         if self.steps < 0:
             raise Refused(f'takes more than {self.most} steps to read')
 

@@ -36,6 +36,9 @@ SONG = {'img_resolution': 8, 'img_channels': 1, 'model_type': 'SongUNet', 'model
 ADM = {'img_resolution': [8, 16], 'img_channels': 2, 'model_type': 'DhariwalUNet', 'model_channels': 4, 'channel_mult': [1, 2],
        'num_blocks': 1, 'attn_resolutions': [4], 'precond': 'iddpm', 'diffusion': 'cosine:steps=20', 'prediction': 'v',
        'sampling': {'sampler': 'dpmpp_2m', 'steps': 3}}
+EDM2 = {'img_resolution': [8, 16], 'img_channels': 4, 'label_dim': 3, 'model_type': 'EDM2UNet', 'model_channels': 8, 'channel_mult': [1, 2],
+        'num_blocks': 1, 'attn_resolutions': [4], 'channels_per_head': 8, 'clip_act': 256, 'dropout': 0.1, 'label_balance': 0.5,
+        'resample_filter': [1, 1], 'channel_mult_noise': 1, 'channel_mult_emb': None, 'use_fp16': True}
 VP = {**{key: value for key, value in SONG.items() if key != 'sigma_data'}, 'precond': 'vp', 'M': 50, 'beta_d': 19.9}
 EVIL = [edm_pickle.ask_for(*name, protocol)[2:-1] for name in (('os', 'mkdir'), ('builtins', 'eval')) for protocol in (3, 4)]
 
@@ -226,7 +229,7 @@ class Snapshot(Kind):
     def prepare(self, folder):
         self.net = folder / 'net'
         self.sound = []
-        for config in (SONG, ADM, VP):
+        for config in (SONG, ADM, VP, EDM2):
             save_network(build(config), self.net)
             self.sound.append((config, (self.net / load.WEIGHTS).read_bytes()))
 
@@ -280,11 +283,14 @@ class Pickle(Kind):
     """EDM's network-snapshot.pkl."""
 
     def prepare(self, folder):
-        self.sound = [edm_pickle.snapshot(build({**SONG, 'units': None}), folder / 'marker', protocol=protocol, old_torch=protocol == 3)
-                      for protocol in (3, 4)]
-        self.tokens = [mutators.tokens(data) for data in self.sound]
+        self.sound = self.make(folder / 'marker')
+        self.tokens = [[part for part in mutators.tokens(data) if part[:1] != pickle.FRAME] for data in self.sound]
         self.path = folder / 'network-snapshot-000001.pkl'
         self.path.write_bytes(self.sound[0])
+
+    def make(self, marker):
+        net = build({**SONG, 'units': None})
+        return [edm_pickle.snapshot(net, marker, protocol=protocol, old_torch=protocol == 3) for protocol in (3, 4)]
 
     def damage(self, draws):
         kind = draws.random()

@@ -106,7 +106,11 @@ GLOBALS = [('os', 'system'), ('builtins', 'eval'), ('torch', 'load'), ('collecti
            ('torch._utils', '_rebuild_meta_tensor_no_storage'), ('torch', 'DoubleStorage'), ('torch', 'BFloat16Storage'),
            ('torch.storage', 'UntypedStorage'), ('torch', 'Size'), ('torch', 'float32'), ('torch._utils', '_rebuild_parameter'),
            ('builtins', 'bytearray'), ('_codecs', 'encode'), ('collections', 'Counter'), ('torch', 'device'), ('torch', 'Tensor'),
-           ('torch._tensor', '_rebuild_from_type_v2'), ('torch.storage', '_load_from_bytes')]
+           ('torch._tensor', '_rebuild_from_type_v2'), ('torch.storage', '_load_from_bytes'), ('torch', 'HalfStorage'),
+           ('dnnlib.util', 'EasyDict'), ('torch_utils.persistence', '_reconstruct_persistent_obj'), ('numpy', 'ndarray'),
+           ('numpy', 'dtype'), ('numpy.core.multiarray', '_reconstruct'), ('numpy._core.multiarray', 'scalar'),
+           ('numpy._core.numeric', '_frombuffer')]
+NAMES = [name.encode() for pair in GLOBALS for name in pair]
 
 
 def tokens(data):
@@ -159,9 +163,10 @@ def _replace_number(parts, draws):
 
 
 def _replace_text(parts, draws):
-    places = [i for i, part in enumerate(parts) if part[:1] == pickle.BINUNICODE]
+    places = [i for i, part in enumerate(parts) if part[:1] in (pickle.BINUNICODE, pickle.SHORT_BINUNICODE)]
     if places:
-        i, text = pick(places, draws), pick([b'', b'0', b'x' * 100_000, b'\x1b[31m', 'é\u2028'.encode(), b'\xff', b'../../x'], draws)
+        strange = [b'', b'0', b'x' * 100_000, b'\x1b[31m', 'é\u2028'.encode(), b'\xff', b'../../x', pick(NAMES, draws)]
+        i, text = pick(places, draws), pick(strange, draws)
         parts[i] = parts[pick(places, draws)] if draws.random() < 0.5 else edm_pickle.text(text)
 
 

@@ -12,8 +12,8 @@ from tests.support import hostile, launch
 pytestmark = pytest.mark.skipif(sys.platform != 'linux', reason='limits are set and read in the way of Linux')
 
 
-def attack(kind, count, folder, seconds):
-    tally = hostile.run(f'tests.fuzz.checkpoints:{kind}', count, 0, folder / 'in', seconds)
+def attack(kind, count, folder, seconds, module='checkpoints'):
+    tally = hostile.run(f'tests.fuzz.{module}:{kind}', count, 0, folder / 'in', seconds)
     assert not tally['failed'], hostile.told(tally)
     return tally
 
@@ -38,3 +38,9 @@ def test_some_of_each_kind(tmp_path):
 def test_thousands_of_a_kind(tmp_path, kind, count):
     assert kind in {found.__name__ for found in checkpoints.ALL}
     attack(kind, count, tmp_path, 3600)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('kind, count', [('EDM2Pickle', 3000), ('PublishedAverages', 1000)])
+def test_thousands_of_published_files(tmp_path, kind, count):
+    attack(kind, count, tmp_path, 3600, 'published')

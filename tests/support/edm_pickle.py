@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Network snapshots as EDM pickles them, source text that would leave a marker included; and snapshots that nobody should open."""
+"""Network snapshots as EDM and EDM2 pickle them, source text that would leave a marker included; and snapshots that nobody should open."""
 
 import collections
+import copy
 import copyreg
 import io
 import pickle
@@ -12,7 +13,12 @@ import types
 import numpy as np
 import torch
 
-KINDS = {'EDMPrecond', 'VPPrecond', 'VEPrecond', 'iDDPMPrecond'}
+from dnnlib import EasyDict  # under the name of EDM2's
+
+KINDS = {'EDMPrecond', 'VPPrecond', 'VEPrecond', 'iDDPMPrecond', 'Precond'}
+VAE_SCALE = np.float32(0.5) / np.array([4.17, 4.62, 3.71, 3.28], np.float32)
+VAE = {'vae_name': 'stabilityai/sd-vae-ft-mse', 'scale': VAE_SCALE, 'batch_size': 8, '_vae': None,
+       'bias': -np.array([5.81, 3.25, 0.12, -2.15], np.float32) * VAE_SCALE}
 
 
 def rebuild(meta):
@@ -26,6 +32,13 @@ def source(marker):
     return f"import pathlib\npathlib.Path({str(marker)!r}).write_text('ran')\nclass EDMPrecond: pass\n"
 
 
+class Persistent:
+    """An object of a class that torch_utils.persistence knows, and that is no module."""
+
+    def __init__(self, class_name, /, **state):
+        self.class_name, self.state = class_name, state
+
+
 class Pickler(pickle.Pickler):
     """Pickles modules as calls of _reconstruct_persistent_obj, like torch_utils.persistence does; ModuleDicts are left as they are."""
 
@@ -37,14 +50,22 @@ class Pickler(pickle.Pickler):
         if isinstance(obj, torch.nn.ModuleDict):
             return copyreg.__newobj__, (torch.nn.ModuleDict,), self.state(obj)
         if isinstance(obj, torch.nn.Module):
-            meta = {'type': 'class', 'version': 6, 'module_src': self.text, 'class_name': type(obj).__name__, 'state': self.state(obj)}
-            return sys.modules['torch_utils.persistence']._reconstruct_persistent_obj, (meta,)
+            return self.meta(type(obj).__name__, self.state(obj))
+        if isinstance(obj, Persistent):
+            return self.meta(obj.class_name, {'_init_args': (), '_init_kwargs': {}, **obj.state})
         return NotImplemented
+
+    def meta(self, class_name, state):
+        meta = {'type': 'class', 'version': 6, 'module_src': self.text, 'class_name': class_name, 'state': state}
+        return sys.modules['torch_utils.persistence']._reconstruct_persistent_obj, (meta,)
 
     def state(self, module):
         kind = collections.OrderedDict if self.old_torch else dict
-        found = {'training': False, '_parameters': kind(module._parameters), '_buffers': kind(module._buffers),
-                 '_non_persistent_buffers_set': set(), '_backward_hooks': collections.OrderedDict(), '_modules': kind(module._modules)}
+        transient = module._non_persistent_buffers_set
+        buffers = {name: value for name, value in module._buffers.items() if not self.old_torch or name not in transient}
+        found = {'training': False, '_parameters': kind(module._parameters), '_buffers': kind(buffers),
+                 '_non_persistent_buffers_set': set(transient), '_backward_hooks': collections.OrderedDict(),
+                 '_modules': kind(module._modules)}
         if self.old_torch:
             found.pop('_non_persistent_buffers_set')  # which Python would write as builtins.set in protocol 3
         if type(module).__name__ in KINDS:
@@ -59,15 +80,30 @@ def snapshot(net, marker, protocol=4, old_torch=False, **changes):
     """The bytes of network-snapshot-*.pkl for a network of this program, whose names and layout are EDM's.
 
     changes: what else the dict holds, or what it holds in place of EDM's own."""
+    dataset = {'class_name': 'training.dataset.ImageFolderDataset', 'path': 'x.zip', 'use_labels': False, 'max_size': 10 ** 12}
+    return dumped({'ema': net, 'loss_fn': None, 'augment_pipe': None, 'dataset_kwargs': dataset, **changes}, marker, protocol, old_torch)
+
+
+def edm2_snapshot(unet, arguments, marker, encoder=VAE, old_torch=False, whole=None):
+    """The bytes of EDM2's edm2-*.pkl, in float16: a dict of the class EasyDict, whose network is a Precond around `unet`.
+
+    arguments: of Precond's constructor. encoder: attributes of a StabilityVAEEncoder; None for pixels. whole: what else the dict holds, or
+    what it holds in place of EDM2's own."""
+    made = Persistent('StandardRGBEncoder') if encoder is None else Persistent('StabilityVAEEncoder', **encoder)
+    data = EasyDict(encoder=made, dataset_kwargs=EasyDict(class_name='training.dataset.ImageFolderDataset', path='x.zip', use_labels=True),
+                    loss_fn=Persistent('EDM2Loss', P_mean=-0.4, P_std=1.0, sigma_data=0.5), ema=Precond(unet, arguments).half())
+    return dumped(EasyDict({**data, **(whole or {})}), marker, 4, old_torch)
+
+
+def dumped(value, marker, protocol=4, old_torch=False):
+    """A pickle of the value by Pickler."""
     persistence = types.ModuleType('torch_utils.persistence')
     persistence._reconstruct_persistent_obj = rebuild
     rebuild.__module__, rebuild.__qualname__, rebuild.__name__ = persistence.__name__, *['_reconstruct_persistent_obj'] * 2
     sys.modules['torch_utils.persistence'] = persistence
     try:
         file = io.BytesIO()
-        dataset = {'class_name': 'training.dataset.ImageFolderDataset', 'path': 'x.zip', 'use_labels': False, 'max_size': 10 ** 12}
-        Pickler(file, protocol, source(marker), old_torch).dump(
-            {'ema': net, 'loss_fn': None, 'augment_pipe': None, 'dataset_kwargs': dataset, **changes})
+        Pickler(file, protocol, source(marker), old_torch).dump(value)
         return file.getvalue()
     finally:
         del sys.modules['torch_utils.persistence']
@@ -100,6 +136,27 @@ class EDMPrecond(torch.nn.Module):
         super().__init__()
         self.config = {'img_resolution': 8, 'img_channels': 1, 'model_type': 'SongUNet', 'channel_mult': [1, 2], 'sigma_max': float('inf')}
         self.model = torch.nn.ModuleDict({'a': Linear()})
+
+
+class Precond(torch.nn.Module):
+    """EDM2's network of the whole, with the layers of u(sigma) beside a copy of the U-Net."""
+
+    def __init__(self, unet, arguments):
+        super().__init__()
+        self.config = arguments
+        self.unet = copy.deepcopy(unet)
+        self.logvar_fourier, self.logvar_linear = torch.nn.Module(), torch.nn.Linear(8, 1, bias=False)
+        self.logvar_fourier.register_buffer('freqs', torch.ones(8))
+
+
+class UNet(torch.nn.Module):
+    """The smallest U-Net that has everything EDM2's have, a gain without dimensions included; no network of this program fits it."""
+
+    def __init__(self):
+        super().__init__()
+        self.out_gain = torch.nn.Parameter(torch.tensor(0.7))
+        self.enc = torch.nn.ModuleDict({'8x8_conv': Linear()})
+        self.skip = None
 
 
 def op(code, *parts):

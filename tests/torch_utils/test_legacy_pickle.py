@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""EDM's pickles read as data: right when they are what they should be, refused in one line otherwise, and never executed."""
+"""EDM's and EDM2's pickles read as data: right when they are what they should be, refused in one line otherwise, and never executed."""
 
 import json
 import os
@@ -14,12 +14,13 @@ import pytest
 import safetensors.torch
 import torch
 
-from dnnlib import UserError
+from dnnlib import EasyDict, UserError
 from tests.support import GOLDEN, ROOT, edm_pickle
 from torch_utils import legacy_pickle, misc
 from training.networks import preconditioning
 
 DATA = GOLDEN / 'hub' / 'edm_pickle'  # a snapshot that EDM's own code wrote, its source text left out
+EDM2 = GOLDEN / 'edm2' / 'pickles'  # likewise of EDM2, in the layouts of today's and of older PyTorch and NumPy
 CONFIG = {'img_resolution': 8, 'img_channels': 2, 'model_type': 'SongUNet', 'model_channels': 4, 'channel_mult': [1, 2], 'num_blocks': 1,
           'attn_resolutions': [4], 'augment_dim': 9, 'embedding_type': 'fourier', 'encoder_type': 'residual',
           'resample_filter': [1, 3, 3, 1]}
@@ -99,7 +100,116 @@ def test_half_and_shared_storages(write):
     assert state['model.b.weight'].dtype == torch.float16 and torch.equal(state['model.a.weight'], state['model.b.weight'])
 
 
+# --- EDM2's
+
+@pytest.mark.parametrize('name', ['nosrc_tiny_edm2_latent_cond', 'nosrc_tiny_edm2_pixel_uncond_oldlayout'])
+def test_published_snapshots_of_edm2(name):
+    found, expected = legacy_pickle.read_snapshot(EDM2 / f'{name}.pkl'), json.loads((EDM2 / f'{name}.json').read_text())
+    assert found[:2] == ('Precond', expected['init_kwargs']) and list(found.state) == list(expected['state_dict'])
+    for key, value in found.state.items():
+        wanted = expected['state_dict'][key]
+        assert list(value.shape) == wanted['shape'] and value.dtype == torch.float16 == getattr(torch, wanted['dtype'])
+        assert value.flatten()[:4].tolist() == wanted['first4'] and float(value.double().sum()) == pytest.approx(wanted['sum'], abs=1e-4)
+    encoders = safetensors.torch.load_file(GOLDEN / 'encoders' / 'encoders.safetensors')
+    constants = {key: encoders[f'vae.{key}'].tolist() for key in ('scale', 'bias')}
+    assert found.encoder == {'class_name': 'StabilityVAEEncoder', 'vae_name': 'stabilityai/sd-vae-ft-mse', 'batch_size': 8, **constants}
+    network = legacy_pickle.read_network(EDM2 / f'{name}.pkl')
+    assert network[:2] == found[:2] and all(torch.equal(network[2][key], value) for key, value in found.state.items())
+
+
+@pytest.mark.parametrize('old_torch', [False, True])
+def test_the_source_of_edm2_does_not_run(write, tmp_path, old_torch):
+    marker, net = tmp_path / 'marker', edm_pickle.UNet()
+    data = edm_pickle.edm2_snapshot(net, {'img_resolution': 8, 'clip_act': None}, marker, old_torch=old_torch)
+    found = legacy_pickle.read_snapshot(write(data))
+    assert found.arguments == {'img_resolution': 8, 'clip_act': None} and not marker.exists()
+    assert torch.equal(found.state['unet.enc.8x8_conv.weight'], net.enc['8x8_conv'].weight.half())
+    assert torch.equal(found.state['unet.out_gain'], net.out_gain.half()) and found.state['unet.out_gain'].ndim == 0
+    edm_pickle.trusting_load(data)
+    assert marker.read_text() == 'ran'
+
+
+@pytest.mark.parametrize('encoder, expected', [
+    (None, {'class_name': 'StandardRGBEncoder'}),
+    ({'n': 3, 'hidden': True, 'of': [np.float64(0.5), (None, 'x')], '_vae': edm_pickle.Persistent('AutoencoderKL', weights=b'x')},
+     {'class_name': 'StabilityVAEEncoder', 'n': 3, 'hidden': True, 'of': [0.5, [None, 'x']]}),
+    ({'class_name': 'other', 'a': np.arange(4, dtype='>i2').reshape(2, 2).T, 'b': np.float16([0.5])},
+     {'class_name': 'StabilityVAEEncoder', 'a': [[0, 2], [1, 3]], 'b': [0.5]}),
+])
+def test_descriptions_of_encoders(write, encoder, expected):
+    assert legacy_pickle.read_snapshot(write(edm_pickle.edm2_snapshot(edm_pickle.UNet(), {}, 'marker', encoder))).encoder == expected
+
+
+def test_snapshots_without_an_encoder(write):
+    assert legacy_pickle.read_snapshot(DATA / 'network-snapshot.pkl').encoder is None
+    assert legacy_pickle.read_snapshot(write(edm_pickle.edm2_snapshot(edm_pickle.UNet(), {}, 'marker', encoder=None))).arguments == {}
+    data = edm_pickle.dumped({'ema': edm_pickle.EDMPrecond(), 'encoder': None}, 'marker')
+    assert legacy_pickle.read_snapshot(write(data)).encoder is None
+
+
 # --- what is refused
+
+def doubled():
+    value = []
+    for _ in range(40):
+        value = [value, value]
+    return value
+
+
+def nested():
+    value = EasyDict()
+    for _ in range(200):
+        value = EasyDict(a=value)
+    return value
+
+
+def recursive():
+    value = EasyDict(a=1)
+    value['a'] = value
+    return value
+
+
+@pytest.mark.parametrize('make, words', [
+    (nested, 'levels deep'), (recursive, 'levels deep'), (doubled, 'steps'), (lambda: np.zeros(1_100_000, np.int8), 'steps'),
+    (lambda: [np.zeros(100_000, np.int8)] * 20, 'steps'), (lambda: np.array(['a']), 'other than numbers'),
+    (lambda: np.zeros(2, complex), 'other than numbers'), (lambda: np.zeros(0, np.float32), 'does not match'),
+    (lambda: b'x', 'not a plain value'), (torch.nn.ModuleDict, 'not a plain value'), (edm_pickle.Linear, 'not a plain value'),
+    (lambda: torch.nn.Parameter(torch.ones(2)), 'not a plain value'),
+])
+def test_encoders_that_are_refused(refused, make, words):
+    start = time.monotonic()
+    assert words in refused(edm_pickle.edm2_snapshot(edm_pickle.UNet(), {}, 'marker', encoder={'scale': make()}))
+    assert time.monotonic() - start < 10
+
+
+@pytest.mark.parametrize('encoder', [[], {'class_name': 'x'}, 'x', 3, EasyDict(), np.ones(2, np.float32)])
+def test_encoders_of_other_kinds(refused, encoder):
+    assert 'encoder of an unknown form' in refused(edm_pickle.edm2_snapshot(edm_pickle.UNet(), {}, 'marker', whole={'encoder': encoder}))
+
+
+def test_arrays_that_claim_too_much(refused):
+    """The shape (4,) of an encoder's constants, overwritten by others."""
+    data = edm_pickle.edm2_snapshot(edm_pickle.UNet(), {}, 'marker')
+    old = pickle.MARK + pickle.BININT1 + b'\x01' + pickle.BININT1 + b'\x04' + pickle.TUPLE1
+    assert data.count(old) == 2
+    for number in (pickle.BININT + b'\xff\xff\xff\x7f', pickle.LONG1 + b'\x08' + b'\xff' * 7 + b'\x7f', pickle.BININT1 + b'\0',
+                   pickle.BININT + b'\xff' * 4, pickle.NEWTRUE, pickle.BINFLOAT + struct.pack('>d', 4.0), pickle.EMPTY_TUPLE):
+        changed = data.replace(old, old[:3] + number + pickle.TUPLE1, 1)
+        assert 'does not match' in refused(without_frames(changed)), number
+
+
+def without_frames(data):
+    """A pickle of one frame without it, so that its length need not be right."""
+    assert data[2:3] == pickle.FRAME
+    return data[:2] + data[11:]
+
+
+def test_dicts_that_are_called_with_arguments(refused):
+    data = without_frames(edm_pickle.edm2_snapshot(edm_pickle.UNet(), {}, 'marker'))
+    assert data.count(pickle.EMPTY_TUPLE + pickle.NEWOBJ) == 3
+    made = data.replace(pickle.EMPTY_TUPLE + pickle.NEWOBJ, pickle.NONE + pickle.TUPLE1 + pickle.NEWOBJ, 1)
+    assert 'unexpected arguments' in refused(made)
+
 
 @pytest.mark.parametrize('protocol', [2, 3, 4])
 @pytest.mark.parametrize('module, name', [('os', 'system'), ('posix', 'system'), ('builtins', 'eval'), ('builtins', 'exec'),
@@ -121,6 +231,10 @@ def test_real_payloads_are_refused(refused, tmp_path):
     assert 'mkdir' in refused(edm_pickle.snapshot(net, 'marker', loss_fn=Payload()))
     net.config['img_channels'] = Payload()
     assert 'mkdir' in refused(edm_pickle.snapshot(net, 'marker'))
+    for changes in ({'encoder': Payload()}, {'dataset_kwargs': EasyDict(path=Payload())}, {'loss_fn': Payload()}, {'extra': [Payload()]}):
+        assert 'mkdir' in refused(edm_pickle.dumped(EasyDict(ema=edm_pickle.EDMPrecond(), **changes), 'marker'))
+    assert 'mkdir' in refused(edm_pickle.edm2_snapshot(edm_pickle.UNet(), {}, 'marker', {'_vae': Payload()}))
+    assert 'mkdir' in refused(edm_pickle.edm2_snapshot(edm_pickle.UNet(), {}, 'marker', {'scale': np.array([Payload()])}))
     assert not (tmp_path / 'executed').exists()
 
 
@@ -276,9 +390,11 @@ needs_linux = pytest.mark.skipif(sys.platform != 'linux', reason='the limit on m
 
 
 @needs_linux
-@pytest.mark.parametrize('count', [1000, pytest.param(10_000, marks=pytest.mark.slow)])
-def test_mutated_files(write, tmp_path, count):
-    path = write(edm_pickle.snapshot(edm_pickle.EDMPrecond(), tmp_path / 'marker'))
+@pytest.mark.parametrize('count', [500, pytest.param(10_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize('make', [lambda marker: edm_pickle.snapshot(edm_pickle.EDMPrecond(), marker),
+                                  lambda marker: edm_pickle.edm2_snapshot(edm_pickle.UNet(), {'img_resolution': 8}, marker)])
+def test_mutated_files(write, tmp_path, make, count):
+    path = write(make(tmp_path / 'marker'))
     kept = fuzz(path, count, count, 'pickle', 300)
     assert count / 100 < kept < count / 2  # flipped weights and text do no harm; most else does
     assert not (tmp_path / 'marker').exists()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loading networks from a folder, a training state, an EDM pickle, published weights, a Hugging Face name or a URL."""
+"""Loading networks from a folder, a training state, a pickle of EDM or EDM2, published weights, a Hugging Face name or a URL."""
 
 import contextlib
 import json
@@ -16,14 +16,14 @@ from dnnlib import UserError, hub, one_line
 from dnnlib.download import is_url, open_url
 from dnnlib.files import read_json
 from torch_utils import distributed, legacy_pickle, misc, registry, tensor_file
-from training.checkpoints import published
+from training.checkpoints import edm2, published
 from training.networks import preconditioning
 from training.networks.interface import network_class
 
 CONFIG, WEIGHTS, OLD_WEIGHTS = 'config.json', 'model.safetensors', 'pytorch_model.bin'
 STATISTICS = 'data_statistics'  # metadata of model.safetensors, see sampling/channels.py; an attribute of networks
-READS = ('a snapshot folder (config.json + model.safetensors), a training-state .pt, an EDM .pkl, published weights of DiT, ViT or U-ViT, '
-         'a URL of such a file, or a Hugging Face name, owner/name[@revision]')
+READS = ('a snapshot folder (config.json + model.safetensors), a training-state .pt, a .pkl of EDM or EDM2, published weights of DiT, ViT or '
+         'U-ViT, a URL of such a file, or a Hugging Face name, owner/name[@revision]')
 PRECONDS = {'EDMPrecond': 'edm', 'VPPrecond': 'vp', 'VEPrecond': 've', 'iDDPMPrecond': 'iddpm'}  # by the names of the published classes
 MAX_TEXT = 2 ** 24  # largest size in bytes of a configuration or a header: 100,000 tensors
 MANY = 10 ** 6  # larger than any count in a network, or steps of a diffusion or sampler
@@ -35,8 +35,9 @@ def load_network(ref: str | os.PathLike, device: str | torch.device = 'cpu', wei
     """Loads the network that `ref` names, on `device`, in eval mode and without gradients.
 
     ref: an existing folder or file, a URL (which may end in #sha256=DIGEST), or a Hugging Face name; a folder takes precedence over a
-    name. The content of a file decides what it is: a training state, an EDM network snapshot, from which no code is executed, or
+    name. The content of a file decides what it is: a training state, a network snapshot of EDM or EDM2, from which no code is executed, or
     published weights without a configuration (see published.py).
+    The weights are float32; scalars that are stored in float16, as EDM2's gains are, stay float16, which gives the published output.
     weights: of a training state, "ema", "raw" (the trained weights without averaging) or "ema:0.05" (a stored average of that width,
     train.py --power-ema); DiT's training checkpoints hold "ema" and "raw", and other files one set of weights. Under torchrun every
     rank calls this, and one per node downloads.
@@ -85,12 +86,21 @@ def _build(config, state, ref):
         with misc.seeded('weights to be overwritten'):
             net = preconditioning.build_network(config)
         net.load_state_dict(state)
+        _keep_half_scalars(net, state)
     except UserError as err:
         raise UserError(f'{ref}: {err.message}') from None
     except (RuntimeError, ArithmeticError, AttributeError, LookupError, AssertionError, TypeError, ValueError) as err:
         # errors of Python and PyTorch for impossible numbers
         raise UserError(f'{ref}: network configuration: {one_line(err)}') from None
     return net
+
+
+def _keep_half_scalars(net, state):
+    """Makes float16 of the 0-dim parameters that are float16 in the state dict: EDM2 divides its gains by sqrt(fan_in) in their own type,
+    and its published files hold the gains in float16."""
+    for name, parameter in net.named_parameters():
+        if not parameter.ndim and state[name].dtype == torch.float16:
+            parameter.data = parameter.data.half()
 
 
 def check_tensors(state: dict) -> None:
@@ -115,6 +125,8 @@ def _check_plausible(config, state):
     largest = max((tensor.numel() for tensor in state.values()), default=0)
     blocks, levels = config.get('num_blocks', 1), config.get('channel_mult', [])
     for key, value in config.items():
+        if key == 'autoencoder':  # its digest is no size
+            continue
         numbers = [number for number in (value if isinstance(value, list) else [value]) if isinstance(number, int)]
         texts = [int(digits[:20]) for text in _texts(value) for digits in re.findall(r'\d+', text)]
         if (len(numbers) > max(len(state), 16) or any(abs(number) > min(max(largest, 4096), MANY) for number in numbers)
@@ -241,12 +253,18 @@ def _read_file(path, weights):
 
 
 def _read_pickle(path, weights):
-    """A network snapshot of EDM or ambient-laws, of which nothing is executed."""
+    """A network snapshot of EDM, EDM2 or ambient-laws, of which nothing is executed."""
     if weights != 'ema':
         raise UserError(f'{path}: only a training-state .pt holds other weights; leave --weights at ema')
-    name, arguments, state = legacy_pickle.read_network(path)
+    snapshot = legacy_pickle.read_snapshot(path)
+    name, arguments, state, _ = snapshot
+    if name == edm2.PRECOND:
+        try:
+            return edm2.convert(snapshot)
+        except UserError as err:
+            raise UserError(f'{path}: {err.message}') from None
     if name not in PRECONDS:
-        raise UserError(f'{path}: holds a network of the class {ascii(name)}; those read are {", ".join(PRECONDS)}')
+        raise UserError(f'{path}: holds a network of the class {ascii(name)}; those read are {", ".join([*PRECONDS, edm2.PRECOND])}')
     return arguments | ({} if PRECONDS[name] == 'edm' else {'precond': PRECONDS[name]}), state
 
 

@@ -15,7 +15,7 @@ CARD = 'README.md'
 
 
 def save_network(net: torch.nn.Module, folder: str | os.PathLike, card: str | None = None) -> None:
-    """Writes a folder ready for the Hub: config.json (net.config), model.safetensors (float32), README.md.
+    """Writes a folder ready for the Hub: config.json (net.config), model.safetensors (float32, but float16 scalars as they are), README.md.
 
     card: Markdown of the model card, in place of the default text. The folder appears complete or not at all; an existing one is
     replaced."""
@@ -38,6 +38,7 @@ def write_files(net: torch.nn.Module, folder: str | os.PathLike, card: str | Non
 
 
 def _portable(value):
-    """A copy of a tensor on the CPU, in float32 if it is floating point."""
-    value = value.detach().to('cpu', torch.float32 if value.is_floating_point() else value.dtype)
+    """A copy of a tensor on the CPU, in float32 if it is floating point and no scalar in float16 (see load_network)."""
+    kept = not value.is_floating_point() or value.dtype == torch.float16 and not value.ndim
+    value = value.detach().to('cpu', value.dtype if kept else torch.float32)
     return value.contiguous().clone()

@@ -12,6 +12,7 @@ from torch import nn
 
 from dnnlib import UserError
 from training.diffusion import discrete
+from training.networks.autoencoder import described
 from training.networks.interface import network_class
 
 
@@ -44,7 +45,7 @@ class Precond(nn.Module):
         self.model = network_class(model_type or self.model_type)(img_resolution, img_channels, img_channels * self.output_multiple,
                                                                   label_dim=label_dim, **kwargs)
         self.augment_dim = self.model.augment_dim
-        self.units = self.sampling = None
+        self.units = self.sampling = self.autoencoder = None
 
     def prepare(self) -> None:
         """Sets attributes that follow from `options`, before the network is built."""
@@ -237,12 +238,14 @@ def build_network(config: dict) -> Precond:
     """The network of a configuration, with initial weights drawn from torch's random state (see misc.seeded).
 
     config: the published constructor arguments (see Precond), "precond" if it is not edm, "units" ({"offset", "scale"}) if the data is
-    not 8-bit, and "sampling" if the default sampler is not EDM's (see sampling/options.py). The attribute `config` of the result equals
-    it, in JSON types and without infinities, which are the defaults.
+    not 8-bit, "sampling" if the default sampler is not EDM's (see sampling/options.py), and "autoencoder" if the data is latents
+    ({"ref", "range", "sha256" unless unknown}, see autoencoder.py). The attribute `config` of the result equals it, in JSON types and
+    without infinities, which are the defaults.
     Raises UserError, in one line, for unknown names and for values that the network refuses."""
     config = {key: value for key, value in json.loads(json.dumps(config)).items() if value not in (math.inf, -math.inf)}
     kwargs = dict(config)
     name, units, sampling = kwargs.pop('precond', 'edm'), kwargs.pop('units', None), kwargs.pop('sampling', None)
+    autoencoder = _autoencoder(kwargs.pop('autoencoder', None))
     _check('precond', name, PRECONDS)
     kind = PRECONDS[name]
     model_type = kwargs.get('model_type', kind.model_type)
@@ -256,8 +259,15 @@ def build_network(config: dict) -> Precond:
         net = kind(**kwargs)
     except (ValueError, TypeError) as err:
         raise UserError(f'network configuration: {err}') from None
-    net.config, net.units, net.sampling = config, units, sampling
+    net.config, net.units, net.sampling, net.autoencoder = config, units, sampling, autoencoder
     return net
+
+
+def _autoencoder(value):
+    try:
+        return None if value is None else described(value)
+    except ValueError as err:
+        raise UserError(f'network configuration: "autoencoder" {err}') from None
 
 
 def _constructor_arguments(kind, model_type):
