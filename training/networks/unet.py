@@ -277,8 +277,8 @@ class SongUNet(UNet):
 
 
 class DhariwalUNet(UNet):
-    """U-Net of Dhariwal & Nichol 2021 (ADM): attention at several resolutions with 64 channels per head, and an adaptive scale and shift
-    by the embedding.
+    """U-Net of Dhariwal & Nichol 2021 (ADM): attention at several resolutions with 64 channels per head; the embedding scales and shifts
+    the normalised features.
 
     Inputs and outputs: see the module's docstring."""
 
