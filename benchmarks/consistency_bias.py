@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far the consistency term is from zero at the truth: every chain and number of steps, with exact denoisers in 2-D.
+"""Bias of the consistency term: its value for exact denoisers in 2-D, where it should be zero, for every chain and number of steps.
 
 python benchmarks/consistency_bias.py [--points=8000] [--samples=128]"""
 
@@ -15,11 +15,11 @@ from training.objective.consistency import CHAINS, consistency_error, u_statisti
 
 PAIRS = [(0.5, 0.25), (0.5, 0.05), (0.6, 0.3)]  # sigma -> sigma'
 STEPS = [1, 2, 5, 20]
-FACTORS = [1.0, 0.9, 1.1]  # of the denoiser: the truth, and two that are wrong
+FACTORS = [1.0, 0.9, 1.1]  # the denoiser is multiplied by these: exact, and two wrong ones
 
 
 class MixtureData:
-    """Points of equally likely isotropic Gaussians, and their exact denoiser; means [M,2], one std."""
+    """A mixture of equally likely isotropic Gaussians and its exact denoiser; means [M,2], one std."""
 
     def __init__(self, means, std):
         self.means, self.std = torch.as_tensor(means, dtype=torch.float64), std

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the consistency term does for models that see noisy data only: a 2-D mixture with its exact denoiser, and digits.
+"""Effect of the consistency term on models trained on noisy data only: a 2-D mixture with known denoiser, and digits.
 
-python benchmarks/consistency_toys.py mixture [--arms=none,published,...] [--seeds=20]
-python benchmarks/consistency_toys.py digits [--arms=none,published,...] [--seeds=3]"""
+python benchmarks/consistency_toys.py mixture [--arms='none;published;...'] [--seeds=20]
+python benchmarks/consistency_toys.py digits [--arms='none;published;...'] [--seeds=3]"""
 
 import contextlib
 import functools
@@ -34,7 +34,7 @@ from training.objective.consistency import CHAINS  # noqa: E402
 from training.objective.loss import AmbientLoss, Objective  # noqa: E402
 
 SIGMA_N, SIGMA_DATA, POINTS, BATCH = 0.5, 0.6, 20_000, 128
-ERROR_AT = {'below': [0.05, 0.1, 0.2, 0.3, 0.4], 'above': [0.6, 1.0, 2.0]}  # of sigma_n: where the denoiser is judged
+ERROR_AT = {'below': [0.05, 0.1, 0.2, 0.3, 0.4], 'above': [0.6, 1.0, 2.0]}  # test levels below and above sigma_n
 ARMS = {
     'none': None,
     'published': 'euler:estimator=mean,steps=5,samples=6,stop=no,grad=true,coeff=1',
@@ -68,7 +68,7 @@ class Networks(torch.nn.Module):
 
 
 class Draws(misc.Draws):
-    """One draw for the batches of all seeds, with the number of rows that is asked for."""
+    """Draws for the batches of all seeds together, with any number of rows."""
 
     def _block(self, name, index, shape):
         return torch.randn([misc.BLOCK_ROWS, *shape], generator=misc.generator(self.seed, self.step, name, index))
@@ -112,7 +112,7 @@ def noisy_points(data, seed):
 
 @torch.no_grad()
 def mixture_errors(net, points=4000):
-    """{below, above}: [S], root mean square distance to the exact denoiser, per coordinate, over the levels of ERROR_AT."""
+    """{below, above}: [S], root mean square distance to the exact denoiser per coordinate, over the levels in ERROR_AT."""
     data, generator = DATA['mixture'], misc.generator('judge')
     found = {}
     for where, levels in ERROR_AT.items():
@@ -137,11 +137,11 @@ def report_mixture(arms, seeds, steps):
         errors = mixture_errors(net)
         base = errors['below'] if base is None else base
         cells = [f'{e.mean():.4f} ± {e.std() / seeds ** 0.5:.4f} ({e.max():.4f})' for e in errors.values()]
-        change = errors['below'] - base  # the same data, first weights and draws: a paired comparison
+        change = errors['below'] - base  # same data, initial weights and draws: a paired comparison
         print(f'| {name} | {" | ".join(cells)} | {change.mean():+.4f} ± {change.std() / seeds ** 0.5:.4f} | {seconds:.0f} |', flush=True)
 
 
-# ---- digits, by the program's own commands
+# ---- digits, with the program's own commands
 
 IMAGES = 898  # half of the digits, as in examples/demo.py
 TRAIN = ['--sigma=0.4', '--corruption_probability=1', '--cbase=16', '--cres=1,2', '--blocks=1', '--attn=0', '--augment=0', '--dropout=0',
@@ -155,7 +155,7 @@ def call(script, *arguments):
 
 
 def digits_run(folder, spec, seed, kimg):
-    """(Fréchet distance in pixels of 898 samples to the clean held-out half, images per second of CPU-shared training)."""
+    """(Fréchet distance in pixels of 898 samples to the clean held-out half, images per second of the fastest tick)."""
     path = functools.partial(os.path.join, folder)
     name = f'seed{seed}'
     run = path(f'run-{len(os.listdir(folder))}-{name}')
@@ -188,12 +188,12 @@ def report_digits(arms, seeds, kimg):
 
 @click.command()
 @click.argument('toy', type=click.Choice(['mixture', 'digits']))
-@click.option('--arms', default=';'.join(ARMS), help='Names, or specifications of --consistency, separated by semicolons')
+@click.option('--arms', default=';'.join(ARMS), help='Names of arms or values of --consistency, separated by semicolons')
 @click.option('--seeds', type=int)
-@click.option('--steps', default=1500, help='Training steps of the mixture')
-@click.option('--kimg', default=16.0, help='Training length of the digits')
+@click.option('--steps', default=1500, help='Training steps on the mixture')
+@click.option('--kimg', default=16.0, help='Training length on the digits, in thousands of images')
 def main(toy, arms, seeds, steps, kimg):
-    """Trains every arm and prints a table."""
+    """Train every arm and print a table."""
     torch.set_num_threads(1)
     arms = arms.split(';')
     if toy == 'mixture':

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many images per second the data side supplies on one core: first pass, clean batches, noisy batches.
+"""Images per second that data loading supplies on one core: first pass, clean batches, noisy batches.
 
 python benchmarks/data_loading.py [--images=20000] [--size=32] [--batch=512]"""
 
@@ -64,7 +64,7 @@ def main():
               f'{args.images / (time.perf_counter() - start):,.0f} images per second')
         dataset = ImageDataset(path, cache_dir=folder)
         print(f'{args.images} images of 3x{args.size}x{args.size}, batches of {args.batch}, one core, images per second:')
-        cases = (('clean', 0.0, 8), ('90 % noisy, kept', 0.9, 8), ('all noisy, kept', 1.0, 8), ('all noisy, at each use', 1.0, 0))
+        cases = (('clean', 0.0, 8), ('90 % noisy, cached', 0.9, 8), ('all noisy, cached', 1.0, 8), ('all noisy, made at each use', 1.0, 0))
         for title, probability, gib in cases:
             corruption = Corruption(0.2, probability)
             sigma_n = corruption.levels(dataset.raw_idx, dataset.native_sigma, dataset.image_shape)

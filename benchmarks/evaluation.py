@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Evaluation against its peers in one run: Fréchet distance, Inception's features, and distances within a memory limit.
+"""Speed and accuracy of the metrics, compared with other programs: Fréchet distance, Inception features, distances between features.
 
 python benchmarks/evaluation.py frechet
-python benchmarks/evaluation.py features [--data=PATH] [--threads=1] [--half] [--compile]   (against torch-fidelity if installed)
+python benchmarks/evaluation.py features [--data=PATH] [--threads=1] [--half] [--compile]   (and torch-fidelity, if installed)
 python benchmarks/evaluation.py distances [--images=50000] [--dim=2048]
-python benchmarks/evaluation.py parity --data=PATH [--images=500]   (against torch-fidelity, clean-fid, prdc, transformers: parity.py)"""
+python benchmarks/evaluation.py parity --data=PATH [--images=500]   (with torch-fidelity, clean-fid, prdc, transformers: parity.py)"""
 
 import argparse
 import importlib.util
@@ -38,14 +38,14 @@ BATCH = 50
 
 
 def skewed_features(count, dim, seed):
-    """Skewed, correlated features of scales over a factor of a thousand, as float64 [count,dim]."""
+    """Skewed, correlated features whose scales differ by up to a factor of a thousand, float64 [count,dim]."""
     rng = np.random.default_rng(seed)
     scale = np.exp(np.random.default_rng(99).standard_normal(dim))
     return np.abs(rng.standard_normal((count, dim)) + 0.3 * rng.standard_normal((count, 1))) * scale
 
 
 def best_of(function, runs=3):
-    """(shortest time in seconds, last result); with one thread the time is the process's own CPU time, on which other programs have little effect."""
+    """(shortest time in seconds, last result). With one thread it is the CPU time of the process, which other programs hardly affect."""
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     seconds = []
     for _ in range(runs):
@@ -62,7 +62,7 @@ def table(title, rows):
 
 
 def frechet(args):
-    """Two full-rank statistics, by this program and by scipy's matrix square root."""
+    """Times the Fréchet distance of two full-rank statistics, and compares it with scipy's matrix square root."""
     x, y = (skewed_features(3 * args.dim, args.dim, seed) for seed in (0, 1))
     stats = [x.mean(0), np.cov(x, rowvar=False), y.mean(0), np.cov(y, rowvar=False)]
 
@@ -82,7 +82,7 @@ def frechet(args):
 
 
 def features(args):
-    """Time of the FID network, of its named variants, and of torch-fidelity's where it is installed; and what they do to the FID."""
+    """Times the FID network, its variants and, if installed, torch-fidelity's, and prints how much their features change the FID."""
     images = some_images(args)
     with tempfile.TemporaryDirectory() as folder:
         path = args.weights or save_inception_weights(os.path.join(folder, 'weights.pth'))
@@ -101,8 +101,8 @@ def features(args):
         rows.append((name, f'{spent:.1f}', f'{args.images / spent:.1f}', f'{error:.1e}',
                      f'{fid_of_halves(found[name], found[name]):.5f}', f'{fid_of_halves(found[name], plain):.5f}'))
     table(f'Features of {args.images} images of {images.shape[3]} x {images.shape[2]}, batches of {BATCH}, '
-          f'{torch.get_num_threads()} threads; largest difference of features; FID of the halves, second half seen alike or by plain '
-          'inception', rows)
+          f'{torch.get_num_threads()} threads; largest relative difference of features; FID between the two halves of the images, '
+          'the second half by the same network (FID) or by plain inception (mixed FID)', rows)
 
 
 def some_images(args):
@@ -113,7 +113,7 @@ def some_images(args):
 
 
 def time_in_turns(nets, images):
-    """{name: seconds}, {name: features}: every network sees each batch in turn, so that changes of the machine's speed affect all alike."""
+    """{name: seconds}, {name: features}: the networks take turns at each batch, so that a slower moment of the machine affects all."""
     for net in nets.values():
         net(images[:BATCH])  # allocations, and compilation where asked for
     seconds, found = dict.fromkeys(nets, 0.0), {name: [] for name in nets}
@@ -126,7 +126,7 @@ def time_in_turns(nets, images):
 
 
 def fid_of_halves(first, second):
-    """Distance between even images seen by one network and odd images seen by another."""
+    """Fréchet distance between the features of even images in `first` and of odd images in `second`."""
     halves = []
     for found in (first[::2], second[1::2]):
         moments = Moments(found.shape[1])
@@ -158,9 +158,9 @@ def main():
     parser.add_argument('--images', type=int)
     parser.add_argument('--dim', type=int, default=2048)
     parser.add_argument('--size', type=int, default=32)
-    parser.add_argument('--weights', help='the published Inception file; random weights without it, which take as long')
-    parser.add_argument('--data', help='images: folder, zip or array; random ones without it')
-    parser.add_argument('--threads', type=int, help='CPU threads; one thread measures work, whatever else the machine does')
+    parser.add_argument('--weights', help='the published Inception file; by default random weights, which take as long')
+    parser.add_argument('--data', help='images: folder, zip or array; by default random ones')
+    parser.add_argument('--threads', type=int, help='CPU threads; with one, CPU time is measured instead of elapsed time')
     parser.add_argument('--half', action='store_true', help='also time bfloat16')
     parser.add_argument('--compile', action='store_true', help='also time the compiled network')
     args = parser.parse_args()

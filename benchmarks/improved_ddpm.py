@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Improved DDPM on digits, by the program's own commands: schedules, objectives, predictions, samplers in few steps, gradient noise.
+"""Improved DDPM on digits, by the program's own commands: schedules, objectives, predictions, samplers at few steps, gradient noise.
 
 python benchmarks/improved_ddpm.py train --out=runs/digits
 python benchmarks/improved_ddpm.py samplers --out=runs/digits
@@ -30,10 +30,10 @@ from training.objective.variational import terms_of  # noqa: E402
 from training.run.build import build_objective  # noqa: E402
 from training.run.config import ObjectiveConfig  # noqa: E402
 
-IMAGES, JUDGED, STEPS = 898, 128, 25  # generated images, held-out images whose bits are counted, steps of a sample
+IMAGES, JUDGED, STEPS = 898, 128, 25  # generated images, held-out images for bits per dimension, sampling steps
 TRAIN = ['--cond=1', '--precond=iddpm', '--cres=1,2', '--blocks=1', '--attn=0', '--augment=0', '--dropout=0', '--batch=128',
          '--lr-rampup=0.01', '--ema=0.006', '--tick=16', '--snap=1000', '--dump=0', '--samples=0', '--threads=1']
-WIDTH, LR = 16, 2e-3  # --cbase, and --lr at that width; at others it goes by 1 / sqrt(width)
+WIDTH, LR = 16, 2e-3  # --cbase, and --lr at that width; for other widths it is scaled by 1 / sqrt(width)
 ARMS = {  # (--objective, schedule, --timesteps, width, --prediction)
     'linear, simple': ('simple', 'linear', 'uniform', WIDTH, 'eps'),
     'cosine, simple': ('simple', 'cosine', 'uniform', WIDTH, 'eps'),
@@ -50,7 +50,7 @@ ARMS = {  # (--objective, schedule, --timesteps, width, --prediction)
 SAMPLERS = {**{name: f'ancestral:variance={name}' for name in ('small', 'large', 'learned')}, 'ddim': 'ddim', 'heun': 'heun'}
 BUDGETS = 9, 17, 25, 35  # network evaluations of a sample
 EVERY_SAMPLER = 'ancestral', 'ddim', 'dpmpp_2m', 'heun'
-MICRO, PARTS, WARM = 32, 128, 400  # images of a gradient, gradients, and batches that fill the resampler's history
+MICRO, PARTS, WARM = 32, 128, 400  # images per gradient, number of gradients, batches that fill the resampler's history
 
 
 def call(script, *arguments):
@@ -60,7 +60,7 @@ def call(script, *arguments):
 
 
 def make_data(path):
-    """The two halves of the digits, and the statistics of the second."""
+    """Writes the two halves of the digits, and the reference statistics of the second."""
     for part, name in enumerate(['train', 'held-out']):
         if not os.path.exists(path(f'{name}.zip')):
             call('dataset_tool', '--source=digits', f'--dest={path(f"{name}.zip")}', f'--part={part}/2')
@@ -69,7 +69,7 @@ def make_data(path):
 
 
 def train(path, arm, seed, kimg, steps):
-    """Trains one arm; returns its snapshot's folder."""
+    """Trains one arm; returns the folder of its snapshot."""
     objective, schedule, timesteps, width, prediction = ARMS[arm]
     run = path(f'{arm.replace(", ", "-").replace(" ", "")}-{seed}')
     if not os.path.exists(run):
@@ -80,7 +80,7 @@ def train(path, arm, seed, kimg, steps):
 
 
 def judge(path, network):
-    """{name: figure} of a network: bits per dimension of held-out digits, and Fréchet distances in pixels to them by sampler."""
+    """{name: value} for a network: bits per dimension of held-out digits, and the Fréchet distance in pixels to them for each sampler."""
     run, found = functools.partial(os.path.join, os.path.dirname(network)), {}
     variances = ['large', 'small', *(['learned'] if load_network(network).gives_variance else [])]
     for variance in variances:
@@ -95,7 +95,7 @@ def judge(path, network):
 
 
 def distance(path, network, sampler, evaluations):
-    """Fréchet distance in pixels to the held-out digits of samples with this number of network evaluations; those of heun are on EDM's levels."""
+    """Fréchet distance in pixels of samples with this number of network evaluations to the held-out digits; heun uses EDM's levels."""
     steps, result = (evaluations + 1) // 2 if sampler == 'heun' else evaluations, os.path.join(os.path.dirname(network), 'distance.json')
     call('eval_fid', f'--network={network}', f'--ref_stats={path("held-out.npz")}', '--detector=pixels', f'--num={IMAGES}',
          f'--seeds=0-{IMAGES - 1}', f'--sampler={sampler}', f'--steps={steps}', f'--out_path={result}')
@@ -103,7 +103,7 @@ def distance(path, network, sampler, evaluations):
 
 
 def remember(path, name, value):
-    """Writes one more figure to figures.json."""
+    """Adds one value to figures.json."""
     figures = load(path)
     figures[name] = value
     write_json(path('figures.json'), figures)
@@ -120,7 +120,7 @@ def mean(values):
 
 
 def print_table(path, arms, seeds):
-    """All figures, one line per arm."""
+    """Prints a table of all values, one row per arm."""
     figures = load(path)
     columns = [f'bits, {name}' for name in ('large', 'small', 'learned')] + [f'{STEPS} steps, {name}' for name in SAMPLERS]
     print(f'| arm | {" | ".join(columns)} |\n|{" --- |" * (len(columns) + 1)}')
@@ -131,7 +131,7 @@ def print_table(path, arms, seeds):
 
 
 def print_samplers(path, arm, seeds):
-    """Distances of one arm, one line per sampler and one column per number of evaluations."""
+    """Prints the distances of one arm, one row per sampler and one column per number of evaluations."""
     figures = load(path)
     print(f'\n"{arm}":\n\n| evaluations | {" | ".join(map(str, BUDGETS))} |\n|{" --- |" * (len(BUDGETS) + 1)}')
     for sampler in EVERY_SAMPLER:
@@ -176,14 +176,14 @@ def gradient_noise(path, network, objective, timesteps, seed):
 
 
 def print_noise(path, arm, seeds):
-    """The noise scale of three objectives at the weights of one arm."""
+    """Prints the gradient noise scale of three objectives at the weights of one arm."""
     figures = load(path)
     print(f'\nat the weights of "{arm}":\n\n| gradient of | tr(Sigma) / tr(Sigma) of vlb | noise scale, images |\n| --- | --- | --- |')
     key = lambda name, seed: figures.get(f'noise/{arm}/{name}/{seed}')
     for name in NOISE:
         found = [(key(name, seed), key('vlb', seed)) for seed in range(seeds) if key(name, seed)]
         shares = [one['spread'] / vlb['spread'] for one, vlb in found]
-        # A ratio of means, never a mean of ratios: the signal of one measurement may be next to nothing.
+        # A ratio of means, not a mean of ratios: the signal of a single measurement may be close to zero.
         scale = sum(one['spread'] for one, _ in found) / sum(one['signal'] for one, _ in found)
         print(f'| {name} | {mean(shares) if name != "hybrid" else ""} | {scale:.3g} |')
 
@@ -193,13 +193,13 @@ NOISE = {'hybrid': ('hybrid', 'uniform'), 'vlb': ('vlb', 'uniform'), 'vlb, resam
 
 @click.command()
 @click.argument('what', type=click.Choice(['train', 'samplers', 'noise']))
-@click.option('--out', required=True, help='Folder of data, runs and figures; what is there is not made again')
-@click.option('--arms', default=';'.join(ARMS), help='Which, separated by semicolons')
-@click.option('--seeds', default='0-2', help='First and last')
-@click.option('--kimg', default=128.0, help='Training length')
-@click.option('--steps', default=1000, help='T')
+@click.option('--out', required=True, help='Folder for data, runs and results; runs and results already there are reused')
+@click.option('--arms', default=';'.join(ARMS), help='Names of the arms, separated by semicolons')
+@click.option('--seeds', default='0-2', help='First and last seed')
+@click.option('--kimg', default=128.0, help='Training length in thousands of images')
+@click.option('--steps', default=1000, help='Number of diffusion steps T')
 def main(what, out, arms, seeds, kimg, steps):
-    """Trains and judges every arm, or measures samplers or the gradient noise at trained weights; prints tables."""
+    """Trains and evaluates every arm, or measures samplers or gradient noise at trained weights; prints tables."""
     torch.set_num_threads(1)
     os.makedirs(out, exist_ok=True)
     path, arms, (first, last) = functools.partial(os.path.join, out), arms.split(';'), map(int, seeds.split('-'))

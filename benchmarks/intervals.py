@@ -50,7 +50,8 @@ def draw(rng, law, count, dim):
 
 
 def frechet_case(dim, count, law, shift, stretch, repetitions, seed=0):
-    """Shares of the fid intervals that contain the mean over the repetitions, and of the fid_inf intervals that contain the true distance."""
+    """(share of the fid intervals that contain the mean over the repetitions, share of the fid_inf intervals that contain the true
+    distance, that mean, that distance)."""
     rng, scale = np.random.default_rng(seed), spectrum(dim)
     own = scale * np.where(np.arange(dim) % 2, stretch, 1 / stretch)
     mu, cov = np.zeros(dim), np.diag(scale ** 2)

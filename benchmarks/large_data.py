@@ -3,8 +3,8 @@
 
 python benchmarks/large_data.py [--images=1281167] [--size=64] [--classes=1000] [--ranks=2] [--dir=FOLDER]
 
-Makes a packed set of random pictures (15.7 GB at the defaults), which is removed at the end, and feeds the ranks of a training with it,
-90 % of the images noisy, as train.py does."""
+Makes a packed data set of random pictures (15.7 GB by default), which is removed at the end, and loads it on several ranks as train.py
+does, with 90 % of the images noisy."""
 
 import argparse
 import json
@@ -30,12 +30,12 @@ from training.diffusion.noise import NOISE  # noqa: E402
 from training.run.build import load_data  # noqa: E402
 from training.run.configure import configure  # noqa: E402
 
-BATCH = 256  # of a rank
-NODE = 8     # ranks that the arithmetic is for
+BATCH = 256  # per rank
+NODE = 8     # ranks of the node for which the speed is extrapolated
 
 
 def make(folder, count, size, classes):
-    """A packed set of random pictures, with labels."""
+    """Writes a packed data set of random pictures with labels."""
     rng = np.random.default_rng(0)
     with new_packed(folder, (3, size, size), np.uint8) as packed:
         for first in range(0, count, 1024):
@@ -44,7 +44,7 @@ def make(folder, count, size, classes):
 
 
 def forget(folder):
-    """Removes the files from the system's page cache, as at a first start."""
+    """Removes the files from the page cache of the system, as before a first start."""
     for path in Path(folder).iterdir():
         with open(path, 'rb') as f:
             os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -57,7 +57,7 @@ def own_memory():
 
 
 def work(folder, flags, seconds):
-    """A rank: prints what it measured as JSON."""
+    """What each rank runs: prints its measurements as JSON."""
     imported, before = time.time(), own_memory()
     distributed.init()
     torch.set_num_threads(1)
@@ -82,7 +82,7 @@ def work(folder, flags, seconds):
 
 
 def start(folder, ranks, flags, seconds=8):
-    """What each of the ranks measured."""
+    """Starts the ranks; returns the measurements of each."""
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
         port = free.getsockname()[1]
@@ -94,19 +94,19 @@ def start(folder, ranks, flags, seconds=8):
 
 
 def tell(title, found):
-    """A line about one start."""
+    """Prints one line for one start."""
     most = lambda key: max(one[key] for one in found)
     per_core = sum(one['per_core'] for one in found) / len(found)
-    print(f'{title}: first batch after {most("start"):.1f} s, and {most("imports"):.1f} s of imports; memory of a rank beyond the mapping '
+    print(f'{title}: first batch after {most("start"):.1f} s, and {most("imports"):.1f} s of imports; memory per rank without the file '
           f'{most("memory") / 1e9:.3f} GB, after feeding {most("grown") / 1e9:.3f} GB; {sum(one["rate"] for one in found):,.0f} img/s by '
-          f'{len(found)} ranks, {per_core:,.0f} a core: {NODE * per_core:,.0f} on a node of {NODE} ranks with a core each', flush=True)
+          f'{len(found)} ranks, {per_core:,.0f} per core: {NODE * per_core:,.0f} on a node with {NODE} ranks and cores', flush=True)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name, default in (('images', 1281167), ('size', 64), ('classes', 1000), ('ranks', 2), ('seconds', 8)):
         parser.add_argument(f'--{name}', type=int, default=default)
-    parser.add_argument('--dir', help='Where the set is made  [default: the folder for temporary files]')
+    parser.add_argument('--dir', help='Folder in which the data set is made  [default: the folder for temporary files]')
     parser.add_argument('--work', help=argparse.SUPPRESS)
     o, flags = parser.parse_known_args()
     if o.work:
@@ -117,14 +117,14 @@ def main():
         make(path, o.images, o.size, o.classes)
         disk = sum(file.stat().st_size for file in Path(path).iterdir())
         print(f'{o.images} images of 3x{o.size}x{o.size}: {disk / 1e9:.2f} GB on disk, made in {time.time() - began:.0f} s; '
-              f'{o.ranks} ranks, batches of {BATCH} a rank', flush=True)
+              f'{o.ranks} ranks, batches of {BATCH} per rank', flush=True)
         forget(path)
         first = start(path, o.ranks, flags, o.seconds)
         print(first[0]['line'])
         tell('first start', first)
         tell('second start', start(path, o.ranks, flags, o.seconds))
         small = o.images * 0.9 * 3 * o.size ** 2 * 4 / 2 ** 30
-        print(f'(noisy images kept would take {small:.1f} GiB of the node: --cache-gib)')
+        print(f'(caching the noisy images would take {small:.1f} GiB on the node: --cache-gib)')
 
 
 if __name__ == '__main__':

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Robust penalties against outliers: a part of the training set replaced, clean-test denoising error of each penalty and seed.
+"""Robust penalties and outliers: part of the training set is replaced by outliers; denoising error on clean test images.
 
 python benchmarks/outliers.py --json=outliers.json [--png=docs/figures/outliers.png]"""
 
@@ -31,15 +31,15 @@ from training.objective.weighting import WEIGHTS  # noqa: E402
 
 PLAIN, ROBUST = 'squared', 'pseudo_huber'
 SPECS = (PLAIN, ROBUST, 'pseudo_huber_norm')
-KINDS = ('none', 'inside', 'beyond')  # of outliers: within the range of the clean values, and up to four times as large
-TEST, LEVELS = 400, 32  # images held out; levels they are tested at
-BATCH, RATE, RAMP = 64, 2e-3, 100  # of each network: images a step, learning rate, steps until it is reached
+KINDS = ('none', 'inside', 'beyond')  # outliers: none, within the range of the clean values, up to four times as large
+TEST, LEVELS = 400, 32  # held-out images; noise levels at which they are tested
+BATCH, RATE, RAMP = 64, 2e-3, 100  # for each network: images per step, learning rate, steps of warm-up
 CENTRES = torch.tensor([[0.6, 0.6], [-0.6, 0.5], [0.0, -0.7], [0.5, -0.2]])
 SPREAD = 0.1  # std of each part of the mixture
 
 
 class Toy(NamedTuple):
-    """A clean set and how to train on it. images: [N,C,H,W] in network units; width: features of a hidden layer."""
+    """A clean data set and how to train on it. images: [N,C,H,W] in network units; width: of the hidden layers."""
 
     images: torch.Tensor
     sigma_data: float
@@ -67,8 +67,8 @@ DATA = {'digits': digits, 'mixture': mixture}
 
 
 def split(images, seed, kind='none', share=0.2):
-    """(training images, of which a share are outliers; clean test images), by the seed. An outlier's values are independent:
-    of a random sign and of size 1 (`inside`), or uniform up to 4 (`beyond`). `none` has as many clean images as the others."""
+    """(training images, of which a share are outliers; clean test images) for a seed. The values of an outlier are independent: +1 or -1
+    (`inside`), or uniform between -4 and 4 (`beyond`). With `none` the outliers are left out."""
     order = torch.randperm(len(images), generator=misc.generator(seed, 'split'))
     train, test = images[order[TEST:]].clone(), images[order[:TEST]]
     count = round(share * len(train))
@@ -103,7 +103,7 @@ class Stack(Network):
 
 
 def answers(net, x, sigma, penalties):
-    """D of every penalty's networks on the same rows: [penalty, seed * row, C, H, W]."""
+    """D of the networks of every penalty on the same rows: [penalty, seed * row, C, H, W]."""
     return net(x.repeat(penalties, 1, 1, 1), sigma.repeat(penalties, 1, 1, 1)).unflatten(0, (penalties, -1))
 
 
@@ -114,7 +114,7 @@ def train_all(toy, kind, seeds, specs=SPECS, steps=None):
     _, C, H, _ = toy.images.shape
     ARCHS['stack'] = Arch(Stack)
     net = EDMPrecond(H, C, sigma_data=toy.sigma_data, model_type='Stack', penalties=len(specs), seeds=seeds, width=toy.width)
-    del ARCHS['stack']  # --arch has no use for it
+    del ARCHS['stack']  # no choice of --arch
     data = [split(toy.images, seed, kind)[0] for seed in range(seeds)]
     streams = [PairStream(torch.zeros(len(images)), noise, batch=BATCH, seed=seed) for seed, images in enumerate(data)]
     optimizer, steps = torch.optim.Adam(net.parameters(), lr=RATE, betas=(0.9, 0.99)), steps or toy.steps
@@ -182,7 +182,7 @@ def summary(values):
 
 
 def table(results):
-    """Markdown: a row for each data set, kind of outliers and penalty."""
+    """Table with a row for each data set, kind of outliers and penalty, as Markdown."""
     lines = ['| data | outliers | penalty | clean-test error of each seed | mean ± s.e. | against squared, same seed | lower on |',
              '| --- | --- | --- | --- | --- | --- | --- |']
     for data, kinds in results.items():
@@ -200,7 +200,7 @@ def table(results):
 
 
 def draw(results, path):
-    """A column for each data set: the change of each seed's error against squared, and where in sigma it comes from."""
+    """Draws a column for each data set: the change of each seed's error from squared to robust, and its dependence on sigma."""
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     with figure(path, '--png', 2, len(results), (5.2 * len(results), 7)) as (_, axes):
         for (data, kinds), (above, below) in zip(results.items(), axes.T):
@@ -222,13 +222,13 @@ def draw(results, path):
 
 
 @click.command(cls=Command)
-@click.option('--seeds', type=click.IntRange(min=2), default=5, show_default=True, help='Splits, outliers and starts')
-@click.option('--data', type=click.Choice([*DATA, 'both']), default='both', show_default=True, help='Which toy')
-@click.option('--json', 'dest', metavar='FILE', help='Write the errors of every seed and level there')
-@click.option('--png', metavar='FILE', help='Draw the figure there')
+@click.option('--seeds', type=click.IntRange(min=2), default=5, show_default=True, help='Number of seeds (splits, outliers, weights)')
+@click.option('--data', type=click.Choice([*DATA, 'both']), default='both', show_default=True, help='Data set')
+@click.option('--json', 'dest', metavar='FILE', help='Write the errors of every seed and level to this file')
+@click.option('--png', metavar='FILE', help='Write the figure to this file')
 @version_option
 def main(seeds, data, dest, png):
-    """Squared and robust penalties where one training image in five is an outlier: clean-test denoising error, table and figure."""
+    """Compare squared and robust penalties where 20 % of the training images are outliers: denoising error on clean test images."""
     torch.set_num_threads(1)
     results = {name: measure(name, seeds) for name in DATA if data in (name, 'both')}
     click.echo(table(results))

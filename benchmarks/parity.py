@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The numbers of eval_fid.py against those of independent programs, on the same photographs: `python benchmarks/evaluation.py parity`.
+"""eval_fid.py compared with independent programs on the same photographs: `python benchmarks/evaluation.py parity`.
 
-torch-fidelity, clean-fid, prdc and transformers take part as far as they can be imported. Images go to each as files (JPEG, PNG; as they
-are, and resized by Pillow's bicubic filter), and Inception has the same weights on both sides: made by a formula, or --weights."""
+Compares with torch-fidelity, clean-fid, prdc and transformers, as far as they can be imported. Each program reads the same files (JPEG
+and PNG; as they are, and resized by Pillow's bicubic filter), and Inception has the same weights everywhere: made by a formula, or
+--weights."""
 
 import io
 import os
@@ -24,13 +25,13 @@ from torch_utils import misc
 
 BATCH = 50
 SIDE = 64   # what the photographs are resized to
-FEW = 64    # features, or a third of the images where those are fewer: their covariance has full rank
+FEW = 64    # number of features (at most a third of the images), few enough for a covariance of full rank
 SEED = 2020
-SUBSETS = 20, 50  # of KID, and images in each, or half of them where those are fewer
+SUBSETS = 20, 50  # subsets of KID, and images per subset (at most half of the images)
 
 
 class Rows:
-    """The table, of which each row is printed as soon as it is known."""
+    """The table; each row is printed as soon as it is known."""
 
     def __init__(self):
         self.failed, self.skipped = 0, 0
@@ -42,8 +43,9 @@ class Rows:
         print('  '.join(str(cell).ljust(width) for cell, width in zip(cells, widths)).rstrip(), flush=True)
 
     def compare(self, quantity, images, ours, theirs, tolerance, relative=True):
-        """Two numbers, or two arrays by their largest difference, relative to the largest value there. tolerance: None says that the
-        two are defined differently."""
+        """Prints a row for two numbers or arrays: their largest difference, by default relative to the largest of `theirs`.
+
+        tolerance: of that difference; None where the two programs define the quantity differently."""
         ours, theirs = (np.asarray(value, dtype=np.float64) for value in (ours, theirs))
         error = float(np.abs(ours - theirs).max() / (np.abs(theirs).max() if relative else 1)) if ours.shape == theirs.shape else np.inf
         holds = tolerance is None or error <= tolerance
@@ -53,12 +55,12 @@ class Rows:
         self.say(quantity, images, *shown, f'{error:.1e}', '-' if tolerance is None else f'{tolerance:g}', verdict)
 
     def peer(self, name, function, *args):
-        """Rows of a peer, where it can be imported."""
+        """Prints the rows for another program, if it can be imported."""
         try:
             function(self, *args)
         except ImportError as err:
             self._skip(name, err)
-        except RuntimeError as err:  # of a torchvision that is built for another torch
+        except RuntimeError as err:  # from a torchvision built for another version of torch
             if 'torchvision' not in str(err):
                 raise
             self._skip(name, err)
@@ -69,7 +71,7 @@ class Rows:
 
 
 def parity(args):
-    """All rows; returns the exit code."""
+    """Prints all rows; returns the exit code."""
     if not args.data:
         sys.exit('parity: pass --data=PATH: a zip or folder of photographs')
     rows = Rows()
@@ -97,7 +99,7 @@ def parity(args):
 
 
 def write_sets(data, count, folder):
-    """{name: folder} of the first photographs: as they are, as PNG, and resized, as PNG and JPEG."""
+    """Writes the first `count` photographs unchanged, as PNG, and resized as PNG and JPEG; returns {name: folder}."""
     archive = Archive(data)
     names = archive.images()[:count]
     sets = {name: os.path.join(folder, name.replace(' ', '-')) for name in ('jpeg', 'png', f'png {SIDE}', f'jpeg {SIDE}')}
@@ -149,7 +151,7 @@ def pixels_of_clean_fid(rows, name, path, ours):
 
 
 def halves(features):
-    """Float64 features of even and odd images, equally many, on which two programs must agree to the last digits."""
+    """Float64 features of the even and of the odd images, equally many; in float64 two programs must agree almost exactly."""
     count = len(features) // 2 * 2
     return features[:count:2].double(), features[1:count:2].double()
 
@@ -178,7 +180,7 @@ def torch_fidelity(rows, name, images, features, logits, weights):
         metric_fid.KEY_METRIC_FID]
     rows.compare(f'Fréchet, {few} features: torch-fidelity', name, frechet_of(a[:, :few], b[:, :few]), fid(a[:, :few], b[:, :few]), 1e-9)
     if name == 'jpeg':
-        their_distance = fid(*(part.float() for part in halves(theirs)))  # as that program has it, from its own float32 features
+        their_distance = fid(*(part.float() for part in halves(theirs)))  # as that program computes it, from its own float32 features
         rows.compare('FID, images to number: torch-fidelity', name, frechet_of(a, b), their_distance, 1e-4)
     count, size = SUBSETS[0], min(SUBSETS[1], len(a) // 2)
     found = metric_kid.kid_features_to_metric(a, b, kid_subsets=count, kid_subset_size=size, rng_seed=SEED, verbose=False)
@@ -201,15 +203,15 @@ def clean_fid(rows, name, images, features, inception):
     a, b = (part.numpy() for part in halves(features))
     few = min(FEW, len(a) // 3)
     with warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # of scipy, about an argument
+        warnings.simplefilter('ignore')  # scipy's warning about an argument
         theirs = fid.fid_from_feats(a[:, :few], b[:, :few])
     rows.compare(f'Fréchet, {few} features: clean-fid', name, frechet_of(*map(torch.from_numpy, (a[:, :few], b[:, :few]))), theirs, 1e-9)
-    size = len(a)  # all of them: its subsets come from NumPy's shared generator
+    size = len(a)  # all images: its subsets are drawn from NumPy's global generator
     rows.compare('squared MMD (KID of all images): clean-fid', name, kernel.squared_mmd(a, b),
                  fid.kernel_distance(a, b, num_subsets=1, max_subset_size=size), 1e-9)
     resize = build_resizer('clean')
     large = torch.from_numpy(np.stack([resize(image.transpose(1, 2, 0)).transpose(2, 0, 1) for image in images[:100]]))
-    clean = torch.cat([inception(batch)[0] for batch in large.split(BATCH)])  # of 299 x 299 already: nothing is resized again
+    clean = torch.cat([inception(batch)[0] for batch in large.split(BATCH)])  # already 299 x 299, so that nothing is resized again
     ours, theirs = (frechet_of(*(part[:, :few] for part in halves(found))) for found in (features[:100], clean))
     rows.compare(f'Fréchet, {few} features: clean-fid\'s mode "clean"', name, ours, theirs, None)
 
@@ -228,9 +230,9 @@ def prdc(rows, name, features):
 
 
 def dinov2(rows, images, folder):
-    """A small network of random weights, its images resized by Pillow: without rounding, as EDM2 does, and by transformers' own function."""
+    """DINOv2 with small random weights, on images resized by Pillow without rounding, as in EDM2, and by transformers' own function."""
     import transformers
-    # At 224 pixels, as it is used: from other sizes transformers interpolates positions otherwise than DINOv2's authors do.
+    # At 224 pixels, as in use: for other sizes transformers interpolates the position embeddings differently from DINOv2's authors.
     config = transformers.Dinov2Config(hidden_size=48, num_hidden_layers=3, num_attention_heads=3, image_size=224, patch_size=14)
     with misc.seeded('parity'):
         net = transformers.Dinov2Model(config).eval()

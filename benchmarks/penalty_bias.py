@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far the minimiser of pseudo_huber lies from the conditional mean, in closed form: a skewed distribution of two points, with and without noise.
+"""Distance of the minimiser of pseudo_huber from the conditional mean, without sampling: a skewed two-point distribution, with and
+without noise.
 
 python benchmarks/penalty_bias.py"""
 
@@ -19,15 +20,15 @@ RARE = 0.1  # P(x_0 = 1); otherwise x_0 = 0: mean 0.1, median 0, std 0.3
 STD = (RARE * (1 - RARE)) ** 0.5
 THRESHOLDS = (10.0, 3.0, 1.0, 0.5, 0.1, 0.01)
 OWN_LEVELS, SIGMA, SEEN = (0.0, 0.2, 0.5, 0.9), 1.0, (0.0, 1.0)  # sigma_n; sigma; the noisy values x to denoise
-FAR = 1e9  # a level at which c_out is sigma_data
+FAR = 1e9  # a level so high that c_out is sigma_data
 GRID, REACH = 2001, 8.0  # points of the quadrature in y, and how many standard deviations of the bridge it spans
 HALVINGS = 48
 
 
 def minimiser(points, mass, prediction, sigma, c, sigma_data, low=-1.0, high=2.0):
-    """The D, one for each row, at which the expected pseudo_huber of prediction(D) - points is least, by bisection of its slope.
+    """For each row, the D that minimises the expected pseudo_huber of prediction(D) - points, by bisection of its slope.
 
-    points, mass: [rows, K], what is compared to and its probabilities; prediction: of D [rows, 1], linear and rising."""
+    points, mass: [rows, K], target values and their probabilities. prediction: an increasing linear function of D [rows, 1]."""
     low, high = (torch.full([len(points), 1], end, dtype=torch.float64) for end in (low, high))
     level = torch.full([1, 1], sigma, dtype=torch.float64)
     for _ in range(HALVINGS):
@@ -40,7 +41,7 @@ def minimiser(points, mass, prediction, sigma, c, sigma_data, low=-1.0, high=2.0
 
 
 def bare(c):
-    """The minimiser for x_0 itself, in units in which c_out is 1: the mean is RARE, the median 0."""
+    """The minimiser where x_0 itself is the target, with c_out = 1: the mean is RARE, the median 0."""
     points, mass = (torch.tensor([row], dtype=torch.float64) for row in ([0.0, 1.0], [1 - RARE, RARE]))
     return minimiser(points, mass, lambda D: D, FAR, c, sigma_data=1.0).item()
 
@@ -55,7 +56,7 @@ def ambient_bias(c, sigma_n, x, sigma=SIGMA):
     """The minimiser of the ambient loss of an image at level sigma_n, minus E[x_0 | x]: the minimiser of E rho((1 - r) D + r x - y).
 
     Given x_0 and x, y is normal: mean (1 - r) x_0 + r x, variance sigma_n^2 (1 - r), r = sigma_n^2 / sigma^2. c is in units of the
-    residual of a network whose sigma_data is the law's std."""
+    residual of a network whose sigma_data is the standard deviation of x_0."""
     rare = posterior(x, sigma)
     r = (sigma_n / sigma) ** 2
     z = torch.linspace(-REACH, REACH, GRID if sigma_n else 1, dtype=torch.float64) if sigma_n else torch.zeros(1, dtype=torch.float64)
@@ -69,7 +70,7 @@ def ambient_bias(c, sigma_n, x, sigma=SIGMA):
 
 
 def bare_table():
-    """Markdown: the minimiser without noise, and its expansion in 1 / c^2."""
+    """Table of the minimiser without noise and its expansion in 1 / c^2, as Markdown."""
     skew = RARE * (1 - RARE) * (1 - 2 * RARE)  # third central moment
     lines = ['| c | minimiser | less the mean | -mu_3 / (2 c^2) |', '| --- | --- | --- | --- |']
     for c in THRESHOLDS:
@@ -80,7 +81,7 @@ def bare_table():
 
 
 def ambient_table(x):
-    """Markdown: minimiser minus E[x_0 | x], one row per c and one column per level of the image."""
+    """Table of the minimiser minus E[x_0 | x], one row per c and one column per sigma_n, as Markdown."""
     lines = ['| c | ' + ' | '.join(f'sigma_n = {level:g}' for level in OWN_LEVELS) + ' |', '| --- |' + ' --- |' * len(OWN_LEVELS)]
     for c in THRESHOLDS:
         lines.append(f'| {c:g} | ' + ' | '.join(f'{ambient_bias(c, level, x):+.4f}' for level in OWN_LEVELS) + ' |')
@@ -90,7 +91,7 @@ def ambient_table(x):
 @click.command(cls=Command)
 @version_option
 def main():
-    """Prints the minimiser of pseudo_huber beside the conditional mean, as the tables of docs/penalties.md."""
+    """Print the tables of docs/penalties.md: the minimiser of pseudo_huber and the conditional mean."""
     torch.set_num_threads(1)
     click.echo(f'x_0 = 1 with probability {RARE:g}, else 0; c_out = 1\n\n{bare_table()}')
     for x in SEEN:

@@ -34,7 +34,7 @@ ARCHS = {
 
 
 def make_network(arch, device, precision, compile):
-    """A network with random weights of unit gain, whose images look like noise: nothing for a PNG to compress."""
+    """A network with random weights of unit gain, whose images look like noise, which PNG cannot compress."""
     with misc.seeded('weights to be overwritten'):
         net = preconditioning.build_network(ARCHS[arch])
     source = misc.generator('weights')
@@ -49,7 +49,7 @@ def make_network(arch, device, precision, compile):
 
 @torch.no_grad()
 def plain_loop(net, count, batch, steps, outdir):
-    """Draws, solves, converts and saves one batch after the other."""
+    """Draws, samples, converts and saves one batch after the other."""
     device, shape = network_device(net), [net.img_channels, *resolution(net)]
     levels = schedules.edm(steps).to(device)
     for first in range(0, count, batch):
@@ -68,7 +68,7 @@ def plain_loop(net, count, batch, steps, outdir):
 
 
 def ours(net, count, batch, steps, outdir, threads=4):
-    """generate_images, with writer threads or, without them, a write of each batch before the next one."""
+    """generate_images, with writer threads, or writing each batch before the next one is sampled."""
     files = Files(outdir, 'png')
     parts = generate_images(net, range(count), num_steps=steps, batch=batch)
     pixels = ((part.seeds, to_uint8(part.images).cpu().numpy()) for part in parts)
@@ -100,7 +100,7 @@ def rates(arms, args):
 
 
 def flops_per_image(net, steps):
-    """Counted floating-point operations of all 2N - 1 evaluations of one image (matrix products and convolutions)."""
+    """Floating-point operations of matrix products and convolutions in all 2N - 1 network evaluations of one image."""
     x = torch.zeros([1, net.img_channels, *resolution(net)], device=network_device(net))
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         net(x, torch.tensor(1.0))
@@ -129,7 +129,7 @@ def parse(argv):
     parser.add_argument('--repeats', type=int, default=3)
     parser.add_argument('--precision', choices=sorted(misc.DTYPES), default='fp32')
     parser.add_argument('--compile', action='store_true', help='compile the U-Net, for all arms')
-    parser.add_argument('--peak-tflops', type=float, help='what the device can do at this precision, by its data sheet')
+    parser.add_argument('--peak-tflops', type=float, help='peak speed of the device at this precision, from its data sheet')
     parser.add_argument('--json', help='also write the numbers to this file')
     return parser.parse_args(argv)
 
@@ -149,7 +149,7 @@ def main(argv=None):
         rate = statistics.median(values)
         share = f'   {rate * flops / args.peak_tflops / 1e12:6.1%} of the limit' if args.peak_tflops else ''
         print(f'  {name:34} {rate:9,.1f} images/s  ({min(values):,.1f} to {max(values):,.1f}){share}')
-    print(f'  {flops / 1e9:,.2f} GFLOP an image' + (f'; the limit at {args.peak_tflops:g} TFLOP/s is '
+    print(f'  {flops / 1e9:,.2f} GFLOP per image' + (f'; the limit at {args.peak_tflops:g} TFLOP/s is '
           f'{args.peak_tflops * 1e12 / flops:,.0f} images/s' if args.peak_tflops else ''))
     if args.json:
         facts = {'machine': machine(device), 'options': vars(args), 'flops_per_image': flops, 'images_per_second': found}

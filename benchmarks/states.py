@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How long the training waits for a state to be saved, beside the copy to host memory and the whole write.
+"""How long training stops while a state is saved, compared with the copy to host memory and with the whole write.
 
 python benchmarks/states.py [--cbase=128] [--folder=DIR]"""
 
@@ -33,7 +33,7 @@ def timed(function):
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('--cbase', type=int, default=128, help='width of the ddpmpp network')
-    parser.add_argument('--folder', help='where the states go; default: the folder for temporary files')
+    parser.add_argument('--folder', help='folder for the states; default: the folder for temporary files')
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.folder) as place:
         flags = [f'--cbase={args.cbase}', '--cres=2,2,2', '--blocks=4', '--batch=2']

@@ -23,6 +23,7 @@ class Progress:
     def __init__(self, total: int | None, desc: str | None = None, unit: str = 'img', *, show: bool = True, initial: int = 0,
                  interval: float = INTERVAL_SEC, clock: Callable[[], float] = time.monotonic, **options: Any):
         self.total, self.desc, self.unit, self.done, self.initial = total, desc, unit, initial, initial
+        self._begun = 0.0  # items' worth of work on items that are not done
         self._show, self._interval, self._clock = show, interval, clock
         self._options, self._bar = options, None
 
@@ -37,11 +38,19 @@ class Progress:
             self._bar.close()
 
     def update(self, n: float = 1) -> None:
-        """Counts n more items as done."""
-        self.done += n
+        """Counts n more items as done, and forgets advance()."""
+        self.done, self._begun = self.done + n, 0.0
         if self._bar is not None:
             self._bar.update(n)
-        elif self._show and self._clock() - self._last >= self._interval:
+        self._print_line()
+
+    def advance(self, n: float) -> None:
+        """Counts n items' worth of work on items that are not done: lines are printed, and speed and ETA known, before the first is."""
+        self._begun += n
+        self._print_line()
+
+    def _print_line(self):
+        if self._bar is None and self._show and self._clock() - self._last >= self._interval:
             self._last = self._clock()
             print(self.line(self._last - self._start), flush=True)
 
@@ -55,10 +64,11 @@ class Progress:
     def line(self, seconds: float) -> str:
         """The line to print after `seconds`."""
         unit, scale = ('MiB', 2 ** 20) if self.unit == 'B' else (self.unit, 1)
-        done, rate = f'{self.done / scale:.0f}', (self.done - self.initial) / seconds if seconds else 0
+        worked = self.done + self._begun
+        done, rate = f'{self.done / scale:.0f}', (worked - self.initial) / seconds if seconds else 0
         speed = f'{rate / scale:.0f}' if rate >= 10 * scale else f'{rate / scale:.2g}'
         if self.total is None:
             return f'{self.desc or "Progress"}: {done} {unit}, {speed} {unit}/s'
-        left = f', ETA {format_time(max(self.total - self.done, 0) / rate)}' if rate > 0 else ''
-        share = f' ({self.done / self.total:.0%})' if self.total else ''
+        left = f', ETA {format_time(max(self.total - worked, 0) / rate)}' if rate > 0 else ''
+        share = f' ({worked / self.total:.0%})' if self.total else ''
         return f'{self.desc or "Progress"}: {done} of {self.total / scale:.0f} {unit}{share}, {speed} {unit}/s{left}'

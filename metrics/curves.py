@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures of many results, from their JSON files alone: metrics against what a sweep varies, a panel a metric.
+"""Plots of many results, made from their JSON files alone: one panel per metric, against what a sweep varies.
 
-To the right is what has most values: steps, guidance weights, or lengths of averages. A curve is all results that are alike in everything
-else. Where there are several samplers, steps are told as network evaluations, in which they compare."""
+The horizontal axis shows the setting with the most values: steps, guidance weights, or lengths of averages. A curve joins the results
+that agree in everything else. With several samplers, steps are shown as network evaluations, which are comparable between samplers."""
 
 import math
+import os
 import textwrap
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 from dnnlib import UserError
 from dnnlib.figures import figure
@@ -15,14 +17,14 @@ from metrics.results import origin, values
 from metrics.table import COLUMNS, NONE, best, better, guidance_words, in_order, lay_out, quoted, short
 
 STEPS, EVALUATIONS, GUIDANCE, LENGTH = 'sampling steps', 'network evaluations per image', 'guidance weight', 'relative EMA length'
-SPARE = ('inception_score_mean',)  # the same as the whole, in splits
-FAR = {'x': 4, 'y': 8}  # the ratios of values from which on axes are logarithmic
-PANEL, LETTERS = (4.8, 3.6), 13  # inches; letters of the title in one of them
+SPARE = ('inception_score_mean',)  # not drawn: nearly the same as inception_score
+FAR = {'x': 4, 'y': 8}  # an axis is logarithmic if largest / smallest value is at least this
+PANEL, LETTERS = (4.8, 3.6), 13  # width and height of a panel in inches; letters of the title per inch
 MARKERS, DASHES = 'osD^vPX', ('-', '--', ':', '-.')
 
 
 class Curve(NamedTuple):
-    """results: in the order of the axis. label: what they have in common and other curves have not; shade, style: of what it is drawn."""
+    """results: in the order of the axis. label: what distinguishes them from others. shade, style: indices of colour and line style."""
 
     label: str
     shade: int
@@ -30,14 +32,14 @@ class Curve(NamedTuple):
     results: list
 
 
-def draw(results, path, who):
-    """Writes the picture as a PNG. who: what draws it, in errors. Raises UserError where there is nothing to draw."""
+def draw(results: Sequence[dict], path: str | os.PathLike, who: str) -> None:
+    """Writes the plot as a PNG. who: the option or file that errors name. Raises UserError if there is nothing to draw."""
     placed = [result for result in in_order(results) if all(map(_finite, map(origin(result).get, ('steps', 'guidance'))))]
     names = [name for name in dict.fromkeys(name for result in placed for name in values(result)) if better(name) and name not in SPARE
              and any(_finite(values(result).get(name)) for result in placed)]
     if not names:
-        raise UserError(f'{path}: nothing to draw: of {len(results)} results {len(placed)} tell the steps and guidance of their images, '
-                        'and none of these has a number')
+        raise UserError(f'{path}: nothing to draw: of {len(results)} results {len(placed)} have the steps and guidance of their images, '
+                        'and none of these has a finite value')
     across = choose_axis(placed)
     curves = group(placed, across)
     columns, table = min(len(names), 3), lay_out(placed)
@@ -57,8 +59,8 @@ def _finite(value):
     return value is not None and math.isfinite(value)
 
 
-def choose_axis(results):
-    """Which of the four is to the right."""
+def choose_axis(results: Sequence[dict]) -> str:
+    """The label of the horizontal axis: STEPS, EVALUATIONS, GUIDANCE or LENGTH."""
     made = [origin(result) for result in results]
     several = len({str(each.get('sampler')) for each in made}) > 1 and all(each.get('evaluations') for each in made)
     lengths = {_length(each.get('weights')) for each in made}
@@ -68,22 +70,22 @@ def choose_axis(results):
 
 
 def _length(weights):
-    """0.05 of "ema:0.05"; None for other weights."""
+    """0.05 for "ema:0.05"; None for other weights."""
     try:
         return float(str(weights).removeprefix('ema:'))
     except ValueError:
         return None
 
 
-def place(result, across):
-    """Where a result is on the axis."""
+def place(result: dict, across: str) -> float | None:
+    """The position of a result on the horizontal axis."""
     made = origin(result)
     return {STEPS: made['steps'], EVALUATIONS: made.get('evaluations'), GUIDANCE: made['guidance'],
             LENGTH: _length(made.get('weights'))}[across]
 
 
-def group(results, across):
-    """The Curves. Where guidance is to the right, a result of weight 1 belongs to every curve that is else like it, however guided."""
+def group(results: Sequence[dict], across: str) -> list[Curve]:
+    """The Curves. On a guidance axis, a result with weight 1 is part of every curve that agrees with it in all but the guidance."""
     found, plain = {}, {}
     for result in results:
         unguided = across == GUIDANCE and origin(result)['guidance'] == 1
@@ -92,7 +94,7 @@ def group(results, across):
         for key in [key for key in found if key[1:] == parts[1:]] or [parts]:
             found.setdefault(key, []).extend(rest)
     keys = [*found]
-    leading = next((i for i in range(len(keys[0])) if len({key[i] for key in keys}) > 1), 0)  # that which has the colour
+    leading = next((i for i in range(len(keys[0])) if len({key[i] for key in keys}) > 1), 0)  # the part that colours show
     others = [key[:leading] + key[leading + 1:] for key in keys]
     shades, styles = [*dict.fromkeys(key[leading] for key in keys)], [*dict.fromkeys(others)]
     return [Curve(label, shades.index(key[leading]), styles.index(other), sorted(found[key], key=lambda result: place(result, across)))
@@ -100,7 +102,7 @@ def group(results, across):
 
 
 def _parts(result, across):
-    """What makes up a curve, in words, that of the axis left out: guidance, steps, sampler, weights, network, all else."""
+    """The settings of a result in words, without that of the axis: guidance, steps, sampler, weights, network, others."""
     made = origin(result)
     guidance = guidance_words(made, short(made.get('gnet') or ''))
     guidance = f'guided {guidance.partition(" ")[2] or "at all levels"}' if across == GUIDANCE else f'guidance {guidance}'
@@ -113,7 +115,7 @@ def _parts(result, across):
 
 
 def _labels(keys):
-    """Of each key the parts that tell it from the others: a part is told where those before it leave two of them alike."""
+    """For each key the parts that distinguish it from the others; a part is left out if those before it already do."""
     told, count = [], 1
     for i in range(len(keys[0])):
         found = len({tuple(key[j] for j in [*told, i]) for key in keys})
@@ -122,8 +124,8 @@ def _labels(keys):
     return [', '.join(key[i] for i in told) for key in keys]
 
 
-def title(results):
-    """What all results have in common, of what they are quoted with."""
+def title(results: Sequence[dict]) -> str:
+    """The settings that all results have in common, in words."""
     told = [quoted(result) for result in results]
     for each, result in zip(told, results) if len({each['sampler'] for each in told}) > 1 else ():
         each['sampler'] = str(origin(result).get('sampler'))  # without steps
@@ -132,8 +134,8 @@ def title(results):
     return ', '.join(words.get(column, '{}').format(value) for column, value in same.items())
 
 
-def draw_panel(axis, name, curves, across, mark):
-    """The curves of one metric; bars where results have intervals or repeats. mark: the best value."""
+def draw_panel(axis: Any, name: str, curves: Sequence[Curve], across: str, mark: float | None) -> None:
+    """Draws the curves of one metric, with error bars where results have intervals or repeats. mark: the best value."""
     from matplotlib import colormaps
 
     shades = max(curve.shade for curve in curves) + 1
@@ -161,8 +163,8 @@ def draw_panel(axis, name, curves, across, mark):
     axis.grid(alpha=0.3)
 
 
-def error_bar(result, name):
-    """(how far down, how far up, what this is) of a result; zeros and None where it has neither interval nor repeats."""
+def error_bar(result: dict, name: str) -> tuple[float, float, str | None]:
+    """(length below, length above, description) of the error bar; (0, 0, None) if the result has neither interval nor repeats."""
     value = values(result)[name]
     found = (result.get('intervals') or {}).get(name)
     if isinstance(found, dict) and all(isinstance(found.get(key), (int, float)) for key in ('low', 'high', 'level')):
@@ -173,15 +175,16 @@ def error_bar(result, name):
     return 0.0, 0.0, None
 
 
-def draw_mark(axis, name, curves, across, mark):
-    """A ring around the best of all results."""
+def draw_mark(axis: Any, name: str, curves: Sequence[Curve], across: str, mark: float) -> None:
+    """Draws a ring around the best of all results."""
     result = next(result for curve in curves for result in curve.results if values(result).get(name) == mark)
     axis.plot(place(result, across), mark, linestyle='', marker='o', markersize=11, markerfacecolor='none', markeredgecolor='crimson',
               label='best')
 
 
-def scale(axes, which, found, named=False):
-    """Ticks in plain numbers, and a logarithmic axis "x" or "y" where positive values are far apart. named: ticks at the values."""
+def scale(axes: Any, which: str, found: Sequence[float], named: bool = False) -> None:
+    """Plain numbers at the ticks of the axis "x" or "y", which is logarithmic if positive values are far apart. named: ticks at the
+    values."""
     from matplotlib import ticker
 
     axis, places = getattr(axes, f'{which}axis'), sorted(set(found))
@@ -195,8 +198,10 @@ def scale(axes, which, found, named=False):
     axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f'{value:.6g}'))
 
 
-def apart(places, curve, least=0.06):
-    """Of rising values those whose places on the axis, curve(value), are a share of its length apart: their names do not overlap."""
+def apart(places: Sequence[float], curve: Callable[[float], float], least: float = 0.06) -> list[float]:
+    """The increasing values without those so close to the one before that the numbers at their ticks would overlap.
+
+    curve(value): position on the axis. least: smallest distance, as a share of the length of the axis."""
     length, kept = curve(places[-1]) - curve(places[0]), places[:1]
     for value in places[1:]:
         if curve(value) - curve(kept[-1]) >= least * length:

@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Results of eval_fid.py as files: what is read of them, whose images they are of, what they are called, and which takes whose place.
+"""Result files of eval_fid.py: reading and checking, file names, comparability, and writing without losing earlier numbers.
 
-A result is a JSON object: numbers under their metrics' names, and what they must be quoted with under the names of FACTS."""
+A result is a JSON object: numbers under the names of their metrics, and everything that is quoted with them under the names in FACTS."""
 
 import hashlib
 import json
 import os
+from typing import Any
 
 from dnnlib import UserError
 from dnnlib.files import finite, read_json, write_json
 
 SUFFIX = '.fid.json'
-PROTOCOL_NUM = 50000  # the count of generated images behind published distances, which fall as it grows
+PROTOCOL_NUM = 50000  # generated images behind published FIDs, which decrease with this number
 FACTS = ('summary', 'intervals', 'repeats', 'metrics', 'num_images', 'found_images', 'image_shape', 'generated', 'reference', 'detector',
          'device', 'gpu', 'tf32', 'threads', 'ranks', 'versions', 'options')
 OTHERS = {'closest_pairs': 'eval_fid.py nearest', 'bits_per_dim': 'eval_nll.py', 'differential_bits_per_dim': 'eval_nll.py'}
@@ -23,15 +24,15 @@ KINDS = {'': {'num_images': int, 'generated': dict, 'reference': dict, 'detector
 ORIGIN = {'network': str, 'sha256': str, 'weights': str, 'sampler': str, 'steps': int, 'evaluations': int, 'guidance': (int, float),
           'guidance_interval': (list, str), 'guidance_channels': int, 'gnet': str, 'gnet_sha256': str}
 WORDS = {'images': 'of other images', 'reference': 'against another reference', 'detector': 'with another detector'}
-MOST = 2 ** 63  # whole numbers beyond are of nothing that is counted
+MOST = 2 ** 63  # larger whole numbers cannot be counts
 
 
 # ----------------------------------------------------------------------------------------------------
 # Reading
 
 
-def read_result(path):
-    """What a JSON file of eval_fid.py holds. Raises UserError, which names the file, where it is none or a part is of another type."""
+def read_result(path: str | os.PathLike) -> dict:
+    """The result in a JSON file. Raises UserError, which names the file, if it is not a result of eval_fid.py."""
     found = read_json(path)
     for key, program in OTHERS.items():
         if key in found:
@@ -53,20 +54,20 @@ def _check(path, part, found, kinds):
                             f'got {type(value).__name__}')
 
 
-def values(result):
-    """{name: number or None} of the metrics of a result."""
+def values(result: dict) -> dict[str, float | int | None]:
+    """{name: number or None} for the metrics of a result."""
     return {key: value for key, value in result.items() if key not in FACTS and not isinstance(value, bool)
             and (value is None or isinstance(value, float) or isinstance(value, int) and abs(value) < MOST)}
 
 
-def origin(result):
-    """What made the images of a result: the record that came with them, or what is told of the network that made them; {} if nothing is."""
+def origin(result: dict) -> dict:
+    """The record of how the images of a result were generated; {} if it is not known."""
     generated = result.get('generated') or {}
     return generated.get('record') or (generated if 'network' in generated else {})
 
 
-def network_digest(result):
-    """The digest of the network that made a result's images; None where that is not told."""
+def network_digest(result: dict) -> str | None:
+    """SHA-256 of the network that generated the images of a result; None if it is not known."""
     return origin(result).get('sha256')
 
 
@@ -74,11 +75,12 @@ def network_digest(result):
 # Names
 
 
-def tag(facts, count, repeats=1, detector='inception', **others):
-    """What tells the results of one network apart in their names, such as "heun6-guidance1.5-ema0.05-2k": sampler and steps; guidance,
-    weights, detector and count where they are not 1, ema, inception and 50,000; six digits that stand for all else that is no default.
+def tag(facts: dict, count: int, repeats: int = 1, detector: str = 'inception', **others: Any) -> str:
+    """The part of a file name that distinguishes the results of one network, such as "heun6-guidance1.5-ema0.05-2k": sampler and steps;
+    guidance, weights, detector and image count if they differ from 1, ema, inception and 50,000; and a six-digit hash of all other
+    settings that differ from their defaults.
 
-    facts: of the network and its sampler, as a record tells them. others: further options, None where they are defaults."""
+    facts: a record of the network and its sampler. others: further options, None for their defaults."""
     sampler, _, keys = str(facts['sampler']).partition(':')
     name, _, detector_keys = detector.partition(':')
     images = '' if count == PROTOCOL_NUM and repeats == 1 else f'{count // 1000}k' if count % 1000 == 0 else str(count)
@@ -97,14 +99,14 @@ def tag(facts, count, repeats=1, detector='inception', **others):
 
 
 # ----------------------------------------------------------------------------------------------------
-# One name, several results: no number is lost
+# Several results under one name: earlier numbers are kept
 
 
-def write_beside(path, result):
-    """Writes a result under its default name, where one may lie already; returns lines that say what became of that.
+def write_beside(path: str | os.PathLike, result: dict) -> list[str]:
+    """Writes a result under its default name; returns lines that say what happened to an earlier result there, if anything.
 
-    Of the same images, reference and detector: values of metrics that were not measured now are kept in the new file, where settings,
-    device and versions are the same. All else that holds other numbers is moved to a name of its own, NAME.1.fid.json."""
+    If images, reference, detector, settings, device and versions are the same, metrics that only the earlier result has are kept in the
+    new file. Otherwise an earlier result with other numbers is renamed, to NAME.1.fid.json or the next free number."""
     result, lines = finite(result), []
     if os.path.lexists(path):
         try:
@@ -118,13 +120,13 @@ def write_beside(path, result):
             lines.append(f'the earlier result, {_difference(old, result)}, is now {aside}')
         elif extra:
             result = _joined(old, result, extra)
-            lines.append(f'kept of the earlier result there: {", ".join(extra)}')
+            lines.append(f'kept from the earlier result: {", ".join(extra)}')
     write_json(path, result)
     return lines
 
 
 def _identity(result):
-    """What a number is of: images, reference, detector."""
+    """What must be equal for two results to be the same measurement: images, reference, detector."""
     generated, reference = result.get('generated') or {}, result.get('reference') or {}
     where = {'network', 'path', 'gnet', 'record', 'record_missing'}
     images = {key: value for key, value in generated.items() if key not in where or key == 'path' and not generated.get('sha256')}
@@ -133,8 +135,8 @@ def _identity(result):
             'detector': [result['detector'].get('name'), result['detector'].get('sha256')]}
 
 
-def incomparable(old, new):
-    """Why the figures of two results must not stand in one table or picture: ["against another reference", ...]; [] where they may."""
+def incomparable(old: dict, new: dict) -> list[str]:
+    """Why two results must not be compared in one table or plot: ["against another reference", ...]; [] if they may be."""
     before, now = _identity(old), _identity(new)
     found = [words for key, words in WORDS.items() if key != 'images' and before[key] != now[key]]
     if old.get('num_images') != new.get('num_images'):
@@ -143,19 +145,19 @@ def incomparable(old, new):
     return found + [f'with {key} {before.get(key)}, now {now.get(key)}' for key in {**before, **now} if before.get(key) != now.get(key)]
 
 
-def joinable(old, new):
-    """Whether write_beside() would put the new result in the place of the old one, with all values of both, and move nothing aside."""
+def joinable(old: dict, new: dict) -> bool:
+    """Whether write_beside() would replace the old result by the new one without losing a value, and without renaming a file."""
     return _identity(old) == _identity(new) and (_joinable(old, new) or not {*measured(old)} - {*measured(new)})
 
 
-def measured(result):
-    """The names of the metrics that were computed, as --metrics takes them."""
+def measured(result: dict) -> list[str]:
+    """The names of the metrics that were computed, as in --metrics."""
     names = (result.get('metrics') or {}).get('names')
     return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
 
 
 def _settings(result):
-    """What metrics were computed with; switches that are off are as good as unknown, which they are in earlier results."""
+    """The settings of the metrics, without switches that are off, which results of earlier versions lack."""
     return {key: value for key, value in (result.get('metrics') or {}).items() if key != 'names' and value is not False}
 
 
@@ -166,9 +168,9 @@ def _seeds(repeat):
 def _difference(old, new):
     """How an earlier result differs, in words."""
     if old is None:
-        return 'which is none of eval_fid.py'
+        return 'which was not written by eval_fid.py'
     before, now = _identity(old), _identity(new)
-    return ' and '.join(WORDS[key] for key in WORDS if before[key] != now[key]) or 'of other metrics with other settings or versions'
+    return ' and '.join(WORDS[key] for key in WORDS if before[key] != now[key]) or 'with other settings, device or versions'
 
 
 def _joinable(old, new):
@@ -177,7 +179,7 @@ def _joinable(old, new):
 
 
 def _joined(old, new, extra):
-    """The new result with the values of metrics that the old one alone has."""
+    """The new result with the values of the metrics that only the old one has."""
     numbers = values(new)
     names = [*new['metrics']['names'], *(name for name in old['metrics']['names'] if name not in new['metrics']['names'])]
     parts = {'metrics': {**new['metrics'], 'names': names}}

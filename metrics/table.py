@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Many results as one table, from their JSON files alone: a row a result, with all that a number is quoted with."""
+"""A table of results, made from their JSON files alone: one row per result, with everything that is quoted with its numbers."""
 
 import csv
 import io
@@ -7,6 +7,8 @@ import json
 import math
 import os
 import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 from dnnlib import UserError
 from metrics.report import number
@@ -14,12 +16,12 @@ from metrics.results import origin, values
 
 COLUMNS = ('network', 'weights', 'sampler', 'evaluations', 'guidance', 'images', 'detector', 'reference')
 NONE = '-'
-SETTINGS, GIVEN = 'settings', 'given'  # orders that are no metric's
+SETTINGS, GIVEN = 'settings', 'given'  # values of --sort that are not metrics
 HIGHER = ('inception_score', 'inception_score_mean', 'precision', 'recall', 'density', 'coverage')
 
 
-def quoted(result):
-    """{column: text} of COLUMNS; "-" for what a result does not tell."""
+def quoted(result: dict) -> dict[str, str]:
+    """{column: text} for COLUMNS; "-" for what is missing from the result."""
     made, reference = origin(result), result.get('reference') or {}
     path = (result.get('generated') or {}).get('path')
     repeats = len(result.get('repeats') or ())
@@ -36,8 +38,10 @@ def quoted(result):
     return {column: NONE if value is None or value == '' else str(value) for column, value in found.items()}
 
 
-def guidance_words(made, gnet):
-    """Weight, interval and channels where they are told, and what the guiding network is to be called; None where nothing is told."""
+def guidance_words(made: dict, gnet: str) -> str | None:
+    """Guidance weight, interval, channels and guiding network in words; None where the record `made` has no weight.
+
+    gnet: the name to show for the guiding network, '' for none."""
     weight, interval, channels = (made.get(f'guidance{name}') for name in ('', '_interval', '_channels'))
     if weight is None or weight == 1:
         return None if weight is None else '1'
@@ -47,13 +51,13 @@ def guidance_words(made, gnet):
     return ' '.join(filter(None, words))
 
 
-def short(path):
+def short(path: str | os.PathLike) -> str:
     """The last part of a path or name."""
     return os.path.basename(str(path).rstrip('/')) or str(path)
 
 
-def in_order(results):
-    """Results by network, weights, sampler, guidance and steps: in one order, whatever that in which they are given."""
+def in_order(results: Iterable[dict]) -> list[dict]:
+    """The results sorted by network, weights, sampler, guidance and steps, whatever order they are given in."""
     def key(result):
         made = origin(result)
         names = ('network', 'weights', 'sampler', 'gnet', 'guidance_interval', 'guidance_channels')
@@ -63,15 +67,15 @@ def in_order(results):
     return sorted(results, key=key)
 
 
-def better(name):
-    """min or max, whichever value of a metric is the best; None for deviations."""
+def better(name: str) -> Callable | None:
+    """min or max: which value of a metric is best; None for standard deviations."""
     return None if name.endswith('_std') else max if name in HIGHER else min
 
 
-def lay_out(results, sort=SETTINGS):
-    """(names of the columns, [[cell of a column, ...]]): texts, and numbers or None under the metrics that any result has.
+def lay_out(results: Sequence[dict], sort: str = SETTINGS) -> tuple[list[str], list[list[Any]]]:
+    """(column names, rows of cells): texts for COLUMNS, then a number or None for each metric that any result has.
 
-    sort: "settings" as in_order() has them, "given", or the metric in whose order the rows stand, those without it last. UserError."""
+    sort: "settings" (see in_order), "given" (unchanged), or a metric, lowest first and rows without it last. Raises UserError."""
     if sort != GIVEN:
         results = in_order(results)
     names = [*dict.fromkeys(name for result in results for name in values(result))]
@@ -82,8 +86,8 @@ def lay_out(results, sort=SETTINGS):
     return [*COLUMNS, *names], [[*quoted(result).values(), *(values(result).get(name) for name in names)] for result in results]
 
 
-def best(columns, rows):
-    """{column of a metric: its best value} of rows that may be compared: of as many images, one detector and one reference."""
+def best(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> dict[int, float]:
+    """{index of a metric's column: best value}; empty unless all rows have the same number of images, detector and reference."""
     told = [dict(zip(columns, row)) for row in rows]
     same = {(str(each['images']).split()[-1], each['detector'], each['reference']) for each in told}
     found = {}
@@ -94,8 +98,8 @@ def best(columns, rows):
     return found
 
 
-def markdown(columns, rows):
-    """A table of Markdown; numbers as on the console, the best of each metric in bold where rows may be compared."""
+def markdown(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A Markdown table with rounded numbers, and the best value of each metric in bold where the rows are comparable."""
     marked = best(columns, rows)
     shown = [[escaped(cell) if isinstance(cell, str) else f'**{number(cell)}**' if cell is not None and cell == marked.get(place)
               else number(cell) for place, cell in enumerate(row)] for row in rows]
@@ -103,13 +107,13 @@ def markdown(columns, rows):
     return ''.join(f'| {" | ".join(line)} |\n' for line in lines)
 
 
-def escaped(text):
-    """Text as one cell of a table of Markdown."""
+def escaped(text: str) -> str:
+    """Text as one cell of a Markdown table."""
     return ' '.join(text.split()).replace('|', r'\|')
 
 
-def comma_separated(columns, rows):
-    """CSV; numbers with all their digits, and nothing where there is none."""
+def comma_separated(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """CSV with all digits of the numbers; missing numbers are empty."""
     out = io.StringIO()
     csv.writer(out, lineterminator='\n').writerows([columns, *rows])
     return out.getvalue()

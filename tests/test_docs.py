@@ -28,7 +28,8 @@ NOT_RUN = {'pip ': 'tests/test_install.py installs the package; further packages
 # Options of the page that need the published Inception network, which is not at hand, and what stands in for them.
 OTHERS = {'fid,fid_inf,sfid,kid': 'fid,kid', '--intervals': '', 'fid,kid,is,pr,dc': 'fid,kid,pr,dc', '--guidance=1,1.5,2': '',
           '--metrics-ref=cifar-ref.npz': '--metrics-ref=cifar-ref.npz --metrics-num=8 --metrics-detector=pixels', 'ema:0.1': 'ema:0.10',
-          'a.json': 'NAME.heun18-pixels-3x8.fid.json', 'b.json': 'out.fid.json', '--data=FILE': '--data=images', 'runs/*/*.fid.json': '*.fid.json'}
+          'a.json': 'NAME.heun18-pixels-3x8.fid.json', 'b.json': 'out.fid.json', '--data=FILE': '--data=images',
+          'runs/*/*.fid.json': '*.fid.json'}
 # Options of TINY that a command does not take, by what tells of it.
 REFUSED = {'--arch=': ('--cbase', '--cres', '--blocks', '--attn', '--dropout'), '--method=vlb': ('--rtol', '--atol', '--sigma-min'),
            '--dequantise': ('--sigma-min',)}

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """generate.py's options for samplers, guidance and labels: published values and names, combinations, what is refused."""
 
+import functools
 import json
 import shutil
 
@@ -11,13 +12,14 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 
 import generate
+from dnnlib.progress import Progress
 from tests.support.tiny import make_zip
 from tests.support.unets import DATA, ROOT, all_images, contents, golden_network, launched, refused, run, tiny
 from torch_utils import registry
 from training.checkpoints.load import load_network
 from training.checkpoints.save import save_network
 from training.diffusion import discrete, schedules
-from training.sampling import guidance, labels, steppers
+from training.sampling import generation, guidance, labels, steppers
 from training.sampling import pieces as sampling
 from training.sampling.channels import moments, statistics
 from training.sampling.generate import ConditionedDenoiser, generate_images, noise_levels
@@ -291,3 +293,16 @@ def test_dark_images_raise_the_alarm_and_good_ones_do_not(tmp_path):
     line, = [line for line in make('dark').splitlines() if line.startswith('Warning')]
     assert 'the colours of 24 samples differ from those of the data' in line and 'has mean -' in line
     assert 'Warning' not in make('dark', '--stop-sigma=0.5')
+
+
+# --- progress
+
+@pytest.mark.parametrize('options', [[], ['--sampler=ancestral'], ['--guidance=2'], ['--guidance=2', '--guidance-interval=0.1,10']])
+def test_a_long_batch_prints_its_progress_where_nobody_watches(folders, tmp_path, monkeypatch, options):
+    monkeypatch.setattr(generation, 'Progress', functools.partial(Progress, interval=0))
+    _, output = arrays(folders / 'dropout', tmp_path / 'out', *options, seeds='0-2', steps=4)
+    lines = [line for line in output.splitlines() if line.startswith('Progress: ')]
+    evaluations = 4 if '--sampler=ancestral' in options else 7
+    shares = [f'({i / evaluations:.0%})' for i in range(1, evaluations + 1)]
+    assert [line.split()[5].rstrip(',') for line in lines] == [*shares, '(100%)']  # the last when the batch is complete
+    assert lines[0].startswith('Progress: 0 of 3 img') and ', ETA ' in lines[0] and lines[-1].startswith('Progress: 3 of 3 img')

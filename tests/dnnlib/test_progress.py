@@ -43,6 +43,18 @@ def test_a_line_a_minute(capsys, clock):
     assert capsys.readouterr() == ('', '')
 
 
+def test_work_on_items_that_are_not_done_prints_lines(capsys, clock):
+    with Progress(64, 'Sampling', clock=clock) as bar:
+        for _ in range(4):
+            clock.now += 60
+            bar.advance(8)
+        assert capsys.readouterr().out.splitlines()[-1] == 'Sampling: 0 of 64 img (50%), 0.13 img/s, ETA 4m 00s'
+        bar.update(32)
+        clock.now += 60
+        bar.advance(8)
+        assert capsys.readouterr().out == 'Sampling: 32 of 64 img (62%), 0.13 img/s, ETA 3m 00s\n'
+
+
 def test_short_work_and_other_ranks_print_nothing(capsys, clock):
     for show, seconds in ((True, 59), (False, 10_000)):
         with Progress(10, 'Decoding', show=show, clock=clock) as bar:

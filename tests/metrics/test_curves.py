@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What stands in pictures of many results: axes, curves and their names, bars, the best."""
+"""Plots of many results: axes, curves and their labels, error bars, the best value."""
 
 import importlib.util
 
@@ -107,8 +107,8 @@ def test_a_picture_of_everything(tmp_path):
 
 def test_nothing_to_draw(tmp_path):
     images = result(parts={'generated': {'path': 'out', 'sha256': 'ab'}})
-    for found, words in (([images], '1 results 0 tell'), ([result(None)], '1 results 1 tell'), ([result(float('inf'))], '1 results 1'),
-                         ([result(guidance=float('nan'))], '1 results 0 tell')):
+    for found, words in (([images], '1 results 0 have'), ([result(None)], '1 results 1 have'), ([result(float('inf'))], '1 results 1'),
+                         ([result(guidance=float('nan'))], '1 results 0 have')):
         with pytest.raises(UserError, match=f'p.png: nothing to draw: of {words}'):
             curves.draw(found, tmp_path / 'p.png', 'x')
     assert not list(tmp_path.iterdir())

@@ -22,8 +22,8 @@ from training.networks.interface import network_class
 
 CONFIG, WEIGHTS, OLD_WEIGHTS = 'config.json', 'model.safetensors', 'pytorch_model.bin'
 STATISTICS = 'data_statistics'  # metadata of model.safetensors, see sampling/channels.py; an attribute of networks
-READS = ('a snapshot folder (config.json + model.safetensors), a training-state .pt, a .pkl of EDM or EDM2, published weights of DiT, ViT or '
-         'U-ViT, a URL of such a file, or a Hugging Face name, owner/name[@revision]')
+READS = ('a snapshot folder (config.json + model.safetensors), a training-state .pt, a .pkl of EDM or EDM2, published weights of DiT, ViT '
+         'or U-ViT, a URL of such a file, or a Hugging Face name, owner/name[@revision]')
 PRECONDS = {'EDMPrecond': 'edm', 'VPPrecond': 'vp', 'VEPrecond': 've', 'iDDPMPrecond': 'iddpm'}  # by the names of the published classes
 MAX_TEXT = 2 ** 24  # largest size in bytes of a configuration or a header: 100,000 tensors
 MANY = 10 ** 6  # larger than any count in a network, or steps of a diffusion or sampler

@@ -40,7 +40,7 @@ class Pairing:
 
 
 class Skip(Pairing):
-    """Draws sigma ~ p for each image in turn, and skips the image if it may not be used at sigma.
+    """Draws sigma ~ p for each image in turn, and skips the image if it may not be used at that level.
 
     At levels up to sigma_n the gradient is zero, so this keeps the published objective up to a constant, without wasted network
     evaluations."""
@@ -75,7 +75,7 @@ class Skip(Pairing):
 
 
 class Truncate(Skip):
-    """Draws sigma ~ p(. | the image may be used at sigma) for each image in turn: all images are used equally often."""
+    """Draws sigma ~ p for each image in turn, limited to levels at which the image may be used: all images are used equally often."""
 
     def judge(self, limits, u, noise):
         return limits.draw(noise, u), limits.chance(noise) > 0
@@ -85,7 +85,8 @@ class Truncate(Skip):
 
 
 class Clamp(Skip):
-    """sigma = max(sigma, sigma_n), as in the published code: pairs at sigma_n have no gradient, but cost as much as others."""
+    """Draws sigma ~ p for each image in turn, and raises it to sigma_n where it is lower, as in the published code: pairs at sigma_n have
+    no gradient, but cost as much as others."""
 
     def __init__(self, buffer: float = 1.0):
         super().__init__(buffer)
@@ -100,7 +101,7 @@ class Clamp(Skip):
 
 
 class SigmaFirst(Pairing):
-    """Draws sigma ~ p (given that some image may be used at it), then takes the next such image in the list: keeps p(sigma)."""
+    """Draws sigma ~ p first, then takes the next image in the list that may be used at that level: keeps the distribution p(sigma)."""
 
     def share(self, limits, noise):
         """Expected share of the positions in the list that yield a pair."""

@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The work of eval_fid.py: images against a reference, one set or a sweep of them, to results that say what decides them."""
+"""The work of eval_fid.py: compares images, or a sweep of sampler settings, with a reference, and writes results with their settings."""
 
 import dataclasses
+from collections.abc import Callable, Sequence
 
-from dnnlib import UserError
+from dnnlib import EasyDict, UserError
 from dnnlib.files import prepare_output, write_json
 from metrics import references, report, results
 from metrics.detectors import DETECTORS
 from metrics.evaluate import Settings, check_detector, check_reference, check_shape, evaluate_batches, needs_features
 from metrics.image_files import ImageFiles
-from metrics.statistics import save_statistics
+from metrics.statistics import Statistics, save_statistics
 from torch_utils import distributed, registry
 from torch_utils.command_line import ranges
 from training.evaluation.images import NetworkImages, RecordedImages
@@ -17,8 +18,8 @@ from training.evaluation.sweep import Sweep
 from training.sampling import record
 
 
-def evaluate(o):
-    """The main command: reads or generates, measures, prints, and writes the JSON."""
+def evaluate(o: EasyDict) -> None:
+    """The main command: reads or generates images, computes the metrics, prints them, and writes the JSON. o: the options."""
     distributed.init()
     if o.out_path:
         prepare_output(o.out_path, '--out-path')
@@ -35,8 +36,8 @@ def evaluate(o):
         print(f'written to {out_path}{"".join(f"; {line}" for line in told or ())}')
 
 
-def open_comparison(o, shape):
-    """(reference ImageFiles or Statistics, detector, SHA-256 of the reference), for images [C,H,W]."""
+def open_comparison(o: EasyDict, shape: Sequence[int]) -> tuple[ImageFiles | Statistics, Callable, str | None]:
+    """(reference images or statistics, detector, SHA-256 of the reference), checked for images of shape [C,H,W]."""
     reference, digest = references.open_reference(o.ref_stats, o.ref_path, o.detector, needs_features(o.metrics))
     check_shape(reference.shape, shape, reference_option(o), o.other_shape)
     detector = make_detector(o)
@@ -44,10 +45,10 @@ def open_comparison(o, shape):
     return reference, detector, digest
 
 
-def make_ready(o, reference, detector, shape):
-    """The Statistics that images [C,H,W] are compared with."""
+def make_ready(o: EasyDict, reference: ImageFiles | Statistics, detector: Callable, shape: Sequence[int]) -> Statistics:
+    """The reference Statistics with which images of shape [C,H,W] are compared; computes them from reference images."""
     if isinstance(reference, ImageFiles):
-        check_detector(detector, o.metrics)  # before the images are looked at
+        check_detector(detector, o.metrics)  # before the features of the images are computed
         reference = references.statistics_of(reference, detector, o.batch_size, needs_features(o.metrics))
         reference = dataclasses.replace(reference, split=o.split, source=o.ref_path)
     distributed.from_rank0(check_reference, reference, detector, shape, reference_option(o), o.metrics, o.other_shape)
@@ -55,18 +56,18 @@ def make_ready(o, reference, detector, shape):
     return reference
 
 
-def reference_option(o):
+def reference_option(o: EasyDict) -> str:
     """The option that names the reference, as errors name it."""
     return f'--ref-path={o.ref_path}' if o.ref_path else f'--ref-stats={o.ref_stats}'
 
 
-def settings_of(o):
+def settings_of(o: EasyDict) -> Settings:
     """The Settings that the options ask for."""
     return Settings(o.kid_subsets, o.kid_subset_size, splits=o.splits, seed=o.metric_seed, intervals=o.intervals)
 
 
-def measure(o, source, reference, detector):
-    """[{name: value} of each repeat]."""
+def measure(o: EasyDict, source: NetworkImages | RecordedImages, reference: Statistics, detector: Callable) -> list[dict]:
+    """One {name: value} per repeat."""
     values = []
     for batches in source.repeats():
         values.append(evaluate_batches(batches, detector, reference, o.metrics, settings_of(o), source.count))
@@ -74,8 +75,9 @@ def measure(o, source, reference, detector):
     return values
 
 
-def run_sweep(o):
-    """The `sweep` command: whatever is refused is refused before the first cell; images of a reference are looked at for cells alone."""
+def run_sweep(o: EasyDict) -> None:
+    """The `sweep` command: all options are checked before the first cell. Features of reference images are computed only if a cell is
+    unfinished."""
     distributed.init()
     cells = Sweep(o)
     reference, detector, digest = open_comparison(o, cells.shape)
@@ -89,7 +91,7 @@ def run_sweep(o):
     cells.write()
 
 
-def write_reference(o):
+def write_reference(o: EasyDict) -> None:
     """The `ref` command."""
     distributed.init()
     prepare_output(o.dest, '--dest')
@@ -99,8 +101,8 @@ def write_reference(o):
         print(f'{stats.num_images} images, {len(stats.mean)} features ({stats.detector}) -> {o.dest}')
 
 
-def make_detector(o):
-    """The detector on its device; one rank per node fetches its weights."""
+def make_detector(o: EasyDict) -> Callable:
+    """The detector on its device; one rank per node downloads its weights."""
     weights = {'weights': o.detector_weights} if o.detector_weights else {}
     name = registry.parse(o.detector)[0]
     if weights and 'weights' not in registry.parameters(DETECTORS[name]):
@@ -109,13 +111,14 @@ def make_detector(o):
     return distributed.first_on_node(made, device=distributed.pick_device(o.device))
 
 
-def metrics_facts(o):
-    """What was computed, and with what settings."""
+def metrics_facts(o: EasyDict) -> dict:
+    """The metrics that were computed, and their settings."""
     return {'names': list(o.metrics), **dataclasses.asdict(settings_of(o))}
 
 
-def provenance(values, o, source, detector, reference, digest):
-    """What stands in the JSON: the numbers under their published names (means over repeats), then everything that decides them."""
+def provenance(values: list[dict], o: EasyDict, source: NetworkImages | RecordedImages, detector: Callable, reference: Statistics,
+               digest: str | None) -> dict:
+    """The content of the JSON: the numbers under their published names (means over repeats), then everything on which they depend."""
     means = report.summary(values)
     repeats = {'repeats': [{**label, **found} for label, found in zip(source.labels, values)]} if o.network else {}
     return {
@@ -132,8 +135,8 @@ def provenance(values, o, source, detector, reference, digest):
     }
 
 
-def common_facts(o, detector):
-    """What every result is quoted with; of the options those that were given (o.given, their names)."""
+def common_facts(o: EasyDict, detector: Callable) -> dict:
+    """What every result states: detector, machine, and the options that were given on the command line (o.given)."""
     told = {key: o[key] for key in o.given if o[key] is not None}
     return {
         'detector': {'name': detector.name, 'weights': detector.weights, 'sha256': detector.sha256, 'tf32': detector.tf32},

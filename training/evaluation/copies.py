@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The work of `eval_fid.py nearest`: generated images next to the training images that they are closest to."""
+"""The work of `eval_fid.py nearest`: the training image nearest to each generated image."""
 
 import math
+from collections.abc import Callable
 
-from dnnlib import UserError
+import torch
+
+from dnnlib import EasyDict, UserError
 from dnnlib.files import beside, file_digest, prepare_output, write_json
 from metrics import memorisation, references, report
 from metrics.image_files import ImageFiles
@@ -12,7 +15,7 @@ from training.evaluation.comparison import common_facts, make_detector
 from training.sampling.writers import write_grid
 
 
-def find_nearest(o):
+def find_nearest(o: EasyDict) -> None:
     """The `nearest` command."""
     distributed.init()
     out_path, picture = (given or beside(o.gen_path, f'.nearest.{suffix}')
@@ -23,7 +26,7 @@ def find_nearest(o):
                (('--gen-path', o.gen_path), ('--train', o.train), ('--held-out', o.held_out)) if path}
     shapes = {option: files.shape for option, files in sources.items()}
     if len(set(shapes.values())) > 1:
-        raise UserError('images must be of one size and mode, got ' +
+        raise UserError('all images must have the same size and mode, got ' +
                         ', '.join(f'{list(shape)} in {option}' for option, shape in shapes.items()))
     detector = make_detector(o)
     features = {option: references.statistics_of(files, detector, o.batch_size, True).features for option, files in sources.items()}
@@ -31,8 +34,9 @@ def find_nearest(o):
         write_nearest(o, sources, features, detector, out_path, picture)
 
 
-def write_nearest(o, sources, features, detector, out_path, picture):
-    """Distances, numbers, picture and JSON, on one rank."""
+def write_nearest(o: EasyDict, sources: dict[str, ImageFiles], features: dict[str, torch.Tensor], detector: Callable, out_path: str,
+                  picture: str) -> None:
+    """Computes the distances on one rank; writes picture and JSON, and prints the numbers."""
     try:
         found = memorisation.neighbours(features['--gen-path'], features['--train'], detector.device)
     except ValueError as err:

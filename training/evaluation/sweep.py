@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sweeps: every combination of guidance, steps, samplers and weights of a network is a cell, whose result is one JSON file.
+"""Sweeps: each combination of guidance, steps, samplers and weights of a network is a cell, whose result is one JSON file.
 
-The files are a sweep's only memory: it is resumed from those in its folder, and its table and picture are made of them."""
+A sweep has no other state: it is resumed from the files in its folder, and its table and plot are made from them."""
 
 import dataclasses
 import glob
 import itertools
 import os
 import time
+from collections.abc import Callable, Iterator, Sequence
 
 from dnnlib import EasyDict, UserError, replacing
 from dnnlib.files import prepare_output
@@ -20,36 +21,36 @@ from training.sampling import pieces as sampling
 from training.sampling import record
 
 TABLES, PICTURE = {'table.md': 'markdown', 'table.csv': 'csv'}, 'plot.png'
-AXES = ('weights', 'sampler', 'guidance_interval', 'guidance', 'steps')  # the first are changed last
+AXES = ('weights', 'sampler', 'guidance_interval', 'guidance', 'steps')  # the first varies slowest
 
 
 @dataclasses.dataclass
 class Cell:
-    """One combination. o: the options with which eval_fid.py --network makes the same; source: their images; path: of the result."""
+    """One combination. o: its options, as for eval_fid.py --network; source: its images; path: of its result."""
 
     o: EasyDict
     source: NetworkImages
     path: str
 
     @property
-    def name(self):
+    def name(self) -> str:
         return os.path.basename(self.path).removesuffix(results.SUFFIX)
 
-    def facts(self):
-        """What a result of this cell has of its images."""
+    def facts(self) -> dict:
+        """The part of the result that describes the images."""
         return {'num_images': self.source.count, 'generated': self.source.facts(), 'repeats': self.source.labels}
 
-    def cost(self):
-        """Network evaluations."""
+    def cost(self) -> int:
+        """Number of network evaluations."""
         return self.source.facts()['evaluations'] * self.source.count * len(self.source.labels)
 
 
 class Sweep:
-    """The cells of the options; each of them is refused here or not at all.
+    """The cells of a sweep; impossible combinations are refused here, before any is run. Raises UserError.
 
-    o: of eval_fid.py sweep; what is in AXES are lists. Attribute cells: in the order in which they are run."""
+    o: the options of eval_fid.py sweep; those in AXES are lists. Attribute cells: in the order in which they are run."""
 
-    def __init__(self, o):
+    def __init__(self, o: EasyDict) -> None:
         distributed.from_rank0(prepare_output, os.path.join(o.outdir, 'table.md'), '--outdir')
         self.outdir, networks, found = o.outdir, sampling.Networks(), {}
         for options in combinations(o):
@@ -61,14 +62,14 @@ class Sweep:
             if path not in found:
                 found[path] = Cell(options, source, path)
             elif found[path].source.facts() != source.facts():
-                raise UserError(f'{words(options, o)} and {words(found[path].o, o)} have one name, {path}; leave one of them out')
+                raise UserError(f'{words(options, o)} and {words(found[path].o, o)} have the same file name, {path}; leave one of them out')
         self.cells = [*found.values()]
         self.shape = self.cells[0].source.shape
 
-    def unfinished(self, facts):
-        """The cells without a result in the folder. facts: what a result has of reference, detector, metrics and machine.
+    def unfinished(self, facts: dict) -> list[Cell]:
+        """The cells without a result in the folder. facts: the part of the results that is the same for all cells.
 
-        Raises UserError, which names the file, for whatever in the folder cannot stand in one table with the cells."""
+        Raises UserError, which names the file, for a file in the folder that is not comparable with the cells."""
         done = distributed.from_rank0(self._finished, facts)
         return [cell for cell in self.cells if cell.path not in done]
 
@@ -81,8 +82,8 @@ class Sweep:
                 check_cell(cell, known[cell.path], facts)
         return [cell.path for cell in self.cells if cell.path in known and not _missing(known[cell.path], facts)]
 
-    def run(self, todo, measure):
-        """Evaluates cells and writes their results. measure(o, source) -> the result, on every rank.
+    def run(self, todo: Sequence[Cell], measure: Callable[[EasyDict, NetworkImages], dict]) -> None:
+        """Evaluates cells and writes their results. measure(o, source) -> result is called on every rank.
 
         Raises UserError at the first cell that fails."""
         done, start, total = 0, time.monotonic(), sum(cell.cost() for cell in todo)
@@ -101,13 +102,13 @@ class Sweep:
                 print('\n'.join([f'cell {place} of {len(self.cells)}, {cell.name}: {_numbers(result)} ({format_time(now - began)}{left})',
                                  *told]), flush=True)
 
-    def write(self):
-        """table.md, table.csv and plot.png of all results in the folder."""
+    def write(self) -> None:
+        """Writes table.md, table.csv and plot.png of all results in the folder."""
         distributed.from_rank0(write_tables, self.outdir)
 
 
-def combinations(o):
-    """Yields the options of each cell, an EasyDict of single values. Where other weights guide, that of 1 has no option of guidance."""
+def combinations(o: EasyDict) -> Iterator[EasyDict]:
+    """Yields the options of each cell, with single values. Unguided cells of a guided sweep have none of the options of guidance."""
     if o.steps is not None and min(o.steps) < 1:
         raise UserError(f'--steps={min(o.steps)}: must be 1 or more')
     several = {axis: list(dict.fromkeys(o[axis] or [None])) for axis in AXES}
@@ -118,37 +119,38 @@ def combinations(o):
         yield cell
 
 
-def words(cell, o):
-    """The options of a cell that tell it from others: those with several values, or all that were given."""
+def words(cell: EasyDict, o: EasyDict) -> str:
+    """The options that distinguish a cell: those with several values, or else all that were given."""
     told = [axis for axis in AXES if len(set(o[axis] or ())) > 1] or [axis for axis in AXES if o[axis]]
     shown = lambda value: f'{value:g}' if isinstance(value, float) else value
     return ' '.join(f'--{axis.replace("_", "-")}={shown(cell[axis])}' for axis in told if cell[axis] is not None)
 
 
 # ----------------------------------------------------------------------------------------------------
-# What lies in the folder
+# Files in the folder
 
 
 def _files(folder):
-    """The JSON files in a folder, as the shell finds them with *.json."""
+    """The paths of the JSON files in a folder, sorted."""
     return sorted(glob.glob(os.path.join(glob.escape(folder), '*.json')))
 
 
-def check_folder(path, result, cells, facts):
-    """Refuses a result that is of another network of this name, or whose figures do not compare with those of the cells."""
+def check_folder(path: str, result: dict, cells: Sequence[Cell], facts: dict) -> None:
+    """Raises UserError for a result that is not comparable with the cells, or whose network had other weights."""
     differs = results.incomparable(result, {**facts, **cells[0].facts()})
     made = results.origin(result)
-    here = {} if path in [cell.path for cell in cells] else {  # check_cell() tells more of those
+    here = {} if path in [cell.path for cell in cells] else {  # check_cell() names the differences of those
         tuple(cell.source.facts()[key] for key in ('network', 'weights')): cell.source.facts()['sha256'] for cell in cells}
     now = here.get((made.get('network'), made.get('weights')))
     if now and made.get('sha256') != now:
-        differs.append(f'of a network {made["network"]} that had other weights ({str(made.get("sha256"))[:8]}, now {now[:8]})')
+        differs.append(f'of the network {made["network"]} with other weights ({str(made.get("sha256"))[:8]}, now {now[:8]})')
     if differs:
-        raise UserError(f'{path}: {", ".join(differs)}; a sweep holds what compares: choose another --outdir, or move this away')
+        raise UserError(f'{path}: {", ".join(differs)}; the results of a sweep must be comparable: choose another --outdir, or move this '
+                        'file away')
 
 
-def check_cell(cell, result, facts):
-    """Refuses a result that lies in a cell's place and is of other images, or that other metrics of the same images cannot join."""
+def check_cell(cell: Cell, result: dict, facts: dict) -> None:
+    """Raises UserError for a result under a cell's name that is of other images, or to which missing metrics cannot be added."""
     now = {**facts, **cell.facts()}
     differs = record.differences(results.origin(result), now['generated'])
     before, seeds = ([each.get('seeds') for each in found.get('repeats') or () if isinstance(each, dict)] for found in (result, now))
@@ -157,26 +159,26 @@ def check_cell(cell, result, facts):
     if not differs and _missing(result, facts) and not results.joinable(result, now):
         differs.append(f'without {_missing(result, facts)}, and computed with other versions or on another device')
     if differs:
-        raise UserError(f'{cell.path}: made with other options ({"; ".join(differs)}); choose another --outdir, or move this away')
+        raise UserError(f'{cell.path}: made with other options ({"; ".join(differs)}); choose another --outdir, or move this file away')
 
 
 def _missing(result, facts):
-    """The metrics that are wanted and that a result does not have, as --metrics takes them; '' for none."""
+    """The metrics that a result lacks, in the form of --metrics; '' if none."""
     has = results.measured(result)
     return ','.join(name for name in facts['metrics']['names'] if name not in has)
 
 
 # ----------------------------------------------------------------------------------------------------
-# What comes out
+# Output
 
 
 def _numbers(result):
-    """The values of a result in one line; deviations are left to the table."""
+    """The values of a result in one line, without standard deviations."""
     return ', '.join(f'{name} {number(value)}' for name, value in results.values(result).items() if None not in (value, table.better(name)))
 
 
-def write_tables(outdir):
-    """Table and picture of all results in a folder, as "eval_fid.py table OUTDIR/*.json" makes them; tells the best of each metric."""
+def write_tables(outdir: str) -> None:
+    """Writes table and plot of all results in a folder, like "eval_fid.py table OUTDIR/*.json"; prints the best value of each metric."""
     found = [results.read_result(path) for path in _files(outdir)]
     columns, rows = table.lay_out(found)
     for name, form in TABLES.items():
@@ -186,8 +188,8 @@ def write_tables(outdir):
     try:
         curves.draw(found, os.path.join(outdir, PICTURE), 'plot.png')
         written.append(PICTURE)
-    except UserError as err:  # the results are what counts: a package or a number that is missing does not spoil them
-        print(f'no picture: {err.message}')
+    except UserError as err:  # the results are complete without it
+        print(f'no plot: {err.message}')
     for place, value in table.best(columns, rows).items():
         row = next(row for row in rows if row[place] == value)
         told = ', '.join(f'{name} {cell}' for name, cell in zip(columns, row) if name in ('weights', 'sampler', 'guidance', 'evaluations'))

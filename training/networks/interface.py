@@ -58,12 +58,13 @@ class Network(nn.Module):
 class Arch:
     """A choice of --arch: a Network class, and the constructor arguments that differ from the defaults of the class.
 
-    Called with keys of --arch it returns the network's part of config.json, including model_type."""
+    what: its sentence in --arch=help, by default the first of the class's docstring. Called with keys of --arch it returns the
+    network's part of config.json, including model_type."""
 
     GIVEN = ('img_resolution', 'in_channels', 'out_channels', 'label_dim', 'augment_dim', 'label_dropout')  # by other options
 
-    def __init__(self, network: type[Network], **preset) -> None:
-        self.network, self.preset = network, preset
+    def __init__(self, network: type[Network], what: str | None = None, **preset) -> None:
+        self.network, self.what, self.preset = network, what, preset
         found = {p.name: p.default for p in inspect.signature(network).parameters.values()
                  if p.default is not p.empty and p.name not in self.GIVEN}
         self.arguments = {network.short_names.get(name, name): name for name in found}  # key -> constructor argument

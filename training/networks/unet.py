@@ -277,8 +277,8 @@ class SongUNet(UNet):
 
 
 class DhariwalUNet(UNet):
-    """U-Net of Dhariwal & Nichol 2021 (ADM): attention at several resolutions with 64 channels per head, and an adaptive scale and shift
-    by the embedding.
+    """U-Net of Dhariwal & Nichol 2021 (ADM): attention at several resolutions with 64 channels per head; the embedding scales and shifts
+    the normalised features.
 
     Inputs and outputs: see the module's docstring."""
 
@@ -319,6 +319,8 @@ class DhariwalUNet(UNet):
 # What --arch selects; --cbase and --cres are keys of it.
 _SONG = {'encoder_type': 'standard', 'decoder_type': 'standard', 'model_channels': 128, 'channel_mult': [2, 2, 2], 'dropout': 0.13}
 ARCHS['adm'] = Arch(DhariwalUNet, model_channels=192, channel_mult=[1, 2, 3, 4], dropout=0.13)
-ARCHS['ddpmpp'] = Arch(SongUNet, **_SONG, embedding_type='positional', channel_mult_noise=1, resample_filter=[1, 1])
-ARCHS['ncsnpp'] = Arch(SongUNet, **_SONG | {'encoder_type': 'residual'}, embedding_type='fourier', channel_mult_noise=2,
-                       resample_filter=[1, 3, 3, 1])
+ARCHS['ddpmpp'] = Arch(SongUNet, 'DDPM++, U-Net of Song et al. 2021: sinusoidal embedding of the noise level, and resampling by a '
+                       '2x2 box filter.', **_SONG, embedding_type='positional', channel_mult_noise=1, resample_filter=[1, 1])
+ARCHS['ncsnpp'] = Arch(SongUNet, 'NCSN++, U-Net of Song et al. 2021: random Fourier features of the noise level, a residual path from the '
+                       'input image through the encoder, and smooth resampling by the filter 1|3|3|1.',
+                       **_SONG | {'encoder_type': 'residual'}, embedding_type='fourier', channel_mult_noise=2, resample_filter=[1, 3, 3, 1])

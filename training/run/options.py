@@ -138,7 +138,7 @@ SPEED = group(
     word('--data-on', ['auto', 'host', 'device'], 'Where batches are assembled; auto: on the GPU if the images fit', 'auto'),
     count('--workers', 'Threads that prepare noisy images; 0: no batch is prepared ahead', 1, WHOLE),
     count('--threads', 'CPU threads per rank  [default: PyTorch\'s]'),
-    number('--timeout', MINUTES, 'Several ranks: end all of them when one has been silent for this long', 10, 'MINUTES'),
+    number('--timeout', MINUTES, 'With several ranks: end all of them if one does not respond for this long', 10, 'MINUTES'),
 )
 
 MIRRORS = 'Also log to TensorBoard; to this project of Weights & Biases'
@@ -155,7 +155,7 @@ OUTPUT = group(
     number('--dump', WHOLE, 'Ticks between training states; 0: none', 500, 'TICKS'),
     number('--dump-minutes', NOT_NEGATIVE, 'Minutes between training states, in addition to --dump; 0: none', 30, 'MINUTES'),
     count('--keep-states', 'How many of the latest training states are kept; 0: all', 3, WHOLE),
-    number('--max-hours', NOT_NEGATIVE, f'Then save the state and exit with code {STOPPED}, as after SIGTERM; 0: no limit', 0, 'HOURS'),
+    number('--max-hours', NOT_NEGATIVE, f'Save the state and exit with code {STOPPED} after this time, as after SIGTERM; 0: no limit', 0, 'HOURS'),
     count('--samples', 'Images in the grid of samples at each snapshot; 0: none', 64, WHOLE),
     number('--metrics-every', WHOLE, 'Ticks between evaluations of the weight average\'s samples; 0: none', 0, 'TICKS'),
     click.option('--metrics', metavar='NAMES', type=Names('metrics.evaluate:METRICS'), default='fid', show_default=True,

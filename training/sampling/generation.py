@@ -2,7 +2,8 @@
 """The work of generate.py: writes the images of seeds to a folder with its record, and a picture of the first ones."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 
@@ -14,7 +15,7 @@ from training.sampling import guidance
 from training.sampling import pieces as sampling
 from training.sampling.channels import Channels
 from training.sampling.folder import RecordedFolder, record_path
-from training.sampling.generate import check_finite, generate_images, network_device, resolution
+from training.sampling.generate import Samples, check_finite, generate_images, network_device, resolution
 from training.sampling.pixels import is_picture, pictures, to_network, to_physical, to_uint8
 from training.sampling.writers import Files, Writers, read_image, write_grid
 
@@ -41,7 +42,7 @@ def run(o: EasyDict) -> None:
     first_images = FirstImages(net, seeds[:GRID_IMAGES] if grid else [])
     if distributed.rank() == 0:
         first_images.read(files, set(seeds) - set(missing))
-    batches = generate_images(net, missing, batch=o.batch, rank=distributed.rank(), world=distributed.size(), **pieces)
+    batches = with_progress(net, missing, o.batch, pieces, folder.facts)
     channels = Channels(net, labels=o.labels, class_idx=o.class_idx, stop_sigma=o.stop_sigma, stop_variance=o.stop_variance)
     written = write_all(net, batches, len(missing[distributed.rank()::distributed.size()]), files, first_images, channels)
     if grid:
@@ -51,6 +52,39 @@ def run(o: EasyDict) -> None:
     there = f': {len(missing)} written, {len(seeds) - len(missing)} existed already' if len(missing) < len(seeds) else ''
     distributed.print0(f'{len(seeds)} images ({files.format}) in {files.outdir}{there}')
     channels.report()
+
+
+def with_progress(net, seeds: list[int], batch: int, pieces: dict, facts: dict) -> Iterator[Samples]:
+    """Yields what generate_images yields for this rank; rank 0 shows the progress, which network evaluations advance within a batch."""
+    share = len(seeds[distributed.rank()::distributed.size()])
+    with Progress(share, 'rank 0' if distributed.size() > 1 else None, show=distributed.rank() == 0) as bar:
+        calls = facts['evaluations'] - facts.get('guide_evaluations', 0)  # per image; the guiding network's are part of these calls
+        stepper = lambda denoise, *args: pieces['stepper'](ReportingDenoiser(denoise, lambda rows: bar.advance(rows / calls)), *args)
+        for part in generate_images(net, seeds, batch=batch, rank=distributed.rank(), world=distributed.size(),
+                                    **{**pieces, 'stepper': stepper}):
+            yield part
+            bar.update(len(part.seeds))
+
+
+class ReportingDenoiser:
+    """A denoiser that calls report(number of images) after each evaluation."""
+
+    def __init__(self, denoise: Callable, report: Callable[[int], None]) -> None:
+        self._denoise, self._report = denoise, report
+
+    def __call__(self, x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        found = self._denoise(x, sigma)
+        self._report(len(x))
+        return found
+
+    def outputs(self, x: torch.Tensor, sigma: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """See ConditionedDenoiser.outputs."""
+        found = self._denoise.outputs(x, sigma)
+        self._report(len(x))
+        return found
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._denoise, name)
 
 
 class FirstImages:
@@ -76,13 +110,12 @@ def write_all(net, batches, share: int, files: Files, first_images: FirstImages,
     """Samples and writes this rank's images; returns how many. Raises UserError, with that number, where a file cannot be written."""
     writers = Writers()
     try:
-        with writers, Progress(share, 'rank 0' if distributed.size() > 1 else None, show=distributed.rank() == 0) as bar:
+        with writers:
             for part in batches:
                 check_finite(part)
                 first_images.take(part)
                 channels.take(part.images)
                 submit(writers, part, net.units, files)
-                bar.update(len(part.seeds))
     except OSError as err:
         whose = f' of rank {distributed.rank()}' if distributed.size() > 1 else ''
         raise UserError(f'{err.filename}: {err.strerror}; {writers.written} of {share} images{whose} were written; '

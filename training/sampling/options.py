@@ -67,7 +67,7 @@ REST = group(
     _number(('--S-min', '--s-min', 'S_min'), 'Lowest level at which churn is applied  [default: 0]', POSITIVE),
     _number(('--S-max', '--s-max', 'S_max'), 'Highest level at which churn is applied  [default: inf]', POSITIVE),
     _number(('--S-noise', '--s-noise', 'S_noise'), 'Scale of the noise that churn adds  [default: 1]', POSITIVE),
-    _word('--schedule', ('linear', 've', 'vp'), 'sigma(t) in whose time t heun and euler take their steps  [default: linear]'),
+    _word('--schedule', ('linear', 've', 'vp'), 'Noise schedule sigma(t) whose time t heun and euler step in  [default: linear]'),
     _word('--scaling', ('none', 'vp'), 'Scaling s(t) of x along the path of heun and euler  [default: none]'),
     _number('--stop-sigma', 'Truncated sampling: end with E[x_0 | x] at the last level not below this  [default: 0]', POSITIVE),
     _number('--stop-variance', '--stop-sigma given as a variance, its square', POSITIVE),

@@ -146,7 +146,7 @@ def test_other_metrics_of_the_same_images_join(work):
     kid = read('out.fid.json')
     output = call(eval_fid, *shared, '--metrics=fid').output
     result = read('out.fid.json')
-    assert 'kept of the earlier result there: kid, kid_std' in output and len(list(work.glob('*.fid.json'))) == 1
+    assert 'kept from the earlier result: kid, kid_std' in output and len(list(work.glob('*.fid.json'))) == 1
     assert result['kid'] == kid['kid'] and result['fid_score'] > 0 and set(result['metrics']['names']) == {'fid', 'kid'}
     call(eval_fid, *shared[:-1], '--kid-subsets=3', '--metrics=fid')  # kid would be told with settings that it does not have
     assert 'kid' not in read('out.fid.json') and read('out.1.fid.json')['kid'] == kid['kid']

@@ -94,7 +94,7 @@ def results(folder='out'):
 
 
 def contents(folder):
-    """What is in a folder, but for options in results that tell where it lies."""
+    """Contents of a folder, without the options in results that depend on its path."""
     return {path.name: read(path) if path.suffix == '.json' else path.read_bytes() for path in Path(folder).iterdir()}
 
 
@@ -192,10 +192,10 @@ def test_all_that_is_done_needs_no_features_of_a_reference(work, monkeypatch):
 
 
 def test_more_steps_and_more_metrics_join(work, whole):
-    """Cells that lack a metric are evaluated again, and keep the others; those of earlier commands stand in the same table."""
+    """Cells that lack a metric are evaluated again, and keep the others; those of earlier commands are in the same table."""
     shutil.copytree(whole, 'out')
     output = sweep('--metrics=fid,pr', grid=['--network=net', '--guidance=1', '--steps=3,4'])
-    assert '2 cells in out: 0 done, 2 to do' in output and 'kept of the earlier result there: kid, kid_std' in output
+    assert '2 cells in out: 0 done, 2 to do' in output and 'kept from the earlier result: kid, kid_std' in output
     assert len(results()) == 5 and {'kid', 'precision', 'fid_score'} <= read(results()[CELLS[1]]).keys()
     assert read(results()[CELLS[1]])['kid'] == read(whole / f'{CELLS[1]}.fid.json')['kid']
     assert len(Path('out/table.csv').read_text().splitlines()) == 6
@@ -241,7 +241,7 @@ def test_without_matplotlib_there_are_tables(work, whole, monkeypatch):
     monkeypatch.setitem(__import__('sys').modules, 'matplotlib', None)
     shutil.copytree(whole, 'out', ignore=lambda *_: ['table.md', 'table.csv', 'plot.png'])
     output = sweep()
-    assert 'no picture: plot.png needs the package matplotlib: pip install matplotlib' in output
+    assert 'no plot: plot.png needs the package matplotlib: pip install matplotlib' in output
     assert (Path('out/table.md')).read_bytes() == (whole / 'table.md').read_bytes() and not Path('out/plot.png').exists()
     assert 'Error: --plot needs the package matplotlib' in call('table', *results().values(), '--plot=a.png', code=1)
 
@@ -256,7 +256,7 @@ def test_without_matplotlib_there_are_tables(work, whole, monkeypatch):
     (['--sampler=heun', '--sampler=dpmpp_2m', '--S-churn=4'], '--S-churn=4.0 is not a key of --sampler=dpmpp_2m'),
     (['--steps=0,4'], '--steps=0: must be 1 or more'),
     (['--weights=ema', '--weights=ema:0.05'], 'training-state'),
-    (['--guidance=1.5,1.5000001'], 'have one name'),
+    (['--guidance=1.5,1.5000001'], 'have the same file name'),
     (['--ref-path=ref.npy'], 'pass one of --ref-stats'),
     (['--detector=inception:compile=true', '--detector-weights=nowhere.pth'], 'nowhere.pth'),
     (['--outdir=net/config.json/x'], 'config.json'),
@@ -272,8 +272,8 @@ def test_lists_of_weights(work):
 
 @pytest.mark.parametrize('change, args, words', [
     (lambda: swap('net', 'other'), [], f'{CELLS[1]}.fid.json: made with other options (--network: net'),
-    (lambda: swap('net', 'other'), ['--steps=4'], 'of a network net that had other weights'),
-    (lambda: write_reference(), [], 'against another reference; a sweep holds what compares: choose another --outdir'),
+    (lambda: swap('net', 'other'), ['--steps=4'], 'of the network net with other weights'),
+    (lambda: write_reference(), [], 'against another reference; the results of a sweep must be comparable: choose another --outdir'),
     (lambda: None, ['--kid-subsets=2'], 'with kid_subsets 3, now 2'),
     (lambda: None, ['--seeds=0-8'], 'of 8 images, now 9'),
     (lambda: None, ['--repeats=2', '--steps=4'], None),

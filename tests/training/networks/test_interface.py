@@ -4,7 +4,7 @@
 import pytest
 import torch
 
-from torch_utils import misc
+from torch_utils import misc, registry
 from training.networks import rows
 from training.networks.conditioning import LabelTable
 from training.networks.interface import ARCHS, Network
@@ -93,3 +93,9 @@ def test_label_tables():
         out = dropped(torch.eye(3)[[1] * 1000])
     share = (out == dropped.weight[3]).all(1).double().mean()
     assert abs(share - 0.5) < 5 * 0.5 / 1000 ** 0.5 and ((out == dropped.weight[3]) | (out == dropped.weight[1])).all()
+
+
+def test_each_architecture_has_a_sentence_of_its_own():
+    sentences = {name: text for name, text, _ in registry.listing(ARCHS)}
+    assert all(sentences.values()) and len(set(sentences.values())) == len(sentences)
+    assert 'DDPM++' in sentences['ddpmpp'] and 'NCSN++' in sentences['ncsnpp']
