@@ -39,8 +39,9 @@ def unit_rows(weight: torch.Tensor, dtype: torch.dtype, gain: torch.Tensor | flo
 
     Computed in float32 at least. gain: a number or a 0-dim tensor; its quotient is rounded to its own dtype, as published networks with
     float16 parameters were evaluated."""
-    rows = normalize(weight.to(at_least_float32(dtype)))
-    return (rows * (gain / math.sqrt(rows[0].numel()))).to(dtype)
+    rows = weight.to(at_least_float32(dtype))
+    # One factor for each row, so that no further tensor of the weight's size is kept for the backward pass.
+    return (rows * (gain / math.sqrt(rows[0].numel()) / _size(rows))).to(dtype)
 
 
 def force_unit_rows(weights: Iterable[torch.Tensor]) -> None:
