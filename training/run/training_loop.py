@@ -173,7 +173,8 @@ class Run:
         with torch.no_grad():
             for module in self.beginners:
                 module.begin_step()
-        for i, (batch, draws) in enumerate(micro_batches(host, run.batch_gpu, self.device, draws_of, self.net.label_dim)):
+        for i, (batch, draws) in enumerate(micro_batches(host, run.batch_gpu, self.device, draws_of, self.net.label_dim,
+                                                          self.net.img_channels)):
             if self.augment is not None:
                 images, augment_labels = self.augment(batch.images, batch.sigma_n, draws)
                 batch = batch._replace(images=images, augment_labels=augment_labels)
