@@ -178,16 +178,17 @@ def network_device(net) -> torch.device:
     return next((p.device for p in parameters), torch.device('cpu'))
 
 
-def sample_grid(net, count: int, path: str | os.PathLike, stop: Callable[[], bool] = lambda: False, **options) -> torch.Tensor | None:
+def sample_grid(net, count: int, path: str | os.PathLike, stop: Callable[[], bool] = lambda: False, output=None,
+                **options) -> torch.Tensor | None:
     """Writes one picture of the images of seeds 0 .. count - 1, and returns them, [count,C,H,W] in network units. Writes nothing and
     returns None if stop() is true after a batch.
 
-    options: those of generate_images, on one rank."""
+    output: of outputs.py, by default images as they are. options: those of generate_images, on one rank."""
     parts = []
     for part in generate_images(net, range(count), batch=GRID_BATCH, **options):
         parts.append(part)
         if stop():
             return None
     images = torch.cat([part.images for part in parts])
-    write_grid(path, pictures(images, net.units))
+    write_grid(path, pictures(images, net.units) if output is None else output.pictures(output(images)))
     return images

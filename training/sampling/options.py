@@ -71,6 +71,12 @@ REST = group(
     _number('--stop-sigma', 'Truncated sampling: end with E[x_0 | x] at the last level not below this  [default: 0]', POSITIVE),
     _number('--stop-variance', '--stop-sigma given as a variance, its square', POSITIVE),
 )
+LATENTS = group(
+    'Latents',
+    click.option('--decode', metavar='auto|none|REF', default='auto', show_default=True,
+                 help='Images of a network of latents. auto: decode them with the autoencoder that its configuration names; REF: it is '
+                 'here now; none: leave them latents'),
+)
 SPEED = group(
     'Speed',
     _word('--precision', ('fp32', 'bf16', 'fp16'), 'Arithmetic of the network; the sampler uses float64  [default: that of the network]'),
@@ -81,15 +87,15 @@ SPEED = group(
 
 def OPTIONS(command: Callable) -> Callable:
     """Decorator that adds all of these options to a command."""
-    return CONDITIONS(ONE(REST(SPEED(command))))
+    return CONDITIONS(ONE(REST(LATENTS(SPEED(command)))))
 
 
 def SWEEP(command: Callable) -> Callable:
     """The same with lists of guidance weights, intervals, weights, samplers and step counts."""
-    return CONDITIONS(SEVERAL(REST(SPEED(command))))
+    return CONDITIONS(SEVERAL(REST(LATENTS(SPEED(command)))))
 
 
 # Parameter names of these options: those that stand alone, and those that are keys of --levels or --sampler.
 NAMES = ('class_idx', 'labels', 'guidance', 'guidance_interval', 'gnet', 'weights', 'gnet_weights', 'sampler', 'levels', 'steps',
-         'stop_sigma', 'stop_variance', 'precision', 'compile')
+         'stop_sigma', 'stop_variance', 'decode', 'precision', 'compile')
 KEYS = ('sigma_min', 'sigma_max', 'rho', 'S_churn', 'S_min', 'S_max', 'S_noise', 'schedule', 'scaling')
