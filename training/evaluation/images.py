@@ -40,7 +40,8 @@ class NetworkImages:
         net, self._pieces = sampling.prepare(o, [seed for part in self._seeds for seed in part], self._networks)
         self._output = self._networks.output(net, o)
         if not self._output.is_picture:
-            raise UserError(f'--network={o.network}: does not generate 8-bit grey or RGB images, which detectors need')
+            hint = '; leave --decode=none out' if net.autoencoder else ''
+            raise UserError(f'--network={o.network}: does not generate 8-bit grey or RGB images, which detectors need{hint}')
         self.shape = tuple(self._output.shape)
         self.labels = [{'seeds': ranges(seeds)} for seeds in self._seeds]
         self._facts = distributed.from_rank0(record.describe, o, net, self._pieces, self._output, self._networks.digest)

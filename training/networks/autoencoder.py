@@ -116,7 +116,7 @@ def described(value: object) -> dict:
     shown = json.dumps(value)[:100]
     if not isinstance(value, dict) or value.keys() - {*KEYS} or not isinstance(value.get('ref'), str) or not value['ref']:
         raise ValueError(f'must be an object of "ref", "range" and "sha256", got {shown}')
-    if value.get('range') not in RANGES:
+    if value.get('range') not in [*RANGES]:
         raise ValueError(f'needs a "range" of {" or ".join(RANGES)}, got {shown}')
     sha256 = value.get('sha256')
     if sha256 is not None and not (isinstance(sha256, str) and re.fullmatch(r'[0-9a-f]{64}', sha256)):

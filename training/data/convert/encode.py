@@ -39,7 +39,7 @@ def encode(o: dict, open_coder: Callable) -> Iterator[str]:
     dest = packed_dest(o['dest'])
     dataset = open_pictures(o)
     range, units = choose_units(o)
-    coder = open_coder({'ref': o['vae'], 'range': range}, o['device'])
+    coder = open_coder({'ref': os.path.abspath(o['vae']) if os.path.isdir(o['vae']) else o['vae'], 'range': range}, o['device'])
     check(dataset, coder, units, o)
     if told := replaced(dataset, o):
         yield told
