@@ -19,7 +19,7 @@ from torch_utils import distributed, misc
 RANGES = {'-1..1': (2.0, -1.0), '0..1': (1.0, 0.0)}
 KEYS = ('ref', 'sha256', 'range')  # of "autoencoder" in config.json and dataset.json
 FILE_NAME, FOLDER = 'diffusion_pytorch_model.safetensors', 'vae'
-PIXELS = {'cpu': 2 ** 19, 'cuda': 2 ** 22}  # at most, of the pictures that are processed together
+PIXELS = {'cpu': 2 ** 19, 'cuda': 2 ** 20}  # at most, of the pictures that are processed together
 
 
 class Autoencoder:
