@@ -12,6 +12,7 @@ from PIL import Image
 
 import dataset_tool
 import eval_fid
+import eval_nll
 import generate
 from dnnlib import UserError
 from tests.support import tiny
@@ -153,6 +154,15 @@ def test_the_whole_way_with_an_autoencoderkl(tmp_path):
     run = whole_way(tmp_path, tmp_path / 'vae')
     check_results(tmp_path, run, read(run / 'network-snapshot-000000.080' / 'config.json')['autoencoder'])
     assert read(tmp_path / 'out.json')['autoencoder']['ref'] == str(tmp_path / 'vae')
+
+
+def test_likelihoods_are_of_means(tmp_path):
+    pictures(tmp_path / 'data.zip')
+    encode(tmp_path, TINY)
+    tiny.call(f'--outdir={tmp_path / "run"}', f'--data={tmp_path / "latents"}', *TRAIN[:-1], '--duration=0.00008', '--samples=0',
+              '--nosubdir')
+    with pytest.raises(UserError, match='holds distributions of latents, .* encode --form=mean'):
+        call(eval_nll, f'--network={tmp_path / "run" / "network-snapshot-000000.080"}', f'--data={tmp_path / "latents"}', '--num=2')
 
 
 def test_configurations_name_the_autoencoder(tmp_path):
