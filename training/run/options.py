@@ -76,8 +76,8 @@ DATA = group(
     row(LABELS, number('--label-corruption', SHARE, 'Fraction of the images that are given a wrong class (an exact count)', 0.0)),
     row(LABELS, click.option('--label-corruption-groups', metavar='GROUPS', callback=groups,
                              help='Groups of classes that are confused with each other: 0,1/3,5,7')),
-    switch('--xflip', 'Add a mirrored copy of each image, with its noise mirrored too; latents: those of encode --xflip'),
-    number('--augment', SHARE, 'Augmentation probability; noisy images only get exact symmetries, latents nothing', 0.12),
+    switch('--xflip', 'Add a mirrored copy of each image, with its noise mirrored too'),
+    number('--augment', SHARE, 'Augmentation probability; noisy images only get exact symmetries', 0.12),
     number('--dataset-keep-percentage', float, 'Fraction of the images to use at all, from 0 to 1', 1.0),
 )
 

@@ -70,12 +70,8 @@ REST = group(
     _word('--scaling', ('none', 'vp'), 'Scaling s(t) of x along the path of heun and euler  [default: none]'),
     _number('--stop-sigma', 'Truncated sampling: end with E[x_0 | x] at the last level not below this  [default: 0]', POSITIVE),
     _number('--stop-variance', '--stop-sigma given as a variance, its square', POSITIVE),
-)
-LATENTS = group(
-    'Latents',
     click.option('--decode', metavar='auto|none|REF', default='auto', show_default=True,
-                 help='Images of a network of latents. auto: decode them with the autoencoder that its configuration names; REF: it is '
-                 'here now; none: leave them latents'),
+                 help='Latents: decode them, leave them, or decode with the autoencoder that is here'),
 )
 SPEED = group(
     'Speed',
@@ -87,12 +83,12 @@ SPEED = group(
 
 def OPTIONS(command: Callable) -> Callable:
     """Decorator that adds all of these options to a command."""
-    return CONDITIONS(ONE(REST(LATENTS(SPEED(command)))))
+    return CONDITIONS(ONE(REST(SPEED(command))))
 
 
 def SWEEP(command: Callable) -> Callable:
     """The same with lists of guidance weights, intervals, weights, samplers and step counts."""
-    return CONDITIONS(SEVERAL(REST(LATENTS(SPEED(command)))))
+    return CONDITIONS(SEVERAL(REST(SPEED(command))))
 
 
 # Parameter names of these options: those that stand alone, and those that are keys of --levels or --sampler.
