@@ -71,7 +71,7 @@ REST = group(
     _number('--stop-sigma', 'Truncated sampling: end with E[x_0 | x] at the last level not below this  [default: 0]', POSITIVE),
     _number('--stop-variance', '--stop-sigma given as a variance, its square', POSITIVE),
     click.option('--decode', metavar='auto|none|REF', default='auto', show_default=True,
-                 help='Latents: decode them, leave them, or decode with the autoencoder that is here'),
+                 help='Decode latents, leave them, or decode with the autoencoder here'),
 )
 SPEED = group(
     'Speed',
