@@ -2,6 +2,7 @@
 """Converts images of any kind into the zip or folder that train.py reads, describes such a data set, and checks it.
 
 python dataset_tool.py --source=images/ --dest=images.zip --transform=center-crop --resolution=64x64
+python dataset_tool.py encode --source=images.zip --vae=stabilityai/sd-vae-ft-mse --dest=latents
 python dataset_tool.py stats images.zip
 python dataset_tool.py check images.zip"""
 
@@ -132,6 +133,37 @@ def convert(**options):
     Labels come from class folders, or from a dataset.json in the source, which takes precedence. MNIST keeps its 28x28 pixels."""
     from training.data.convert.conversion import convert as convert_images
     for line in convert_images(options):
+        click.echo(line)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Latents
+
+
+@main.command(cls=Command)
+@click.option('--source', metavar='DATA', required=True, help='8-bit pictures, a data set that this program has written')
+@click.option('--vae', metavar='REF', required=True,
+              help='Autoencoder: a folder or Hugging Face name of an AutoencoderKL, such as stabilityai/sd-vae-ft-mse')
+@click.option('--dest', metavar='PATH', required=True, help='Where to write the packed set of latents: a folder, or an .npz')
+@click.option('--form', type=click.Choice(['distribution', 'mean']), metavar='distribution|mean', default='distribution', show_default=True,
+              help='distribution: mean and std, of which each visit draws a sample; mean: the mean alone')
+@click.option('--statistics', metavar='measured|sd|edm2|DATA', default='measured', show_default=True,
+              help='Units of the network: mean and 2 std of each channel; the constants of Stable Diffusion or EDM2; or those of another '
+              'set of latents')
+@click.option('--range', type=click.Choice(['-1..1', '0..1']), metavar='-1..1|0..1',
+              help='Values of pixels that the autoencoder sees  [default: those of --statistics, for measured ones -1..1]')
+@click.option('--xflip', is_flag=True, help='Also store the latents of the mirrored pictures, for train.py --xflip=1')
+@click.option('--sigma-min', metavar='FILE|NUMBER', help='Lowest noise level to train each image at, in network units of the latents; '
+              'given like --sigmas of convert')
+@click.option('--sigma-max', metavar='FILE|NUMBER', help='Highest noise level to train each image at, in the same units')
+@click.option('--device', metavar='DEVICE', help='Device to encode on, such as cuda or cpu  [default: the GPU, if there is one]')
+def encode(**options):
+    """Encode pictures as latents of an autoencoder, which train.py reads and whose samples generate.py decodes."""
+    from torch_utils import distributed
+    from training.data.convert.encode import encode as encode_pictures
+    from training.networks.autoencoder import open_coder
+    options['device'] = distributed.pick_device(options['device'])
+    for line in encode_pictures(options, open_coder):
         click.echo(line)
 
 

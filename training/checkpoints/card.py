@@ -2,6 +2,7 @@
 """The model card of a network's folder, its README.md."""
 
 import json
+import os
 import re
 from collections.abc import Iterable
 
@@ -32,6 +33,8 @@ def model_card(config: dict, options: dict | None = None, kimg: float | None = N
             'Classes': config.get('label_dim') or 'none (unconditional)',
             'Architecture': config.get('model_type', 'default of its preconditioner'),
             'Preconditioning': config.get('precond', 'edm')}
+    if autoencoder := config.get('autoencoder'):
+        rows['Latents of'] = _autoencoder_words(autoencoder)
     if kimg is not None:
         rows['Trained on'] = f'{kimg:g} thousand images'
     shown = public(options or {})
@@ -47,6 +50,12 @@ def public(options: dict) -> dict:
     """The part of a run's options that PUBLIC names."""
     return {key: options[key] if names is None else {name: options[key][name] for name in names if name in options[key]}
             for key, names in PUBLIC.items() if key in options}
+
+
+def _autoencoder_words(told):
+    """The name on the Hub, where it has one, and the digest of the autoencoder whose latents a network makes."""
+    name = 'an autoencoder of one machine' if os.path.isabs(told['ref']) else table.escaped(told['ref'])
+    return name + (f', sha256 {told["sha256"][:12]}' if 'sha256' in told else '')
 
 
 def _license_tag(name):

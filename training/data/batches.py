@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 from training.data.dataset import as_vectors
+from training.data.latents import sample
 
 
 class Batch(NamedTuple):
@@ -30,7 +31,7 @@ AHEAD = 2  # global batches prepared in the background while one is in use
 class HostBatch(NamedTuple):
     """This rank's rows of one global batch, in host memory, and the state of the pair stream after them."""
 
-    images: torch.Tensor        # float32 [n,C,H,W] at level sigma_n
+    images: torch.Tensor        # float32 [n,C,H,W] at level sigma_n, or distributions of latents [n,2C,H,W]
     sigma_n: torch.Tensor       # float32 [n]
     sigma: torch.Tensor         # float32 [n]
     class_labels: torch.Tensor | None  # classes int32 [n], or vectors float32 [n,label_dim]
@@ -79,15 +80,18 @@ class Feed:
 
 
 def micro_batches(host: HostBatch, size: int, device: torch.device | str, draws_of: Callable,
-                  label_dim: int = 0) -> Iterator[tuple[Batch, Callable]]:
+                  label_dim: int = 0, channels: int | None = None) -> Iterator[tuple[Batch, Callable]]:
     """Splits a HostBatch into Batches of `size` rows on the device, each with its keyed draws: yields (Batch, draws).
 
-    label_dim: the network's; classes become one-hot vectors of this length on the device.
+    label_dim: the network's; classes become one-hot vectors of this length on the device. channels: the network's; of images with twice
+    as many, which are distributions of latents, a fresh sample is drawn.
     draws_of(first local row) -> randn(name, shape). The noise of a row is the same however the batch is split."""
     for first in range(0, len(host.images), size):
         part = [x[first:first + size].to(device, non_blocking=True) if torch.is_tensor(x) else x for x in host[:-1]]
         images, sigma_n, sigma, labels, raw_idx = part
         draws = draws_of(first)
         labels = None if labels is None else as_vectors(labels, label_dim)
+        if channels and images.shape[1] == 2 * channels:
+            images = sample(images, draws('latents', [len(images), channels, *images.shape[2:]]))
         yield Batch(images=images, sigma_n=sigma_n.reshape(-1, 1, 1, 1), sigma=sigma.reshape(-1, 1, 1, 1),
                     noise=draws('noise', images.shape), class_labels=labels, augment_labels=None, raw_idx=raw_idx), draws

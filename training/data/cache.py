@@ -121,7 +121,8 @@ def _write(pictures, place):
     with new_folder(place) as part:
         folder = PackedFolder(part, pictures.image_shape, np.float32 if pictures.is_float else np.uint8)
         decode_into(folder.allocate(pictures.count), pictures, np.arange(pictures.count))
-        folder.finish(found, units=pictures.units, source=pictures.fingerprint())
+        told = {} if pictures.latents is None else {'latents': pictures.latents}
+        folder.finish(found, units=pictures.units, source=pictures.fingerprint(), **told)
 
 
 def decode_into(images: np.ndarray, contents, indices: Sequence[int]) -> None:

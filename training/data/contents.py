@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The contents of a data set, images and annotations: of a zip or folder of pictures here, of one packed array in packed.py.
 
-Both have: path; where (its name in errors); count; image_shape (C,H,W); is_float; units (of float images, as in dataset.json);
-has(key); values(key): the labels, sigmas, sigma_min or sigma_max, one per image, unchecked, or None; called(key): their name in errors;
-name(i); decode(i): image [C,H,W] as stored, uint8 or float32; fingerprint(), see dnnlib.fingerprint."""
+Both have: path; where (its name in errors); count; image_shape (C,H,W); is_float; units (of float images, as in dataset.json); latents (of
+dataset.json, unchecked, or None); has(key); values(key): the labels, sigmas, sigma_min or sigma_max, one per image, unchecked, or None;
+called(key): their name in errors; name(i); decode(i): image [C,H,W] as stored, uint8 or float32; fingerprint(), see dnnlib.fingerprint."""
 
 import math
 import os
@@ -27,7 +27,7 @@ class Pictures:
         self._names = self._archive.images()
         self.count = len(self._names)
         self._meta = self._archive.read_json()
-        self.units = self._meta.get('units')
+        self.units, self.latents = self._meta.get('units'), self._meta.get('latents')
         self.image_shape = None
         first = self.decode(0)
         self.image_shape, self._dtype = first.shape, first.dtype

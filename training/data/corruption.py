@@ -105,10 +105,13 @@ class Corruption:
         self.add(out, np.arange(len(out)), raw_idx, native_sigma, sigma_n, flip)
         return out
 
-    def add(self, images, rows, raw_idx, native_sigma, sigma_n, flip=None):
-        """As apply(), in place, for these rows [k] of images float32 [N,C,H,W]; the others stay. The rest: [k], of the rows."""
+    def add(self, images, rows, raw_idx, native_sigma, sigma_n, flip=None, mirror=None):
+        """As apply(), in place, for these rows [k] of images float32 [N,C,H,W]; the others stay. The rest: [k], of the rows.
+
+        mirror: bool [k], the items that are mirrored already, whose noise is to be that of the image mirrored."""
         added = np.sqrt(np.square(np.asarray(sigma_n, np.float64)) - np.square(np.asarray(native_sigma, np.float64)))
         mirrored = np.zeros(len(rows), bool) if flip is None or self.noise_follows_flip else np.asarray(flip)
+        mirrored = mirrored if mirror is None else mirrored ^ mirror
         held = np.empty(images.shape[1:], np.float32)
         for k in np.flatnonzero(added > 0):
             noise = self.noise(raw_idx[k], held.shape, held)

@@ -19,6 +19,7 @@ from dnnlib import UserError
 from training.data import tables
 from training.data.cache import open_contents
 from training.data.contents import Names
+from training.data.latents import Latents, read_latents
 from training.data.packed import Packed
 
 UNITS_8BIT = {'offset': 127.5, 'scale': 127.5}  # network = stored / 127.5 - 1
@@ -30,6 +31,7 @@ class Form(NamedTuple):
     image_shape: tuple  # (C, H, W)
     label_dim: int      # 0 where labels are not used
     units: dict | None  # {offset, scale}; None for 8-bit images
+    latents: Latents | None = None  # where the images are latents
 
     @property
     def resolution(self):
@@ -41,14 +43,16 @@ class ImageDataset:
     """The items of a zip, folder or packed array of images, without their pixels.
 
     path: zip or folder of PNG, JPEG or .npy ([C,H,W]) members, in the order of their names, dataset.json optional; or a packed data set
-    (packed.py). use_labels: read labels, which must exist. keep: share of the images to keep, a fixed random subset; max_size: the same
-    by count. xflip: add every kept image again, mirrored. random_seed: for the subset. cache_dir: folder for a decoded copy (cache.py);
-    copy: the path of an existing one.
+    (packed.py). use_labels: read labels, which must exist. keep: share of the images to keep, a fixed random subset; max_size: the same by
+    count. xflip: add every kept image again, mirrored; of latents, the stored ones of mirrored pictures. random_seed: for the subset.
+    cache_dir: folder for a decoded copy (cache.py); copy: the path of an existing one.
 
-    Attributes: path, name, contents (contents.py), image_shape (C,H,W), is_float, units ({offset, scale}, None for 8-bit), has_labels,
-    label_dim (0 without use_labels), raw_idx int64 [N] (place in the archive), flip bool [N], native_sigma float64 [N] (network units);
-    sigma_min, sigma_max float64 [N], limits of the levels to train at (network units; 0 and inf for no limit).
-    Raises UserError in one line for anything that is wrong with the files or the options."""
+    Attributes: path, name, contents (contents.py), image_shape (C,H,W), stored_shape (2C channels for distributions of latents), is_float,
+    units ({offset, scale}, None for 8-bit), latents (Latents, or None), has_labels, label_dim (0 without use_labels), raw_idx int64 [N]
+    (the image, by its place in the archive), flip bool [N] (its mirrored form), row int64 [N] (place of the item in the archive, another
+    than raw_idx for latents of mirrored pictures), native_sigma float64 [N] (network units); sigma_min, sigma_max float64 [N], limits of
+    the levels to train at (network units; 0 and inf for no limit). Raises UserError in one line for anything that is wrong with the files
+    or the options."""
 
     def __init__(self, path: str | os.PathLike, use_labels: bool = False, keep: float = 1.0, max_size: int | None = None,
                  xflip: bool = False, random_seed: int = 0, cache_dir: str | os.PathLike | None = None,
@@ -58,11 +62,18 @@ class ImageDataset:
         self.contents = Packed(copy, where=str(path)) if copy else open_contents(path, cache_dir)
         self.path = self.contents.where
         self.name = Path(os.path.abspath(self.path)).stem
-        self.image_shape, self.is_float = tuple(self.contents.image_shape), self.contents.is_float
+        self.stored_shape, self.is_float = tuple(self.contents.image_shape), self.contents.is_float
+        self.latents = self._read_latents()
+        channels = self.stored_shape[0] // (2 if self.latents and self.latents.distribution else 1)
+        self.image_shape = (channels, *self.stored_shape[1:])
         self.units = self._read_units() if self.is_float else None
         self._read_labels(use_labels)
         kept = self._subset(keep, max_size, random_seed)
+        if xflip and self.latents and not self.latents.xflip:
+            raise UserError(f'--xflip=1: {self.path} holds latents, and a mirrored latent is not the latent of a mirrored picture; encode '
+                            'them with dataset_tool.py encode --xflip, or use --xflip=0')
         self.raw_idx = np.concatenate([kept, kept]) if xflip else kept
+        self.row = np.concatenate([kept, kept + self._total]) if xflip and self.latents else self.raw_idx
         self.flip = np.arange(len(self.raw_idx)) >= len(kept)
         scale = tables.level_scale(self.units)
         self.native_sigma = self._table('sigmas', tables.levels, scale, absent=0.0)
@@ -80,7 +91,7 @@ class ImageDataset:
     @property
     def form(self) -> Form:
         """The Form of the images."""
-        return Form(self.image_shape, self.label_dim, self.units)
+        return Form(self.image_shape, self.label_dim, self.units, self.latents)
 
     @property
     def classes(self):
@@ -108,21 +119,26 @@ class ImageDataset:
         return self.contents.name(raw_idx)
 
     def decode(self, raw_idx: int) -> np.ndarray:
-        """An image of the archive as stored, never flipped: [C,H,W], uint8 or float32. Thread-safe."""
+        """An image of the archive as stored, never flipped: uint8 or float32 of stored_shape. Thread-safe."""
         return self.contents.decode(raw_idx)
 
     def to_network(self, images):
-        """Stored images -> network units, float32."""
+        """Stored images -> network units, float32; of distributions, std / scale after (mean - offset) / scale."""
         images = torch.as_tensor(images).to(torch.float32, copy=True)
         if self.units is None:
             return images.div_(127.5).sub_(1)
         offset, scale = (images.new_tensor(one).reshape(-1, 1, 1) if isinstance(one, list) else one
                          for one in (self.units['offset'], self.units['scale']))  # [C,1,1] if they differ by channel
+        if self.stored_shape != self.image_shape:
+            mean, std = images.chunk(2, dim=-3)
+            mean.sub_(offset).div_(scale)
+            std.div_(scale)
+            return images
         return images.sub_(offset).div_(scale)
 
     def _subset(self, keep, max_size, random_seed):
         """Sorted raw indices: the beginning of one permutation (as published), so that a smaller share is a subset of a larger one."""
-        total = self.contents.count
+        total = self._total
         size = min(int(keep * total), total if max_size is None else int(max_size))
         if size < 1:
             raise UserError(f'--dataset-keep-percentage={keep}: keeps none of the {total} images; '
@@ -130,6 +146,17 @@ class ImageDataset:
         if size == total:
             return np.arange(total)
         return np.sort(np.random.RandomState(random_seed % 2 ** 31).permutation(total)[:size])
+
+    @property
+    def _total(self):
+        """Number of images, without latents of mirrored pictures."""
+        return self.contents.count // (2 if self.latents and self.latents.xflip else 1)
+
+    def _read_latents(self):
+        try:
+            return read_latents(self.contents.latents if self.is_float else None, self.stored_shape, self.contents.count)
+        except ValueError as err:
+            raise UserError(f'{self.path}: dataset.json has {err}; make it with dataset_tool.py encode') from None
 
     def _read_units(self):
         try:

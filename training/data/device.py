@@ -21,9 +21,9 @@ class DeviceStore:
 
     def __init__(self, store: ImageStore, device: torch.device | str):
         self._store, self._device = store, torch.device(device)
-        clean = distinct(store.dataset.raw_idx[~store.noisy.numpy()])
-        self._place = torch.where(store.noisy, store.copy.long(), torch.from_numpy(np.searchsorted(clean, store.dataset.raw_idx)))
-        shape, is_float = store.dataset.image_shape, store.dataset.is_float
+        clean = distinct(store.dataset.row[~store.noisy.numpy()])
+        self._place = torch.where(store.noisy, store.copy.long(), torch.from_numpy(np.searchsorted(clean, store.dataset.row)))
+        shape, is_float = store.dataset.stored_shape, store.dataset.is_float
         # A division on the device may differ in the last bit: 8-bit values are looked up, others are divided on the host.
         grey = torch.arange(256, dtype=torch.uint8)
         self._table = None if is_float else store.dataset.to_network(grey.reshape(-1, 1, 1, 1).expand(-1, shape[0], 1, 1)).to(self._device)
@@ -41,7 +41,7 @@ class DeviceStore:
     def gather(self, indices) -> torch.Tensor:
         """As ImageStore.gather, on the device."""
         indices = torch.as_tensor(indices, dtype=torch.int64)
-        images = torch.empty([len(indices), *self._store.dataset.image_shape], device=self._device)
+        images = torch.empty([len(indices), *self._store.dataset.stored_shape], device=self._device)
         is_noisy, place = self._store.noisy[indices], self._place[indices]
         rows = (~is_noisy).nonzero().squeeze(1)
         images.index_copy_(0, self._up(rows), self._to_network(self._clean.index_select(0, self._up(place[rows]))))
@@ -68,8 +68,8 @@ class DeviceStore:
 def needed(store: ImageStore) -> int:
     """Bytes of device memory that the images of an ImageStore take."""
     data = store.dataset
-    clean = len(distinct(data.raw_idx[~store.noisy.numpy()]))
-    return math.prod(data.image_shape) * (4 * store.noisy_count + (4 if data.is_float else 1) * clean)
+    clean = len(distinct(data.row[~store.noisy.numpy()]))
+    return math.prod(data.stored_shape) * (4 * store.noisy_count + (4 if data.is_float else 1) * clean)
 
 
 def on_device(store: ImageStore, where: str, device: torch.device | str, free: int | None = None) -> ImageStore | DeviceStore:

@@ -2,7 +2,8 @@
 """A data set as one array that all processes of a node map into memory: a folder of .npy files, or the same in an uncompressed .npz.
 
 images.npy [N,C,H,W], uint8 or float32; optionally labels.npy (int64 [N], or float32 [N,D]), and sigmas.npy, sigma_min.npy,
-sigma_max.npy (float64 [N], in the units of dataset.json's tables); dataset.json: {"packed": 1, "units": of float images}."""
+sigma_max.npy (float64 [N], in the units of dataset.json's tables); dataset.json: {"packed": 1, "units": of float images,
+"latents": of latents, see latents.py}."""
 
 import contextlib
 import math
@@ -65,7 +66,7 @@ class Packed:
             raise UserError(f'{self.where}: images.npy holds {found.dtype} of shape {list(found.shape)}; expected uint8 or float32 '
                             '[N,C,H,W]')
         self.count, self.image_shape = len(found), found.shape[1:]
-        self.is_float, self.units = found.dtype == np.float32, self._meta.get('units')
+        self.is_float, self.units, self.latents = found.dtype == np.float32, self._meta.get('units'), self._meta.get('latents')
 
     def has(self, key: str) -> bool:
         return f'{key}.npy' in self._members

@@ -28,6 +28,7 @@ class ImageStore:
     dataset: ImageDataset. corruption: Corruption. sigma_n: float64 [N], the level of each item (Corruption.levels).
     cache_gib: memory that this node's processes together may use to keep noisy images, each from its first use on. If they do not all
     fit, none is kept and each is recomputed at each use: its noise is a function of the seed and the image's index.
+    Distributions of latents are gathered as such, 2C channels, with noise in their means (see latents.sample).
     workers: threads that compute the noisy images of a batch.
 
     Packed data are mapped from their file; others, which are small (cache.py), are decoded now, into this process's memory.
@@ -45,12 +46,13 @@ class ImageStore:
             if distributed.local_rank() == 0:
                 threading.Thread(target=_read_ahead, args=(held.filename,), daemon=True, name='read ahead').start()
         else:
-            used = distinct(dataset.raw_idx)  # an image and its flip share an entry
+            used = distinct(dataset.row)  # an image and its flip share an entry
             self._used = torch.from_numpy(used)
-            images = np.empty([len(used), *dataset.image_shape], np.float32 if dataset.is_float else np.uint8)
+            images = np.empty([len(used), *dataset.stored_shape], np.float32 if dataset.is_float else np.uint8)
             decode_into(images, dataset.contents, used)
-        self._clean, self._raw_idx = torch.from_numpy(images), torch.from_numpy(dataset.raw_idx)
-        self.nbytes, self.flip = images.nbytes, torch.from_numpy(dataset.flip)
+        self._clean, self._row = torch.from_numpy(images), torch.from_numpy(dataset.row)
+        # Latents of mirrored pictures are stored; all other items are mirrored here.
+        self.nbytes, self.flip = images.nbytes, torch.from_numpy(dataset.flip & (dataset.row == dataset.raw_idx))
         self.noisy = torch.from_numpy(self._sigma_n > dataset.native_sigma)
         self._pool = ThreadPoolExecutor(workers) if workers > 1 else None
         self._workers = workers
@@ -67,10 +69,10 @@ class ImageStore:
                         f', noisy images recomputed at each use (keeping them needs --cache-gib={math.ceil(100 * gib) / 100:g})')
 
     def _noisy_bytes(self):
-        return self.noisy_count * math.prod(self.dataset.image_shape) * 4
+        return self.noisy_count * math.prod(self.dataset.stored_shape) * 4
 
     def gather(self, indices) -> torch.Tensor:
-        """Items in network units at level sigma_n: float32 [n,C,H,W]; they are flipped last, so that the noise is mirrored too."""
+        """Items in network units at level sigma_n: float32 [n, *stored_shape]; they are flipped last, so that the noise is mirrored too."""
         indices = torch.as_tensor(indices, dtype=torch.int64)
         if not self.kept_bytes:
             return self._mirrored(self.made(indices), indices)
@@ -78,7 +80,7 @@ class ImageStore:
         kept = (copy >= 0) & self._have[copy.clamp(min=0)]
         if bool(kept.all()):
             return self._mirrored(self._kept.index_select(0, copy), indices)
-        images = torch.empty([len(indices), *self.dataset.image_shape])
+        images = torch.empty([len(indices), *self.dataset.stored_shape])
         held, rest = kept.nonzero().squeeze(1), (~kept).nonzero().squeeze(1)
         images.index_copy_(0, held, self._kept.index_select(0, copy[held]))
         if len(rest):
@@ -89,14 +91,14 @@ class ImageStore:
             self._have[copy[rest][new]] = True
         return self._mirrored(images, indices)
 
-    def stored(self, raw_idx):
-        """Clean images by their index in the archive, as stored: uint8 or float32 [n,C,H,W]."""
-        raw_idx = torch.as_tensor(raw_idx)
-        return self._clean.index_select(0, raw_idx if self.mapped else torch.searchsorted(self._used, raw_idx))
+    def stored(self, row):
+        """Clean images by their place in the archive, as stored: uint8 or float32 [n, *stored_shape]."""
+        row = torch.as_tensor(row)
+        return self._clean.index_select(0, row if self.mapped else torch.searchsorted(self._used, row))
 
     def made(self, indices):
         """Items at level sigma_n, not mirrored yet, from the clean images."""
-        images = self.dataset.to_network(self.stored(self._raw_idx[indices]))
+        images = self.dataset.to_network(self.stored(self._row[indices]))
         rows = self.noisy[indices].nonzero().squeeze(1).numpy()
         if self._pool is None or len(rows) < 2 * self._workers:
             self._add_noise(images, indices, rows)
@@ -107,8 +109,9 @@ class ImageStore:
     def _add_noise(self, images, indices, rows):
         if len(rows):
             items, data = indices.numpy()[rows], self.dataset
-            self._corruption.add(
-                images.numpy(), rows, data.raw_idx[items], data.native_sigma[items], self._sigma_n[items], data.flip[items])
+            here = data.flip[items] & ~self.flip.numpy()[items]  # stored as they are, so that only their noise is mirrored
+            self._corruption.add(images.numpy()[:, :data.image_shape[0]], rows, data.raw_idx[items], data.native_sigma[items],
+                                 self._sigma_n[items], data.flip[items], mirror=here)
 
     def _mirrored(self, images, indices):
         rows = self.flip[indices].nonzero().squeeze(1)
@@ -118,8 +121,9 @@ class ImageStore:
 
     def _number_copies(self):
         noisy, data = np.flatnonzero(self.noisy.numpy()), self.dataset
-        # The published protocol gives an image's flip a noisy copy of its own; otherwise the two share one.
-        copies = data.raw_idx[noisy] + (0 if self._corruption.noise_follows_flip else data.contents.count * data.flip[noisy])
+        # The published protocol gives an image's flip a noisy copy of its own, and so do latents; otherwise the two share one.
+        shared = self._corruption.noise_follows_flip and data.latents is None
+        copies = data.raw_idx[noisy] + (0 if shared else data.contents.count * data.flip[noisy])
         copied = distinct(copies)
         number = np.zeros(copied[-1] + 1 if len(copied) else 0, np.int32)
         number[copied] = np.arange(len(copied))
@@ -133,7 +137,7 @@ class ImageStore:
         if not 0 < nbytes <= cache_gib * 2 ** 30 or (buffer := _shared_memory(nbytes)) is None:
             return
         self.kept_bytes = nbytes
-        self._kept = torch.from_numpy(buffer.view(np.float32).reshape(self.noisy_count, *self.dataset.image_shape))
+        self._kept = torch.from_numpy(buffer.view(np.float32).reshape(self.noisy_count, *self.dataset.stored_shape))
         # Each rank tracks only its own writes: all write the same values, so that none has to wait for another.
         self._have = torch.zeros(self.noisy_count, dtype=torch.bool)
 

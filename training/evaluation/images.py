@@ -14,15 +14,15 @@ from torch_utils.command_line import ranges
 from training.sampling import pieces as sampling
 from training.sampling import record
 from training.sampling.folder import record_of, record_path
-from training.sampling.generate import check_finite, generate_images, resolution
-from training.sampling.pixels import is_picture, to_uint8
+from training.sampling.generate import check_finite, generate_images
 
 
-def uint8_batches(net, seeds: Iterable[int], batch: int, who: str, **pieces) -> Iterator:
-    """Yields this rank's images of the seeds, uint8 [n,C,H,W]. pieces: as for generate_images; who: what errors call the network."""
+def uint8_batches(net, seeds: Iterable[int], batch: int, who: str, output, **pieces) -> Iterator:
+    """Yields this rank's images of the seeds, uint8 [n,C,H,W]. output: of sampling/outputs.py; pieces: as for generate_images; who: what
+    errors call the network."""
     for part in generate_images(net, seeds, batch=batch, rank=distributed.rank(), world=distributed.size(), **pieces):
         check_finite(part, who)
-        yield to_uint8(part.images)
+        yield output.uint8(output(part.images))
 
 
 class NetworkImages:
@@ -38,11 +38,13 @@ class NetworkImages:
         seeds = list(dict.fromkeys(o.seeds))[:self.count]
         self._seeds = [[seed + i * span for seed in seeds] for i in range(o.repeats)]
         net, self._pieces = sampling.prepare(o, [seed for part in self._seeds for seed in part], self._networks)
-        if not is_picture(net.img_channels, net.units):
-            raise UserError(f'--network={o.network}: does not generate 8-bit grey or RGB images, which detectors need')
-        self.shape = net.img_channels, *resolution(net)
+        self._output = self._networks.output(net, o)
+        if not self._output.is_picture:
+            hint = '; leave --decode=none out' if net.autoencoder else ''
+            raise UserError(f'--network={o.network}: does not generate 8-bit grey or RGB images, which detectors need{hint}')
+        self.shape = tuple(self._output.shape)
         self.labels = [{'seeds': ranges(seeds)} for seeds in self._seeds]
-        self._facts = distributed.from_rank0(record.describe, o, net, self._pieces, self._networks.digest)
+        self._facts = distributed.from_rank0(record.describe, o, net, self._pieces, self._output, self._networks.digest)
 
     def facts(self) -> dict:
         """How the images are generated, in the form of the record of a folder."""
@@ -60,7 +62,7 @@ class NetworkImages:
         if distributed.from_rank0(self._networks.digest, net) != self._facts['sha256']:
             raise UserError(f'--network={self._o.network}: has other weights than when this began; start again')
         for seeds in self._seeds:
-            yield uint8_batches(net, seeds, self._o.batch_size, f'--network={self._o.network}', **self._pieces)
+            yield uint8_batches(net, seeds, self._o.batch_size, f'--network={self._o.network}', self._output, **self._pieces)
 
     def check_unchanged(self) -> None:
         """Nothing to check: a network in memory does not change."""

@@ -183,6 +183,9 @@ def open_data(net, o: EasyDict) -> tuple[ImageDataset, bool]:
     if list(dataset.image_shape) != expected:
         raise UserError(f'--data={o.data}: its images have the shape {list(dataset.image_shape)}, those of the network {expected} '
                         '[C,H,W]; convert them with dataset_tool.py')
+    if dataset.latents and dataset.latents.distribution:
+        raise UserError(f'--data={o.data}: holds distributions of latents, whose samples have no likelihood of their own; encode them with '
+                        'dataset_tool.py encode --form=mean')
     if dataset.units != net.units:
         raise UserError(f'--data={o.data}: its units are {dataset.units or "8-bit"}, those of the network '
                         f'{net.units or "8-bit"}; convert it like the training data')

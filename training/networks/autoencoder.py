@@ -19,7 +19,7 @@ from torch_utils import distributed, misc
 RANGES = {'-1..1': (2.0, -1.0), '0..1': (1.0, 0.0)}
 KEYS = ('ref', 'sha256', 'range')  # of "autoencoder" in config.json and dataset.json
 FILE_NAME, FOLDER = 'diffusion_pytorch_model.safetensors', 'vae'
-PIXELS = {'cpu': 2 ** 19, 'cuda': 2 ** 22}  # at most, of the pictures that are processed together
+PIXELS = {'cpu': 2 ** 19, 'cuda': 2 ** 20}  # at most, of the pictures that are processed together
 
 
 class Autoencoder:
@@ -116,7 +116,7 @@ def described(value: object) -> dict:
     shown = json.dumps(value)[:100]
     if not isinstance(value, dict) or value.keys() - {*KEYS} or not isinstance(value.get('ref'), str) or not value['ref']:
         raise ValueError(f'must be an object of "ref", "range" and "sha256", got {shown}')
-    if value.get('range') not in RANGES:
+    if value.get('range') not in [*RANGES]:
         raise ValueError(f'needs a "range" of {" or ".join(RANGES)}, got {shown}')
     sha256 = value.get('sha256')
     if sha256 is not None and not (isinstance(sha256, str) and re.fullmatch(r'[0-9a-f]{64}', sha256)):
@@ -124,32 +124,45 @@ def described(value: object) -> dict:
     return {key: value[key] for key in KEYS if value.get(key) is not None}
 
 
-def encode(autoencoder: Autoencoder, images: torch.Tensor, range: str = '-1..1') -> tuple[torch.Tensor, torch.Tensor]:
-    """(mean, std) of the latents of pictures uint8 [N,C,H,W], float32 on the CPU; see RANGES."""
-    factor, offset = RANGES[range]
-    run = lambda part: torch.cat(autoencoder.moments(part.float().div(255).mul(factor).add(offset)), dim=1).float().cpu()
-    return _in_chunks(run, images, images.shape[2] * images.shape[3], autoencoder.device).chunk(2, dim=1)
+class Coder:
+    """An autoencoder with the range of its pixels: pictures to latents and back, in chunks of rows that fit in memory.
+
+    described: {"ref", "range", "sha256"}, as in config.json."""
+
+    def __init__(self, autoencoder: Autoencoder, ref: str, range: str = '-1..1') -> None:
+        self.autoencoder, self.range = autoencoder, range
+        self.channels, self.factor, self.image_channels = autoencoder.channels, autoencoder.factor, autoencoder.image_channels
+        self.described = {'ref': ref, 'range': range, 'sha256': autoencoder.sha256}
+
+    def encode(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(mean, std) of the latents of pictures uint8 [N,C,H,W], float32 on the CPU."""
+        factor, offset = RANGES[self.range]
+        run = lambda part: torch.cat(self.autoencoder.moments(part.float().div(255).mul(factor).add(offset)), dim=1).float().cpu()
+        return self._in_chunks(run, images, images.shape[2] * images.shape[3]).chunk(2, dim=1)
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Pictures of latents [N,channels,h,w], clipped to [0, 1], float32 on the latents' device."""
+        factor, offset = RANGES[self.range]
+        run = lambda part: self.autoencoder.reconstruct(part.float()).float().to(latents.device).sub(offset).div(factor).clamp(0, 1)
+        return self._in_chunks(run, latents, latents.shape[2] * latents.shape[3] * self.factor ** 2)
+
+    def as_uint8(self, pictures: torch.Tensor) -> torch.Tensor:
+        """Pictures in [0, 1] as grey levels: rounded, or cut off for "0..1", as the programs do whose ranges these are."""
+        return (pictures * 255 + (0.5 if self.range == '-1..1' else 0.0)).clamp(0, 255).to(torch.uint8)
+
+    @torch.no_grad()
+    def _in_chunks(self, run, x, pixels):
+        """run(x) in chunks of equal size, which depends on the size of a picture only: on the CPU results depend on it."""
+        on_cpu = self.autoencoder.device.type == 'cpu'
+        rows = min(max(1, PIXELS['cpu' if on_cpu else 'cuda'] // pixels), misc.CPU_CHUNK if on_cpu else len(x))
+        with misc.full_float32():
+            return torch.cat([run(x[part])[:count] for part, count in misc.chunks(len(x), x.device, rows)])
 
 
-def decode(autoencoder: Autoencoder, latents: torch.Tensor, range: str = '-1..1') -> torch.Tensor:
-    """Pictures of latents [N,channels,h,w], clipped to [0, 1], float32 on the latents' device."""
-    factor, offset = RANGES[range]
-    run = lambda part: autoencoder.reconstruct(part.float()).float().to(latents.device).sub(offset).div(factor).clamp(0, 1)
-    return _in_chunks(run, latents, latents.shape[2] * latents.shape[3] * autoencoder.factor ** 2, autoencoder.device)
-
-
-def as_uint8(pictures: torch.Tensor, range: str = '-1..1') -> torch.Tensor:
-    """Decoded pictures in [0, 1] as grey levels: rounded, or cut off for "0..1", as the programs do whose ranges these are."""
-    return (pictures * 255 + (0.5 if range == '-1..1' else 0.0)).clamp(0, 255).to(torch.uint8)
-
-
-@torch.no_grad()
-def _in_chunks(run, x, pixels, device):
-    """run(x) in chunks of equal size, which depends on the size of a picture only: on the CPU results depend on it."""
-    on_cpu = torch.device(device).type == 'cpu'
-    rows = min(max(1, PIXELS['cpu' if on_cpu else 'cuda'] // pixels), misc.CPU_CHUNK if on_cpu else len(x))
-    with misc.full_float32():
-        return torch.cat([run(x[part])[:count] for part, count in misc.chunks(len(x), x.device, rows)])
+def open_coder(description: dict, device: torch.device | str = 'cpu') -> Coder:
+    """The Coder of a checked "autoencoder" of config.json. Under torchrun every rank calls this. Raises UserError."""
+    found = open_autoencoder(description['ref'], device, description.get('sha256'))
+    return Coder(found, description['ref'], description['range'])
 
 
 # By the name in NAME:REF: called with (ref, device).

@@ -32,32 +32,40 @@ def pick(items: np.ndarray, shape: Sequence[int], seed: int, name: str) -> np.nd
 def data_statistics(store, dataset, sigma_n: np.ndarray, items: np.ndarray, seed: int) -> dict | None:
     """Statistics (sampling/channels.py) of the training items, or None for fewer than FEWEST.
 
-    Only clean images where there are ENOUGH_CLEAN of them, otherwise noisy ones too: their noise does not change the mean, and adds
-    sigma_n^2 to the mean square. Images with a sigma_max resemble the data in their details only, and are left out."""
+    Of distributions of latents, those of their samples. Only clean images where there are ENOUGH_CLEAN of them, otherwise noisy ones too:
+    their noise does not change the mean, and adds sigma_n^2 to the mean square. Images with a sigma_max resemble the data in their details
+    only, and are left out."""
     items = items[~dataset.flip[items] & np.isinf(dataset.sigma_max[items])]
     clean = items[sigma_n[items] == 0]
     items = pick(clean if len(clean) >= ENOUGH_CLEAN else items, dataset.image_shape, seed, 'data statistics')
     if len(items) < FEWEST:
         return None
-    means, squares = (torch.cat(parts) for parts in zip(*(moments(store.gather(items[first:first + CHUNK]))
-                                                          for first in range(0, len(items), CHUNK))))
+    chunks = (store.gather(items[first:first + CHUNK]) for first in range(0, len(items), CHUNK))
+    means, squares = (torch.cat(parts) for parts in zip(*(_moments(images, dataset.image_shape[0]) for images in chunks)))
     squares = squares - torch.from_numpy(np.square(sigma_n[items], dtype=np.float64))[:, None]
     classes = dataset.classes
     return statistics(means, squares, None if classes is None else torch.from_numpy(classes[items]))
+
+
+def _moments(images, channels):
+    """moments() of images, or of samples of distributions of latents."""
+    means, squares = moments(images[:, :channels])
+    return means, squares if images.shape[1] == channels else squares + images[:, channels:].double().square().mean(dim=(2, 3))
 
 
 class Copies:
     """Counts samples that are copies of a training image: the distance d1 to the nearest one is less than a third of d2, that to the
     second nearest.
 
-    Euclidean distance of pixels; with xflip the nearer of an image and its mirror image. Only clean training images are searched,
-    because a copy of a noisy image without its noise is as far from it as any other image. Real images show what share is to be expected:
-    held-out ones, or else training images, each compared with the others. Near-duplicates in the training set make d2 as small as d1, so
-    that their copies are not found. Costs 2 (samples + REAL) queries among at most MOST_IMAGES images with MOST_VALUES numbers in all."""
+    Euclidean distance of pixels; with xflip the nearer of an image and its mirror image. Only clean training images are searched, because a
+    copy of a noisy image without its noise is as far from it as any other image. Real images show what share is to be expected: held-out
+    ones, or else training images, each compared with the others. Near-duplicates in the training set make d2 as small as d1, so that their
+    copies are not found. Of distributions of latents the means are searched. Costs 2 (samples + REAL) queries among at most MOST_IMAGES
+    images with MOST_VALUES numbers in all."""
 
-    def __init__(self, store, train: np.ndarray, held_out: tuple | None, xflip: bool) -> None:
-        """store: an ImageStore. train: clean items; held_out: (store, items), or None."""
-        self.store, self.train, self.xflip = store, train, xflip
+    def __init__(self, store, train: np.ndarray, held_out: tuple | None, xflip: bool, channels: int | None = None) -> None:
+        """store: an ImageStore. train: clean items; held_out: (store, items), or None. channels: that are compared, by default all."""
+        self.store, self.train, self.xflip, self.channels = store, train, xflip, channels
         self.real = held_out
         self._real_share = None
 
@@ -79,7 +87,7 @@ class Copies:
         return float((ratio < RATIO).double().mean())
 
     def _gather(self, store, items):
-        return torch.cat([store.gather(items[first:first + CHUNK]) for first in range(0, len(items), CHUNK)])
+        return torch.cat([store.gather(items[first:first + CHUNK])[:, :self.channels] for first in range(0, len(items), CHUNK)])
 
     def _ratios(self, images, points, own=None):
         """(d1 / d2 [n], 1 for 0 / 0; index of the nearest point [n]); own [n]: points that are the images themselves."""
@@ -122,8 +130,9 @@ class Alarms:
         if self.copies is not None:
             share, real, _ = self.copies(images if self.net.units is not None else images.clamp(-1, 1))
             fields |= {'Copies/num_images': len(images), 'Copies/share': share, 'Copies/share_real': real}
+            where = 'pixels' if getattr(self.net, 'autoencoder', None) is None else 'latents'
             if share > real + LIMIT and share * len(images) > 2:
-                warnings.append(f'{share:.0%} of {len(images)} samples are copies of training images (d1/d2 < 1/3 in pixels, against '
+                warnings.append(f'{share:.0%} of {len(images)} samples are copies of training images (d1/d2 < 1/3 in {where}, against '
                                 f'{real:.0%} of real images): the network memorises')
         return fields, [warning for warning in warnings if warning]
 
@@ -147,7 +156,8 @@ def inspect(store, dataset, sigma_n: np.ndarray, train: np.ndarray, validation, 
     if validation is not None:
         items = validation.items[validation.sigma_n.numpy()[validation.items] == 0]
         held_out = (validation.store, items) if len(items) >= FEWEST else None
-    return Inspection(statistics, Copies(store, clean, held_out, bool(dataset.flip.any())))
+    mirrors = bool(dataset.flip.any()) and dataset.latents is None  # a mirrored latent is none of a mirrored picture
+    return Inspection(statistics, Copies(store, clean, held_out, mirrors, dataset.image_shape[0]))
 
 
 def broken(averages: dict) -> dict[str, str]:

@@ -40,6 +40,8 @@ def configure(o: EasyDict) -> config.Config:
     corrupter = build_corruption(corruption)  # refuses values out of range
     check_corruption(o)
     data, dataset = open_data(o, corrupter)
+    o = of_latents(o, dataset)
+    data = dataclasses.replace(data, augment=o.augment)
     return config.Config(
         data=data,
         corruption=corruption,
@@ -103,6 +105,20 @@ def open_data(o: EasyDict, corruption):
     return config.DataConfig(path=o.data, use_labels=o.cond, keep=o.dataset_keep_percentage, xflip=o.xflip, augment=o.augment,
                              validation=held_out, cache_gib=o.cache_gib if o.cache else 0.0, cache_dir=o.cache_dir, on=o.data_on,
                              workers=o.workers, fingerprint=fingerprint), form
+
+
+def of_latents(o: EasyDict, dataset) -> EasyDict:
+    """The options for this data: latents are not augmented, because a mirrored or turned latent is not that of such a picture. Says what
+    noise means for them."""
+    if dataset.latents is None:
+        return o
+    if o.augment and 'augment' in o.get('command', {}):
+        raise UserError(f'--augment={o.augment:g}: --data={o.data} holds latents, and a turned or moved latent is not the latent of such a '
+                        'picture; use --augment=0')
+    distributed.print0(f'Latents {dataset.latents.words()}; they are not augmented')
+    if o.sigma and o.corruption_probability:
+        distributed.print0(f'--sigma={o.sigma:g} is noise of the latents in network units; white noise of pixels is not white in latents')
+    return EasyDict(o, augment=0.0)
 
 
 # ---- the objective
@@ -174,6 +190,8 @@ def network_arguments(o: EasyDict, dataset) -> dict:
             found['learned_variance'] = False
     if dataset.units is not None:
         found['units'] = dataset.units
+    if dataset.latents is not None:
+        found['autoencoder'] = dataset.latents.autoencoder
     return found
 
 
@@ -253,7 +271,7 @@ def metrics(o: EasyDict, dataset) -> config.MetricsConfig | None:
     here = f'--metrics-every={o.metrics_every}'
     if o.metrics_ref is None:
         raise UserError(f'{here} needs reference statistics: add --metrics-ref=NPZ, a file written by "eval_fid.py ref"')
-    if not is_picture(dataset.image_shape[0], dataset.units):
+    if dataset.latents is None and not is_picture(dataset.image_shape[0], dataset.units):
         raise UserError(f'{here} compares 8-bit grey or RGB images, and --data={o.data} has none; use --metrics-every=0')
     return config.MetricsConfig(every=o.metrics_every, num=o.metrics_num, ref=o.metrics_ref, names=list(o.metrics),
                                 detector=o.metrics_detector)

@@ -2,7 +2,7 @@
 """Metrics of samples of the weight average during training, every --metrics-every ticks, against reference statistics."""
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
@@ -14,6 +14,7 @@ from metrics.references import fetch
 from metrics.statistics import load_statistics
 from torch_utils import distributed, misc, registry
 from training.evaluation.images import uint8_batches
+from training.sampling.outputs import Plain, open_output
 
 BATCH = 64  # batch size per rank; eval_fid.py's default
 # Names in the log, where they are shorter than the published ones, or end in a digit that would run into the number of images.
@@ -26,14 +27,28 @@ RENAMED = {'--detector-weights=': '--metrics-detector=inception:weights=', '--de
            'give images with --ref-path, or make statistics with "ref"': 'make statistics with "eval_fid.py ref"'}
 
 
+def output_of(net: torch.nn.Module, run, device: torch.device | str):
+    """What the grids and metrics of a RunConfig make of a network's samples (sampling/outputs.py). Every rank calls this.
+
+    Where an autoencoder cannot be opened, grids show latents, with a warning; metrics are refused (UserError)."""
+    if run.metrics or run.samples and run.snapshot_ticks:
+        try:
+            return open_output(net, device=device)
+        except UserError as err:
+            if run.metrics:
+                raise
+            distributed.print0(f'Warning: grids of samples show latents, not pictures: {err.message}')
+    return Plain(net)
+
+
 class PeriodicMetrics:
     """Evaluates a network on the images of seeds 0 .. num - 1, rounded to 8 bits as in a PNG.
 
     num: images over all ranks. ref: .npz or URL of Statistics. names: of evaluate.METRICS. detector: a spec of DETECTORS.
-    shape: (C,H,W) of the images. Raises UserError, on all ranks, for everything that would fail later."""
+    output: of sampling/outputs.py. Raises UserError, on all ranks, for everything that would fail later."""
 
-    def __init__(self, num: int, ref: str, names: Iterable[str], detector: str, shape: Sequence[int], device: torch.device) -> None:
-        self.num, self.names = num, tuple(names)
+    def __init__(self, num: int, ref: str, names: Iterable[str], detector: str, output, device: torch.device) -> None:
+        self.num, self.names, self.output, shape = num, tuple(names), output, tuple(output.shape)
         with _as_train_says():
             path = distributed.first_on_node(fetch, ref, '--metrics-ref')
             name = f'--metrics-ref={ref}'
@@ -74,7 +89,7 @@ class PeriodicMetrics:
         stop(): whether this rank should stop early, which makes the result {}.
         pieces: schedule, stepper and num_steps of generate_images; by default EDM's sampler with 18 steps."""
         try:
-            batches = until(stop, uint8_batches(net, range(self.num), BATCH, 'the weight average', **pieces))
+            batches = until(stop, uint8_batches(net, range(self.num), BATCH, 'the weight average', self.output, **pieces))
             values = evaluate_batches(batches, self.detector, self.reference, self.names, self.settings, self.num)
         except UserError as err:  # such as non-finite images, from which training may recover
             distributed.print0(f'Warning: no metrics this time: {err.message}')

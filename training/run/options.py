@@ -155,7 +155,7 @@ OUTPUT = group(
     number('--dump', WHOLE, 'Ticks between training states; 0: none', 500, 'TICKS'),
     number('--dump-minutes', NOT_NEGATIVE, 'Minutes between training states, in addition to --dump; 0: none', 30, 'MINUTES'),
     count('--keep-states', 'How many of the latest training states are kept; 0: all', 3, WHOLE),
-    number('--max-hours', NOT_NEGATIVE, f'Save the state and exit with code {STOPPED} after this time, as after SIGTERM; 0: no limit', 0, 'HOURS'),
+    number('--max-hours', NOT_NEGATIVE, f'Save the state and exit with code {STOPPED} after this; 0: no limit', 0, 'HOURS'),
     count('--samples', 'Images in the grid of samples at each snapshot; 0: none', 64, WHOLE),
     number('--metrics-every', WHOLE, 'Ticks between evaluations of the weight average\'s samples; 0: none', 0, 'TICKS'),
     click.option('--metrics', metavar='NAMES', type=Names('metrics.evaluate:METRICS'), default='fid', show_default=True,

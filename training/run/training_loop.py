@@ -27,13 +27,13 @@ from training.run import alarms, gradients, schema
 from training.run.build import build_averages, build_net, build_objective, build_optimizer, load_data, transfer_weights
 from training.run.config import Config, to_json
 from training.run.folder import RunFolder, cannot_write, stop_if_orphan
-from training.run.metrics import PeriodicMetrics
+from training.run.metrics import PeriodicMetrics, output_of
 from training.run.mirrors import Mirrors
 from training.run.optimizer import LearningRate
 from training.run.states import StateWriter, on_host
 from training.run.stopping import Requests, Signals, Stop
 from training.sampling import pieces as sampling
-from training.sampling.generate import resolution, sample_grid
+from training.sampling.generate import sample_grid
 
 GROUPS = [f'{kind}/q{quartile}' for kind in ('clean', 'noisy') for quartile in (1, 2, 3, 4)]  # losses are reported by these
 SHOWN = r'Loss/[^/]+|Loss/{first}/(clean|noisy)'  # losses shown on the console; stats.jsonl has them all
@@ -68,6 +68,7 @@ class Run:
         self.first_row = distributed.rank() * self.rank_batch
         self._setup_numerics()
         self._setup_network(resuming)
+        self.output = output_of(self.net, config.run, device)
         self.metrics = self._metrics() if config.run.metrics else None
         rows = slice(self.first_row, self.first_row + self.rank_batch)
         self.data = load_data(config, self.net, self.noise, rows, device)
@@ -101,7 +102,7 @@ class Run:
 
     def _metrics(self):
         m = self.config.run.metrics
-        return PeriodicMetrics(m.num, m.ref, m.names, m.detector, shape=(self.net.img_channels, *resolution(self.net)), device=self.device)
+        return PeriodicMetrics(m.num, m.ref, m.names, m.detector, self.output, device=self.device)
 
     def _setup_step(self):
         if self.config.run.compile:
@@ -173,7 +174,8 @@ class Run:
         with torch.no_grad():
             for module in self.beginners:
                 module.begin_step()
-        for i, (batch, draws) in enumerate(micro_batches(host, run.batch_gpu, self.device, draws_of, self.net.label_dim)):
+        for i, (batch, draws) in enumerate(micro_batches(host, run.batch_gpu, self.device, draws_of, self.net.label_dim,
+                                                          self.net.img_channels)):
             if self.augment is not None:
                 images, augment_labels = self.augment(batch.images, batch.sigma_n, draws)
                 batch = batch._replace(images=images, augment_labels=augment_labels)
@@ -371,7 +373,7 @@ class Run:
                 posthoc.write_average(path, average, self.progress.nimg)
             if self.config.run.samples:
                 path = self.folder.numbered('samples', kimg, '.png')
-                drawn = sample_grid(self.ema.module, self.config.run.samples, path, stop=self.requests.asked,
+                drawn = sample_grid(self.ema.module, self.config.run.samples, path, stop=self.requests.asked, output=self.output,
                                     **sampling.default_pieces(self.ema.module))
                 if drawn is not None:
                     self.mirrors.picture(path, self.progress.nimg)

@@ -13,6 +13,7 @@ from training.data.batches import Batch
 from training.data.corruption import Corruption
 from training.data.dataset import ImageDataset, as_vectors
 from training.data.identity import check_same
+from training.data.latents import sample
 from training.data.limits import usable_levels
 from training.data.pairs import PAIRINGS
 from training.data.store import ImageStore
@@ -68,6 +69,10 @@ def check_alike(training: ImageDataset, held_out: ImageDataset) -> ImageDataset:
         if found != expected and not classes:
             raise UserError(f'--val={held_out.path}: its {name} is {found}, that of the training data is {expected}; '
                             'convert both in the same way with dataset_tool.py')
+    digests = [data.latents and data.latents.autoencoder.get('sha256') for data in (training, held_out)]
+    if digests[0] != digests[1]:
+        raise UserError(f'--val={held_out.path}: its latents are of another autoencoder than those of the training data; encode both '
+                        'with the same')
     return held_out
 
 
@@ -100,6 +105,9 @@ class Validation:
     def _judge(self, net, term, device, rows, stats):
         where = torch.from_numpy(self.items[rows])
         images, sigma_n = self.store.gather(where).to(device), self.sigma_n[where].to(device)
+        if images.shape[1] == 2 * getattr(net, 'img_channels', 0):
+            draws = misc.Draws(self.seed, 0, first_row=int(rows[0]), device=device)
+            images = sample(images, draws('held-out latents', [len(images), net.img_channels, *images.shape[2:]]))
         labels = None if self.labels is None else as_vectors(self.labels[where].to(device), net.label_dim)
         limits = self.limits.of(where)
         for k, sigma in enumerate(self.levels):

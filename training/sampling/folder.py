@@ -11,7 +11,7 @@ from dnnlib.files import read_json, write_json
 from dnnlib.lock import FolderLock
 from torch_utils.command_line import ranges
 from training.sampling import record
-from training.sampling.generate import network_device, resolution
+from training.sampling.generate import network_device
 from training.sampling.writers import Files
 
 KIND = 'generated images'  # "kind" of a record
@@ -77,9 +77,9 @@ def record_of(outdir: str | os.PathLike, names: Iterable[str], shape: Sequence[i
 class RecordedFolder:
     """The images of one set of options, which several jobs may write at once, each with its own seeds. Only rank 0 calls this."""
 
-    def __init__(self, files: Files, o: EasyDict, net, pieces) -> None:
-        self.files, self.net, self.path = files, net, record_path(files.outdir)
-        self._describe = lambda: record.describe(o, net, pieces)
+    def __init__(self, files: Files, o: EasyDict, net, pieces, output) -> None:
+        self.files, self.net, self.path, self.shape = files, net, record_path(files.outdir), output.shape
+        self._describe = lambda: record.describe(o, net, pieces, output)
 
     def open(self, seeds: list[int], skip_existing: bool) -> list[int]:
         """Writes the record before sampling; returns the seeds of the images to make. Removes what killed runs left of those, and the
@@ -113,8 +113,7 @@ class RecordedFolder:
 
     def _missing(self, seeds, known):
         """Those of the seeds that are not in the record, or whose image is missing or damaged."""
-        shape = [self.net.img_channels, *resolution(self.net)]
-        broken = {*self.files.missing([seed for seed in seeds if seed in known], shape)}
+        broken = {*self.files.missing([seed for seed in seeds if seed in known], self.shape)}
         return [seed for seed in seeds if seed not in known or seed in broken]
 
     def _clear(self, old, changed, there, seeds, skip_existing):

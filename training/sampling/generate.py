@@ -53,13 +53,15 @@ class SeededDraws:
 @torch.no_grad()
 def generate_images(net, seeds: Iterable[int], *, schedule: Callable = schedules.edm, stepper: Callable = steppers.heun,
                     num_steps: int | None = 18, batch: int = 64, labels: Callable | None = None, guidance: Guidance = NO_GUIDANCE,
-                    device: torch.device | str | None = None, rank: int = 0, world: int = 1) -> Iterator[Samples]:
+                    device: torch.device | str | None = None, rank: int = 0, world: int = 1,
+                    report: Callable[[int], None] | None = None) -> Iterator[Samples]:
     """Yields Samples for this rank's share of the seeds, in order, `batch` at a time.
 
     net: a denoiser in eval mode. schedule(num_steps) -> levels, and stepper: pieces with their options bound.
     labels: a source of labels.py; None draws a class for each seed. guidance: a Guidance. device: where to sample, by default
     where the network is. rank, world: this process takes every world-th seed. The images do not depend on rank, world or `batch`:
     bit for bit on the CPU with equal threads, up to rounding of the network on a GPU. No autograd graph is kept.
+    report: called with the number of images after each evaluation of the network on a batch.
     Raises ValueError for guidance that the network does not allow and for levels that the schedule refuses."""
     assert not getattr(net, 'training', False), 'sampling needs the network in eval mode'
     assert batch >= 1, f'batch must be 1 or more, got {batch}'
@@ -70,22 +72,23 @@ def generate_images(net, seeds: Iterable[int], *, schedule: Callable = schedules
     mine = list(seeds)[rank::world]
     rows = misc.CPU_CHUNK if device.type == 'cpu' else min(batch, len(mine))
     for first in range(0, len(mine), batch):
-        yield _sample(net, mine[first:first + batch], sigmas, stepper, labels, guidance, device, rows)
+        yield _sample(net, mine[first:first + batch], sigmas, stepper, labels, guidance, device, rows, report)
 
 
-def _sample(net, seeds, sigmas, stepper, source, guidance, device, rows):
+def _sample(net, seeds, sigmas, stepper, source, guidance, device, rows, report):
     # The order of the draws is the published one: latents, class, then one draw per step.
     draws = SeededDraws(seeds, device)
     latents = draws.randn([net.img_channels, *resolution(net)])
     labels = source(draws, seeds) if source else None
     x = latents.to(torch.float64) * sigmas[0]
-    x = stepper(guided(net, labels, guidance, rows), x, sigmas, draws.randn_like)
+    x = stepper(guided(net, labels, guidance, rows, report), x, sigmas, draws.randn_like)
     return Samples(seeds, x, labels)
 
 
-def guided(net, labels: torch.Tensor | None = None, guidance: Guidance = NO_GUIDANCE, rows: int = misc.CPU_CHUNK) -> Callable:
+def guided(net, labels: torch.Tensor | None = None, guidance: Guidance = NO_GUIDANCE, rows: int = misc.CPU_CHUNK,
+           report: Callable[[int], None] | None = None) -> Callable:
     """The denoiser that a stepper calls: the network with its labels, and with guidance where its weight is not 1."""
-    denoise = ConditionedDenoiser(net, labels, rows)
+    denoise = ConditionedDenoiser(net, labels, rows, report)
     if guidance.weight == 1:
         return denoise
     worse = guidance.net
@@ -96,10 +99,12 @@ def guided(net, labels: torch.Tensor | None = None, guidance: Guidance = NO_GUID
 class ConditionedDenoiser:
     """A network with its labels bound: (x, sigma) -> D, always `rows` rows at a time, so that D does not depend on the batch.
 
-    labels: int64 [N] classes, float32 [N, label_dim] vectors, or None for "no label". Attribute calls: evaluations so far."""
+    labels: int64 [N] classes, float32 [N, label_dim] vectors, or None for "no label". report: called with N after each evaluation.
+    Attribute calls: evaluations so far."""
 
-    def __init__(self, net, labels: torch.Tensor | None = None, rows: int = misc.CPU_CHUNK) -> None:
-        self.net, self.rows, self.calls = net, rows, 0
+    def __init__(self, net, labels: torch.Tensor | None = None, rows: int = misc.CPU_CHUNK,
+                 report: Callable[[int], None] | None = None) -> None:
+        self.net, self.rows, self.calls, self.report = net, rows, 0, report
         classes = labels is not None and labels.ndim == 1
         self.labels = torch.nn.functional.one_hot(labels, net.label_dim).to(torch.float32) if classes else labels  # [N, label_dim]
 
@@ -132,6 +137,8 @@ class ConditionedDenoiser:
             found = function(x[rows], sigma, None if self.labels is None else self.labels[rows])
             found = found if isinstance(found, tuple) else (found,)
             parts.append([tensor[:count] for tensor in found])
+        if self.report:
+            self.report(len(x))
         return [torch.cat(pieces) for pieces in zip(*parts)]
 
 
@@ -179,16 +186,17 @@ def network_device(net) -> torch.device:
     return next((p.device for p in parameters), torch.device('cpu'))
 
 
-def sample_grid(net, count: int, path: str | os.PathLike, stop: Callable[[], bool] = lambda: False, **options) -> torch.Tensor | None:
+def sample_grid(net, count: int, path: str | os.PathLike, stop: Callable[[], bool] = lambda: False, output=None,
+                **options) -> torch.Tensor | None:
     """Writes one picture of the images of seeds 0 .. count - 1, and returns them, [count,C,H,W] in network units. Writes nothing and
     returns None if stop() is true after a batch.
 
-    options: those of generate_images, on one rank."""
+    output: of outputs.py, by default images as they are. options: those of generate_images, on one rank."""
     parts = []
     for part in generate_images(net, range(count), batch=GRID_BATCH, **options):
         parts.append(part)
         if stop():
             return None
     images = torch.cat([part.images for part in parts])
-    write_grid(path, pictures(images, net.units))
+    write_grid(path, pictures(images, net.units) if output is None else output.pictures(output(images)))
     return images

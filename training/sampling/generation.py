@@ -2,8 +2,7 @@
 """The work of generate.py: writes the images of seeds to a folder with its record, and a picture of the first ones."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable
 
 import torch
 
@@ -15,8 +14,8 @@ from training.sampling import guidance
 from training.sampling import pieces as sampling
 from training.sampling.channels import Channels
 from training.sampling.folder import RecordedFolder, record_path
-from training.sampling.generate import Samples, check_finite, generate_images, network_device, resolution
-from training.sampling.pixels import is_picture, pictures, to_network, to_physical, to_uint8
+from training.sampling.generate import check_finite, generate_images, network_device
+from training.sampling.outputs import open_output
 from training.sampling.writers import Files, Writers, read_image, write_grid
 
 GRID_IMAGES = 64
@@ -32,21 +31,26 @@ def run(o: EasyDict) -> None:
     prepare_output(record_path(o.outdir), '--outdir')
     grid = grid_path(o.grid, o.outdir)
     net, pieces = sampling.prepare(o, seeds)
-    files = Files(o.outdir, pick_format(o.format, net), o.subdirs)
-    folder = RecordedFolder(files, o, net, pieces)
+    output = open_output(net, o.decode, distributed.pick_device(o.device))
+    files = Files(o.outdir, pick_format(o.format, output), o.subdirs)
+    folder = RecordedFolder(files, o, net, pieces, output)
     missing = distributed.from_rank0(folder.open, seeds, o.skip_existing)
+    share, report = len(missing[distributed.rank()::distributed.size()]), None
+    bar = Progress(share, 'rank 0' if distributed.size() > 1 else None, show=distributed.rank() == 0)
     if distributed.rank() == 0:
-        guided = f', {guidance.describe(pieces["guidance"])}' if o.guidance != 1 else ''
-        print(f'Generating {len(missing)} images from {o.network} to {o.outdir}{guided}: {folder.facts["evaluations"]} network evaluations '
-              'per image', flush=True)
-    first_images = FirstImages(net, seeds[:GRID_IMAGES] if grid else [])
+        guided, all_calls = f', {guidance.describe(pieces["guidance"])}' if o.guidance != 1 else '', folder.facts['evaluations']
+        print(f'Generating {len(missing)} images from {o.network} to {o.outdir}{guided}: {all_calls} network evaluations per image',
+              flush=True)
+        calls = all_calls - folder.facts.get('guide_evaluations', 0)
+        report = lambda count: bar.advance(count / calls)
+    first_images = FirstImages(output, seeds[:GRID_IMAGES] if grid else [], network_device(net))
     if distributed.rank() == 0:
         first_images.read(files, set(seeds) - set(missing))
-    batches = with_progress(net, missing, o.batch, pieces, folder.facts)
+    batches = generate_images(net, missing, batch=o.batch, rank=distributed.rank(), world=distributed.size(), report=report, **pieces)
     channels = Channels(net, labels=o.labels, class_idx=o.class_idx, stop_sigma=o.stop_sigma, stop_variance=o.stop_variance)
-    written = write_all(net, batches, len(missing[distributed.rank()::distributed.size()]), files, first_images, channels)
+    written = write_all(output, batches, bar, files, first_images, channels)
     if grid:
-        write_first_images(grid, first_images.images, net)
+        write_first_images(grid, first_images.images, output)
     check_count(written, len(missing), files)
     distributed.from_rank0(folder.close, seeds)
     there = f': {len(missing)} written, {len(seeds) - len(missing)} existed already' if len(missing) < len(seeds) else ''
@@ -54,78 +58,47 @@ def run(o: EasyDict) -> None:
     channels.report()
 
 
-def with_progress(net, seeds: list[int], batch: int, pieces: dict, facts: dict) -> Iterator[Samples]:
-    """Yields what generate_images yields for this rank; rank 0 shows the progress, which network evaluations advance within a batch."""
-    share = len(seeds[distributed.rank()::distributed.size()])
-    with Progress(share, 'rank 0' if distributed.size() > 1 else None, show=distributed.rank() == 0) as bar:
-        calls = facts['evaluations'] - facts.get('guide_evaluations', 0)  # per image; the guiding network's are part of these calls
-        stepper = lambda denoise, *args: pieces['stepper'](ReportingDenoiser(denoise, lambda rows: bar.advance(rows / calls)), *args)
-        for part in generate_images(net, seeds, batch=batch, rank=distributed.rank(), world=distributed.size(),
-                                    **{**pieces, 'stepper': stepper}):
-            yield part
-            bar.update(len(part.seeds))
-
-
-class ReportingDenoiser:
-    """A denoiser that calls report(number of images) after each evaluation."""
-
-    def __init__(self, denoise: Callable, report: Callable[[int], None]) -> None:
-        self._denoise, self._report = denoise, report
-
-    def __call__(self, x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-        found = self._denoise(x, sigma)
-        self._report(len(x))
-        return found
-
-    def outputs(self, x: torch.Tensor, sigma: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """See ConditionedDenoiser.outputs."""
-        found = self._denoise.outputs(x, sigma)
-        self._report(len(x))
-        return found
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._denoise, name)
-
-
 class FirstImages:
-    """The images of the first few seeds, in network units, for the grid; those of other ranks are zeros."""
+    """The images of the first few seeds, as an Output makes them, for the grid; those of other ranks are zeros."""
 
-    def __init__(self, net, seeds: Iterable[int]) -> None:
-        self.row, self.units = {seed: i for i, seed in enumerate(seeds)}, net.units
-        self.images = torch.zeros([len(seeds), net.img_channels, *resolution(net)], device=network_device(net))
+    def __init__(self, output, seeds: Iterable[int], device: torch.device | str) -> None:
+        self.row, self.output = {seed: i for i, seed in enumerate(seeds)}, output
+        self.images = torch.zeros([len(seeds), *output.shape], device=device)
 
     def read(self, files: Files, seeds: Iterable[int]) -> None:
         """Reads those of the seeds whose files existed already."""
         for seed in self.row.keys() & seeds:
-            self.images[self.row[seed]] = to_network(read_image(files.path(seed)), self.units)
+            self.images[self.row[seed]] = self.output.read(read_image(files.path(seed)))
 
-    def take(self, part) -> None:
-        """Takes those that are in a batch of Samples."""
-        for seed, image in zip(part.seeds, part.images):
+    def take(self, seeds: list[int], images: torch.Tensor) -> None:
+        """Takes those that are in a batch of seeds and their images."""
+        for seed, image in zip(seeds, images):
             if seed in self.row:
                 self.images[self.row[seed]] = image
 
 
-def write_all(net, batches, share: int, files: Files, first_images: FirstImages, channels: Channels) -> int:
+def write_all(output, batches, bar: Progress, files: Files, first_images: FirstImages, channels: Channels) -> int:
     """Samples and writes this rank's images; returns how many. Raises UserError, with that number, where a file cannot be written."""
     writers = Writers()
     try:
-        with writers:
+        with writers, bar:
             for part in batches:
                 check_finite(part)
-                first_images.take(part)
                 channels.take(part.images)
-                submit(writers, part, net.units, files)
+                images = output(part.images)
+                first_images.take(part.seeds, images)
+                submit(writers, part, images, output, files)
+                bar.update(len(part.seeds))
     except OSError as err:
         whose = f' of rank {distributed.rank()}' if distributed.size() > 1 else ''
-        raise UserError(f'{err.filename}: {err.strerror}; {writers.written} of {share} images{whose} were written; '
+        raise UserError(f'{err.filename}: {err.strerror}; {writers.written} of {bar.total} images{whose} were written; '
                         'free disk space, and resume with --skip-existing') from None
     return writers.written
 
 
-def submit(writers: Writers, part, units: dict | None, files: Files) -> None:
-    """Hands one batch to the writer threads, already on the CPU."""
-    arrays = to_uint8(part.images) if files.format == 'png' else to_physical(part.images, units).float()
+def submit(writers: Writers, part, images: torch.Tensor, output, files: Files) -> None:
+    """Hands one batch of Samples, whose images the output has made, to the writer threads, already on the CPU."""
+    arrays = output.uint8(images) if files.format == 'png' else output.numbers(images)
     labels = [None] * len(part.seeds) if part.labels is None else part.labels.cpu().numpy()
     for seed, array, label in zip(part.seeds, arrays.cpu().numpy(), labels):
         writers.submit(files.write, seed, array, label)
@@ -139,11 +112,11 @@ def check_count(written: int, missing: int, files: Files) -> None:
         raise UserError(f'{written} of {missing} images were written to {files.outdir}')
 
 
-def write_first_images(path: str, first_images: torch.Tensor, net) -> None:
+def write_first_images(path: str, first_images: torch.Tensor, output) -> None:
     """Writes the picture of the first images, each of which one rank has."""
     first_images = distributed.all_sum(first_images.to(distributed.device()))
     if distributed.rank() == 0:
-        write_grid(path, pictures(first_images, net.units))
+        write_grid(path, output.pictures(first_images))
         print(f'The first {len(first_images)} images in one picture: {path}')
 
 
@@ -156,10 +129,9 @@ def grid_path(grid: str | None, outdir: str) -> str | None:
     return path
 
 
-def pick_format(format: str | None, net) -> str:
+def pick_format(format: str | None, output) -> str:
     """The format asked for, or the default for the data; refuses PNG for data that is not 8-bit grey or RGB."""
-    picture = is_picture(net.img_channels, net.units)
-    if format == 'png' and not picture:
-        what = f'{net.img_channels} channels' if net.units is None else 'data that is not 8-bit'
+    if format == 'png' and not output.is_picture:
+        what = f'{output.shape[0]} channels' if output.units is None else 'data that is not 8-bit'
         raise UserError(f'--format=png: the network makes {what}, and a PNG holds 8-bit grey or RGB; use npy or npz')
-    return format or ('png' if picture else 'npy')
+    return format or ('png' if output.is_picture else 'npy')

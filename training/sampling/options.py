@@ -71,6 +71,8 @@ REST = group(
     _word('--scaling', ('none', 'vp'), 'Scaling s(t) of x along the path of heun and euler  [default: none]'),
     _number('--stop-sigma', 'Truncated sampling: end with E[x_0 | x] at the last level not below this  [default: 0]', POSITIVE),
     _number('--stop-variance', '--stop-sigma given as a variance, its square', POSITIVE),
+    click.option('--decode', metavar='auto|none|REF', default='auto', show_default=True,
+                 help='Decode latents, leave them, or decode with the autoencoder here'),
 )
 SPEED = group(
     'Speed',
@@ -92,5 +94,5 @@ def SWEEP(command: Callable) -> Callable:
 
 # Parameter names of these options: those that stand alone, and those that are keys of --levels or --sampler.
 NAMES = ('class_idx', 'labels', 'guidance', 'guidance_interval', 'guidance_channels', 'gnet', 'weights', 'gnet_weights', 'sampler',
-         'levels', 'steps', 'stop_sigma', 'stop_variance', 'precision', 'compile')
+         'levels', 'steps', 'stop_sigma', 'stop_variance', 'decode', 'precision', 'compile')
 KEYS = ('sigma_min', 'sigma_max', 'rho', 'S_churn', 'S_min', 'S_max', 'S_noise', 'schedule', 'scaling')

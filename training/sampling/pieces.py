@@ -16,6 +16,7 @@ from training.diffusion import schedules
 from training.sampling import guidance, labels, steppers
 from training.sampling.generate import noise_levels, with_time
 from training.sampling.options import KEYS, SAMPLER, STEPS
+from training.sampling.outputs import open_output
 
 CONFIG = 'network configuration: sampling'  # the key of config.json, in errors
 
@@ -26,7 +27,7 @@ class Networks:
     One set of weights is in memory at a time."""
 
     def __init__(self):
-        self._held, self._guides, self._digests, self._labels, self._printed = {}, {}, {}, None, set()
+        self._held, self._guides, self._digests, self._labels, self._printed, self._outputs = {}, {}, {}, None, set(), {}
 
     def open(self, o):
         """(network, guiding network or None) on their device. Raises UserError."""
@@ -43,6 +44,13 @@ class Networks:
         """The source of labels that the options name; all cells share it."""
         self._labels = self._labels or (pick_labels(net, seeds, o.labels, o.class_idx),)
         return self._labels[0]
+
+    def output(self, net, o):
+        """The output (outputs.py) of the network's images; an autoencoder is loaded once."""
+        key = json.dumps([net.config, o.decode])
+        if key not in self._outputs:
+            self._outputs[key] = open_output(net, o.decode, distributed.pick_device(o.device))
+        return self._outputs[key]
 
     def digest(self, net):
         """misc.state_digest of one of the networks in memory."""

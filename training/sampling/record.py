@@ -15,7 +15,7 @@ from dnnlib.files import finite
 from torch_utils import distributed, misc, registry
 from training.diffusion import schedules
 from training.sampling import steppers
-from training.sampling.generate import ConditionedDenoiser, noise_levels, resolution
+from training.sampling.generate import ConditionedDenoiser, noise_levels
 from training.sampling.guidance import Guided
 from training.sampling.labels import DATASET
 
@@ -24,15 +24,16 @@ from training.sampling.labels import DATASET
 DECIDES = {'sha256': '--network', 'gnet_sha256': '--gnet', 'sampler': '--sampler', 'steps': '--steps', 'sigmas': '--levels',
            'stop_sigma': '--stop-sigma', 'guidance': '--guidance', 'guidance_interval': '--guidance-interval',
            'guidance_channels': '--guidance-channels', 'labels': '--labels', 'precision': '--precision', 'compile': '--compile',
-           'image_shape': '--network', 'units': '--network', 'format': '--format', 'subdirs': '--subdirs'}
+           'image_shape': '--network', 'units': '--network', 'autoencoder': '--decode', 'decoded': '--decode', 'format': '--format',
+           'subdirs': '--subdirs'}
 
 
-def describe(o: EasyDict, net, pieces: dict, digest: Callable = misc.state_digest) -> dict:
+def describe(o: EasyDict, net, pieces: dict, output, digest: Callable = misc.state_digest) -> dict:
     """How a network is sampled: network, sha256, weights, gnet..., sampler, levels, steps, sigmas, evaluations, stop_sigma, guidance...,
-    labels, precision, compile, image_shape, units.
+    labels, precision, compile, image_shape, units, autoencoder, decoded.
 
-    o: the options of training.sampling.options, with the network; net, pieces: what pieces.prepare() made of them. digest(net): the
-    digest of a network."""
+    o: the options of training.sampling.options, with the network; net, pieces: what pieces.prepare() made of them; output: of outputs.py.
+    digest(net): the digest of a network."""
     stepper, guidance = pieces['stepper'], pieces['guidance']
     sigmas = noise_levels(net, pieces['schedule'], pieces['num_steps'])
     total, of_guide = count_evaluations(net, stepper, sigmas, guidance)
@@ -51,8 +52,7 @@ def describe(o: EasyDict, net, pieces: dict, digest: Callable = misc.state_diges
         **({'guidance_channels': guidance.channels} if led and guidance.channels is not None else {}),
         **({'labels': describe_labels(o, pieces['labels'])} if net.label_dim else {}),
         'precision': precision(net), 'compile': bool(o.compile),
-        'image_shape': [net.img_channels, *resolution(net)],
-        **({'units': net.units} if net.units is not None else {})}
+        **output.facts()}
     return finite(found)
 
 
@@ -143,6 +143,8 @@ def _same(key, old, new):
     """Whether two values of a key mean the same; levels may differ by rounding, which varies between machines."""
     if key == 'labels' and isinstance(old, dict) and isinstance(new, dict):
         return {**old, 'path': None} == {**new, 'path': None}
+    if key == 'autoencoder' and isinstance(old, dict) and isinstance(new, dict):
+        return {**old, 'ref': None} == {**new, 'ref': None}
     if key == 'sigmas' and isinstance(old, list) and isinstance(new, list):
         return len(old) == len(new) and all(isinstance(a, (int, float)) and abs(a - b) <= 1e-9 * b for a, b in zip(old, new))
     return old == new

@@ -16,6 +16,7 @@ import eval_fid
 import train
 from tests.support import tiny
 from training.run.metrics import PeriodicMetrics, short
+from training.sampling.outputs import Plain
 
 PIXELS = '--metrics-detector=pixels'
 ALL = ['--metrics-every=1', '--metrics-num=24', PIXELS, '--metrics=fid,kid,pr,dc']
@@ -106,7 +107,7 @@ def test_training_does_not_notice(inputs, tmp_path):
 
 
 def make(inputs, num=8, names=('fid',), ref='ref.npz'):
-    return PeriodicMetrics(num, str(inputs / ref), names, 'pixels', (1, 8, 8), torch.device('cpu'))
+    return PeriodicMetrics(num, str(inputs / ref), names, 'pixels', Plain(Constant(0)), torch.device('cpu'))
 
 
 class Constant(torch.nn.Module):

@@ -16,6 +16,7 @@ from dnnlib.progress import Progress
 from training.data import tables
 from training.data.convert.statistics import Summary, facts_of, facts_of_dataset, lines, measure
 from training.data.dataset import ImageDataset
+from training.data.latents import read_latents
 from training.data.packed import Packed, is_packed
 
 CHUNK = 64  # images per task of a thread
@@ -46,7 +47,7 @@ def _check_pictures(path, problems, say):
     if others:
         say(f'{len(others)} other files, such as {others[0]}, which training does not read')
     meta = _meta(archive, problems)
-    seen, summaries = _look_at(names, lambda name: decode_image(name, archive.read(name)))
+    seen, summaries = _look_at(names, lambda name: decode_image(name, archive.read(name)), is_distribution(meta.get('latents')))
     usual = max(summaries, key=lambda like: summaries[like].count, default=None)
     for name, one in zip(names, seen):
         if isinstance(one, str):
@@ -54,12 +55,13 @@ def _check_pictures(path, problems, say):
         elif one != usual:
             problems.add('unlike', f'{name}: {_phrase(one)}, where most are {_phrase(usual)}')
     is_float = bool(usual) and usual[0] != 'uint8'
-    scale = _check_units(meta.get('units'), usual[1][0], problems) if is_float else 1.0
+    found, shape = _check_latents(meta.get('latents'), usual[1], len(names), problems) if is_float else (None, usual and usual[1])
+    scale = _check_units(meta.get('units'), shape[0], problems) if is_float else 1.0
     known = set(names)
     for key in tables.CHECKS:
         if meta.get(key):
             _check_table(key, meta[key], names, known, scale, problems)
-    return summaries.get(usual), len(names), lambda: facts_of(meta, names, usual[1], is_float)
+    return summaries.get(usual), len(names), lambda: facts_of(meta, names, shape, is_float)._replace(latents=found)
 
 
 def _check_packed(path, problems, say):
@@ -68,11 +70,12 @@ def _check_packed(path, problems, say):
     if path.lower().endswith('.npz'):
         _check_members(path, problems)
     names = [contents.name(index) for index in range(contents.count)]
-    seen, summaries = _look_at(range(contents.count), contents.decode)
+    seen, summaries = _look_at(range(contents.count), contents.decode, is_distribution(contents.latents))
     for name, one in zip(names, seen):
         if isinstance(one, str):
             problems.add('image', f'{name}: {one}')
-    scale = _check_units(contents.units, contents.image_shape[0], problems) if contents.is_float else 1.0
+    shape = _check_latents(contents.latents, contents.image_shape, contents.count, problems)[1]
+    scale = _check_units(contents.units, shape[0], problems) if contents.is_float else 1.0
     for key, function in tables.CHECKS.items():
         try:
             if contents.has(key):
@@ -121,7 +124,22 @@ class Problems:
                 self._say(f'... and {count - SHOWN} more of this kind: {kind}')
 
 
-def _look_at(places, read):
+def is_distribution(told: Any) -> bool:
+    """Whether an unchecked "latents" of dataset.json is of distributions, which have twice the channels."""
+    return isinstance(told, dict) and told.get('form') == 'distribution'
+
+
+def _check_latents(told, shape, count, problems):
+    """(Latents or None, shape [C,H,W] of one), for stored images of that shape and count."""
+    try:
+        found = read_latents(told, shape, count)
+    except ValueError as err:
+        problems.add('latents', f'{META}: has {err}')
+        found = None
+    return found, (shape[0] // 2, *shape[1:]) if found and found.distribution else shape
+
+
+def _look_at(places, read, distribution=False):
     """([(type, shape) of each image, or its problem as a str], {(type, shape): Summary}); read(place) decodes, in threads."""
     def of_chunk(start):
         likes, summaries = [], {}
@@ -129,7 +147,7 @@ def _look_at(places, read):
             image = _look(place, read)
             likes.append(image if isinstance(image, str) else (str(image.dtype), image.shape))
             if not isinstance(image, str):
-                summaries.setdefault(likes[-1], Summary()).add(measure(image))
+                summaries.setdefault(likes[-1], Summary()).add(measure(image, distribution and len(image) % 2 == 0))
         return likes, summaries
 
     found, total, known = [], {}, {}

@@ -91,14 +91,7 @@ class PackedWriter:
     error."""
 
     def __init__(self, dest: str | os.PathLike):
-        self.dest = os.path.abspath(dest)
-        as_npz = self.dest.lower().endswith('.npz')
-        if os.path.splitext(self.dest)[1] and not as_npz:
-            raise UserError(f'--dest={dest}: packed data go into an .npz, or a folder named without an extension')
-        if as_npz and os.path.isdir(self.dest):
-            raise UserError(f'--dest={dest}: is a folder; name a file')
-        if not as_npz and os.path.exists(self.dest) and (not os.path.isdir(self.dest) or os.listdir(self.dest)):
-            raise UserError(f'--dest={dest}: the folder is not empty; remove it or name another')
+        self.dest = packed_dest(dest)
 
     def __enter__(self):
         os.makedirs(os.path.dirname(self.dest), exist_ok=True)
@@ -123,6 +116,19 @@ class PackedWriter:
 
     def __exit__(self, *error):
         return self._open.__exit__(*error)
+
+
+def packed_dest(dest: str | os.PathLike) -> str:
+    """The absolute path of --dest for a packed data set. Raises UserError where none can be written."""
+    path = os.path.abspath(dest)
+    as_npz = path.lower().endswith('.npz')
+    if os.path.splitext(path)[1] and not as_npz:
+        raise UserError(f'--dest={dest}: packed data go into an .npz, or a folder named without an extension')
+    if as_npz and os.path.isdir(path):
+        raise UserError(f'--dest={dest}: is a folder; name a file')
+    if not as_npz and os.path.exists(path) and (not os.path.isdir(path) or os.listdir(path)):
+        raise UserError(f'--dest={dest}: the folder is not empty; remove it or name another')
+    return path
 
 
 def open_writer(dest: str | os.PathLike, packed: bool) -> ArchiveWriter | PackedWriter:

@@ -10,7 +10,7 @@ from dnnlib.archive import IMAGES, RARER_IMAGES, Archive, decode_image, open_pic
 from training.data import tables
 from training.data.convert.annotations import match
 from training.data.convert.readers import tiff
-from training.data.convert.readers.source import Kind, Source, folder_classes
+from training.data.convert.readers.source import NO_PICTURES, Kind, Source, folder_classes
 
 
 class FileSource(Source):
@@ -22,6 +22,8 @@ class FileSource(Source):
         self._archive = Archive(path, f'--source={path}')
         self.names = self._archive.images((*IMAGES, *RARER_IMAGES))
         meta = self._archive.read_json()
+        if meta.get('latents') is not None:
+            raise UserError(NO_PICTURES.format(path))
         self.units = _units(meta.get('units'), path)
         told = lambda key: match(meta[key], self.names, f'"{key}" in {path}') if meta.get(key) else None
         self.labels, self.sigmas, self.sigma_min, self.sigma_max = map(told, ('labels', 'sigmas', 'sigma_min', 'sigma_max'))

@@ -5,8 +5,10 @@ import contextlib
 import os
 import zipfile
 
+from dnnlib import UserError
 from training.data import tables
 from training.data.convert.readers.arrays import ArraySource
+from training.data.convert.readers.source import NO_PICTURES
 from training.data.packed import Packed, is_packed
 
 
@@ -17,6 +19,8 @@ class PackedSource(ArraySource):
 
     def __init__(self, path: str):
         self._path, contents = path, Packed(path, where=f'--source={path}')
+        if contents.latents is not None:
+            raise UserError(NO_PICTURES.format(path))
         told = {key: None if contents.values(key) is None else contents.values(key).tolist() for key in tables.CHECKS}
         self.hold(contents.images, told['labels'])
         self.units, self.sigmas = contents.units, told['sigmas']

@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+NO_PICTURES = '--source={}: holds latents, not pictures; convert the pictures, and encode them again'
+
 
 class Kind(NamedTuple):
     """What an image is before anything is done to it."""
