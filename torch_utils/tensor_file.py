@@ -10,7 +10,7 @@ import mmap
 import os
 import zipfile
 import zlib
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -54,7 +54,7 @@ def read(path: str | os.PathLike, what: str = 'a file of tensors', hint: str = '
 class Reader:
     """Reads one file. The total size of what it allocates never exceeds that of the file."""
 
-    def __init__(self, file, mapped, checksums):
+    def __init__(self, file: BinaryIO, mapped: Any, checksums: Any):
         self.mapped, self.checksums, self.limits = mapped, checksums, Limits(MAX_STEPS)
         self.left = os.fstat(file.fileno()).st_size  # bytes of tensors that may still be read
         self.storages = {}  # name of the record -> 1-D tensor

@@ -96,7 +96,8 @@ class Corruption:
             return source.standard_normal(shape)
         return _generator(self.seed, int(raw_idx)).standard_normal(shape, np.float32, out)
 
-    def apply(self, images, raw_idx, native_sigma, sigma_n, flip=None):
+    def apply(self, images: np.ndarray, raw_idx: np.ndarray, native_sigma: np.ndarray, sigma_n: np.ndarray,
+              flip: np.ndarray | None = None) -> np.ndarray:
         """Images at level sigma_n, float32 [N,C,H,W]: images + sqrt(sigma_n^2 - native^2) noise; never clipped, never quantised.
 
         images: [N,C,H,W], network units, at their native level and not flipped; native_sigma, sigma_n: [N].
@@ -105,7 +106,8 @@ class Corruption:
         self.add(out, np.arange(len(out)), raw_idx, native_sigma, sigma_n, flip)
         return out
 
-    def add(self, images, rows, raw_idx, native_sigma, sigma_n, flip=None):
+    def add(self, images: np.ndarray, rows: np.ndarray, raw_idx: np.ndarray, native_sigma: np.ndarray, sigma_n: np.ndarray,
+            flip: np.ndarray | None = None) -> None:
         """As apply(), in place, for these rows [k] of images float32 [N,C,H,W]; the others stay. The rest: [k], of the rows."""
         added = np.sqrt(np.square(np.asarray(sigma_n, np.float64)) - np.square(np.asarray(native_sigma, np.float64)))
         mirrored = np.zeros(len(rows), bool) if flip is None or self.noise_follows_flip else np.asarray(flip)

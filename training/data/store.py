@@ -69,7 +69,7 @@ class ImageStore:
     def _noisy_bytes(self):
         return self.noisy_count * math.prod(self.dataset.image_shape) * 4
 
-    def gather(self, indices) -> torch.Tensor:
+    def gather(self, indices: np.ndarray | torch.Tensor) -> torch.Tensor:
         """Items in network units at level sigma_n: float32 [n,C,H,W]; they are flipped last, so that the noise is mirrored too."""
         indices = torch.as_tensor(indices, dtype=torch.int64)
         if not self.kept_bytes:
@@ -89,12 +89,12 @@ class ImageStore:
             self._have[copy[rest][new]] = True
         return self._mirrored(images, indices)
 
-    def stored(self, raw_idx):
+    def stored(self, raw_idx: np.ndarray | torch.Tensor) -> torch.Tensor:
         """Clean images by their index in the archive, as stored: uint8 or float32 [n,C,H,W]."""
         raw_idx = torch.as_tensor(raw_idx)
         return self._clean.index_select(0, raw_idx if self.mapped else torch.searchsorted(self._used, raw_idx))
 
-    def made(self, indices):
+    def made(self, indices: torch.Tensor) -> torch.Tensor:
         """Items at level sigma_n, not mirrored yet, from the clean images."""
         images = self.dataset.to_network(self.stored(self._raw_idx[indices]))
         rows = self.noisy[indices].nonzero().squeeze(1).numpy()

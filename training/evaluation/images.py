@@ -4,6 +4,9 @@
 import os
 import sys
 from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
 
 from dnnlib import EasyDict, UserError
 from dnnlib.files import beside
@@ -18,7 +21,7 @@ from training.sampling.generate import check_finite, generate_images, resolution
 from training.sampling.pixels import is_picture, to_uint8
 
 
-def uint8_batches(net, seeds: Iterable[int], batch: int, who: str, **pieces) -> Iterator:
+def uint8_batches(net: torch.nn.Module, seeds: Iterable[int], batch: int, who: str, **pieces: Any) -> Iterator:
     """Yields this rank's images of the seeds, uint8 [n,C,H,W]. pieces: as for generate_images; who: what errors call the network."""
     for part in generate_images(net, seeds, batch=batch, rank=distributed.rank(), world=distributed.size(), **pieces):
         check_finite(part, who)
@@ -30,7 +33,7 @@ class NetworkImages:
 
     networks: Networks, where several such sources share them; the network is loaded again where another's weights took its place."""
 
-    def __init__(self, o: EasyDict, networks=None) -> None:
+    def __init__(self, o: EasyDict, networks: sampling.Networks | None = None) -> None:
         self._o, self._networks = o, networks or sampling.Networks()
         self.found = len(set(o.seeds))
         self.count = choose_count(o, self.found, f'--seeds={ranges(o.seeds)}: names {self.found} images')

@@ -6,6 +6,8 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 
+import torch
+
 from dnnlib import EasyDict, UserError
 from dnnlib.files import read_json, write_json
 from dnnlib.lock import FolderLock
@@ -77,7 +79,7 @@ def record_of(outdir: str | os.PathLike, names: Iterable[str], shape: Sequence[i
 class RecordedFolder:
     """The images of one set of options, which several jobs may write at once, each with its own seeds. Only rank 0 calls this."""
 
-    def __init__(self, files: Files, o: EasyDict, net, pieces) -> None:
+    def __init__(self, files: Files, o: EasyDict, net: torch.nn.Module, pieces: dict) -> None:
         self.files, self.net, self.path = files, net, record_path(files.outdir)
         self._describe = lambda: record.describe(o, net, pieces)
 

@@ -42,7 +42,7 @@ def run(o: EasyDict) -> None:
     first_images = FirstImages(net, seeds[:GRID_IMAGES] if grid else [])
     if distributed.rank() == 0:
         first_images.read(files, set(seeds) - set(missing))
-    batches = with_progress(net, missing, o.batch, pieces, folder.facts)
+    batches = with_progress(net, missing, o.batch, pieces, folder.facts if distributed.rank() == 0 else None)
     channels = Channels(net, labels=o.labels, class_idx=o.class_idx, stop_sigma=o.stop_sigma, stop_variance=o.stop_variance)
     written = write_all(net, batches, len(missing[distributed.rank()::distributed.size()]), files, first_images, channels)
     if grid:
@@ -54,14 +54,18 @@ def run(o: EasyDict) -> None:
     channels.report()
 
 
-def with_progress(net, seeds: list[int], batch: int, pieces: dict, facts: dict) -> Iterator[Samples]:
-    """Yields what generate_images yields for this rank; rank 0 shows the progress, which network evaluations advance within a batch."""
+def with_progress(net: torch.nn.Module, seeds: list[int], batch: int, pieces: dict, facts: dict | None) -> Iterator[Samples]:
+    """Yields what generate_images yields for this rank. Rank 0 shows progress, within a batch too, by counting network evaluations.
+
+    facts: the record of the images, on rank 0 only."""
     share = len(seeds[distributed.rank()::distributed.size()])
     with Progress(share, 'rank 0' if distributed.size() > 1 else None, show=distributed.rank() == 0) as bar:
-        calls = facts['evaluations'] - facts.get('guide_evaluations', 0)  # per image; the guiding network's are part of these calls
-        stepper = lambda denoise, *args: pieces['stepper'](ReportingDenoiser(denoise, lambda rows: bar.advance(rows / calls)), *args)
-        for part in generate_images(net, seeds, batch=batch, rank=distributed.rank(), world=distributed.size(),
-                                    **{**pieces, 'stepper': stepper}):
+        if facts:
+            calls = facts['evaluations'] - facts.get('guide_evaluations', 0)  # per image; a guided call includes that of the guide
+            own = pieces['stepper']
+            stepper = lambda denoise, *args: own(ReportingDenoiser(denoise, lambda rows: bar.advance(rows / calls)), *args)
+            pieces = {**pieces, 'stepper': stepper}
+        for part in generate_images(net, seeds, batch=batch, rank=distributed.rank(), world=distributed.size(), **pieces):
             yield part
             bar.update(len(part.seeds))
 
@@ -90,7 +94,7 @@ class ReportingDenoiser:
 class FirstImages:
     """The images of the first few seeds, in network units, for the grid; those of other ranks are zeros."""
 
-    def __init__(self, net, seeds: Iterable[int]) -> None:
+    def __init__(self, net: torch.nn.Module, seeds: Iterable[int]) -> None:
         self.row, self.units = {seed: i for i, seed in enumerate(seeds)}, net.units
         self.images = torch.zeros([len(seeds), net.img_channels, *resolution(net)], device=network_device(net))
 
@@ -99,14 +103,15 @@ class FirstImages:
         for seed in self.row.keys() & seeds:
             self.images[self.row[seed]] = to_network(read_image(files.path(seed)), self.units)
 
-    def take(self, part) -> None:
+    def take(self, part: Samples) -> None:
         """Takes those that are in a batch of Samples."""
         for seed, image in zip(part.seeds, part.images):
             if seed in self.row:
                 self.images[self.row[seed]] = image
 
 
-def write_all(net, batches, share: int, files: Files, first_images: FirstImages, channels: Channels) -> int:
+def write_all(net: torch.nn.Module, batches: Iterable[Samples], share: int, files: Files, first_images: FirstImages,
+              channels: Channels) -> int:
     """Samples and writes this rank's images; returns how many. Raises UserError, with that number, where a file cannot be written."""
     writers = Writers()
     try:
@@ -123,7 +128,7 @@ def write_all(net, batches, share: int, files: Files, first_images: FirstImages,
     return writers.written
 
 
-def submit(writers: Writers, part, units: dict | None, files: Files) -> None:
+def submit(writers: Writers, part: Samples, units: dict | None, files: Files) -> None:
     """Hands one batch to the writer threads, already on the CPU."""
     arrays = to_uint8(part.images) if files.format == 'png' else to_physical(part.images, units).float()
     labels = [None] * len(part.seeds) if part.labels is None else part.labels.cpu().numpy()
@@ -139,7 +144,7 @@ def check_count(written: int, missing: int, files: Files) -> None:
         raise UserError(f'{written} of {missing} images were written to {files.outdir}')
 
 
-def write_first_images(path: str, first_images: torch.Tensor, net) -> None:
+def write_first_images(path: str, first_images: torch.Tensor, net: torch.nn.Module) -> None:
     """Writes the picture of the first images, each of which one rank has."""
     first_images = distributed.all_sum(first_images.to(distributed.device()))
     if distributed.rank() == 0:
@@ -156,7 +161,7 @@ def grid_path(grid: str | None, outdir: str) -> str | None:
     return path
 
 
-def pick_format(format: str | None, net) -> str:
+def pick_format(format: str | None, net: torch.nn.Module) -> str:
     """The format asked for, or the default for the data; refuses PNG for data that is not 8-bit grey or RGB."""
     picture = is_picture(net.img_channels, net.units)
     if format == 'png' and not picture:

@@ -62,7 +62,7 @@ class Guided:
         return D_0 + self.weight * (D_1 - D_0)
 
 
-def check(net, guidance: Guidance) -> None:
+def check(net: Callable, guidance: Guidance) -> None:
     """Raises ValueError where a network cannot be guided in this way."""
     weight, guide = guidance.weight, guidance.net
     if not 0 <= weight < math.inf:

@@ -16,7 +16,7 @@ from torch_utils import distributed, misc, registry
 from training.diffusion import schedules
 from training.sampling import steppers
 from training.sampling.generate import ConditionedDenoiser, noise_levels, resolution
-from training.sampling.guidance import Guided
+from training.sampling.guidance import Guidance, Guided
 from training.sampling.labels import DATASET
 
 # The keys that are compared between two records, because pixels depend on them, each with the option that sets it. Levels are compared as
@@ -27,7 +27,7 @@ DECIDES = {'sha256': '--network', 'gnet_sha256': '--gnet', 'sampler': '--sampler
            'format': '--format', 'subdirs': '--subdirs'}
 
 
-def describe(o: EasyDict, net, pieces: dict, digest: Callable = misc.state_digest) -> dict:
+def describe(o: EasyDict, net: torch.nn.Module, pieces: dict, digest: Callable = misc.state_digest) -> dict:
     """How a network is sampled: network, sha256, weights, gnet..., sampler, levels, steps, sigmas, evaluations, stop_sigma, guidance...,
     labels, precision, compile, image_shape, units.
 
@@ -55,7 +55,7 @@ def describe(o: EasyDict, net, pieces: dict, digest: Callable = misc.state_diges
     return finite(found)
 
 
-def precision(net) -> str:
+def precision(net: torch.nn.Module) -> str:
     """Name of the dtype in which a network computes."""
     dtype = getattr(net, 'compute_dtype', torch.float32)
     return next((name for name, known in misc.DTYPES.items() if known == dtype), str(dtype).removeprefix('torch.'))
@@ -80,7 +80,7 @@ def _plain(value):
     return next((name for name, kind in schedules.TIMES.items() if type(value) is kind), value)
 
 
-def describe_labels(o: EasyDict, source) -> dict:
+def describe_labels(o: EasyDict, source: Callable | None) -> dict:
     """Where the labels come from; a table is identified by its digest."""
     if o.class_idx is not None:
         return {'source': 'class', 'class': o.class_idx}
@@ -108,7 +108,7 @@ class _Counter:
         return self(x, sigma), torch.zeros_like(x)
 
 
-def count_evaluations(net, stepper: Callable, sigmas: torch.Tensor, guidance) -> tuple[int, int]:
+def count_evaluations(net: torch.nn.Module, stepper: Callable, sigmas: torch.Tensor, guidance: Guidance) -> tuple[int, int]:
     """(network evaluations per image, how many of them are D_0's), counted by sampling with a denoiser that returns zeros."""
     denoise, guide = (_Counter(ConditionedDenoiser(net).round_sigma) for _ in range(2))
     led = Guided(denoise, guide, guidance.weight, guidance.interval)
