@@ -21,7 +21,7 @@ weights_option = click.option('--weights', metavar='ema|raw|ema:WIDTH', default=
                               help='Which weights of a training state to use; ema:0.05 is a stored power-function average')
 
 
-def web_address(ctx, param, value):
+def web_address(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
     """An http(s) URL that can stand in Markdown."""
     if value is not None and not re.fullmatch(r'https?://[^\s()<>]+', value):
         raise click.BadParameter(f'"{value}" is not an address such as https://example.org/code')
@@ -110,13 +110,13 @@ def reconstruct_ema(run, length, kimg, dest):
                    '(train.py --snap, --power-ema)')
 
 
-def print_left_out(found):
+def print_left_out(found: dict | None) -> None:
     """Prints the results of the network that its card does not quote."""
     for line in (found or {}).get('left_out', ()):
         click.echo(f'not quoted: {line}')
 
 
-def size_of(folder):
+def size_of(folder: str | os.PathLike) -> float:
     """Megabytes of the files in a folder."""
     return sum(os.path.getsize(os.path.join(path, name)) for path, _, names in os.walk(folder) for name in names) / 1e6
 

@@ -27,7 +27,7 @@ def main():
 main.default = 'convert'
 
 
-def show_sources(ctx, param, value):
+def show_sources(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> tuple[str, ...]:
     """--source=help: prints the formats that are read."""
     if HELP in value:
         from training.data.convert.sources import describe_sources
@@ -35,7 +35,7 @@ def show_sources(ctx, param, value):
     return value
 
 
-def parse_size(ctx, param, value):
+def parse_size(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, int] | None:
     """'64x48' -> (64, 48), width first; '64' -> (64, 64)."""
     if value is None:
         return None
@@ -45,7 +45,7 @@ def parse_size(ctx, param, value):
     return int(match[1]), int(match[2] or match[1])
 
 
-def parse_part(ctx, param, value):
+def parse_part(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, int] | None:
     """'0/2' -> (0, 2)."""
     if value is None:
         return None
@@ -55,7 +55,7 @@ def parse_part(ctx, param, value):
     return int(match[1]), int(match[2])
 
 
-def parse_units(ctx, param, value):
+def parse_units(ctx: click.Context, param: click.Parameter, value: str | None) -> dict | str | None:
     """'10,2.5' -> {'offset': 10.0, 'scale': 2.5}; '0,1/10,2' -> {'offset': [0.0, 10.0], 'scale': [1.0, 2.0]}; 'channel' as it is."""
     if value in (None, CHANNELWISE):
         return value

@@ -5,6 +5,8 @@ python plot_run.py runs/00000-mix
 python plot_run.py runs/00000-mix runs/00001-edm --html=compare.html"""
 
 import os
+from collections.abc import Sequence
+from typing import Any
 
 import click
 
@@ -12,7 +14,7 @@ from dnnlib import UserError, replacing
 from dnnlib.figures import figure
 from dnnlib.files import prepare_output
 from dnnlib.report.page import page
-from dnnlib.report.runs import families, read_runs, read_stats
+from dnnlib.report.runs import Run, families, read_runs, read_stats
 from dnnlib.util import printable
 from dnnlib.versions import VERSION, git_commit
 from torch_utils.command_line import Command, version_option
@@ -33,7 +35,7 @@ LINES = ['-', '--', ':']  # the next style once the colours are used up
 COUNTS = {'held-out.png': 'Val/num_images', 'samples.png': 'Samples/num_images'}  # curve with the number of images behind a picture
 
 
-def overlaid(runs, pattern):
+def overlaid(runs: Sequence[Run], pattern: str) -> dict[str, dict[str, list]]:
     """{panel: {curve: points}}: for one run as families() gives them; for several, one panel per curve with all runs in it."""
     if len(runs) == 1:
         return families(runs[0].curves, pattern)
@@ -45,13 +47,13 @@ def overlaid(runs, pattern):
     return dict(sorted(found.items()))
 
 
-def literal(text):
+def literal(text: str) -> str:
     """Text as matplotlib shows it unchanged: dollars would begin a formula, and a legend leaves out names that begin with "_"."""
     text = printable(text).replace('$', r'\$')
     return f' {text}' if text.startswith('_') else text
 
 
-def draw(title, panels, path, styles=None):
+def draw(title: str, panels: dict[str, dict[str, list]], path: str, styles: dict[str, tuple] | None = None) -> None:
     """One picture: one panel per family against kimg; the vertical axis is logarithmic where all values are positive and far apart.
 
     styles: {curve: (colour, line)}, so that a run looks alike in all panels; matplotlib's own without it."""
@@ -65,7 +67,7 @@ def draw(title, panels, path, styles=None):
             draw_panel(axis, panel, group, styles or {})
 
 
-def draw_panel(axis, panel, group, styles):
+def draw_panel(axis: Any, panel: str, group: dict[str, list], styles: dict[str, tuple] | None) -> None:
     """The curves of one family."""
     values = [value for points in group.values() for _, value in points]
     for curve, points in group.items():
@@ -81,7 +83,7 @@ def draw_panel(axis, panel, group, styles):
         axis.legend(fontsize=7)
 
 
-def draw_pictures(runs, dest):
+def draw_pictures(runs: Sequence[Run], dest: str) -> None:
     """Writes the PICTURES that have curves into the folder `dest`, and prints their paths."""
     styles = {run.name: (COLOURS[k % len(COLOURS)], LINES[k // len(COLOURS) % len(LINES)]) for k, run in enumerate(runs)}
     os.makedirs(dest, exist_ok=True)
@@ -95,7 +97,7 @@ def draw_pictures(runs, dest):
             click.echo(os.path.join(dest, file))
 
 
-def write_page(runs, path):
+def write_page(runs: Sequence[Run], path: str) -> None:
     """Writes the HTML page of the runs, and prints its path."""
     made_by = f'plot_run.py {VERSION} (commit {git_commit()})'
     text = page(runs, made_by)

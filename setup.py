@@ -17,7 +17,7 @@ SCRIPTS = runpy.run_path('ambient_trainer/__main__.py')['SCRIPTS']
 class BuildWithScripts(build_py):
     """The scripts lie beside the packages that they import."""
 
-    def run(self):
+    def run(self) -> None:
         super().run()
         for name in SCRIPTS:
             self.copy_file(f'{name}.py', os.path.join(self.build_lib, 'ambient_trainer', f'{name}.py'))

@@ -12,6 +12,7 @@ import re
 import threading
 import time
 import uuid
+from typing import Any
 
 import click
 
@@ -45,7 +46,7 @@ def check_mirrors(o: EasyDict) -> None:
             raise UserError(f'--{package} needs the package {package}: pip install {package}')
 
 
-def open_mirrors(o: EasyDict, run_dir: str, config, nimg: int):
+def open_mirrors(o: EasyDict, run_dir: str, config: dict, nimg: int) -> Any:
     """The Mirrors that the options ask for. nimg: progress of the run, 0 at its start. Nothing is opened before something is logged."""
     from training.run.mirrors import Mirrors
     mirrors = {}
@@ -115,7 +116,7 @@ class WeightsAndBiases:
 
     ID = 'wandb.json'
 
-    def __init__(self, project: str, run_dir: str, config, nimg: int) -> None:
+    def __init__(self, project: str, run_dir: str, config: dict, nimg: int) -> None:
         self.project, self.run_dir, self.config, self.nimg = project, run_dir, config, nimg
         self._run, self._tried = None, False
 

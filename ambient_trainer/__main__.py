@@ -11,7 +11,7 @@ HERE = Path(__file__).resolve().parent
 SCRIPTS = ('train', 'generate', 'eval_fid', 'eval_nll', 'dataset_tool', 'checkpoint_tool', 'plot_run')
 
 
-def main():
+def main() -> None:
     """Runs the script that the first argument names."""
     name = sys.argv[1] if len(sys.argv) > 1 else None
     root = HERE if (HERE / 'train.py').exists() else HERE.parent  # installed, or in a checkout

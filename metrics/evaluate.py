@@ -251,15 +251,15 @@ class Task:
     intervals: dict = dataclasses.field(default_factory=dict)
 
     @property
-    def ours(self):
+    def ours(self) -> Statistics:
         return self.found.statistics
 
     @functools.cached_property
-    def distance(self):
+    def distance(self) -> float:
         return frechet_distance(self.ours.mean, self.ours.cov, self.reference.mean, self.reference.cov)
 
     @functools.cached_property
-    def spread(self):
+    def spread(self) -> tuple:
         return intervals.frechet_spread(self.ours.features, self.reference.mean, self.reference.cov, self.settings.seed, self.device)
 
 

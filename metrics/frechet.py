@@ -32,7 +32,7 @@ def frechet_distance(mu1: torch.Tensor | np.ndarray, cov1: torch.Tensor | np.nda
     return float(np.square(mu1 - mu2).sum() + spread - 2 * overlap)
 
 
-def nuclear_norm(matrix, accuracy=0.0):
+def nuclear_norm(matrix: np.ndarray, accuracy: float = 0.0) -> float:
     """Sum of the singular values of a matrix [n,m].
 
     The square roots of the eigenvalues of its smaller Gram matrix take a quarter of the time of the singular values. Rounding moves an
@@ -48,7 +48,7 @@ def nuclear_norm(matrix, accuracy=0.0):
     return float(np.linalg.svd(matrix, compute_uv=False).sum())
 
 
-def half_factor(cov):
+def half_factor(cov: np.ndarray) -> np.ndarray:
     """A [D,r] with A A^T = cov, r its numerical rank; directions below D eps of the largest are rounding errors, and are left out.
 
     Pivoted Cholesky, which stops at the rank and takes a fifth of the time of an eigendecomposition; the latter is used if the

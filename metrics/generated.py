@@ -1,7 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Generated images in files, and the number of images to evaluate."""
 
-from dnnlib import UserError
+from collections.abc import Iterator
+
+import torch
+
+from dnnlib import EasyDict, UserError
 from dnnlib.files import beside, file_digest
 from metrics.image_files import ImageFiles
 from metrics.results import PROTOCOL_NUM
@@ -14,7 +18,7 @@ class FileImages:
     shape: (C, H, W). found: number of images available. count: number of images to evaluate. labels: a description of each repeat.
     facts(): what to quote with a result, on one rank. default_path(suffix): the default path of the result."""
 
-    def __init__(self, o):
+    def __init__(self, o: EasyDict):
         self._o, self.files = o, ImageFiles(o.gen_path, '--gen-path')
         self.shape, self.found = self.files.shape, len(self.files)
         self.count = choose_count(o, self.found, f'--gen-path={o.gen_path}: found {self.found} images')
@@ -31,12 +35,12 @@ class FileImages:
         """GEN_PATH and the suffix."""
         return beside(self._o.gen_path, suffix)
 
-    def repeats(self):
+    def repeats(self) -> Iterator[Iterator[torch.Tensor]]:
         """Yields this rank's batches, once."""
         yield self.files.batches(self._o.batch_size, self.count)
 
 
-def choose_count(o, found: int, what: str) -> int:
+def choose_count(o: EasyDict, found: int, what: str) -> int:
     """The number of generated images to evaluate; refuses any other than the published one unless the user asks for it."""
     option = distributed.num_option()
     if o.num is None and found != PROTOCOL_NUM:

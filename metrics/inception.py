@@ -70,7 +70,8 @@ class Inception(torch.nn.Module):
 class Conv(torch.nn.Module):
     """Convolution without bias, batch norm with TensorFlow's epsilon, ReLU."""
 
-    def __init__(self, in_channels, out_channels, kernel, stride=1, padding=0):
+    def __init__(self, in_channels: int, out_channels: int, kernel: int | tuple[int, int], stride: int = 1,
+                 padding: int | tuple[int, int] = 0):
         super().__init__()
         self.conv = torch.nn.Conv2d(in_channels, out_channels, kernel, stride, padding, bias=False)
         self.bn = torch.nn.BatchNorm2d(out_channels, eps=1e-3)

@@ -22,7 +22,7 @@ class Neighbours:
     index: np.ndarray
 
     @property
-    def ratio(self):
+    def ratio(self) -> np.ndarray:
         """first / second, [n] in [0, 1]: near 0 for a copy, near 1 for an image in no particular neighbourhood; 1 for 0 / 0."""
         return np.divide(self.first, self.second, out=np.ones_like(self.first), where=self.second > 0)
 
@@ -54,7 +54,7 @@ def report(generated: Neighbours, held_out: Neighbours | None = None) -> dict[st
     return found
 
 
-def mann_whitney_z(a, b) -> float:
+def mann_whitney_z(a: np.ndarray, b: np.ndarray) -> float:
     """Standardised Mann-Whitney U of two samples [n], [m]: standard normal for equal distributions, negative if a tends to be smaller.
 
     U = #{a > b} + #{a = b} / 2; its variance is corrected for ties."""
@@ -67,7 +67,7 @@ def mann_whitney_z(a, b) -> float:
     return float((u - n * m / 2) / math.sqrt(variance)) if variance > 0 else 0.0
 
 
-def closest_pairs(found, count):
+def closest_pairs(found: Neighbours, count: int) -> tuple[np.ndarray, np.ndarray]:
     """(indices of generated images, indices of their nearest training images): the `count` smallest ratios d1/d2, smallest first."""
     order = np.argsort(found.ratio, kind='stable')[:count]
     return order, found.index[order]

@@ -19,7 +19,7 @@ from torch_utils import distributed, misc, registry
 DIGEST = re.compile('[0-9a-fA-F]{8,64}')  # SHA-256, or its first digits
 
 
-def open_reference(stats, images, detector, features):
+def open_reference(stats: str | None, images: str | None, detector: str, features: bool) -> tuple[ImageFiles | Statistics, str]:
     """(reference, SHA-256 of its file or folder): ImageFiles of a path `images`, or the Statistics in `stats`.
 
     stats: path or URL, which may end in #sha256=DIGEST. detector: as given on the command line ("dinov2:model=DIR"). features: whether
@@ -70,7 +70,7 @@ def warn(reference: Statistics, detector: Detector, shape: Sequence[int], name: 
         distributed.print0(f'Warning: {name}: {line}', file=sys.stderr)
 
 
-def facts(reference, ref: str, digest: str | None) -> dict:
+def facts(reference: Statistics, ref: str, digest: str | None) -> dict:
     """What a result records about its reference, None for unknown facts. ref: as the user gave it; digest: of the file."""
     keys = ('num_images', 'split', 'source', 'detector', 'detector_sha256', 'note', 'shape', 'device', 'tf32')
     versions = reference.versions and json.loads(reference.versions)

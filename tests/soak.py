@@ -3,7 +3,7 @@
 
 python -m tests.soak --minutes=30 [--ranks=2]
 
-Prints a line a minute, and at the end the slope of the resident memory against the steps after the first fifth of the time; exits with
+Prints one line per minute, and at the end the slope of the resident memory against the steps after the first fifth of the time; exits with
 1 where that is 1 MiB per 1,000 steps or more, or where the number of open files grew."""
 
 import argparse

@@ -194,7 +194,7 @@ def test_the_file_of_a_reference_is_hashed(folders, images):
     (['--network=nowhere', '--ref_path=ref', '--seeds=0-4', '--num=5', PIXELS], ['nowhere']),
     (['--network=nowhere', '--ref_path=ref', '--seeds=0-4', PIXELS], ['--seeds=0-4: names 5 images, expected 50000', '--num=5']),
     (['nearest', '--gen-path=gen', '--train=empty', PIXELS], ['--train=empty', 'no images in it']),
-    (['nearest', '--gen-path=gen', '--train=small.npy', PIXELS], ['one size', '[3, 5, 5] in --train', '[3, 2, 4] in --gen-path']),
+    (['nearest', '--gen-path=gen', '--train=small.npy', PIXELS], ['the same size', '[3, 5, 5] in --train', '[3, 2, 4] in --gen-path']),
     (['ref', '--data=ref', '--dest=ref.json'], ['--dest=ref.json', '.npz']),
     (['ref', '--data=empty', '--dest=a.npz'], ['--data=empty', 'no images in it']),
 ])

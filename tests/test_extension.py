@@ -66,7 +66,7 @@ import torch
 from training.run.optimizer import LR_SCHEDULES, OPTIMIZERS
 
 def stairs(nimg, batch, kimg=0.064):
-    """Half as much after every so many thousand images."""
+    """Halves the learning rate every `kimg` thousand images."""
     return 0.5 ** int(nimg / (kimg * 1e3))
 
 def momentum(params, lr, beta=0.9):

@@ -1,23 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The floors of the house, held with `ast`: which wing may import which, and how long a file or a function may be."""
+"""Rules for the source, checked with `ast`: which package may import which, randomness, sizes of files and functions, type hints."""
 
 import ast
+import re
 
 import pytest
 
 from tests.support import ROOT
 
-# A wing imports from the floors below its own. Its own files use each other, without a circle.
-FLOORS = [['dnnlib'], ['torch_utils'], ['metrics', 'training.diffusion'], ['training.data', 'training.networks'],
+# A package imports from the layers below its own. Its own files may import each other, but not in a circle.
+LAYERS = [['dnnlib'], ['torch_utils'], ['metrics', 'training.diffusion'], ['training.data', 'training.networks'],
           ['training.objective', 'training.checkpoints'], ['training.sampling', 'training.likelihood'], ['training.evaluation'],
           ['training.run'], ['scripts']]
-FLOOR = {wing: floor for floor, wings in enumerate(FLOORS) for wing in wings}
+LAYER = {package: layer for layer, packages in enumerate(LAYERS) for package in packages}
 SCRIPT_FOLDERS = ('benchmarks', 'examples')
 MIRRORS = ('wandb', 'tensorboard', 'tensorboardX', 'torch.utils.tensorboard')  # for the scripts alone
-# What is about options; and the scripts.
+# Modules that define options; the scripts may use click too.
 CLICK = ('torch_utils.command_line', 'training.sampling.options', 'training.run.options', 'training.run.presets',
          'training.run.published', 'training.run.launch')
 MAX_LINES, MAX_FUNCTION, MAX_LOOP = 500, 60, 150
+NOT_TYPED = ('training.data.convert', 'torch_utils.legacy_pickle', 'torch_utils.pickle_machine')  # without type hints so far
 LONG_FUNCTIONS = {('training.run.training_loop', 'training_loop'): MAX_LOOP}
 
 # What these modules offer without touching their hidden generator; all else in numpy.random, and all of random, is out.
@@ -43,11 +45,11 @@ def module_name(path):
 MODULES = {module_name(path): path for path in program_files()}
 
 
-def wing(name):
-    """The wing of a module; None for the package `training` itself, which only hands on names."""
+def package_of(name):
+    """The package of a module, as in LAYERS; None for the package `training` itself, which only hands on names."""
     if name == 'training':
         return None
-    return next((wing for wing in FLOOR if name == wing or name.startswith(f'{wing}.')), 'scripts')
+    return next((package for package in LAYER if name == package or name.startswith(f'{package}.')), 'scripts')
 
 
 def tree(name):
@@ -55,20 +57,20 @@ def tree(name):
 
 
 def imports(module):
-    """Dotted names that a syntax tree imports, modules and their members alike, wherever the statement stands."""
+    """Dotted names that a syntax tree imports, modules and their members alike, wherever the statement is."""
     for node in ast.walk(module):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, 'imports are absolute in this house'
+            assert node.level == 0, 'imports are absolute here'
             yield node.module
             yield from (f'{node.module}.{alias.name}' for alias in node.names)
 
 
 def trespasses(name, module):
-    """What `name` imports of the house that lies neither in its own wing nor on a lower floor."""
-    found = {room for room in imports(module) if room in MODULES and wing(room) not in (None, wing(name))}
-    return sorted(room for room in found if FLOOR[wing(room)] >= FLOOR[wing(name) or 'dnnlib'])
+    """What `name` imports from the program that is neither in its own package nor in a lower layer."""
+    found = {other for other in imports(module) if other in MODULES and package_of(other) not in (None, package_of(name))}
+    return sorted(other for other in found if LAYER[package_of(other)] >= LAYER[package_of(name) or 'dnnlib'])
 
 
 def global_randomness(module):
@@ -114,10 +116,10 @@ def test_the_rule_sees_every_form_of_import():
     assert trespasses('training', ast.parse('from training.checkpoints.load import load_network'))  # it hands on names lazily
 
 
-@pytest.mark.parametrize('wanted', FLOOR)
-def test_no_circles_within_a_wing(wanted):
-    graph = {name: {found for found in imports(tree(name)) if wing(found) == wanted and found in MODULES} - {name}
-             for name in MODULES if wing(name) == wanted}
+@pytest.mark.parametrize('wanted', LAYER)
+def test_no_circles_within_a_package(wanted):
+    graph = {name: {found for found in imports(tree(name)) if package_of(found) == wanted and found in MODULES} - {name}
+             for name in MODULES if package_of(name) == wanted}
     # "from torch_utils import misc" names the package too, which is empty or hands on names: only files count.
     graph = {name: needs - {found for found in needs if any(other.startswith(f'{found}.') for other in graph)}
              for name, needs in graph.items()}
@@ -128,7 +130,7 @@ def test_no_circles_within_a_wing(wanted):
             del graph[name]
 
 
-@pytest.mark.parametrize('name', sorted(name for name in MODULES if wing(name) != 'scripts'))
+@pytest.mark.parametrize('name', sorted(name for name in MODULES if package_of(name) != 'scripts'))
 def test_mirrors_and_click_are_for_scripts_and_options(name):
     found = {part for full in imports(tree(name)) for part in (full, full.split('.')[0])}
     assert not found & {*MIRRORS, *(() if name in CLICK else ('click',))}
@@ -160,8 +162,35 @@ def test_licence_line():
 
 @pytest.mark.parametrize('name', sorted(MODULES))
 def test_sizes(name):
-    """A longer file or function is a sign that two nouns share a room."""
+    """A longer file or function is a sign that it does two things."""
     assert len(MODULES[name].read_text(encoding='utf-8').splitlines()) <= MAX_LINES
     long = {found: lines for found, lines in functions(tree(name))
             if lines > LONG_FUNCTIONS.get((name, found), MAX_FUNCTION)}
     assert not long
+
+
+def without_hints(body, inside=''):
+    """Dotted names of the public functions and methods whose parameters or return value lack a type; click commands have none."""
+    for node in body:
+        if isinstance(node, ast.ClassDef) and not node.name.startswith('_'):
+            yield from without_hints(node.body, f'{inside}{node.name}.')
+        if not isinstance(node, ast.FunctionDef) or node.name.startswith('_') and node.name != '__init__':
+            continue
+        decorators = ' '.join(map(ast.unparse, node.decorator_list))
+        a = node.args
+        taken = (a.posonlyargs + a.args)[bool(inside) and 'staticmethod' not in decorators:] + a.kwonlyargs + [a.vararg, a.kwarg]
+        typed = all(arg.annotation for arg in taken if arg) and (node.returns or node.name == '__init__')
+        if not typed and not re.search(r'\bcommand|click', decorators):
+            yield inside + node.name
+
+
+@pytest.mark.parametrize('name', sorted(name for name in MODULES if not name.startswith((*SCRIPT_FOLDERS, *NOT_TYPED))))
+def test_public_functions_have_type_hints(name):
+    assert not list(without_hints(tree(name).body))
+
+
+def test_the_rule_sees_missing_type_hints():
+    bad = ['def f(a) -> int: ...', 'def f(a: int): ...', 'def f(*a) -> int: ...', 'class A:\n    def f(self, *, b) -> int: ...']
+    assert all(list(without_hints(ast.parse(text).body)) for text in bad)
+    good = 'class A:\n    def f(self, a: int) -> None: ...\n    def _g(self, a): ...\n\n@click.command()\ndef main(a): ...'
+    assert not list(without_hints(ast.parse(good).body))

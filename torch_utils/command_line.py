@@ -46,7 +46,7 @@ class Command(click.Command):
 
     Its help lists the options in groups (see group()), with the defaults in brackets."""
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any):
         kwargs['context_settings'] = {'help_option_names': ['-h', '--help'], **(kwargs.get('context_settings') or {})}
         super().__init__(*args, **kwargs)
 
@@ -68,7 +68,7 @@ class Command(click.Command):
             if not alone():
                 ranks().shutdown()
 
-    def main(self, *args, **kwargs):
+    def main(self, *args: Any, **kwargs: Any) -> Any:
         try:
             return super().main(*args, **kwargs)
         except SystemExit as end:
@@ -82,7 +82,7 @@ class Command(click.Command):
                 ranks().end(1)
             raise
 
-    def make_context(self, info_name, args, parent=None, **extra):
+    def make_context(self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any) -> click.Context:
         return super().make_context(info_name, args, parent, **{'terminal_width': WIDTH, **extra})
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -254,7 +254,7 @@ class FloatList(click.ParamType):
 
     name = 'LIST'
 
-    def convert(self, value, param, ctx):
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[float]:
         if isinstance(value, list):
             return value
         found = [registry.parse_number(item.strip()) for item in str(value).split(',')]
@@ -282,10 +282,10 @@ class Names(click.ParamType):
         self._choices = choices
 
     @property
-    def choices(self):
+    def choices(self) -> Collection[str]:
         return registry.find(self._choices) if isinstance(self._choices, str) else self._choices
 
-    def convert(self, value, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
         if value == HELP and ctx is not None:
             show_choices(ctx, choices_text(max(param.opts, key=len), self.choices, keys=False))
         named = value if isinstance(value, tuple) else tuple(str(value).split(','))
@@ -303,7 +303,7 @@ class Number(click.ParamType):
     def __init__(self, above: float | None = None, least: float | None = None, most: float | None = None):
         self.above, self.least, self.most = above, least, most
 
-    def convert(self, value, param: click.Parameter | None, ctx: click.Context | None) -> float:
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         bounds = [f'above {self.above}' if self.above is not None else '', f'{self.least} or more' if self.least is not None else '',
                   f'{self.most} or less' if self.most is not None else '']
         try:
@@ -318,7 +318,7 @@ class Number(click.ParamType):
         return number
 
 
-def ints(ctx, param, value):
+def ints(ctx: click.Context, param: click.Parameter, value: str | None) -> list[int] | None:
     """'1,2,2' -> [1, 2, 2]."""
     try:
         return None if value is None else [int(item) for item in value.split(',')]
@@ -326,7 +326,7 @@ def ints(ctx, param, value):
         raise click.BadParameter(f'"{value}" is not a list of whole numbers such as 1,2,2,2') from None
 
 
-def groups(ctx, param, value):
+def groups(ctx: click.Context, param: click.Parameter, value: str | None) -> list[list[int]] | None:
     """'0,1/3,5,7' -> [[0, 1], [3, 5, 7]]."""
     return None if value is None else [ints(ctx, param, part) for part in value.split('/')]
 

@@ -251,7 +251,7 @@ def all_sum(tensor: torch.Tensor) -> torch.Tensor:
 class Agreement:
     """The pending result of agree()."""
 
-    def __init__(self, values, work=None):
+    def __init__(self, values: torch.Tensor | list[int], work: Any = None):
         self._values, self._work = values, work
 
     def result(self) -> list[int]:

@@ -94,7 +94,7 @@ def height_width(img_resolution: int | Sequence[int]) -> list[int]:
     return [img_resolution] * 2 if isinstance(img_resolution, int) else list(img_resolution)
 
 
-def chunks(count, device, size=None):
+def chunks(count: int, device: torch.device | str, size: int | None = None) -> Iterator[tuple[torch.Tensor, int]]:
     """Yields (indices [size], number of valid ones) over `count` rows in chunks of equal size; the last chunk is padded with the last row.
 
     size: by default CPU_CHUNK on the CPU, and all rows at once elsewhere."""
@@ -108,7 +108,7 @@ def batched(values: torch.Tensor) -> torch.Tensor:
     return values.reshape(-1, 1, 1, 1)
 
 
-def as_float(value) -> float | None:
+def as_float(value: float | torch.Tensor) -> float | None:
     """A number for JSON: None in place of nan and infinity, which JSON cannot represent."""
     return finite(float(value))
 

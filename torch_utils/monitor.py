@@ -8,7 +8,8 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 STOPPED = 75  # exit code of a run that was asked to end and can be continued (EX_TEMPFAIL: try again)
 EXIT_LOST = 76             # exit code of a rank that lost the others (EX_PROTOCOL of sysexits.h)
@@ -71,7 +72,7 @@ class Monitor:
 
     group: rendezvous.Group. judge: Judge. tell: callable(text), called before the process ends."""
 
-    def __init__(self, group, judge, tell):
+    def __init__(self, group: Any, judge: Judge, tell: Callable[[str], object]):
         self.group, self.judge, self.failed, self._tell = group, judge, False, tell
         self._keys = [f'beat/{other}' for other in range(len(group.peers))]
         self._news, self._last, self._leaving = None, DONE, threading.Event()

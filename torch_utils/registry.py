@@ -9,6 +9,7 @@ import importlib
 import inspect
 import pkgutil
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 from dnnlib import UserError
@@ -119,7 +120,7 @@ def listing(registry: dict) -> list[tuple[str, str, dict[str, str]]]:
     return found
 
 
-def load_all(package):
+def load_all(package: ModuleType) -> None:
     """Imports every file of a package, which adds its entries to their registries: a new file needs no other edit."""
     for module in pkgutil.iter_modules(package.__path__):
         importlib.import_module(f'{package.__name__}.{module.name}')

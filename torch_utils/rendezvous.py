@@ -81,7 +81,7 @@ def given_twice(rank: int, peer: Peer) -> UserError:
     return UserError(f'RANK={rank} was given twice: to this process ({peer}) and to another; each rank needs a number of its own')
 
 
-def serve(host, port):
+def serve(host: str, port: int) -> TCPStore:
     """Starts the server of the store in this process. Raises UserError."""
     try:
         return TCPStore(host, port, None, True, timedelta(seconds=STORE_SEC), wait_for_workers=False)
@@ -90,7 +90,7 @@ def serve(host, port):
                         'name the node of rank 0, and a port that is free on it') from None
 
 
-def reach(host, port):
+def reach(host: str, port: int) -> TCPStore:
     """Waits for the server of the store, which runs in rank 0 or its launcher, and connects to it. Raises UserError."""
     found = []
 
@@ -108,7 +108,7 @@ def reach(host, port):
     return found[0]
 
 
-def connect(host, port):
+def connect(host: str, port: int) -> TCPStore:
     """A client of the store. Raises OSError or RuntimeError."""
     # TCPStore prints pages of errors if it cannot connect: hence a plain connection is tried first. Not to be done often: the server
     # looks up the name of every address that connects, and answers nobody meanwhile.

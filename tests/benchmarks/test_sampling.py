@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""benchmarks/sampling.py: its arms make the same images, it counts what it says, and it prints one line an arm."""
+"""benchmarks/sampling.py: its arms make the same images, it counts what it says, and it prints one line per arm."""
 
 import json
 
@@ -40,7 +40,7 @@ def test_what_it_prints(tmp_path, capsys):
     assert len(lines) == 5 and all('images/s' in line and 'of the limit' in line for line in lines[1:4])
     facts = json.loads((tmp_path / 'b.json').read_text())
     limit = 0.1e12 / facts['flops_per_image']
-    assert lines[4].endswith(f'GFLOP an image; the limit at 0.1 TFLOP/s is {limit:,.0f} images/s')
+    assert lines[4].endswith(f'GFLOP per image; the limit at 0.1 TFLOP/s is {limit:,.0f} images/s')
     assert [len(values) for values in facts['images_per_second'].values()] == [2, 2, 2]
     for line, values in zip(lines[1:4], facts['images_per_second'].values()):
         shown = float(line.split(' images/s')[0].split()[-1].replace(',', ''))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Progress: a line a minute where nobody watches a terminal, a bar where somebody does."""
+"""Progress: one line per minute when the output is not a terminal, a bar when it is."""
 
 import io
 import sys

@@ -40,7 +40,7 @@ def logging(path):
 
 @pytest.fixture
 def full(monkeypatch):
-    """Call it with a number of bytes: the disk takes so many more, and then none; None: as many as there are."""
+    """Call it with the number of bytes that the disk still takes, or with None for no limit."""
     room = [None]
     write = os.write
 

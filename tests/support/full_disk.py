@@ -27,7 +27,7 @@ class SmallDisk:
 
 @contextlib.contextmanager
 def small_disk(path, mib):
-    """A SmallDisk of so many MiB at `path`; skips the test where mounting is not allowed."""
+    """A SmallDisk of this size in MiB at `path`; skips the test where mounting is not allowed."""
     path.mkdir()
     done = subprocess.run(['mount', '-t', 'tmpfs', '-o', f'size={mib}m', 'none', str(path)], capture_output=True, text=True)
     if done.returncode:

@@ -45,7 +45,7 @@ class Process:
         return self._process.exitcode
 
     def wait_for(self, seconds):
-        """The exit code; TimeoutError where the process still runs after so many seconds."""
+        """The exit code; TimeoutError if the process still runs after this number of seconds."""
         try:
             return self.wait(seconds)
         except subprocess.TimeoutExpired:

@@ -50,7 +50,7 @@ def contents(folder):
 
 
 def launched(ranks, *args):
-    """generate.py as a process of its own, on so many ranks."""
+    """generate.py as a process of its own, on this number of ranks."""
     return launch.run(ROOT / 'generate.py', args, ranks)
 
 

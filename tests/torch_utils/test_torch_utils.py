@@ -90,7 +90,7 @@ def test_masks_and_values_that_are_not_finite():
 
 
 def test_statistics_of_ranks_add_up(monkeypatch):
-    """The table that goes over the ranks has a row a name, in one order whatever order they were reported in."""
+    """The table that goes over the ranks has one row per name, in an order that does not depend on the order of reporting."""
     monkeypatch.setattr(distributed, 'all_sum', lambda table: table * 2)  # another rank with the same values
     stats = training_stats.Collector()
     stats.report('b', torch.tensor([1.0, 3.0]))

@@ -6,6 +6,8 @@ import re
 import shutil
 from collections.abc import Iterable
 
+import torch
+
 from dnnlib import UserError, hub
 from dnnlib.files import new_folder, read_json
 from metrics.results import network_digest, origin, read_result
@@ -30,7 +32,7 @@ def export(ref: str | os.PathLike, dest: str | os.PathLike, weights: str = 'ema'
         return fill(part, net, ref)
 
 
-def fill(folder: str | os.PathLike, net, ref: str | os.PathLike, metrics: Iterable[str] = (), samples: str | None = None,
+def fill(folder: str | os.PathLike, net: torch.nn.Module, ref: str | os.PathLike, metrics: Iterable[str] = (), samples: str | None = None,
          license: str = 'unknown', code: str | None = None) -> dict:
     """Fills an empty folder with a network, a model card and, where the run has one, a picture of samples.
 

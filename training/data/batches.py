@@ -4,8 +4,9 @@
 import collections
 import concurrent.futures
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from training.data.dataset import as_vectors
@@ -48,7 +49,8 @@ class Feed:
     workers: 0 prepares each batch when it is needed; more prepare in the background.
     The batches do not depend on the number of ranks or workers: every rank draws all pairs and gathers its own rows."""
 
-    def __init__(self, stream, store, items, *, sigma_n, raw_idx, labels, rows, device, workers):
+    def __init__(self, stream: Any, store: Any, items: np.ndarray, *, sigma_n: np.ndarray, raw_idx: np.ndarray, labels: torch.Tensor | None,
+                 rows: slice, device: torch.device | str, workers: int):
         self.stream, self.store, self.items, self.rows, self.device = stream, store, items, rows, torch.device(device)
         self._sigma_n, self._raw_idx = torch.as_tensor(sigma_n, dtype=torch.float32), torch.as_tensor(raw_idx)
         self._labels = labels

@@ -125,7 +125,7 @@ def _write(pictures, place):
         folder.finish(found, units=pictures.units, source=pictures.fingerprint(), **told)
 
 
-def decode_into(images: np.ndarray, contents, indices: Sequence[int]) -> None:
+def decode_into(images: np.ndarray, contents: Any, indices: Sequence[int]) -> None:
     """Fills images [n,C,H,W] with the images of these indices, in threads: decoders release Python's global lock."""
     def work(first):
         for row in range(first, min(first + CHUNK, len(indices))):

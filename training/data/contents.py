@@ -85,7 +85,7 @@ class Pictures:
 class Names:
     """The names of the images by index, each made only when it is needed."""
 
-    def __init__(self, contents):
+    def __init__(self, contents: Any):
         self._contents = contents
 
     def __getitem__(self, index):

@@ -96,7 +96,8 @@ class Corruption:
             return source.standard_normal(shape)
         return _generator(self.seed, int(raw_idx)).standard_normal(shape, np.float32, out)
 
-    def apply(self, images, raw_idx, native_sigma, sigma_n, flip=None):
+    def apply(self, images: np.ndarray, raw_idx: np.ndarray, native_sigma: np.ndarray, sigma_n: np.ndarray,
+              flip: np.ndarray | None = None) -> np.ndarray:
         """Images at level sigma_n, float32 [N,C,H,W]: images + sqrt(sigma_n^2 - native^2) noise; never clipped, never quantised.
 
         images: [N,C,H,W], network units, at their native level and not flipped; native_sigma, sigma_n: [N].

@@ -9,6 +9,7 @@ distribution only in their details; `sigma_min` is the level above which to trai
 their coarse features. With both, a level that satisfies either is allowed."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,7 +35,7 @@ class Form(NamedTuple):
     latents: Latents | None = None  # where the images are latents
 
     @property
-    def resolution(self):
+    def resolution(self) -> list[int]:
         """[H, W]."""
         return list(self.image_shape[1:])
 
@@ -84,7 +85,7 @@ class ImageDataset:
         return len(self.raw_idx)
 
     @property
-    def resolution(self):
+    def resolution(self) -> list[int]:
         """[H, W]."""
         return list(self.image_shape[1:])
 
@@ -94,16 +95,16 @@ class ImageDataset:
         return Form(self.image_shape, self.label_dim, self.units, self.latents)
 
     @property
-    def classes(self):
+    def classes(self) -> np.ndarray | None:
         """The class of each item, int64 [N]; None if labels are not used, or are vectors."""
         return self._labels[self.raw_idx].astype(np.int64) if self.label_dim and self._labels.ndim == 1 else None
 
     @property
-    def label_table(self):
+    def label_table(self) -> np.ndarray | None:
         """The labels of all items as stored: classes int32 [N], vectors float32 [N, label_dim], or None."""
         return self._labels[self.raw_idx] if self.label_dim else None
 
-    def labels(self, indices):
+    def labels(self, indices: Sequence[int] | np.ndarray | torch.Tensor) -> np.ndarray:
         """float32 [n, label_dim] of items: one-hot classes, or the vectors of dataset.json; [n, 0] without use_labels."""
         raw = self.raw_idx[np.asarray(indices)]
         if self.label_dim == 0:

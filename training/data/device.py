@@ -38,7 +38,7 @@ class DeviceStore:
         """Where the images are, and how much memory they take, as text."""
         return f'{needed(self._store) / 2 ** 30:.2f} GiB in the memory of {self._device}'
 
-    def gather(self, indices) -> torch.Tensor:
+    def gather(self, indices: np.ndarray | torch.Tensor) -> torch.Tensor:
         """As ImageStore.gather, on the device."""
         indices = torch.as_tensor(indices, dtype=torch.int64)
         images = torch.empty([len(indices), *self._store.dataset.stored_shape], device=self._device)

@@ -4,13 +4,14 @@
 An image without sigma_min has no lower limit of this kind, one without sigma_max no upper limit; with both, their union is allowed."""
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from dnnlib import UserError
-from training.diffusion.noise import TINY
+from training.diffusion.noise import TINY, NoiseDistribution
 
 
 class Limits(NamedTuple):
@@ -38,14 +39,14 @@ class Limits(NamedTuple):
         fine = (sigma > self.bar) & (sigma <= self.top)
         return fine if self.floor is None else fine | (sigma > self.floor)
 
-    def chance(self, noise) -> torch.Tensor:
+    def chance(self, noise: NoiseDistribution) -> torch.Tensor:
         """P(sigma is usable) of each image under the distribution p, [n]."""
         if self.top is None:
             return noise.sf(self.bar)
         chance = noise.mass(self.bar, self.top)
         return chance if self.floor is None else chance + noise.sf(self.floor)
 
-    def draw(self, noise, u: torch.Tensor) -> torch.Tensor:
+    def draw(self, noise: NoiseDistribution, u: torch.Tensor) -> torch.Tensor:
         """p(sigma | sigma is usable) by inverse cdf, for uniforms u in (0, 1): [n], decreasing in u. Undefined where chance() is 0."""
         if self.top is None:
             return noise.above(self.bar, u)
@@ -80,7 +81,9 @@ class Limits(NamedTuple):
         return low[torch.cat([edge, apart])[:len(low)]], high[torch.cat([apart, edge])[:len(high)]]
 
 
-def usable_levels(levels, buffer: float = 1.0, lower=None, upper=None) -> Limits:
+def usable_levels(levels: Sequence[float] | np.ndarray | torch.Tensor, buffer: float = 1.0,
+                  lower: Sequence[float] | np.ndarray | torch.Tensor | None = None,
+                  upper: Sequence[float] | np.ndarray | torch.Tensor | None = None) -> Limits:
     """The Limits of images with these sigma_n, sigma_min (`lower`; 0: none) and sigma_max (`upper`; inf: none), array-likes [n].
 
     sigma_min = inf without a sigma_max: never usable. Raises UserError for invalid values."""

@@ -4,16 +4,17 @@
 Every draw is a pure function of the seed and of a position in the list, so that the cursor is the only state of the data."""
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from dnnlib import UserError
 from torch_utils import distributed, misc, registry
-from training.data.limits import usable_levels
+from training.data.limits import Limits, usable_levels
 from training.data.walks import Walks
-from training.diffusion.noise import TINY, stratify
+from training.diffusion.noise import TINY, NoiseDistribution, stratify
 
 # Positions of the list that are processed together, whatever the batch size: as many as PyTorch processes without its worker threads,
 # which the training step needs.
@@ -45,12 +46,12 @@ class Skip(Pairing):
     At levels up to sigma_n the gradient is zero, so this keeps the published objective up to a constant, without wasted network
     evaluations."""
 
-    def judge(self, limits, u, noise):
+    def judge(self, limits: Limits, u: torch.Tensor, noise: NoiseDistribution) -> tuple[torch.Tensor, torch.Tensor]:
         """(sigma, usable) for images with these Limits and uniforms u: tensors [n]."""
         sigma = noise.icdf(u)
         return sigma, limits.usable(sigma)
 
-    def share(self, limits, noise):
+    def share(self, limits: Limits, noise: NoiseDistribution) -> float:
         """Expected share of the positions in the list that yield a pair."""
         return limits.chance(noise).mean().item()
 
@@ -77,10 +78,10 @@ class Skip(Pairing):
 class Truncate(Skip):
     """Draws sigma ~ p for each image in turn, limited to levels at which the image may be used: all images are used equally often."""
 
-    def judge(self, limits, u, noise):
+    def judge(self, limits: Limits, u: torch.Tensor, noise: NoiseDistribution) -> tuple[torch.Tensor, torch.Tensor]:
         return limits.draw(noise, u), limits.chance(noise) > 0
 
-    def share(self, limits, noise):
+    def share(self, limits: Limits, noise: NoiseDistribution) -> float:
         return (limits.chance(noise) > 0).double().mean().item()
 
 
@@ -93,17 +94,17 @@ class Clamp(Skip):
         if buffer != 1:
             raise ValueError(f'buffer={buffer}: clamp reproduces the published code, which has no buffer; leave it at 1')
 
-    def judge(self, limits, u, noise):
+    def judge(self, limits: Limits, u: torch.Tensor, noise: NoiseDistribution) -> tuple[torch.Tensor, torch.Tensor]:
         return torch.maximum(noise.icdf(u), limits.bar), torch.ones_like(u, dtype=torch.bool)
 
-    def share(self, limits, noise):
+    def share(self, limits: Limits, noise: NoiseDistribution) -> float:
         return 1.0
 
 
 class SigmaFirst(Pairing):
     """Draws sigma ~ p first, then takes the next image in the list that may be used at that level: keeps the distribution p(sigma)."""
 
-    def share(self, limits, noise):
+    def share(self, limits: Limits, noise: NoiseDistribution) -> float:
         """Expected share of the positions in the list that yield a pair."""
         # A level between two neighbouring limits passes 1 / (share of the images that allow it) positions on average.
         low, high, count = limits.coverage()
@@ -178,7 +179,8 @@ class PairStream:
     the list passed), used (pairs drawn). Refuses limits under which no image can be used; warns if few can, and of levels that no image
     covers."""
 
-    def __init__(self, levels, noise, policy='skip', *, batch, seed=0, lower=None, upper=None):
+    def __init__(self, levels: Sequence[float] | np.ndarray | torch.Tensor, noise: NoiseDistribution, policy: str = 'skip', *, batch: int,
+                 seed: int = 0, lower: np.ndarray | None = None, upper: np.ndarray | None = None):
         self.levels = np.asarray(levels, np.float64).reshape(-1)
         if batch < 1:
             raise UserError(f'--batch={batch} must be at least 1')
@@ -220,7 +222,7 @@ class PairStream:
         lost = self.noise.cdf(bar) * (bar > 0)
         return lost.mean().item(), (lost.sum() / (bar > 0).sum().clamp(min=1)).item()
 
-    def images(self, number):
+    def images(self, number: int) -> np.ndarray:
         """Image indices at the BLOCK positions of block `number` of the list, int64."""
         part, offset = divmod(number * BLOCK, self._rounds * len(self.levels))
         epochs = self.cached(PairStream._epochs, part)
@@ -228,12 +230,12 @@ class PairStream:
             epochs = np.concatenate([epochs, self.cached(PairStream._epochs, part + 1)])
         return epochs[offset:offset + BLOCK]
 
-    def uniforms(self, name, number):
+    def uniforms(self, name: str, number: int) -> torch.Tensor:
         """BLOCK uniforms in (0, 1), float64."""
         source = torch.from_numpy(self._generator(name, number).random(BLOCK))
         return (stratify(source) if self.noise.stratified else source).clamp(min=TINY)
 
-    def cached(self, make, number):
+    def cached(self, make: Callable, number: int) -> Any:
         """make(self, number), cached for the last number: consecutive batches need the same block."""
         held = self._cache.get(make.__name__)
         if held is None or held[0] != number:

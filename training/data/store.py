@@ -96,7 +96,7 @@ class ImageStore:
         row = torch.as_tensor(row)
         return self._clean.index_select(0, row if self.mapped else torch.searchsorted(self._used, row))
 
-    def made(self, indices):
+    def made(self, indices: torch.Tensor) -> torch.Tensor:
         """Items at level sigma_n, not mirrored yet, from the clean images."""
         images = self.dataset.to_network(self.stored(self._row[indices]))
         rows = self.noisy[indices].nonzero().squeeze(1).numpy()

@@ -59,7 +59,7 @@ class Block:
 
     fine: bool [groups, n]. limits: those that are checked in addition, float64 [n] each: none; bar; or bar, top and floor."""
 
-    def __init__(self, images, fine, limits):
+    def __init__(self, images: np.ndarray, fine: np.ndarray, limits: Sequence[np.ndarray]):
         self.images = images
         # A position behind the end is fine for every level. Bytes are searched at the speed of memory.
         self._next = [(row.tobytes() + b'\1').find for row in fine]

@@ -2,12 +2,12 @@
 """The work of eval_fid.py: compares images, or a sweep of sampler settings, with a reference, and writes results with their settings."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from dnnlib import EasyDict, UserError
 from dnnlib.files import prepare_output, write_json
 from metrics import references, report, results
-from metrics.detectors import DETECTORS
+from metrics.detectors import DETECTORS, Detector
 from metrics.evaluate import Settings, check_detector, check_reference, check_shape, evaluate_batches, needs_features
 from metrics.image_files import ImageFiles
 from metrics.statistics import Statistics, save_statistics
@@ -36,7 +36,7 @@ def evaluate(o: EasyDict) -> None:
         print(f'written to {out_path}{"".join(f"; {line}" for line in told or ())}')
 
 
-def open_comparison(o: EasyDict, shape: Sequence[int]) -> tuple[ImageFiles | Statistics, Callable, str | None]:
+def open_comparison(o: EasyDict, shape: Sequence[int]) -> tuple[ImageFiles | Statistics, Detector, str | None]:
     """(reference images or statistics, detector, SHA-256 of the reference), checked for images of shape [C,H,W]."""
     reference, digest = references.open_reference(o.ref_stats, o.ref_path, o.detector, needs_features(o.metrics))
     check_shape(reference.shape, shape, reference_option(o), o.other_shape)
@@ -45,7 +45,7 @@ def open_comparison(o: EasyDict, shape: Sequence[int]) -> tuple[ImageFiles | Sta
     return reference, detector, digest
 
 
-def make_ready(o: EasyDict, reference: ImageFiles | Statistics, detector: Callable, shape: Sequence[int]) -> Statistics:
+def make_ready(o: EasyDict, reference: ImageFiles | Statistics, detector: Detector, shape: Sequence[int]) -> Statistics:
     """The reference Statistics with which images of shape [C,H,W] are compared; computes them from reference images."""
     if isinstance(reference, ImageFiles):
         check_detector(detector, o.metrics)  # before the features of the images are computed
@@ -66,7 +66,7 @@ def settings_of(o: EasyDict) -> Settings:
     return Settings(o.kid_subsets, o.kid_subset_size, splits=o.splits, seed=o.metric_seed, intervals=o.intervals)
 
 
-def measure(o: EasyDict, source: NetworkImages | RecordedImages, reference: Statistics, detector: Callable) -> list[dict]:
+def measure(o: EasyDict, source: NetworkImages | RecordedImages, reference: Statistics, detector: Detector) -> list[dict]:
     """One {name: value} per repeat."""
     values = []
     for batches in source.repeats():
@@ -101,7 +101,7 @@ def write_reference(o: EasyDict) -> None:
         print(f'{stats.num_images} images, {len(stats.mean)} features ({stats.detector}) -> {o.dest}')
 
 
-def make_detector(o: EasyDict) -> Callable:
+def make_detector(o: EasyDict) -> Detector:
     """The detector on its device; one rank per node downloads its weights."""
     weights = {'weights': o.detector_weights} if o.detector_weights else {}
     name = registry.parse(o.detector)[0]
@@ -116,7 +116,7 @@ def metrics_facts(o: EasyDict) -> dict:
     return {'names': list(o.metrics), **dataclasses.asdict(settings_of(o))}
 
 
-def provenance(values: list[dict], o: EasyDict, source: NetworkImages | RecordedImages, detector: Callable, reference: Statistics,
+def provenance(values: list[dict], o: EasyDict, source: NetworkImages | RecordedImages, detector: Detector, reference: Statistics,
                digest: str | None) -> dict:
     """The content of the JSON: the numbers under their published names (means over repeats), then everything on which they depend."""
     means = report.summary(values)
@@ -135,7 +135,7 @@ def provenance(values: list[dict], o: EasyDict, source: NetworkImages | Recorded
     }
 
 
-def common_facts(o: EasyDict, detector: Callable) -> dict:
+def common_facts(o: EasyDict, detector: Detector) -> dict:
     """What every result states: detector, machine, and the options that were given on the command line (o.given)."""
     told = {key: o[key] for key in o.given if o[key] is not None}
     return {

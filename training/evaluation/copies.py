@@ -2,13 +2,13 @@
 """The work of `eval_fid.py nearest`: the training image nearest to each generated image."""
 
 import math
-from collections.abc import Callable
 
 import torch
 
 from dnnlib import EasyDict, UserError
 from dnnlib.files import beside, file_digest, prepare_output, write_json
 from metrics import memorisation, references, report
+from metrics.detectors import Detector
 from metrics.image_files import ImageFiles
 from torch_utils import distributed
 from training.evaluation.comparison import common_facts, make_detector
@@ -34,7 +34,7 @@ def find_nearest(o: EasyDict) -> None:
         write_nearest(o, sources, features, detector, out_path, picture)
 
 
-def write_nearest(o: EasyDict, sources: dict[str, ImageFiles], features: dict[str, torch.Tensor], detector: Callable, out_path: str,
+def write_nearest(o: EasyDict, sources: dict[str, ImageFiles], features: dict[str, torch.Tensor], detector: Detector, out_path: str,
                   picture: str) -> None:
     """Computes the distances on one rank; writes picture and JSON, and prints the numbers."""
     try:

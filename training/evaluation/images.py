@@ -4,6 +4,9 @@
 import os
 import sys
 from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
 
 from dnnlib import EasyDict, UserError
 from dnnlib.files import beside
@@ -30,7 +33,7 @@ class NetworkImages:
 
     networks: Networks, where several such sources share them; the network is loaded again where another's weights took its place."""
 
-    def __init__(self, o: EasyDict, networks=None) -> None:
+    def __init__(self, o: EasyDict, networks: sampling.Networks | None = None) -> None:
         self._o, self._networks = o, networks or sampling.Networks()
         self.found = len(set(o.seeds))
         self.count = choose_count(o, self.found, f'--seeds={ranges(o.seeds)}: names {self.found} images')

@@ -9,7 +9,7 @@ import torch
 
 from dnnlib.figures import figure
 from torch_utils import misc
-from training.diffusion.discrete import bound_terms, prior_bits
+from training.diffusion.discrete import Diffusion, bound_terms, prior_bits
 
 
 class Bound(NamedTuple):
@@ -22,7 +22,7 @@ class Bound(NamedTuple):
     eps_mse: torch.Tensor  # [N,T], the same in units of the noise
 
 
-def variational_bound(net: Callable, diffusion, x0: torch.Tensor, noise: Callable[[int], torch.Tensor], *,
+def variational_bound(net: Callable, diffusion: Diffusion, x0: torch.Tensor, noise: Callable[[int], torch.Tensor], *,
                       class_labels: torch.Tensor | None = None, variance: str = 'large',
                       progress: Callable[[float], object] | None = None) -> Bound:
     """Evaluates every term of the bound once, each with independent noise.
@@ -43,7 +43,7 @@ def variational_bound(net: Callable, diffusion, x0: torch.Tensor, noise: Callabl
     return Bound(prior + torch.stack([row.sum() for row in vb]), prior, vb, x0_mse, eps_mse)
 
 
-def step_terms(net: Callable, diffusion, x0: torch.Tensor, x: torch.Tensor, t: int, class_labels: torch.Tensor | None = None,
+def step_terms(net: Callable, diffusion: Diffusion, x0: torch.Tensor, x: torch.Tensor, t: int, class_labels: torch.Tensor | None = None,
                variance: str = 'large') -> torch.Tensor:
     """vb, x0_mse and eps_mse of step t, float64 [3,N], from images x at its level; other arguments as in variational_bound."""
     parts = [_terms(net, diffusion, x0[rows], x[rows], t, None if class_labels is None else class_labels[rows], variance)[:, :count]

@@ -3,11 +3,11 @@
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from training.diffusion.discrete import mean_bits
+from training.diffusion.discrete import Diffusion, mean_bits
 from training.likelihood.bound import step_terms
 from training.likelihood.flow import log_likelihood
 
@@ -29,8 +29,8 @@ class GreyLevels(NamedTuple):
     evaluations: torch.Tensor  # int64, calls of the denoiser by the flow
 
 
-def grey_levels(net: Callable, diffusion, x0: torch.Tensor, noise: torch.Tensor, *, class_labels: torch.Tensor | None = None,
-                variance: str = 'large', **flow) -> GreyLevels:
+def grey_levels(net: Callable, diffusion: Diffusion, x0: torch.Tensor, noise: torch.Tensor, *, class_labels: torch.Tensor | None = None,
+                variance: str = 'large', **flow: Any) -> GreyLevels:
     """Upper bound on the bits of grey levels: the probability flow above the level sigma_1, and the first step of the variational bound
     below it.
 

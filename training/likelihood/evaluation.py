@@ -3,6 +3,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -50,7 +51,7 @@ class FlowMethod:
 
     columns, terms = ('bits_per_dim', 'evaluations'), (0, 0)
 
-    def __init__(self, net, dataset: ImageDataset, o: EasyDict) -> None:
+    def __init__(self, net: torch.nn.Module, dataset: ImageDataset, o: EasyDict) -> None:
         self.net, self.o, self.is_float = net, o, dataset.is_float
         scales = np.atleast_1d(dataset.units['scale'] if dataset.is_float else 127.5)  # of all channels, or of each
         self.offset = sum(map(math.log2, scales)) / len(scales)
@@ -92,7 +93,7 @@ class GaussianFlowMethod(FlowMethod):
 
     columns = 'bits_per_dim', 'flow_bits_per_dim', 'decoder_bits_per_dim', 'noise_bits_per_dim', 'evaluations'
 
-    def __init__(self, net, dataset: ImageDataset, o: EasyDict) -> None:
+    def __init__(self, net: torch.nn.Module, dataset: ImageDataset, o: EasyDict) -> None:
         if dataset.is_float:
             raise UserError(f'--dequantise=gaussian is for 8-bit images, and --data={o.data} holds others, which need no '
                             'dequantisation; leave it out')
@@ -127,7 +128,7 @@ class BoundMethod:
 
     columns = ('bits_per_dim', 'prior_bits_per_dim', 'decoder_bits_per_dim', 'x0_mse', 'eps_mse')
 
-    def __init__(self, net, dataset: ImageDataset, o: EasyDict) -> None:
+    def __init__(self, net: torch.nn.Module, dataset: ImageDataset, o: EasyDict) -> None:
         if dataset.is_float:
             raise UserError(f'--method=vlb is a bound for 8-bit images, and --data={o.data} holds others; use --method=ode')
         self.net, self.o = net, o
@@ -153,7 +154,7 @@ class BoundMethod:
                 'levels': self.diffusion.levels.numpy(), 'timesteps': self.diffusion.timesteps}
 
 
-def pick_diffusion(net, o: EasyDict):
+def pick_diffusion(net: torch.nn.Module, o: EasyDict) -> discrete.Diffusion:
     """The Diffusion whose levels the bound visits: that of the network, or the one asked for, respaced by --steps."""
     own = hasattr(net, 'own_diffusion')
     if own and o.diffusion:
@@ -165,7 +166,7 @@ def pick_diffusion(net, o: EasyDict):
         raise UserError(f'--steps={o.steps}: {err}') from None
 
 
-def pick_variance(net, o: EasyDict):
+def pick_variance(net: torch.nn.Module, o: EasyDict) -> str:
     """Of the bound's reverse steps: what --variance asks for; auto: learned where the network was trained to give it, else large."""
     if o.variance == 'learned' and not getattr(net, 'output_multiple', 1) > 1:
         raise UserError('--variance=learned: the network has no channels for the variance; choose large or small')
@@ -173,7 +174,7 @@ def pick_variance(net, o: EasyDict):
     return ('learned' if trained else 'large') if o.variance == 'auto' else o.variance
 
 
-def open_data(net, o: EasyDict) -> tuple[ImageDataset, bool]:
+def open_data(net: torch.nn.Module, o: EasyDict) -> tuple[ImageDataset, bool]:
     """(ImageDataset, whether the network is given its labels), of the network's shape and units."""
     conditional = bool(net.label_dim) if o.cond is None else o.cond
     if conditional and not net.label_dim:
@@ -210,7 +211,7 @@ def choose_items(dataset: ImageDataset, o: EasyDict) -> np.ndarray:
     return clean[:o.num]
 
 
-def flow_options(net, o: EasyDict) -> dict:
+def flow_options(net: torch.nn.Module, o: EasyDict) -> dict:
     """The levels and tolerances of log_likelihood; the range lies within the network's."""
     sigma_min = o.sigma_min or max(SIGMA_MIN, net.sigma_min)
     sigma_max = o.sigma_max or min(SIGMA_MAX, net.sigma_max)
@@ -221,7 +222,8 @@ def flow_options(net, o: EasyDict) -> dict:
                 rtol=o.rtol, atol=o.atol, max_steps=o.max_steps)
 
 
-def measure(net, dataset: ImageDataset, items: np.ndarray, conditional: bool, method, o: EasyDict) -> tuple[dict, np.ndarray]:
+def measure(net: torch.nn.Module, dataset: ImageDataset, items: np.ndarray, conditional: bool,
+            method: FlowMethod | GaussianFlowMethod | BoundMethod, o: EasyDict) -> tuple[dict, np.ndarray]:
     """On every rank: ({column: [repeats, N]}, the mean of the method's terms over images and repeats)."""
     found = {name: torch.zeros([o.repeats, len(items)], dtype=torch.float64) for name in method.columns}
     terms = torch.zeros(method.terms, dtype=torch.float64)
@@ -245,7 +247,8 @@ def measure(net, dataset: ImageDataset, items: np.ndarray, conditional: bool, me
     return {name: gather(values) for name, values in found.items()}, gather(terms) / (o.repeats * len(items))
 
 
-def read_batch(net, dataset: ImageDataset, items: np.ndarray, conditional: bool, o: EasyDict) -> tuple[torch.Tensor, torch.Tensor | None]:
+def read_batch(net: torch.nn.Module, dataset: ImageDataset, items: np.ndarray, conditional: bool,
+               o: EasyDict) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(images [n,C,H,W] float64 in network units, class_labels or None) of items, on the device."""
     device = distributed.pick_device(o.device)
     images = dataset.to_network(np.stack([dataset.decode(i) for i in dataset.raw_idx[items]])).double()
@@ -256,7 +259,7 @@ def read_batch(net, dataset: ImageDataset, items: np.ndarray, conditional: bool,
     return images.to(device), labels.to(device)
 
 
-def keyed(draw: Callable, raw_idx: np.ndarray, *key) -> torch.Tensor:
+def keyed(draw: Callable, raw_idx: np.ndarray, *key: Any) -> torch.Tensor:
     """draw(generator) of each image, stacked: depends on the key and on its index in the archive, not on the batch or the rank."""
     return torch.stack([draw(misc.generator(*key, i)) for i in raw_idx])
 
@@ -284,7 +287,7 @@ def summary(found: dict, dataset: ImageDataset) -> dict:
             **{key: misc.as_float(column.mean()) for key, column in found.items() if key != 'bits_per_dim'}}
 
 
-def provenance(net, dataset: ImageDataset, items: np.ndarray, conditional: bool, o: EasyDict) -> dict:
+def provenance(net: torch.nn.Module, dataset: ImageDataset, items: np.ndarray, conditional: bool, o: EasyDict) -> dict:
     """What the numbers depend on, for every method."""
     return {
         'num_images': len(items),

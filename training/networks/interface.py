@@ -7,6 +7,7 @@ ARCHS['name'] = Arch(TheClass) at its end. Then --arch=name:key=value trains it,
 import contextlib
 import inspect
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -63,7 +64,7 @@ class Arch:
 
     GIVEN = ('img_resolution', 'in_channels', 'out_channels', 'label_dim', 'augment_dim', 'label_dropout')  # by other options
 
-    def __init__(self, network: type[Network], what: str | None = None, **preset) -> None:
+    def __init__(self, network: type[Network], what: str | None = None, **preset: Any) -> None:
         self.network, self.what, self.preset = network, what, preset
         found = {p.name: p.default for p in inspect.signature(network).parameters.values()
                  if p.default is not p.empty and p.name not in self.GIVEN}

@@ -5,6 +5,7 @@ import inspect
 import json
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,7 +36,7 @@ class Precond(nn.Module):
     row_draws = None            # in a training run: see rows.attach_row_draws()
 
     def __init__(self, img_resolution: int | Sequence[int], img_channels: int, label_dim: int = 0, use_fp16: bool = False,
-                 model_type: str | None = None, **kwargs) -> None:
+                 model_type: str | None = None, **kwargs: Any) -> None:
         super().__init__()
         self.img_resolution, self.img_channels, self.label_dim = img_resolution, img_channels, label_dim
         self.compute_dtype = torch.float16 if use_fp16 else torch.float32

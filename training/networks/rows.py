@@ -6,6 +6,7 @@ ranks and micro-batches."""
 
 import contextlib
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -37,7 +38,7 @@ class RowDraws:
         self.key = self.key + torch.tensor([0, 1, 0, 0], device='cpu')
 
     @contextlib.contextmanager
-    def at(self, key: torch.Tensor):
+    def at(self, key: torch.Tensor) -> Iterator[None]:
         """Context in which draws are those of an earlier key, for blocks that are computed again in the backward pass."""
         now, self.key = self.key, key
         try:

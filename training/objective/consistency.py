@@ -6,12 +6,14 @@ estimated are chosen separately; docs/consistency.md has the bias of each combin
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
+from training.data.batches import Batch
 from training.diffusion import ambient
-from training.diffusion.noise import normal_cdf
-from training.objective.loss import TERMS, Term, evaluate
+from training.diffusion.noise import NoiseDistribution, normal_cdf
+from training.objective.loss import TERMS, Evaluation, Term, evaluate
 
 
 def mean_square(error: torch.Tensor) -> torch.Tensor:
@@ -44,9 +46,9 @@ class ConsistencyTerm(Term):
 
     name = 'consistency'
 
-    def __init__(self, noise, weight: Callable, batch: int, *, estimator: str = 'u', steps: int = 20, samples: int = 2, coeff: float = 0.1,
-                 below: str = 'sigma', stop: str = 'upper', teacher: str = 'net', grad: bool = False, weighted: bool = False,
-                 batch_size: int = 32, rampup: float = 0.0, every: int = 1) -> None:
+    def __init__(self, noise: NoiseDistribution, weight: Callable, batch: int, *, estimator: str = 'u', steps: int = 20, samples: int = 2,
+                 coeff: float = 0.1, below: str = 'sigma', stop: str = 'upper', teacher: str = 'net', grad: bool = False,
+                 weighted: bool = False, batch_size: int = 32, rampup: float = 0.0, every: int = 1) -> None:
         super().__init__()
         words = dict(estimator=estimator, stop=stop, teacher=teacher, below=below)
         for key, value in words.items():
@@ -69,7 +71,7 @@ class ConsistencyTerm(Term):
         # A chain calls the network once per step, and once more for the lower prediction; a teacher makes its own upper prediction.
         self.evaluations = self.fraction * (samples * (steps + 1) + self.needs_teacher) / every
 
-    def forward(self, net: torch.nn.Module, batch, randn: Callable, seen=None) -> dict[str, torch.Tensor]:
+    def forward(self, net: torch.nn.Module, batch: Batch, randn: Callable, seen: Evaluation | None = None) -> dict[str, torch.Tensor]:
         """{'consistency': [N]}, zero on the rows that are not used.
 
         randn.step: number of global batches before this one. seen: the Evaluation, if there is one already."""
@@ -169,7 +171,7 @@ def _take(labels, rows):
     return None if labels is None else labels[rows]
 
 
-def published_spec(**given) -> str:
+def published_spec(**given: Any) -> str:
     """The published consistency term as a --consistency spec; `given` replaces some of its keys."""
     published = dict(estimator='mean', steps=5, samples=6, batch_size=32, weighted=False, stop='no', grad=True)
     return 'euler:' + ','.join(f'{key}={value}' for key, value in (published | given).items())

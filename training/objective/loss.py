@@ -4,11 +4,12 @@
 Terms are sums over C, H, W; the caller takes the mean over the batch. Everything is computed in the dtype of the images."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from torch_utils import registry
+from training.data.batches import Batch
 from training.diffusion import ambient
 from training.objective import penalty
 from training.objective.timesteps import Uniform
@@ -22,7 +23,7 @@ class Evaluation(NamedTuple):
     rest: torch.Tensor | None = None  # [N,K,H,W], further channels of the network, where they were asked for
 
 
-def evaluate(net: torch.nn.Module, batch, outputs: bool = False) -> Evaluation:
+def evaluate(net: torch.nn.Module, batch: Batch, outputs: bool = False) -> Evaluation:
     """Adds noise to the images, from sigma_n up to sigma, and calls the denoiser once. outputs: also its further channels, see
     Precond.outputs()."""
     x = ambient.add_noise(batch.images, batch.sigma_n, batch.sigma, batch.noise)
@@ -63,7 +64,7 @@ class AmbientLoss(Term):
         super().__init__()
         self.weight, self.penalty, self.inverse = weight, penalty, inverse
 
-    def forward(self, net: torch.nn.Module, batch, randn: Callable | None = None,
+    def forward(self, net: torch.nn.Module, batch: Batch, randn: Callable | None = None,
                 seen: Evaluation | None = None) -> dict[str, torch.Tensor]:
         """{'denoise': [N]}, and 'log_weight' where the weight is learned.
 
@@ -113,7 +114,7 @@ class Objective(torch.nn.Module):
             if term.needs_teacher:
                 term.set_teacher(net)
 
-    def forward(self, net: torch.nn.Module, batch, randn: Callable) -> dict[str, torch.Tensor]:
+    def forward(self, net: torch.nn.Module, batch: Batch, randn: Callable) -> dict[str, torch.Tensor]:
         """{term name: [N]} of all terms; they are not summed, so that each can be reported separately."""
         due = {name: randn.step % term.every == 0 for name, term in self.terms.items()}
         seen = evaluate(net, batch, outputs=any(term.needs_outputs for name, term in self.terms.items() if due[name]))
@@ -127,7 +128,7 @@ class Objective(torch.nn.Module):
         return seen.x.new_zeros(len(seen.x)) + sum(0 * p.sum() for p in term.parameters() if p.requires_grad)
 
 
-def build_terms(specs: list[str], **context) -> list[Term]:
+def build_terms(specs: list[str], **context: Any) -> list[Term]:
     """The Terms that specs of TERMS name, such as "denoise:inverse=true"; context: the arguments that Term supplies. Raises UserError."""
     return [registry.build(spec, TERMS, '--term', **context) for spec in specs]
 

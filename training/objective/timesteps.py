@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 
 from torch_utils import distributed
+from training.data.batches import Batch
 
 
 class Uniform(torch.nn.Module):
@@ -16,11 +17,11 @@ class Uniform(torch.nn.Module):
         """Prepares for the noise levels of a diffusion, ascending; returns itself."""
         return self
 
-    def redraw(self, batch, randn: Callable):
+    def redraw(self, batch: Batch, randn: Callable) -> Batch:
         """The batch, with the levels to train at."""
         return batch
 
-    def weigh(self, terms: dict[str, torch.Tensor], batch) -> dict[str, torch.Tensor]:
+    def weigh(self, terms: dict[str, torch.Tensor], batch: Batch) -> dict[str, torch.Tensor]:
         """The terms {name: [N]}, weighted so that their mean is that over uniform timesteps."""
         return terms
 
@@ -54,7 +55,7 @@ class SecondMoment(Uniform):
         self.register_buffer('counts', torch.zeros(steps, dtype=torch.int64, device='cpu'))  # losses seen of each t
         return self
 
-    def redraw(self, batch, randn: Callable):
+    def redraw(self, batch: Batch, randn: Callable) -> Batch:
         """Redraws the levels of the clean images according to the losses so far. Batch.factor holds the importance weights."""
         u = torch.special.erfc(randn('timestep', [len(batch.images)]).double() * -math.sqrt(0.5)) / 2  # uniform, from normal draws
         t, weight = self.draw(u)
@@ -62,7 +63,7 @@ class SecondMoment(Uniform):
         sigma = self.levels[t].where(clean, batch.sigma.flatten()).reshape(batch.sigma.shape)
         return batch._replace(sigma=sigma, factor=weight.float().where(clean, 1))
 
-    def weigh(self, terms: dict[str, torch.Tensor], batch) -> dict[str, torch.Tensor]:
+    def weigh(self, terms: dict[str, torch.Tensor], batch: Batch) -> dict[str, torch.Tensor]:
         """Multiplies by the importance weights; records the unweighted losses of the clean images for update()."""
         t = torch.searchsorted(self.levels, batch.sigma.flatten())
         self.note(t, sum(terms.values()), batch.sigma_n.flatten() == 0)

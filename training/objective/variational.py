@@ -8,8 +8,9 @@ import torch
 
 from dnnlib import UserError
 from torch_utils import registry
+from training.data.batches import Batch
 from training.diffusion import ambient, discrete
-from training.objective.loss import TERMS, Term, evaluate
+from training.objective.loss import TERMS, Evaluation, Term, evaluate
 
 
 class Bound(Term):
@@ -31,7 +32,8 @@ class Bound(Term):
             raise ValueError(f'coeff={coeff} must be positive')
         self.diffusion, self.factor, self.frozen = diffusion, coeff * diffusion.steps, frozen
 
-    def forward(self, net: torch.nn.Module, batch, randn: Callable | None = None, seen=None) -> dict[str, torch.Tensor]:
+    def forward(self, net: torch.nn.Module, batch: Batch, randn: Callable | None = None,
+                seen: Evaluation | None = None) -> dict[str, torch.Tensor]:
         """{'bound': [N]}. seen: the Evaluation with the network's channels for the variance, if there is one. Draws nothing from randn."""
         x, D, rest = seen or evaluate(net, batch, outputs=True)
         D = D.detach() if self.frozen else D

@@ -11,6 +11,9 @@ import torch
 from metrics.distances import nearest
 from torch_utils import misc
 from training.checkpoints.load import non_finite
+from training.data.dataset import ImageDataset
+from training.data.store import ImageStore
+from training.run.validation import Validation
 from training.sampling.channels import Channels, moments, statistics
 
 MOST_IMAGES, MOST_VALUES = 10_000, 2 ** 25  # upper limits of the training data that are used; 2 ** 25: 10,922 images of 3x32x32
@@ -29,7 +32,7 @@ def pick(items: np.ndarray, shape: Sequence[int], seed: int, name: str) -> np.nd
     return np.sort(generator.permutation(items)[:most])
 
 
-def data_statistics(store, dataset, sigma_n: np.ndarray, items: np.ndarray, seed: int) -> dict | None:
+def data_statistics(store: ImageStore, dataset: ImageDataset, sigma_n: np.ndarray, items: np.ndarray, seed: int) -> dict | None:
     """Statistics (sampling/channels.py) of the training items, or None for fewer than FEWEST.
 
     Of distributions of latents, those of their samples. Only clean images where there are ENOUGH_CLEAN of them, otherwise noisy ones too:
@@ -144,7 +147,8 @@ class Inspection:
         self.statistics, self.copies = statistics, copies
 
 
-def inspect(store, dataset, sigma_n: np.ndarray, train: np.ndarray, validation, seed: int) -> Inspection:
+def inspect(store: ImageStore, dataset: ImageDataset, sigma_n: np.ndarray, train: np.ndarray, validation: Validation | None,
+            seed: int) -> Inspection:
     """The Inspection of the training items; validation: a Validation with held-out items, or None.
 
     Copies are searched for where there are at least FEWEST clean images, and all of them are within MOST_IMAGES and MOST_VALUES."""

@@ -4,6 +4,7 @@
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from dnnlib import UserError
@@ -17,7 +18,7 @@ from training.data.device import on_device
 from training.data.identity import check_same
 from training.data.pairs import PairStream
 from training.data.store import ImageStore
-from training.diffusion.noise import NOISE, Levels
+from training.diffusion.noise import NOISE, Levels, NoiseDistribution
 from training.networks import conditioning
 from training.networks.ema import HalfLifeEMA, PowerFunctionEMA
 from training.networks.preconditioning import build_network
@@ -27,12 +28,13 @@ from training.objective.penalty import PENALTIES
 from training.objective.timesteps import TIMESTEPS
 from training.objective.weighting import WEIGHTS
 from training.run import alarms, validation
+from training.run.config import Config, CorruptionConfig, LabelConfig, NetworkConfig, ObjectiveConfig, OptimizerConfig
 from training.run.optimizer import OPTIMIZERS
 
 POSITIONS = ('pos_embed', 'relative_position_bias_table', 'relative_position_index')  # ends of names of tensors that belong to a grid
 
 
-def build_net(config, device: torch.device | str = 'cpu', *, seed: int = 0, precision: str = 'fp32') -> torch.nn.Module:
+def build_net(config: NetworkConfig, device: torch.device | str = 'cpu', *, seed: int = 0, precision: str = 'fp32') -> torch.nn.Module:
     """The network of a NetworkConfig in training mode, with initial weights that depend on the seed."""
     with misc.seeded(seed, 'init'):
         net = build_network(config.arguments)
@@ -54,7 +56,7 @@ def build_cep(spec: str, label_dim: int) -> Callable:
     return perturb
 
 
-def build_objective(config, net: torch.nn.Module, batch: int) -> tuple:
+def build_objective(config: ObjectiveConfig, net: torch.nn.Module, batch: int) -> tuple:
     """(noise distribution, Objective) of an ObjectiveConfig for this network. batch: images of a global batch."""
     diffusion = net.own_diffusion() if config.noise is None else None
     noise = Levels(diffusion.levels.tolist()) if diffusion else registry.build(config.noise, NOISE, '--noise')
@@ -79,7 +81,7 @@ def probe(slot: str, spec: str, call: Callable) -> None:
         raise UserError(f'{slot}={spec}: {err}') from None
 
 
-def build_optimizer(config, params: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
+def build_optimizer(config: OptimizerConfig, params: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
     """The optimizer of an OptimizerConfig. It must be fused: such an optimizer skips an update on the device where found_inf is set."""
     try:
         made = registry.build(config.kind, OPTIMIZERS, '--optimizer')(params, config.lr)
@@ -90,7 +92,7 @@ def build_optimizer(config, params: Iterable[torch.nn.Parameter]) -> torch.optim
     return made
 
 
-def build_averages(config, net: torch.nn.Module) -> dict:
+def build_averages(config: OptimizerConfig, net: torch.nn.Module) -> dict:
     """{name: average} of the network's weights: "halflife", which snapshots hold, and one "power_..." for each length of --power-ema."""
     lengths = {f'power_{sigma_rel:.3f}': PowerFunctionEMA(net, sigma_rel) for sigma_rel in config.power_ema}
     return {'halflife': HalfLifeEMA(net, config.ema_halflife_kimg, config.ema_rampup_ratio), **lengths}
@@ -142,7 +144,7 @@ def _transfer_positions(fitting, other, net):
     return {name: line for name, _ in net.named_parameters() if name.endswith(POSITIONS)}
 
 
-def build_corruption(config) -> Corruption:
+def build_corruption(config: CorruptionConfig) -> Corruption:
     """The Corruption of a CorruptionConfig."""
     return Corruption(config.sigma, config.probability, config.seed, config.protocol, config.sigma_min_as)
 
@@ -157,7 +159,7 @@ class Data(NamedTuple):
     inspection: alarms.Inspection  # empty except on rank 0
 
 
-def load_data(config, net: torch.nn.Module, noise, rows: slice, device: torch.device | str) -> Data:
+def load_data(config: Config, net: torch.nn.Module, noise: NoiseDistribution, rows: slice, device: torch.device | str) -> Data:
     """Opens, decodes and corrupts the data of a run (Config). rows: this rank's slice of the global batch."""
     data, run = config.data, config.run
     corruption = build_corruption(config.corruption)
@@ -185,7 +187,7 @@ def load_data(config, net: torch.nn.Module, noise, rows: slice, device: torch.de
     return Data(stream, feed, checker, describe(config.objective, dataset, store, stream, sigma_n[train]), found)
 
 
-def describe(objective, dataset: ImageDataset, store, stream: PairStream, sigma_n) -> str:
+def describe(objective: Objective, dataset: ImageDataset, store: ImageStore, stream: PairStream, sigma_n: np.ndarray) -> str:
     """One line, or two, about the images that a run trains on."""
     noisy, count = int((sigma_n > 0).sum()), len(sigma_n)
     limited = f', {stream.limited} with a sigma_min or sigma_max' if stream.limited else ''
@@ -211,7 +213,7 @@ def check_timesteps(spec: str, stream: PairStream) -> None:
         raise UserError(f'{here}, and some images have a sigma_min or sigma_max; use uniform')
 
 
-def corrupt_labels(config, dataset: ImageDataset, labels: torch.Tensor, train) -> torch.Tensor:
+def corrupt_labels(config: LabelConfig, dataset: ImageDataset, labels: torch.Tensor, train: np.ndarray) -> torch.Tensor:
     """Labels with wrong classes for the fraction of the training images that a LabelConfig says; held-out images keep theirs."""
     if dataset.classes is None:
         raise UserError('--label-corruption needs classes: train with --cond=1 on labels that are classes, not vectors')

@@ -8,6 +8,7 @@ import dataclasses
 import types
 import typing
 from dataclasses import dataclass, field
+from typing import Any
 
 from dnnlib import UserError
 from torch_utils import registry
@@ -153,7 +154,7 @@ def to_json(config: Config) -> dict:
     return dataclasses.asdict(config)
 
 
-def from_json(values: object, kind: type = Config, where: str = ''):
+def from_json(values: object, kind: type = Config, where: str = '') -> Any:
     """The tree from the result of to_json(), of this version or of 0.1.0. Raises UserError for unknown or missing keys."""
     if not isinstance(values, dict):
         raise UserError(f'configuration: "{where.rstrip(".") or "it"}" must be an object, got {type(values).__name__}')

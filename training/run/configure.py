@@ -8,8 +8,8 @@ import torch
 
 from dnnlib import EasyDict, UserError
 from torch_utils import distributed, misc, registry
-from training.data.corruption import LabelCorruption
-from training.data.dataset import ImageDataset
+from training.data.corruption import Corruption, LabelCorruption
+from training.data.dataset import Form, ImageDataset
 from training.data.identity import open_everywhere
 from training.data.pairs import with_inverse_weight
 from training.diffusion.discrete import build_diffusion
@@ -83,7 +83,7 @@ def check_batch(o: EasyDict) -> None:
                         f'try --batch-gpu={good}')
 
 
-def open_data(o: EasyDict, corruption):
+def open_data(o: EasyDict, corruption: Corruption) -> tuple[config.DataConfig, Form]:
     """(DataConfig, Form) of --data and --val, after checking that they are the same on all ranks and fit the Corruption."""
     held_out = validation(o)
 
@@ -124,7 +124,7 @@ def of_latents(o: EasyDict, dataset) -> EasyDict:
 # ---- the objective
 
 
-def objective(o: EasyDict, dataset) -> config.ObjectiveConfig:
+def objective(o: EasyDict, dataset: Form) -> config.ObjectiveConfig:
     """The ObjectiveConfig: the chosen pieces, and the loss terms that the options amount to."""
     noise, weight = PUBLISHED[o.precond]
     if o.objective:
@@ -143,7 +143,7 @@ def objective(o: EasyDict, dataset) -> config.ObjectiveConfig:
                                   timesteps=o.timesteps or 'uniform')
 
 
-def check_discrete(o: EasyDict, dataset) -> None:
+def check_discrete(o: EasyDict, dataset: Form) -> None:
     """Refuses what does not go with --objective."""
     here, (name, _) = f'--objective={o.objective}', registry.parse(o.objective)
     if o.precond != 'iddpm':
@@ -162,7 +162,7 @@ def check_discrete(o: EasyDict, dataset) -> None:
 # ---- the network
 
 
-def network_arguments(o: EasyDict, dataset) -> dict:
+def network_arguments(o: EasyDict, dataset: Form) -> dict:
     """config.json of the network: published constructor arguments."""
     (height, width), prediction = dataset.resolution, o.prediction or PREDICTION
     found = dict(img_resolution=height if height == width else [height, width], img_channels=dataset.image_shape[0],
@@ -262,7 +262,7 @@ def validation(o: EasyDict) -> config.ValidationConfig | None:
     return config.ValidationConfig(share=share)
 
 
-def metrics(o: EasyDict, dataset) -> config.MetricsConfig | None:
+def metrics(o: EasyDict, dataset: Form) -> config.MetricsConfig | None:
     """The MetricsConfig, or None."""
     if not o.metrics_every:
         if o.metrics_ref is not None:

@@ -4,6 +4,8 @@ device."""
 
 import torch
 
+from training.data.batches import Batch
+
 MAX_SKIPPED = 50        # updates skipped in a row before a run is stopped
 ASK_EVERY = 10          # steps between reads of a GPU's counter; on the CPU reading it costs nothing
 GROW_AFTER = 2000       # good updates after which a dynamic loss scale doubles
@@ -50,7 +52,7 @@ class Guard:
         self.in_row = torch.zeros([], device=device)
         self._seen = {}  # term -> float64 [ROWS, 4]: is non-finite, sigma, raw_idx, step
 
-    def note_terms(self, terms: dict[str, torch.Tensor], batch, step: int) -> None:
+    def note_terms(self, terms: dict[str, torch.Tensor], batch: Batch, step: int) -> None:
         """Records values that are not finite among the terms of a micro-batch, {name: [N]}."""
         for name, values in terms.items():
             bad = ~torch.isfinite(values.detach())
@@ -113,7 +115,7 @@ class NoiseScale:
         spread = (part - whole) / (1 / self.small - 1 / self.large)
         return signal, spread
 
-    def hook(self, group, bucket):
+    def hook(self, group: object, bucket: torch.distributed.GradBucket) -> torch.futures.Future[torch.Tensor]:
         """DistributedDataParallel's communication hook: measures this rank's own gradients, then averages them as usual."""
         self._local = self._local + bucket.buffer().square().sum()
         if bucket.is_last():

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 import torch
 
 from torch_utils import registry
+from training.run.config import OptimizerConfig
 
 
 def adam(params: Iterable[torch.nn.Parameter], lr: float, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8,
@@ -58,7 +59,7 @@ def cosine(nimg: int, batch: int, kimg: float = 0.0, least: float = 0.0) -> floa
 class LearningRate:
     """(nimg, batch) -> the learning rate of an OptimizerConfig: lr times ramp-up times schedule."""
 
-    def __init__(self, config) -> None:
+    def __init__(self, config: OptimizerConfig) -> None:
         self.lr, self.rampup = config.lr, max(config.rampup_kimg * 1e3, 1e-8)
         self.schedule = registry.build(config.schedule, LR_SCHEDULES, '--lr-schedule')
 

@@ -4,6 +4,7 @@
 Nothing here imports torch, so that --help answers at once: registries are given by name, and imported when a value is checked."""
 
 from collections.abc import Callable
+from typing import Any
 
 import click
 
@@ -17,24 +18,24 @@ DIFFUSION = 'cosine:steps=4000'  # default schedule of a discrete-time objective
 PREDICTION = 'v'  # default prediction of its network, see docs/improved_ddpm.md
 
 
-def number(name: str, kind, text: str, default=None, metavar: str = 'FLOAT') -> Callable:
+def number(name: str, kind: click.ParamType | type, text: str, default: Any = None, metavar: str = 'FLOAT') -> Callable:
     return click.option(name, metavar=metavar, type=kind, default=default, show_default=default is not None, help=text)
 
 
-def count(name: str, text: str, default=None, kind=COUNT) -> Callable:
+def count(name: str, text: str, default: Any = None, kind: click.ParamType = COUNT) -> Callable:
     return number(name, kind, text, default, 'INT')
 
 
-def switch(name: str | tuple, text: str, default=False) -> Callable:
+def switch(name: str | tuple, text: str, default: bool | None = False) -> Callable:
     names = [name] if isinstance(name, str) else name
     return click.option(*names, metavar='BOOL', type=bool, default=default, show_default=True, help=text)
 
 
-def slot(name: str, registry: str, text: str, default=None, keys: bool = True, **more) -> Callable:
+def slot(name: str, registry: str, text: str, default: str | None = None, keys: bool = True, **more: Any) -> Callable:
     return click.option(name, type=Spec(registry, keys), default=default, show_default=default is not None, help=text, **more)
 
 
-def word(name: str, choices: list[str], text: str, default=None) -> Callable:
+def word(name: str, choices: list[str], text: str, default: str | None = None) -> Callable:
     return click.option(name, type=click.Choice(choices), metavar='|'.join(choices), default=default, show_default=default is not None,
                         help=text)
 

@@ -2,19 +2,21 @@
 """Checks of a training state before a run continues from it: whatever does not fit is refused by name, and the run is left unchanged."""
 
 import math
+from typing import Any
 
 import torch
 
 from dnnlib import UserError
 from training.checkpoints.load import check_tensors, check_weights
 from training.run.build import build_optimizer
+from training.run.config import OptimizerConfig
 from training.sampling.pieces import own_sampling
 
 MOST = 2 ** 53  # upper limit of counts: what JSON and float64 hold exactly
 PENDING = ('validate', 'snapshot', 'measure', 'state')  # what may still have to be done at the end of a tick
 
 
-def checked(state: dict, run, path: str) -> dict:
+def checked(state: dict, run: Any, path: str) -> dict:
     """The content of a state file (checkpoint.load), checked for a Run with the same configuration; changes nothing.
 
     Its optimizer gets the hyperparameters of this run, which are those of its configuration, and the file's moments. Raises UserError,
@@ -77,7 +79,7 @@ def check_module(module: torch.nn.Module, found: object, where: str) -> None:
             raise UserError(f'"{where}": {name} is {_shown(found[name].dtype)}, and must be {_shown(own.dtype)}')
 
 
-def check_optimizer(found: object, run) -> None:
+def check_optimizer(found: object, run: Any) -> None:
     """Refuses a state that does not belong to the run's kind of optimizer and its parameters."""
     _check_dict(found, 'optimizer')
     _check_dict(found.get('state'), 'optimizer.state')
@@ -112,7 +114,7 @@ def check_stats(stats: object) -> None:
             raise UserError('"stats" must hold sums and tables of reported values only')
 
 
-def example(config) -> tuple[dict, torch.nn.Parameter]:
+def example(config: OptimizerConfig) -> tuple[dict, torch.nn.Parameter]:
     """({name: value} that the optimizer of an OptimizerConfig keeps for a parameter, that parameter)."""
     param = torch.nn.Parameter(torch.zeros(2, 3, 5, 7))  # a shape that nothing else has by chance
     param.grad = torch.zeros_like(param)

@@ -21,7 +21,7 @@ from training.checkpoints.card import model_card
 from training.checkpoints.load import load_weights
 from training.checkpoints.save import save_network
 from training.data.augment import AugmentPipe
-from training.data.batches import micro_batches
+from training.data.batches import Batch, micro_batches
 from training.networks.rows import attach_row_draws
 from training.run import alarms, gradients, schema
 from training.run.build import build_averages, build_net, build_objective, build_optimizer, load_data, transfer_weights
@@ -48,7 +48,7 @@ class TrainStep(torch.nn.Module):
         super().__init__()
         self.net, self.objective = net, objective
 
-    def forward(self, batch, randn: Callable) -> dict[str, torch.Tensor]:
+    def forward(self, batch: Batch, randn: Callable) -> dict[str, torch.Tensor]:
         return self.objective(self.net, batch, randn)
 
 

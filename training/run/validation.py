@@ -17,6 +17,8 @@ from training.data.latents import sample
 from training.data.limits import usable_levels
 from training.data.pairs import PAIRINGS
 from training.data.store import ImageStore
+from training.diffusion.noise import NoiseDistribution
+from training.run.config import Config
 
 LEVELS = 8  # number of levels: the medians of equally probable bins of the run's noise distribution
 
@@ -34,8 +36,8 @@ def split(raw_idx: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.
     return np.flatnonzero(~held_out), np.flatnonzero(held_out)
 
 
-def build(config, noise, store: ImageStore, dataset: ImageDataset, held_out: np.ndarray, sigma_n: np.ndarray, sigma_min: np.ndarray,
-          labels: torch.Tensor | None) -> 'Validation':
+def build(config: Config, noise: NoiseDistribution, store: ImageStore, dataset: ImageDataset, held_out: np.ndarray, sigma_n: np.ndarray,
+          sigma_min: np.ndarray, labels: torch.Tensor | None) -> 'Validation':
     """The Validation that a run's Config asks for: a share of the training data (`held_out`), or a separate data set.
 
     sigma_n, sigma_min, labels: of every item of the training data. A separate data set is corrupted like it, with another seed."""
@@ -84,7 +86,7 @@ class Validation:
     and the image's index, so that the result does not depend on ranks or batch size."""
 
     def __init__(self, store: ImageStore, items: np.ndarray, sigma_n: np.ndarray | torch.Tensor, labels: torch.Tensor | None,
-                 levels: list[float], batch: int, seed: int, limits=None) -> None:
+                 levels: list[float], batch: int, seed: int, limits: Limits | None = None) -> None:
         self.store, self.labels, self.levels, self.batch, self.seed = store, labels, levels, batch, seed
         self.items, self.sigma_n = np.asarray(items), torch.as_tensor(sigma_n, dtype=torch.float32)
         self.limits = usable_levels(sigma_n) if limits is None else limits

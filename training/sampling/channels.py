@@ -6,6 +6,7 @@ units: mean and std of all pixels, and the standard deviations over images of th
 "balanced" where every class has the same weight, "as they are" where labels do not matter or are not classes."""
 
 import math
+from typing import Any
 
 import torch
 
@@ -47,7 +48,7 @@ def checked(found: object, channels: int) -> dict | None:
     return found if good and found['num_images'] > 0 else None
 
 
-def expected(net, labels: str | None = None, class_idx: int | None = None, stop_sigma: float | None = None,
+def expected(net: torch.nn.Module, labels: str | None = None, class_idx: int | None = None, stop_sigma: float | None = None,
              stop_variance: float | None = None) -> dict | None:
     """The statistics that samples of a network should have with these options of generate.py; None where they are unknown."""
     found = checked(getattr(net, 'data_statistics', None), net.img_channels)
@@ -60,7 +61,7 @@ def expected(net, labels: str | None = None, class_idx: int | None = None, stop_
 class Channels:
     """Sums over sampled images, from which the ranks together compute means. Attribute sums: float64 [2C + 2]."""
 
-    def __init__(self, net, **options) -> None:
+    def __init__(self, net: torch.nn.Module, **options: Any) -> None:
         """options: those of expected()."""
         self.data, self.units = expected(net, **options), net.units
         self.sums = torch.zeros(2 * net.img_channels + 2, dtype=torch.float64)

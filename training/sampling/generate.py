@@ -5,7 +5,7 @@ import functools
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -51,7 +51,7 @@ class SeededDraws:
 
 
 @torch.no_grad()
-def generate_images(net, seeds: Iterable[int], *, schedule: Callable = schedules.edm, stepper: Callable = steppers.heun,
+def generate_images(net: Callable, seeds: Iterable[int], *, schedule: Callable = schedules.edm, stepper: Callable = steppers.heun,
                     num_steps: int | None = 18, batch: int = 64, labels: Callable | None = None, guidance: Guidance = NO_GUIDANCE,
                     device: torch.device | str | None = None, rank: int = 0, world: int = 1,
                     report: Callable[[int], None] | None = None) -> Iterator[Samples]:
@@ -142,19 +142,19 @@ class ConditionedDenoiser:
         return [torch.cat(pieces) for pieces in zip(*parts)]
 
 
-def noise_levels(net, schedule: Callable, num_steps: int | None) -> torch.Tensor:
+def noise_levels(net: Callable, schedule: Callable, num_steps: int | None) -> torch.Tensor:
     """The schedule's levels within the network's range, rounded to the network's own levels; float64 [T + 1], ending in 0."""
     levels = schedule(num_steps, **sigma_range(net, schedule))
     return torch.cat([ConditionedDenoiser(net).round_sigma(levels[:-1]), levels[-1:]])
 
 
-def sigma_range(net, schedule: Callable) -> dict[str, float]:
+def sigma_range(net: Callable, schedule: Callable) -> dict[str, float]:
     """{sigma_min, sigma_max} of a schedule (those that it has), limited to the network's range."""
     chosen, cut = registry.parameters(schedule), {'sigma_min': max, 'sigma_max': min}
     return {key: limit(chosen[key], getattr(net, key)) for key, limit in cut.items() if key in chosen}
 
 
-def with_time(net, schedule: Callable, stepper: Callable, sigmas: torch.Tensor) -> Callable:
+def with_time(net: Callable, schedule: Callable, stepper: Callable, sigmas: torch.Tensor) -> Callable:
     """The stepper; where its sigma(t) is given by name, the curve is fitted to the schedule's range, or to the levels if that is unbounded.
 
     Raises ValueError for a range that no such curve has."""
@@ -175,12 +175,12 @@ def check_finite(part: Samples, who: str = '') -> None:
                         'its batch are not); the weights are broken, or overflow in --precision=fp16')
 
 
-def resolution(net) -> list[int]:
+def resolution(net: Callable) -> list[int]:
     """[H, W] of a network's images."""
     return misc.height_width(net.img_resolution)
 
 
-def network_device(net) -> torch.device:
+def network_device(net: Callable) -> torch.device:
     """Where the network's parameters are; the CPU for a denoiser that has none."""
     parameters = net.parameters() if hasattr(net, 'parameters') else ()
     return next((p.device for p in parameters), torch.device('cpu'))

@@ -67,7 +67,7 @@ class Guided:
         return led if self.channels is None else torch.cat([led[:, :self.channels], D_1[:, self.channels:]], dim=1)
 
 
-def check(net, guidance: Guidance) -> None:
+def check(net: Callable, guidance: Guidance) -> None:
     """Raises ValueError where a network cannot be guided in this way."""
     weight, guide = guidance.weight, guidance.net
     if not 0 <= weight < math.inf:

@@ -50,7 +50,7 @@ def listed(table: torch.Tensor) -> Callable:
     return source
 
 
-def pick(net, seeds: Iterable[int], spec: str | None = None, class_idx: int | None = None) -> Callable | None:
+def pick(net: Callable, seeds: Iterable[int], spec: str | None = None, class_idx: int | None = None) -> Callable | None:
     """The source that the options name; None for unconditional networks.
 
     spec: "uniform", "dataset:PATH", or a file: .npy, .json (a list) or .txt (one label per line), whose row s is for seed s. A whole

@@ -8,6 +8,9 @@ import functools
 import json
 import math
 from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
 
 from dnnlib import EasyDict, UserError
 from torch_utils import distributed, misc, registry
@@ -29,7 +32,7 @@ class Networks:
     def __init__(self):
         self._held, self._guides, self._digests, self._labels, self._printed, self._outputs = {}, {}, {}, None, set(), {}
 
-    def open(self, o):
+    def open(self, o: EasyDict) -> tuple[torch.nn.Module, torch.nn.Module | None]:
         """(network, guiding network or None) on their device. Raises UserError."""
         load = functools.partial(open_network, device=distributed.pick_device(o.device), precision=o.precision, compile=o.compile)
         if o.weights not in self._held:
@@ -40,7 +43,7 @@ class Networks:
             self._guides[o.gnet] = load(o.gnet, weights=o.gnet_weights)
         return self._held[o.weights], self._guides[o.gnet] if o.gnet else None
 
-    def labels(self, net, seeds, o):
+    def labels(self, net: torch.nn.Module, seeds: Iterable[int], o: EasyDict) -> Callable | None:
         """The source of labels that the options name; all cells share it."""
         self._labels = self._labels or (pick_labels(net, seeds, o.labels, o.class_idx),)
         return self._labels[0]
@@ -59,14 +62,14 @@ class Networks:
             self._digests[key] = misc.state_digest(net)
         return self._digests[key]
 
-    def warn(self, text):
+    def warn(self, text: str) -> None:
         """Prints a line, once."""
         if text not in self._printed:
             self._printed.add(text)
             distributed.print0(f'Warning: {text}')
 
 
-def prepare(o: EasyDict, seeds: Iterable[int], networks=None) -> tuple:
+def prepare(o: EasyDict, seeds: Iterable[int], networks: Networks | None = None) -> tuple:
     """(network on its device, arguments for generate_images) from those options, --network and --device; o: an EasyDict of them.
 
     networks: Networks, where several such calls share them. Raises UserError, in one line, for whatever they or the network refuse,
@@ -80,7 +83,7 @@ def prepare(o: EasyDict, seeds: Iterable[int], networks=None) -> tuple:
     return net, {'labels': networks.labels(net, seeds, o), 'guidance': guidance, **pieces}
 
 
-def open_network(ref: str, weights: str, device, precision: str | None, compile: bool):
+def open_network(ref: str, weights: str, device: torch.device | str, precision: str | None, compile: bool) -> torch.nn.Module:
     """Loads the network, with the precision and compilation that are asked for."""
     net = load_network(ref, device=device, weights=weights)
     show_recipe(ref)
@@ -113,7 +116,7 @@ def pick_guidance(net, gnet, weight: float, interval: str | None, warn: Callable
     return found
 
 
-def pick_labels(net, seeds: Iterable[int], spec: str | None, class_idx: int | None) -> Callable | None:
+def pick_labels(net: torch.nn.Module, seeds: Iterable[int], spec: str | None, class_idx: int | None) -> Callable | None:
     """The source of labels that the options name."""
     try:
         return labels.pick(net, seeds, spec, class_idx)
@@ -121,9 +124,9 @@ def pick_labels(net, seeds: Iterable[int], spec: str | None, class_idx: int | No
         raise UserError(f'--class={class_idx}: {err}' if class_idx is not None else f'--labels={spec}: {err}') from None
 
 
-def sampler_pieces(net, steps: int | None = None, sampler: str | None = None, levels: str | None = None, stop_sigma: float | None = None,
-                   stop_variance: float | None = None, sigma_min: float | None = None, sigma_max: float | None = None,
-                   rho: float | None = None, **keys) -> dict:
+def sampler_pieces(net: torch.nn.Module, steps: int | None = None, sampler: str | None = None, levels: str | None = None,
+                   stop_sigma: float | None = None, stop_variance: float | None = None, sigma_min: float | None = None,
+                   sigma_max: float | None = None, rho: float | None = None, **keys: Any) -> dict:
     """{schedule, num_steps, stepper} with their options bound. Raises UserError for what they or the network refuse."""
     if stop_sigma is not None and stop_variance is not None:
         raise UserError('--stop-sigma and --stop-variance are the same option, given as a level or as its square; give one of them')
@@ -149,12 +152,12 @@ def sampler_pieces(net, steps: int | None = None, sampler: str | None = None, le
     return {'schedule': schedule, 'num_steps': steps, 'stepper': stepper}
 
 
-def default_pieces(net) -> dict:
+def default_pieces(net: torch.nn.Module) -> dict:
     """sampler_pieces() without any option, as for grids and metrics during training."""
     return sampler_pieces(net)
 
 
-def choose(net, sampler: str | None = None, levels: str | None = None, steps: int | None = None,
+def choose(net: torch.nn.Module, sampler: str | None = None, levels: str | None = None, steps: int | None = None,
            rho: float | None = None) -> tuple[str, str, int | None]:
     """(sampler, levels, steps): what is given, else what the network's config.json says, else EDM's.
 
@@ -169,7 +172,7 @@ def choose(net, sampler: str | None = None, levels: str | None = None, steps: in
     return sampler, levels, steps or (None if own_number else own.get('steps', STEPS))
 
 
-def own_sampling(net) -> dict:
+def own_sampling(net: torch.nn.Module) -> dict:
     """The checked "sampling" of the network's config.json, {"sampler": ...} with optional "levels" and "steps"; {} where there is none."""
     found = getattr(net, 'sampling', None)
     if found is None:
@@ -195,12 +198,12 @@ def _said_by(whose):
         raise UserError(f'{whose}: {err.message}' if whose else err.message) from None
 
 
-def has_timesteps_for(net, sampler: str) -> bool:
+def has_timesteps_for(net: torch.nn.Module, sampler: str) -> bool:
     """Whether the network was trained on discrete timesteps, and the sampler is made for them (those are the samplers that can clip D)."""
     return bool(getattr(net, 'diffusion', None)) and 'clip' in registry.parameters(steppers.STEPPERS[registry.parse(sampler)[0]])
 
 
-def default_levels(net, sampler: str, rho: float | None) -> str:
+def default_levels(net: torch.nn.Module, sampler: str, rho: float | None) -> str:
     """The default of --levels: the network's own timesteps for samplers of discrete timesteps, EDM's levels otherwise."""
     own = rho is None and has_timesteps_for(net, sampler)
     return f'respaced:diffusion={net.diffusion.replace(",", "|")}' if own else 'edm'

@@ -56,7 +56,7 @@ def describe(o: EasyDict, net, pieces: dict, output, digest: Callable = misc.sta
     return finite(found)
 
 
-def precision(net) -> str:
+def precision(net: torch.nn.Module) -> str:
     """Name of the dtype in which a network computes."""
     dtype = getattr(net, 'compute_dtype', torch.float32)
     return next((name for name, known in misc.DTYPES.items() if known == dtype), str(dtype).removeprefix('torch.'))
@@ -81,7 +81,7 @@ def _plain(value):
     return next((name for name, kind in schedules.TIMES.items() if type(value) is kind), value)
 
 
-def describe_labels(o: EasyDict, source) -> dict:
+def describe_labels(o: EasyDict, source: Callable | None) -> dict:
     """Where the labels come from; a table is identified by its digest."""
     if o.class_idx is not None:
         return {'source': 'class', 'class': o.class_idx}
@@ -109,7 +109,7 @@ class _Counter:
         return self(x, sigma), torch.zeros_like(x)
 
 
-def count_evaluations(net, stepper: Callable, sigmas: torch.Tensor, guidance) -> tuple[int, int]:
+def count_evaluations(net: torch.nn.Module, stepper: Callable, sigmas: torch.Tensor, guidance: Guidance) -> tuple[int, int]:
     """(network evaluations per image, how many of them are D_0's), counted by sampling with a denoiser that returns zeros."""
     denoise, guide = (_Counter(ConditionedDenoiser(net).round_sigma) for _ in range(2))
     led = Guided(denoise, guide, guidance.weight, guidance.interval)

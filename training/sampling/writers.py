@@ -7,10 +7,11 @@ import io
 import os
 import re
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import PIL.Image
+import torch
 
 from dnnlib.archive import DAMAGE, decode_image
 from dnnlib.files import replacing
@@ -19,19 +20,19 @@ from training.sampling.pixels import grid
 PNG_END = b'IEND\xaeB`\x82'
 
 
-def write_png(path: str | os.PathLike, image) -> None:
+def write_png(path: str | os.PathLike, image: np.ndarray | torch.Tensor) -> None:
     """Writes a PNG. image: uint8 [1,H,W] (grey) or [3,H,W] (RGB)."""
     with replacing(path) as part, open(part, 'wb') as f:
         _pil(image).save(f, format='PNG')
 
 
-def write_npy(path: str | os.PathLike, image) -> None:
+def write_npy(path: str | os.PathLike, image: np.ndarray | torch.Tensor) -> None:
     """Writes an npy file. image: [C,H,W] of any dtype."""
     with replacing(path) as part, open(part, 'wb') as f:
         np.save(f, np.asarray(image))
 
 
-def write_npz(path: str | os.PathLike, image, **facts) -> None:
+def write_npz(path: str | os.PathLike, image: np.ndarray | torch.Tensor, **facts: Any) -> None:
     """Writes an npz file. image: [C,H,W] of any dtype, stored as `image`; facts: more arrays by name (None is left out)."""
     with replacing(path) as part, open(part, 'wb') as f:
         np.savez(f, image=np.asarray(image), **{name: value for name, value in facts.items() if value is not None})
@@ -60,7 +61,7 @@ class Files(NamedTuple):
         folder = os.path.join(self.outdir, f'{seed // 1000 * 1000:06d}') if self.subdirs else self.outdir
         return os.path.join(folder, f'{seed:06d}.{self.format}')
 
-    def write(self, seed: int, image, label: np.ndarray | None = None) -> None:
+    def write(self, seed: int, image: np.ndarray, label: np.ndarray | None = None) -> None:
         """Writes one image, and creates its folder. Raises OSError that names the file."""
         path = self.path(seed)
         try:
@@ -100,7 +101,7 @@ def _pil(image):
     return PIL.Image.fromarray(image[0] if len(image) == 1 else np.ascontiguousarray(image.transpose(1, 2, 0)))
 
 
-def write_grid(path: str | os.PathLike, images, columns: int | None = None) -> None:
+def write_grid(path: str | os.PathLike, images: np.ndarray | torch.Tensor, columns: int | None = None) -> None:
     """Writes grid() of images as PNG. images: uint8 [N,C,H,W], C = 1 or 3."""
     write_png(path, grid(images, columns))
 
@@ -118,7 +119,7 @@ class Writers:
     def __enter__(self):
         return self
 
-    def submit(self, function: Callable, *args, **kwargs) -> None:
+    def submit(self, function: Callable, *args: Any, **kwargs: Any) -> None:
         """Calls function(*args, **kwargs) in a thread; waits where too many calls are outstanding."""
         while self._pending and (self._pending[0].done() or len(self._pending) >= self._backlog):
             self._settle()

@@ -51,7 +51,7 @@ def law(intervals):
 
 
 def ks_distance(sample, cdf):
-    """At every so manieth of the sorted draws, which leaves out 1e-4 at most."""
+    """At evenly spaced positions of the sorted draws, which leaves out 1e-4 at most."""
     places = np.arange(0, len(sample), max(1, len(sample) // 10_000))
     height = cdf(np.sort(sample)[places])
     return max((height - places / len(sample)).max(), ((places + 1) / len(sample) - height).max()) + 1e-4

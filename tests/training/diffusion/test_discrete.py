@@ -229,7 +229,7 @@ def test_predictions_are_there_and_back(kind):
 
 
 def test_double_tweedie_in_variance_preserving_form():
-    """E[x_tn | x_t] of the VP process is that of the house but for the scaling: for Gaussian data the closed-form regression."""
+    """E[x_tn | x_t] of the VP process is the program's but for the scaling: for Gaussian data the closed-form regression."""
     variance, low, high = 0.25, 0.3, 0.7  # levels as noise stds beside sqrt(1 - level^2) x_0
     signal = lambda s: math.sqrt(1 - s ** 2)
     spread = lambda s: signal(s) ** 2 * variance + s ** 2  # variance of the noisy image

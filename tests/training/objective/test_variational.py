@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Discrete-time objectives in training: published losses through the house's terms, frozen means, noisy images, resampled timesteps."""
+"""Discrete-time objectives in training: published losses from the program's terms, frozen means, noisy images, resampled timesteps."""
 
 import json
 

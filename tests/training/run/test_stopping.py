@@ -53,7 +53,7 @@ def ask(number=signal.SIGTERM):
 
 
 def after(calls, function, number=signal.SIGTERM):
-    """A function that asks the run to end when it is called for the so manieth time."""
+    """A function that asks the run to end at its n-th call."""
     left = [calls]
 
     def counted(*args, **kwargs):
@@ -64,7 +64,7 @@ def after(calls, function, number=signal.SIGTERM):
     return counted
 
 
-# (what is called, the so manieth time), and what of the tick is left to do
+# (what is called, at which call), and what of the tick is left to do
 PLACES = {'first step': ((training_loop.Run, 'step'), 1, []), 'step': ((training_loop.Run, 'step'), 7, []),
           'last step of a tick': ((training_loop.Run, 'step'), 4, []),
           'last step': ((training_loop.Run, 'step'), 20, ['validate', 'snapshot', 'measure', 'state']),
