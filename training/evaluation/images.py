@@ -4,9 +4,6 @@
 import os
 import sys
 from collections.abc import Iterable, Iterator
-from typing import Any
-
-import torch
 
 from dnnlib import EasyDict, UserError
 from dnnlib.files import beside

@@ -6,8 +6,6 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 
-import torch
-
 from dnnlib import EasyDict, UserError
 from dnnlib.files import read_json, write_json
 from dnnlib.lock import FolderLock

@@ -109,7 +109,7 @@ class _Counter:
         return self(x, sigma), torch.zeros_like(x)
 
 
-def count_evaluations(net: torch.nn.Module, stepper: Callable, sigmas: torch.Tensor, guidance: Guidance) -> tuple[int, int]:
+def count_evaluations(net: torch.nn.Module, stepper: Callable, sigmas: torch.Tensor, guidance: Any) -> tuple[int, int]:
     """(network evaluations per image, how many of them are D_0's), counted by sampling with a denoiser that returns zeros."""
     denoise, guide = (_Counter(ConditionedDenoiser(net).round_sigma) for _ in range(2))
     led = Guided(denoise, guide, guidance.weight, guidance.interval)
