@@ -14,7 +14,7 @@ from training.data.corruption import Corruption
 from training.data.dataset import ImageDataset, as_vectors
 from training.data.identity import check_same
 from training.data.latents import sample
-from training.data.limits import usable_levels
+from training.data.limits import Limits, usable_levels
 from training.data.pairs import PAIRINGS
 from training.data.store import ImageStore
 from training.diffusion.noise import NoiseDistribution

@@ -16,7 +16,7 @@ from torch_utils import distributed, misc, registry
 from training.diffusion import schedules
 from training.sampling import steppers
 from training.sampling.generate import ConditionedDenoiser, noise_levels
-from training.sampling.guidance import Guided
+from training.sampling.guidance import Guidance, Guided
 from training.sampling.labels import DATASET
 
 # The keys that are compared between two records, because pixels depend on them, each with the option that sets it. Levels are compared as
@@ -109,7 +109,7 @@ class _Counter:
         return self(x, sigma), torch.zeros_like(x)
 
 
-def count_evaluations(net: torch.nn.Module, stepper: Callable, sigmas: torch.Tensor, guidance: Any) -> tuple[int, int]:
+def count_evaluations(net: torch.nn.Module, stepper: Callable, sigmas: torch.Tensor, guidance: Guidance) -> tuple[int, int]:
     """(network evaluations per image, how many of them are D_0's), counted by sampling with a denoiser that returns zeros."""
     denoise, guide = (_Counter(ConditionedDenoiser(net).round_sigma) for _ in range(2))
     led = Guided(denoise, guide, guidance.weight, guidance.interval)
