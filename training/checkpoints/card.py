@@ -2,6 +2,7 @@
 """The model card of a network's folder, its README.md."""
 
 import json
+import os
 import re
 from collections.abc import Iterable
 
@@ -29,7 +30,7 @@ def model_card(config: dict, options: dict | None = None, kimg: float | None = N
     name that the Hub knows or another one. code: URL of the program's code. Raises UserError for a licence that is not a name."""
     height, width = misc.height_width(config['img_resolution'])
     rows = {'Images': f'{config["img_channels"]} x {height} x {width}',
-            'Classes': config.get('label_dim') or 'none (unconditional)',
+            **_conditions(config),
             'Architecture': config.get('model_type', 'default of its preconditioner'),
             'Preconditioning': config.get('precond', 'edm')}
     if kimg is not None:
@@ -41,6 +42,14 @@ def model_card(config: dict, options: dict | None = None, kimg: float | None = N
     return CARD_TEXT.format(
         license=_license_tag(license), program=f'[{program}]({code})' if code else program, metrics=_metrics_table(metrics),
         table='\n'.join(f'| {name} | {value} |' for name, value in rows.items()), training=training, picture=picture)
+
+
+def _conditions(config):
+    """The row of the table that says what the network's labels are."""
+    text = config.get('text')
+    if text:
+        return {'Captions': f'{os.path.basename(text["encoder"].rstrip("/"))} ({text["pooling"]}, {text["sha256"][:8]})'}
+    return {'Classes': config.get('label_dim') or 'none (unconditional)'}
 
 
 def public(options: dict) -> dict:

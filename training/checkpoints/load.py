@@ -111,6 +111,8 @@ def _check_plausible(config, state):
     largest = max((tensor.numel() for tensor in state.values()), default=0)
     blocks, levels = config.get('num_blocks', 1), config.get('channel_mult', [])
     for key, value in config.items():
+        if key == 'text':  # its digest is no number; build_network() checks it
+            continue
         numbers = [number for number in (value if isinstance(value, list) else [value]) if isinstance(number, int)]
         texts = [int(digits[:20]) for text in _texts(value) for digits in re.findall(r'\d+', text)]
         if (len(numbers) > max(len(state), 16) or any(abs(number) > min(max(largest, 4096), MANY) for number in numbers)

@@ -18,7 +18,7 @@ import torch
 from dnnlib import UserError
 from training.data import tables
 from training.data.cache import open_contents
-from training.data.contents import Names
+from training.data.contents import Names, text_of
 from training.data.packed import Packed
 
 UNITS_8BIT = {'offset': 127.5, 'scale': 127.5}  # network = stored / 127.5 - 1
@@ -30,6 +30,7 @@ class Form(NamedTuple):
     image_shape: tuple  # (C, H, W)
     label_dim: int      # 0 where labels are not used
     units: dict | None  # {offset, scale}; None for 8-bit images
+    text: dict | None = None  # dnnlib.text_record, of labels that were made of captions
 
     @property
     def resolution(self):
@@ -46,7 +47,8 @@ class ImageDataset:
     copy: the path of an existing one.
 
     Attributes: path, name, contents (contents.py), image_shape (C,H,W), is_float, units ({offset, scale}, None for 8-bit), has_labels,
-    label_dim (0 without use_labels), raw_idx int64 [N] (place in the archive), flip bool [N], native_sigma float64 [N] (network units);
+    label_dim (0 without use_labels), text (dnnlib.text_record of labels that were made of captions, or None) and empty (the label of the
+    empty caption, float32 [label_dim]), raw_idx int64 [N] (place in the archive), flip bool [N], native_sigma float64 [N] (network units);
     sigma_min, sigma_max float64 [N], limits of the levels to train at (network units; 0 and inf for no limit).
     Raises UserError in one line for anything that is wrong with the files or the options."""
 
@@ -80,7 +82,7 @@ class ImageDataset:
     @property
     def form(self) -> Form:
         """The Form of the images."""
-        return Form(self.image_shape, self.label_dim, self.units)
+        return Form(self.image_shape, self.label_dim, self.units, self.text)
 
     @property
     def classes(self):
@@ -147,16 +149,21 @@ class ImageDataset:
 
     def _read_labels(self, use_labels):
         self.has_labels, self.label_dim, self._labels = self.contents.has('labels'), 0, None
+        self.text = self.empty = None
         if not use_labels:
             return
         if not self.has_labels:
             raise UserError(f'--cond=1 needs labels, and {self.path} has none in its dataset.json; '
-                            'make them with dataset_tool.py --labels, or use --cond=0')
+                            'make them with dataset_tool.py --labels (or captions), or use --cond=0')
         self._labels = self._checked('labels', lambda values, _: tables.labels(values))
         if self._labels.ndim == 1:
             self._labels = self._labels.astype(np.int32)
         # The number of classes is that of the whole archive: a subset must not change the network.
         self.label_dim = int(self._labels.max()) + 1 if self._labels.ndim == 1 else self._labels.shape[1]
+        self.text, self.empty = text_of(self.contents)
+        if self.text and (self._labels.ndim == 1 or self.label_dim != len(self.empty)):
+            raise UserError(f'{self.path}: "text" in dataset.json describes labels of {len(self.empty)} numbers, and its labels differ; '
+                            'make them again with dataset_tool.py captions')
 
     def _table(self, key, check, scale, absent):
         """A table of one number per item, float64 [N], in network units; filled with `absent` if there is no such table."""

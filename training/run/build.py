@@ -28,6 +28,7 @@ from training.objective.timesteps import TIMESTEPS
 from training.objective.weighting import WEIGHTS
 from training.run import alarms, validation
 from training.run.optimizer import OPTIMIZERS
+from training.sampling.labels import drawn
 
 
 def build_net(config, device: torch.device | str = 'cpu', *, seed: int = 0, precision: str = 'fp32') -> torch.nn.Module:
@@ -124,6 +125,7 @@ class Data(NamedTuple):
     validation: validation.Validation | None
     line: str  # for people
     inspection: alarms.Inspection  # empty except on rank 0
+    labels: Callable | None = None  # source of labels for samples during training (sampling/labels.py); None: the network's default
 
 
 def load_data(config, net: torch.nn.Module, noise, rows: slice, device: torch.device | str) -> Data:
@@ -139,6 +141,9 @@ def load_data(config, net: torch.nn.Module, noise, rows: slice, device: torch.de
     labels = torch.from_numpy(dataset.label_table) if net.label_dim else None
     train, held_out = validation.split(dataset.raw_idx, data.validation.share if data.validation else 0, run.seed)
     checker = validation.build(config, noise, store, dataset, held_out, sigma_n, sigma_min, labels) if data.validation else None
+    if dataset.text:
+        net.set_null_label(torch.from_numpy(dataset.empty))
+    shown = drawn(labels[torch.from_numpy(train)]) if dataset.text else None
     if config.corruption.labels:
         labels = corrupt_labels(config.corruption.labels, dataset, labels, train)
     used = train if len(held_out) else slice(None)  # which copies nothing
@@ -151,7 +156,7 @@ def load_data(config, net: torch.nn.Module, noise, rows: slice, device: torch.de
     store = on_device(store, data.on, device)
     feed = Feed(stream, store, train, sigma_n=sigma_n, raw_idx=dataset.raw_idx, labels=labels, rows=rows, device=device,
                 workers=data.workers)
-    return Data(stream, feed, checker, describe(config.objective, dataset, store, stream, sigma_n[train]), found)
+    return Data(stream, feed, checker, describe(config.objective, dataset, store, stream, sigma_n[train]), found, shown)
 
 
 def describe(objective, dataset: ImageDataset, store, stream: PairStream, sigma_n) -> str:
@@ -181,13 +186,17 @@ def check_timesteps(spec: str, stream: PairStream) -> None:
 
 
 def corrupt_labels(config, dataset: ImageDataset, labels: torch.Tensor, train) -> torch.Tensor:
-    """Labels with wrong classes for the fraction of the training images that a LabelConfig says; held-out images keep theirs."""
+    """Labels with wrong classes, or swapped captions, for the fraction of the training images that a LabelConfig says; held-out images
+    keep theirs."""
+    corruption, images = LabelCorruption(config.rate, config.seed, config.groups), dataset.raw_idx[train]
     if dataset.classes is None:
-        raise UserError('--label-corruption needs classes: train with --cond=1 on labels that are classes, not vectors')
-    classes = dataset.classes[train]
-    wrong = LabelCorruption(config.rate, config.seed, config.groups).apply(classes, dataset.raw_idx[train])
+        partners = corruption.partners(labels.numpy()[train] if len(train) < len(labels) else labels.numpy(), images)
+        wrong, new = images[partners] != images, labels[torch.from_numpy(train[partners])]
+    else:
+        classes = dataset.classes[train]
+        relabelled = corruption.apply(classes, images)
+        wrong, new = relabelled != classes, torch.from_numpy(relabelled).int()
     labels = labels.clone()
-    labels[torch.from_numpy(train)] = torch.from_numpy(wrong).int()
-    images = dataset.raw_idx[train]
-    distributed.print0(f'{len(set(images[wrong != classes]))} of {len(set(images))} images carry a wrong label')
+    labels[torch.from_numpy(train)] = new
+    distributed.print0(f'{len(set(images[wrong]))} of {len(set(images))} images carry a wrong label')
     return labels

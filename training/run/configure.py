@@ -153,6 +153,8 @@ def network_arguments(o: EasyDict, dataset) -> dict:
                  label_dim=dataset.label_dim, use_fp16=o.fp16, **architecture(o))
     given = dict(sigma_data=o.sigma_data, augment_dim=9 if o.augment and takes(found, 'augment_dim') else None)
     found |= {key: value for key, value in given.items() if value is not None}
+    if dataset.text:
+        found |= text_arguments(dataset.text, found)
     if o.label_dropout:
         if not o.cond:
             raise UserError(f'--label-dropout={o.label_dropout:g} drops class labels; train with --cond=1')
@@ -175,6 +177,14 @@ def network_arguments(o: EasyDict, dataset) -> dict:
     if dataset.units is not None:
         found['units'] = dataset.units
     return found
+
+
+def text_arguments(text: dict, found: dict) -> dict:
+    """What config.json says about labels that were made of captions; `found`: the rest of it.
+
+    A network that takes token sequences is told their shape, by the constructor arguments of U-ViT's text variant."""
+    named = {'clip_dim': text['dim'], 'num_clip_token': text['tokens']} if text['tokens'] else {}
+    return {'text': text, **{key: value for key, value in named.items() if takes(found, key)}}
 
 
 def architecture(o: EasyDict) -> dict:

@@ -337,7 +337,8 @@ class Run:
 
     def measure(self) -> None:
         """Writes metrics of samples of the EMA to stats.jsonl."""
-        fields = self.metrics(self.ema.module, stop=self.requests.asked, **sampling.default_pieces(self.ema.module))
+        fields = self.metrics(self.ema.module, stop=self.requests.asked, labels=self.data.labels,
+                              **sampling.default_pieces(self.ema.module))
         self.requests.now()
         if fields:
             self._log(fields)
@@ -371,7 +372,7 @@ class Run:
                 posthoc.write_average(path, average, self.progress.nimg)
             if self.config.run.samples:
                 path = self.folder.numbered('samples', kimg, '.png')
-                drawn = sample_grid(self.ema.module, self.config.run.samples, path, stop=self.requests.asked,
+                drawn = sample_grid(self.ema.module, self.config.run.samples, path, stop=self.requests.asked, labels=self.data.labels,
                                     **sampling.default_pieces(self.ema.module))
                 if drawn is not None:
                     self.mirrors.picture(path, self.progress.nimg)

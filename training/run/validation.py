@@ -6,7 +6,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from dnnlib import UserError
+from dnnlib import UserError, text_record
 from torch_utils import distributed, misc, registry, training_stats
 from training.data import cache, tables
 from training.data.batches import Batch
@@ -68,6 +68,8 @@ def check_alike(training: ImageDataset, held_out: ImageDataset) -> ImageDataset:
         if found != expected and not classes:
             raise UserError(f'--val={held_out.path}: its {name} is {found}, that of the training data is {expected}; '
                             'convert both in the same way with dataset_tool.py')
+    if told := text_record.difference(training.text, held_out.text):
+        raise UserError(f'--val={held_out.path}: its labels differ from those of the training data: {told}')
     return held_out
 
 

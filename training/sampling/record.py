@@ -80,10 +80,22 @@ def _plain(value):
     return next((name for name, kind in schedules.TIMES.items() if type(value) is kind), value)
 
 
+def describe_prompts(prompt: str, source) -> dict:
+    """Which captions, identified by the digest of their texts, and the digest of the text encoder.
+
+    Not the digest of their embeddings, whose last bits differ between machines."""
+    sha256 = hashlib.sha256('\n'.join(source.prompts).encode()).hexdigest()
+    where = {'path': prompt} if prompt.lower().endswith('.txt') else {'prompt': prompt}
+    return {'source': 'prompt', **where, 'prompts': len(source.prompts), 'sha256': sha256, 'encoder': source.text['encoder'],
+            'encoder_sha256': source.text['sha256']}
+
+
 def describe_labels(o: EasyDict, source) -> dict:
     """Where the labels come from; a table is identified by its digest."""
     if o.class_idx is not None:
         return {'source': 'class', 'class': o.class_idx}
+    if o.get('prompt') is not None:
+        return describe_prompts(o.prompt, source)
     table = getattr(source, 'table', None)
     if table is None:
         return {'source': 'uniform'}
@@ -141,7 +153,8 @@ def differences(old: dict, new: dict) -> list[str]:
 def _same(key, old, new):
     """Whether two values of a key mean the same; levels may differ by rounding, which varies between machines."""
     if key == 'labels' and isinstance(old, dict) and isinstance(new, dict):
-        return {**old, 'path': None} == {**new, 'path': None}
+        names = dict.fromkeys(('path', 'prompt', 'encoder'))  # their digests are compared
+        return {**old, **names} == {**new, **names}
     if key == 'sigmas' and isinstance(old, list) and isinstance(new, list):
         return len(old) == len(new) and all(isinstance(a, (int, float)) and abs(a - b) <= 1e-9 * b for a, b in zip(old, new))
     return old == new
@@ -153,7 +166,7 @@ def _shown(record, key):
     if value is None:
         return 'none'
     if key == 'labels' and isinstance(value, dict):
-        words = ':'.join(str(value[part]) for part in ('source', 'class', 'path') if part in value)
+        words = ':'.join(str(value[part]) for part in ('source', 'class', 'path', 'prompt') if part in value)
         return f'{words} ({str(value["sha256"])[:8]})' if 'sha256' in value else words
     if key in ('sha256', 'gnet_sha256'):
         prefix = 'gnet_' if key == 'gnet_sha256' else ''
