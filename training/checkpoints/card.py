@@ -40,7 +40,8 @@ def model_card(config: dict, options: dict | None = None, kimg: float | None = N
     picture = f'![Samples, one per seed, not selected]({samples})\n\n' if samples else ''
     program = f'{PROGRAM} {misc.VERSION}'
     return CARD_TEXT.format(
-        license=_license_tag(license), program=f'[{program}]({code})' if code else program, metrics=_metrics_table(metrics),
+        license=_license_tag(license), prompt=' --prompt="a caption"' if config.get('text') else '',
+        program=f'[{program}]({code})' if code else program, metrics=_metrics_table(metrics),
         table='\n'.join(f'| {name} | {value} |' for name, value in rows.items()), training=training, picture=picture)
 
 
@@ -101,7 +102,7 @@ A denoiser D(x; sigma) = E[x_0 | x_0 + sigma n = x], from which images can be sa
 
 {metrics}To generate images, with this folder or its Hugging Face name as NAME:
 
-    python generate.py --network=NAME --outdir=out --seeds=0-63
+    python generate.py --network=NAME --outdir=out --seeds=0-63{prompt}
 
 In Python, with a noisy batch x [N,C,H,W] in network units and its noise level sigma:
 
