@@ -71,13 +71,13 @@ GOOD = {'encoder': 'e', 'sha256': 64 * 'a', 'pooling': 'mean', 'normalised': Tru
 
 def test_records_are_checked_and_compared():
     assert text_record.checked({**GOOD, 'empty': [1]}) == GOOD
-    for wrong in ([], {}, {**GOOD, 'dim': 0}, {**GOOD, 'dim': '3'}, {**GOOD, 'sha256': 'a'}, {**GOOD, 'normalised': 1}, {**GOOD, 'tokens': 0},
-                  {**GOOD, 'tokens': True}, {**GOOD, 'length': -1}):
+    for wrong in ([], {}, {**GOOD, 'dim': 0}, {**GOOD, 'dim': '3'}, {**GOOD, 'sha256': 'a'}, {**GOOD, 'normalised': 1},
+                  {**GOOD, 'tokens': 0}, {**GOOD, 'tokens': True}, {**GOOD, 'length': -1}):
         with pytest.raises(ValueError, match='as dataset_tool.py captions writes it'):
             text_record.checked(wrong)
     assert text_record.difference(GOOD, {**GOOD, 'encoder': 'elsewhere'}) is None  # the same files in another place
     assert text_record.difference(None, None) is None
-    assert 'another text encoder: e (aaaaaaaa), and e (bbbbbbbb)' == text_record.difference(GOOD, {**GOOD, 'sha256': 64 * 'b'})
+    assert text_record.difference(GOOD, {**GOOD, 'sha256': 64 * 'b'}) == 'another text encoder: e (aaaaaaaa), and e (bbbbbbbb)'
     assert text_record.difference(GOOD, {**GOOD, 'tokens': 2}) == 'another number of tokens: none, and 2'
     assert 'labels of another kind' in text_record.difference(GOOD, None)
 
@@ -136,8 +136,9 @@ def test_the_digest_is_that_of_the_files_that_count(clip, tmp_path):
 
 def test_what_cannot_be_read_is_one_line(clip, tmp_path):
     folder = clip[1]['CLIPTextModel']
-    for name, damage in (('config.json', os.unlink), ('model.safetensors', os.unlink), ('model.safetensors', lambda path: path.write_bytes(b'x')),
-                         ('config.json', lambda path: path.write_text('{"model_type": "clip_text_model", "architectures": ["CLIPModel"]}'))):
+    spoil, other = lambda path: path.write_bytes(b'x'), '{"model_type": "clip_text_model", "architectures": ["CLIPModel"]}'
+    for name, damage in (('config.json', os.unlink), ('model.safetensors', os.unlink), ('model.safetensors', spoil),
+                         ('config.json', lambda path: path.write_text(other))):
         broken = shutil.copytree(folder, tmp_path / 'broken', dirs_exist_ok=True)
         damage(broken / name)
         with pytest.raises(UserError, match=f'^--text-encoder={broken}: ') as caught:
