@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Text from end to end, by command line: captions, training, prompts, evaluation; with a text encoder without any package, and with CLIP."""
+"""Text from end to end, by command line: captions, training, prompts, evaluation; with a text encoder of a few lines, and with CLIP."""
 
 import json
 import sys
@@ -81,21 +81,18 @@ def test_from_captions_to_images_of_prompts_and_their_evaluation(trained):
     net = load_network(snapshot(folder))
     assert (net.model.map_label.null_label.numpy() == data.empty).all()
     (folder / 'p.txt').write_text(f'{RED}\n{BLUE}\n')
-    run(generate, f'--network={snapshot(folder)}', f'--outdir={folder / "both"}', '--seeds=0-7', f'--prompt={folder / "p.txt"}', '--steps=6',
-        '--guidance=2', '--threads=1')
+    run(generate, f'--network={snapshot(folder)}', f'--outdir={folder / "both"}', '--seeds=0-7', f'--prompt={folder / "p.txt"}',
+        '--steps=6', '--guidance=2', '--threads=1')
     told = json.loads((folder / 'both.json').read_text())['labels']
     assert (told['source'], told['prompts'], told['encoder_sha256']) == ('prompt', 2, data.text['sha256'])
     if encoder == 'words:x':  # which is trained for longer
         found = follows(folder / 'both')
         assert found[::2].mean() > 25 and found[1::2].mean() < -25, found  # of squares in the data: 50
     run(eval_fid, 'ref', f'--data={folder / "set.zip"}', f'--dest={folder / "ref.npz"}', '--detector=pixels')
-    run(eval_fid, f'--network={snapshot(folder)}', f'--ref={folder / "ref.npz"}', '--detector=pixels', '--num=8', '--steps=2',
-        f'--prompt={folder / "p.txt"}', f'--out={folder / "prompt.json"}')
-    run(eval_fid, f'--network={snapshot(folder)}', f'--ref={folder / "ref.npz"}', '--detector=pixels', '--num=8', '--steps=2',
-        f'--labels=dataset:{folder / "set.zip"}', f'--out={folder / "drawn.json"}')
-    results = [json.loads((folder / f'{name}.json').read_text()) for name in ('prompt', 'drawn')]
-    assert [result['network']['labels']['source'] if 'labels' in result['network'] else result['labels']['source']
-            for result in results] == ['prompt', 'dataset']
+    for source, labels in (('prompt', f'--prompt={folder / "p.txt"}'), ('dataset', f'--labels=dataset:{folder / "set.zip"}')):
+        run(eval_fid, f'--network={snapshot(folder)}', f'--ref-stats={folder / "ref.npz"}', '--detector=pixels', '--num=8', '--seeds=0-7',
+            '--steps=2', '--metrics=fid', '--batch-size=8', labels, f'--out-path={folder / source}.json')
+        assert f'"source": "{source}"' in (folder / f'{source}.json').read_text()
 
 
 def test_swapped_captions_change_the_labels_of_a_run(trained, capsys):
@@ -131,10 +128,11 @@ def test_a_run_continues_exactly(trained, tmp_path):
 def test_refusals_of_the_commands(trained, tmp_path):
     folder, encoder = trained
     result = CliRunner().invoke(generate.main, [f'--network={snapshot(folder)}', f'--outdir={tmp_path / "o"}', '--seeds=0'])
-    assert result.exit_code == 1 and 'give --prompt=TEXT' in result.output and not (tmp_path / 'o').exists()
+    assert result.exit_code == 1 and 'give --prompt=TEXT' in result.output and not list(tmp_path.rglob('*.*'))
     result = CliRunner().invoke(train.main, [f'--outdir={tmp_path / "r"}', f'--data={folder / "set.zip"}', *TRAIN, '--duration=0.001',
                                              '--label-corruption=0.1', '--label-corruption-groups=0,1'])
     assert result.exit_code == 1 and '--label-corruption-groups=[[0, 1]]: groups are of classes' in result.output
+    assert not (tmp_path / 'r').exists()
 
 
 MINE = """import sys

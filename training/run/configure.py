@@ -40,6 +40,9 @@ def configure(o: EasyDict) -> config.Config:
     corrupter = build_corruption(corruption)  # refuses values out of range
     check_corruption(o)
     data, dataset = open_data(o, corrupter)
+    if dataset.text and corruption.labels and corruption.labels.groups is not None:
+        raise UserError(f'--label-corruption-groups={corruption.labels.groups}: groups are of classes, and the labels of --data are '
+                        'captions; leave it out')
     return config.Config(
         data=data,
         corruption=corruption,

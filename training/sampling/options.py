@@ -33,7 +33,7 @@ CONDITIONS = group(
     'Labels and guidance',
     click.option('--class', 'class_idx', metavar='INT', type=click.IntRange(min=0), help='Class of all images'),
     click.option('--labels', metavar='SOURCE', help='uniform: draw a class for each seed; dataset:PATH: draw a label of that data set; '
-                 'FILE: .npy, .json or .txt, row s (a class or a vector) for seed s  [default: uniform]'),
+                 'FILE: .npy, .json or .txt, row s (a class or a vector) for seed s  [default: uniform; captions need it or --prompt]'),
     click.option('--prompt', metavar='TEXT|FILE', help='For networks trained on captions: the caption of all images, or a .txt file with '
                  'one per line, of which seed s takes line s modulo their number'),
     click.option('--text-encoder', metavar='REF', help='Where the text encoder of --prompt is  [default: as config.json says]'),
