@@ -4,7 +4,8 @@
 python dataset_tool.py --source=images/ --dest=images.zip --transform=center-crop --resolution=64x64
 python dataset_tool.py encode --source=images.zip --vae=stabilityai/sd-vae-ft-mse --dest=latents
 python dataset_tool.py stats images.zip
-python dataset_tool.py check images.zip"""
+python dataset_tool.py check images.zip
+python dataset_tool.py captions --source=images.zip --text-encoder=openai/clip-vit-large-patch14"""
 
 import math
 import re
@@ -104,6 +105,9 @@ ANNOTATIONS = group(
     'Labels and noise levels',
     click.option('--labels', metavar='FILE', type=click.Path(exists=True, dir_okay=False),
                  help='CSV (file,label), JSON or .npy with one class or vector per image, in place of the labels of the source'),
+    click.option('--captions', metavar='FILE', type=click.Path(exists=True, dir_okay=False),
+                 help='Captions of the images: .csv (file,caption), .json, or .txt with one per line; the command captions makes labels of '
+                 'them'),
     click.option('--sigmas', metavar='FILE|NUMBER', help='Noise std that the images already have: CSV, JSON, .npy, or one number; '
                  'in the units of the source, for 8-bit images in those of [-1,1]'),
     click.option('--sigma-min', metavar='FILE|NUMBER', help='Lowest noise level to train each image at, for images that are wrong below it '
@@ -190,6 +194,34 @@ def check(data):
     from training.data.convert.checking import check as check_archive
     if not check_archive(data, click.echo):
         raise SystemExit(1)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Captions
+
+CAPTIONS = group(
+    'Captions',
+    click.option('--source', metavar='DATA', required=True, help='Data set: a zip, folder or packed set that this tool has written'),
+    click.option('--dest', metavar='DATA', help='Where to write a copy with the labels  [default: the source itself is changed]'),
+    click.option('--captions', metavar='FILE', type=click.Path(exists=True, dir_okay=False),
+                 help='Captions: .csv (file,caption), .json, or .txt with one per line in the order of the images  [default: those that '
+                 'the data set holds]'),
+    click.option('--text-encoder', metavar='REF', required=True, help='Text model of the package transformers: a folder, or a name of the '
+                 'Hugging Face Hub, owner/name[@revision]'),
+    click.option('--tokens', metavar='INT', type=click.IntRange(min=1),
+                 help='Store the vectors of this many tokens per caption, for networks that take sequences  [default: one pooled vector of '
+                 'norm 1]'),
+    click.option('--device', metavar='DEVICE', help='Device of the text encoder, such as cuda or cpu  [default: the GPU, if there is one]'),
+)
+
+
+@main.command(cls=Command)
+@CAPTIONS
+def captions(**options):
+    """Embed the captions of a data set with a text encoder, and store the embeddings as its labels (docs/text.md)."""
+    from training.data.convert.captions import embed
+    for line in embed(options):
+        click.echo(line)
 
 
 if __name__ == '__main__':

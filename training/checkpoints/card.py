@@ -30,7 +30,7 @@ def model_card(config: dict, options: dict | None = None, kimg: float | None = N
     name that the Hub knows or another one. code: URL of the program's code. Raises UserError for a licence that is not a name."""
     height, width = misc.height_width(config['img_resolution'])
     rows = {'Images': f'{config["img_channels"]} x {height} x {width}',
-            'Classes': config.get('label_dim') or 'none (unconditional)',
+            **_conditions(config),
             'Architecture': config.get('model_type', 'default of its preconditioner'),
             'Preconditioning': config.get('precond', 'edm')}
     if autoencoder := config.get('autoencoder'):
@@ -42,8 +42,17 @@ def model_card(config: dict, options: dict | None = None, kimg: float | None = N
     picture = f'![Samples, one per seed, not selected]({samples})\n\n' if samples else ''
     program = f'{PROGRAM} {misc.VERSION}'
     return CARD_TEXT.format(
-        license=_license_tag(license), program=f'[{program}]({code})' if code else program, metrics=_metrics_table(metrics),
+        license=_license_tag(license), prompt=' --prompt="a caption"' if config.get('text') else '',
+        program=f'[{program}]({code})' if code else program, metrics=_metrics_table(metrics),
         table='\n'.join(f'| {name} | {value} |' for name, value in rows.items()), training=training, picture=picture)
+
+
+def _conditions(config):
+    """The row of the table that says what the network's labels are."""
+    text = config.get('text')
+    if text:
+        return {'Captions': f'{os.path.basename(text["encoder"].rstrip("/"))} ({text["pooling"]}, {text["sha256"][:8]})'}
+    return {'Classes': config.get('label_dim') or 'none (unconditional)'}
 
 
 def public(options: dict) -> dict:
@@ -101,7 +110,7 @@ A denoiser D(x; sigma) = E[x_0 | x_0 + sigma n = x], from which images can be sa
 
 {metrics}To generate images, with this folder or its Hugging Face name as NAME:
 
-    python generate.py --network=NAME --outdir=out --seeds=0-63
+    python generate.py --network=NAME --outdir=out --seeds=0-63{prompt}
 
 In Python, with a noisy batch x [N,C,H,W] in network units and its noise level sigma:
 

@@ -29,6 +29,8 @@ def difference(net: torch.nn.Module) -> str | None:
         return 'SongUNet (ddpmpp, ncsnpp) scales its residual sums by sqrt(1/2) and projects the skip branch where the resolution changes'
     if config.get('precond', 'edm') != 'edm':
         return f'diffusers has a scheduler for --precond=edm, but not for {config["precond"]}'
+    if config.get('text'):
+        return 'UNet2DModel takes classes, and these labels are embeddings of captions'
     if config.get('channel_mult', [1])[0] != 1 or config.get('channel_mult_emb', 4) != 4:
         return 'its time embedding must have as many channels as the first level, and 4 times as many inside'
     widths = [len(value) for name, value in unet.state_dict().items() if re.search(r'norm\d?\.weight$', name)]

@@ -125,7 +125,7 @@ def _check_plausible(config, state):
     largest = max((tensor.numel() for tensor in state.values()), default=0)
     blocks, levels = config.get('num_blocks', 1), config.get('channel_mult', [])
     for key, value in config.items():
-        if key == 'autoencoder':  # its digest is no size
+        if key in ('autoencoder', 'text'):  # a digest is no size, and build_network() checks them
             continue
         numbers = [number for number in (value if isinstance(value, list) else [value]) if isinstance(number, int)]
         texts = [int(digits[:20]) for text in _texts(value) for digits in re.findall(r'\d+', text)]

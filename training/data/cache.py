@@ -25,8 +25,8 @@ from dnnlib.fingerprint import digest
 from dnnlib.progress import Progress
 from torch_utils import distributed
 from training.data import tables
-from training.data.contents import Names, Pictures
-from training.data.packed import VERSION, Packed, PackedFolder, is_packed
+from training.data.contents import Names, Pictures, text_of
+from training.data.packed import EMPTY, VERSION, Packed, PackedFolder, is_packed
 
 SMALL = 2 ** 26  # bytes: smaller data sets are decoded by every process into its own memory
 CHUNK = 64  # images decoded by a thread at a time
@@ -118,11 +118,12 @@ def _write(pictures, place):
             found[key] = tables.CHECKS[key](listed, Names(pictures))
         except ValueError as err:
             raise UserError(f'{pictures.where}: {pictures.called(key)} {err}') from None
+    text, empty = text_of(pictures)
     with new_folder(place) as part:
         folder = PackedFolder(part, pictures.image_shape, np.float32 if pictures.is_float else np.uint8)
         decode_into(folder.allocate(pictures.count), pictures, np.arange(pictures.count))
-        told = {} if pictures.latents is None else {'latents': pictures.latents}
-        folder.finish(found, units=pictures.units, source=pictures.fingerprint(), **told)
+        told = {name: record for name, record in (('latents', pictures.latents), ('text', text)) if record is not None}
+        folder.finish(found | ({} if text is None else {EMPTY: empty[None]}), units=pictures.units, source=pictures.fingerprint(), **told)
 
 
 def decode_into(images: np.ndarray, contents: Any, indices: Sequence[int]) -> None:

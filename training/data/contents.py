@@ -3,7 +3,9 @@
 
 Both have: path; where (its name in errors); count; image_shape (C,H,W); is_float; units (of float images, as in dataset.json); latents (of
 dataset.json, unchecked, or None); has(key); values(key): the labels, sigmas, sigma_min or sigma_max, one per image, unchecked, or None;
-called(key): their name in errors; name(i); decode(i): image [C,H,W] as stored, uint8 or float32; fingerprint(), see dnnlib.fingerprint."""
+called(key): their name in errors; captions(): one text per image, or None; text: the record of labels that were made of captions
+(dnnlib.text_record), unchecked, or None, and empty(), the label of the empty caption, float32 [label_dim]; name(i); decode(i): image
+[C,H,W] as stored, uint8 or float32; fingerprint(), see dnnlib.fingerprint."""
 
 import math
 import os
@@ -11,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from dnnlib import UserError
+from dnnlib import UserError, text_record
 from dnnlib.archive import DAMAGE, MAX_MEMBER, MAX_PIXELS, Archive, damage, decode_image
 from training.data import tables
 
@@ -27,7 +29,7 @@ class Pictures:
         self._names = self._archive.images()
         self.count = len(self._names)
         self._meta = self._archive.read_json()
-        self.units, self.latents = self._meta.get('units'), self._meta.get('latents')
+        self.units, self.latents, self.text = (self._meta.get(key) for key in ('units', 'latents', 'text'))
         self.image_shape = None
         first = self.decode(0)
         self.image_shape, self._dtype = first.shape, first.dtype
@@ -49,6 +51,13 @@ class Pictures:
 
     def called(self, key: str) -> str:
         return f'"{key}" in dataset.json'
+
+    def captions(self) -> list[str] | None:
+        return checked_captions(self.values('captions'), f'{self.where}: {self.called("captions")}')
+
+    def empty(self) -> np.ndarray | None:
+        found = self.text.get('empty') if isinstance(self.text, dict) else None
+        return checked_empty([] if found is None else found, f'{self.where}: {self.called("text")}')
 
     def name(self, index: int) -> str:
         return self._names[index]
@@ -90,6 +99,39 @@ class Names:
 
     def __getitem__(self, index):
         return self._contents.name(index)
+
+
+def checked_captions(found: Any, where: str) -> list[str] | None:
+    """Captions, if they are texts. Raises UserError."""
+    if found is not None and not (isinstance(found, list) and all(isinstance(caption, str) for caption in found)):
+        raise UserError(f'{where} must be one text per file')
+    return found
+
+
+def checked_empty(found: Any, where: str) -> np.ndarray:
+    """The label of the empty caption as float32 [label_dim]. Raises UserError."""
+    try:
+        label, = tables.labels(found if isinstance(found, np.ndarray) else [found])
+    except (TypeError, ValueError):
+        label = np.zeros([])
+    if label.ndim != 1:
+        raise UserError(f'{where}: the label of the empty caption, "empty", must be a finite vector; make it with dataset_tool.py captions')
+    return label
+
+
+def text_of(contents) -> tuple[dict | None, np.ndarray | None]:
+    """(record of how captions became the labels, label of the empty caption); (None, None) of other labels. Raises UserError."""
+    if contents.text is None:
+        return None, None
+    try:
+        record = text_record.checked(contents.text)
+    except ValueError as err:
+        raise UserError(f'{contents.where}: "text" in dataset.json {err}') from None
+    empty, expected = contents.empty(), text_record.label_dim(record)
+    if len(empty) != expected:
+        raise UserError(f'{contents.where}: "text" in dataset.json describes labels of {expected} numbers, and that of the '
+                        f'empty caption has {len(empty)}; make them with dataset_tool.py captions')
+    return record, empty
 
 
 def _describe(dtype, shape):

@@ -4,6 +4,9 @@ a wrong label.
 
 Each image has a single noisy copy: fresh noise in another epoch, worker, rank or flip would reveal the clean image."""
 
+import collections
+import hashlib
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -122,7 +125,7 @@ class Corruption:
 
 
 class LabelCorruption:
-    """Which images carry a wrong class label, and which one: fixed per image, of an exact count (Chen et al. 2024).
+    """Which images carry a wrong label, and which one: fixed per image, of an exact count (Chen et al. 2024).
 
     rate: share of the images that is relabelled. seed: key of the choice. groups: lists of classes that are confused only with each
     other, such as [[0, 1], [3, 5, 7]]; None: any class with any other. The new class is drawn by its frequency among the images.
@@ -145,6 +148,27 @@ class LabelCorruption:
         classes = np.asarray(classes)
         images, first, inverse = np.unique(np.asarray(raw_idx), return_index=True, return_inverse=True)
         return self._relabel(images, classes[first].astype(np.int64))[inverse.reshape(-1)]
+
+    def partners(self, vectors: np.ndarray, raw_idx: np.ndarray) -> np.ndarray:
+        """Vectors [N, D], such as embeddings of captions -> int64 [N], the item whose vector each item is to have instead of its own.
+
+        Pairs of images with different vectors swap them (Chen et al. 2024, for CC3M) until exactly round(rate x images) have another one;
+        images that are left without such a partner, and the last of an odd number, copy that of a random image. raw_idx: int [N]; an image
+        and its x-flip get the same. A higher rate only adds images. Raises UserError."""
+        if self.groups is not None:
+            raise UserError(f'--label-corruption-groups={self.groups}: groups are of classes, and the labels of --data are captions, or '
+                            'other vectors; leave it out')
+        images, first, inverse = np.unique(np.asarray(raw_idx), return_index=True, return_inverse=True)
+        count = round(self.rate * len(images))
+        kinds = {}
+        kind = np.array([kinds.setdefault(hashlib.sha256(row.tobytes()).digest(), len(kinds)) for row in (vectors[i] for i in first)])
+        if count and len(kinds) == 1:
+            raise UserError(f'--label-corruption={self.rate:g}: all images have the same caption, so that none can get another')
+        order = np.argsort(_generator(self.seed, _LABELS).random(images[-1] + 1)[images], kind='stable')
+        found = np.arange(len(images))
+        for image, partner in itertools.islice(_swaps(order, kind), count):
+            found[image] = partner
+        return first[found][inverse.reshape(-1)]
 
     def _relabel(self, images, own):
         prior = np.bincount(own)
@@ -173,6 +197,22 @@ class LabelCorruption:
                     raise UserError(f'--label-corruption-groups={self.groups}: the data has the classes 0 to {len(prior) - 1}')
                 group[list(members)] = number
         return prior * (group[:, None] == group) * (1 - np.eye(len(prior), dtype=np.int64))
+
+
+def _swaps(order, kind):
+    """Yields (image, the image whose label it gets), of another kind, for all images: pairs that swap first, then the others.
+
+    order: of the images. Those that wait for a partner are all of one kind, since two kinds would be a pair."""
+    waiting, paired = collections.deque(), []
+    for image in order:
+        if waiting and kind[waiting[0]] != kind[image]:
+            other = waiting.popleft()
+            paired += [other, image]
+            yield from ((other, image), (image, other))
+        else:
+            waiting.append(image)
+    others = itertools.cycle([image for image in paired if waiting and kind[image] != kind[waiting[0]]])
+    yield from ((image, next(others)) for image in waiting)
 
 
 def _generator(seed, word):

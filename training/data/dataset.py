@@ -19,7 +19,7 @@ import torch
 from dnnlib import UserError
 from training.data import tables
 from training.data.cache import open_contents
-from training.data.contents import Names
+from training.data.contents import Names, text_of
 from training.data.latents import Latents, read_latents
 from training.data.packed import Packed
 
@@ -33,6 +33,7 @@ class Form(NamedTuple):
     label_dim: int      # 0 where labels are not used
     units: dict | None  # {offset, scale}; None for 8-bit images
     latents: Latents | None = None  # where the images are latents
+    text: dict | None = None  # dnnlib.text_record, of labels that were made of captions
 
     @property
     def resolution(self) -> list[int]:
@@ -49,11 +50,12 @@ class ImageDataset:
     cache_dir: folder for a decoded copy (cache.py); copy: the path of an existing one.
 
     Attributes: path, name, contents (contents.py), image_shape (C,H,W), stored_shape (2C channels for distributions of latents), is_float,
-    units ({offset, scale}, None for 8-bit), latents (Latents, or None), has_labels, label_dim (0 without use_labels), raw_idx int64 [N]
-    (the image, by its place in the archive), flip bool [N] (its mirrored form), row int64 [N] (place of the item in the archive, another
-    than raw_idx for latents of mirrored pictures), native_sigma float64 [N] (network units); sigma_min, sigma_max float64 [N], limits of
-    the levels to train at (network units; 0 and inf for no limit). Raises UserError in one line for anything that is wrong with the files
-    or the options."""
+    units ({offset, scale}, None for 8-bit), latents (Latents, or None), has_labels, label_dim (0 without use_labels), text
+    (dnnlib.text_record of labels that were made of captions, or None) and empty (the label of the empty caption, float32 [label_dim]),
+    raw_idx int64 [N] (the image, by its place in the archive), flip bool [N] (its mirrored form), row int64 [N] (place of the item in the
+    archive, another than raw_idx for latents of mirrored pictures), native_sigma float64 [N] (network units); sigma_min, sigma_max
+    float64 [N], limits of the levels to train at (network units; 0 and inf for no limit). Raises UserError in one line for anything that
+    is wrong with the files or the options."""
 
     def __init__(self, path: str | os.PathLike, use_labels: bool = False, keep: float = 1.0, max_size: int | None = None,
                  xflip: bool = False, random_seed: int = 0, cache_dir: str | os.PathLike | None = None,
@@ -92,7 +94,7 @@ class ImageDataset:
     @property
     def form(self) -> Form:
         """The Form of the images."""
-        return Form(self.image_shape, self.label_dim, self.units, self.latents)
+        return Form(self.image_shape, self.label_dim, self.units, self.latents, self.text)
 
     @property
     def classes(self) -> np.ndarray | None:
@@ -175,16 +177,21 @@ class ImageDataset:
 
     def _read_labels(self, use_labels):
         self.has_labels, self.label_dim, self._labels = self.contents.has('labels'), 0, None
+        self.text = self.empty = None
         if not use_labels:
             return
         if not self.has_labels:
             raise UserError(f'--cond=1 needs labels, and {self.path} has none in its dataset.json; '
-                            'make them with dataset_tool.py --labels, or use --cond=0')
+                            'make them with dataset_tool.py --labels (or captions), or use --cond=0')
         self._labels = self._checked('labels', lambda values, _: tables.labels(values))
         if self._labels.ndim == 1:
             self._labels = self._labels.astype(np.int32)
         # The number of classes is that of the whole archive: a subset must not change the network.
         self.label_dim = int(self._labels.max()) + 1 if self._labels.ndim == 1 else self._labels.shape[1]
+        self.text, self.empty = text_of(self.contents)
+        if self.text and (self._labels.ndim == 1 or self.label_dim != len(self.empty)):
+            raise UserError(f'{self.path}: "text" in dataset.json describes labels of {len(self.empty)} numbers, and its labels differ; '
+                            'make them again with dataset_tool.py captions')
 
     def _table(self, key, check, scale, absent):
         """A table of one number per item, float64 [N], in network units; filled with `absent` if there is no such table."""

@@ -2,8 +2,9 @@
 """A data set as one array that all processes of a node map into memory: a folder of .npy files, or the same in an uncompressed .npz.
 
 images.npy [N,C,H,W], uint8 or float32; optionally labels.npy (int64 [N], or float32 [N,D]), and sigmas.npy, sigma_min.npy,
-sigma_max.npy (float64 [N], in the units of dataset.json's tables); dataset.json: {"packed": 1, "units": of float images,
-"latents": of latents, see latents.py}."""
+sigma_max.npy (float64 [N], in the units of dataset.json's tables); dataset.json: {"packed": 1, "units": of float images, "latents": of
+latents, see latents.py, "text": of labels that were made of captions}, in that case with empty.npy (float32 [1,D]), the label of the empty
+caption; captions.json, a list."""
 
 import contextlib
 import math
@@ -18,12 +19,15 @@ import numpy as np
 
 from dnnlib import UserError, arrays
 from dnnlib.archive import DAMAGE, PACKED_JSON, damage, packed_images
-from dnnlib.files import json_object, new_folder, replacing, write_json
+from dnnlib.files import MAX_JSON, json_object, json_value, new_folder, replacing, write_json
 from dnnlib.fingerprint import digest
 from training.data import tables
+from training.data.contents import checked_captions, checked_empty
 
 VERSION = 1
 TABLES = tuple(tables.CHECKS)
+CAPTIONS, EMPTY = 'captions.json', 'empty'
+FILES = ('images.npy', 'dataset.json', CAPTIONS, *(f'{key}.npy' for key in (*TABLES, EMPTY)))
 ALIGN = 64  # bytes: alignment of the arrays in an .npz
 MAX_MEMBERS = 64  # limit for an .npz
 
@@ -66,7 +70,8 @@ class Packed:
             raise UserError(f'{self.where}: images.npy holds {found.dtype} of shape {list(found.shape)}; expected uint8 or float32 '
                             '[N,C,H,W]')
         self.count, self.image_shape = len(found), found.shape[1:]
-        self.is_float, self.units, self.latents = found.dtype == np.float32, self._meta.get('units'), self._meta.get('latents')
+        self.is_float = found.dtype == np.float32
+        self.units, self.latents, self.text = (self._meta.get(key) for key in ('units', 'latents', 'text'))
 
     def has(self, key: str) -> bool:
         return f'{key}.npy' in self._members
@@ -83,6 +88,20 @@ class Packed:
     def called(self, key: str) -> str:
         return f'{key}.npy'
 
+    def captions(self) -> list[str] | None:
+        if CAPTIONS not in self._members:
+            return None
+        try:
+            found = checked_captions(json_value(self._read(CAPTIONS, MAX_JSON), f'{self.where}: {CAPTIONS}'), f'{self.where}: {CAPTIONS}')
+        except (OSError, ValueError) as err:
+            raise UserError(f'{self.where}: cannot read {CAPTIONS} ({damage(err)})') from None
+        if found is None or len(found) != self.count:
+            raise UserError(f'{self.where}: {CAPTIONS} must be a list of {self.count} texts, one per image')
+        return found
+
+    def empty(self) -> np.ndarray | None:
+        return checked_empty(np.array(self._array(EMPTY)), f'{self.where}: {EMPTY}.npy')
+
     def name(self, index: int) -> str:
         return f'image {index}'
 
@@ -96,12 +115,12 @@ class Packed:
         told = lambda *keys: digest(*(f'{key} {self._members[f"{key}.npy"][2:]}'.encode() for key in keys if self.has(key)))
         form = f'{list(self.images.shape)} {self.images.dtype.str}'.encode()
         return {'kind': self._kind, 'images': self.count, 'names': digest(form), 'content': told('images'),
-                'labels': digest(self._json, told(*TABLES).encode())}
+                'labels': digest(self._json, told(*TABLES, EMPTY).encode())}
 
-    def _read(self, name):
+    def _read(self, name, most=PACKED_JSON):
         member = self._member(name)
-        if member.size > PACKED_JSON:
-            raise ValueError(f'{name} has {member.size} bytes, more than the limit of {PACKED_JSON}')
+        if member.size > most:
+            raise ValueError(f'{name} has {member.size} bytes, more than the limit of {most}')
         with open(member.path, 'rb') as f:
             f.seek(member.offset)
             return f.read(member.size)
@@ -124,7 +143,7 @@ class Packed:
 
 def _files(folder):
     found = {}
-    for name in ('images.npy', 'dataset.json', *(f'{key}.npy' for key in TABLES)):
+    for name in FILES:
         path = os.path.join(folder, name)
         with contextlib.suppress(FileNotFoundError):
             stat = os.stat(path)
@@ -183,14 +202,16 @@ class PackedFolder:
         self._file.write(data)
         self._count += count
 
-    def finish(self, columns: dict[str, np.ndarray], **meta: Any) -> None:
-        """Writes columns ({key of TABLES: array}) and dataset.json, and flushes everything to the disk."""
+    def finish(self, columns: dict[str, np.ndarray], captions: list[str] | None = None, **meta: Any) -> None:
+        """Writes columns ({key of TABLES, or EMPTY: array}), captions and dataset.json, and flushes everything to the disk."""
         if hasattr(self, '_file'):
             self._file.seek(0)
             self._file.write(arrays.header(self.dtype, (self._count, *self.shape)))
             self._file.close()
         for key, values in columns.items():
             np.save(os.path.join(self.folder, f'{key}.npy'), values, allow_pickle=False)
+        if captions is not None:
+            write_json(os.path.join(self.folder, CAPTIONS), captions)
         write_json(os.path.join(self.folder, 'dataset.json'), {'packed': VERSION, **meta})
         for name in os.listdir(self.folder):
             with open(os.path.join(self.folder, name), 'rb+') as f:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 import dnnlib
-from dnnlib import EasyDict, UserError
+from dnnlib import EasyDict, UserError, text_record
 from dnnlib.files import beside, file_digest, prepare_output, write_json
 from dnnlib.progress import Progress
 from torch_utils import distributed, misc
@@ -193,6 +193,8 @@ def open_data(net: torch.nn.Module, o: EasyDict) -> tuple[ImageDataset, bool]:
     if dataset.label_dim > net.label_dim or (conditional and dataset.classes is None and dataset.label_dim != net.label_dim):
         raise UserError(f'--data={o.data}: its labels have {dataset.label_dim} dimensions, those of the network '
                         f'{net.label_dim}; number the classes as in the training data, or use --cond=0')
+    if conditional and (told := text_record.difference(getattr(net, 'text', None), dataset.text)):
+        raise UserError(f'--data={o.data}: its labels are not those of the network: {told}')
     return dataset, conditional
 
 

@@ -14,6 +14,8 @@ from training.networks.rows import RowLayer
 class Conditioning(nn.Module):
     """What embeddings of class labels [N, label_dim] have in common; an all-zero row means "no label".
 
+    Labels that are embeddings of captions have a label that stands for "no label", that of the empty caption: the buffer null_label
+    [label_dim], which replaces all-zero rows. It is None, and not in the state dict, until hold_null_label() is called.
     dropout: in training, the probability that a row is replaced by "no label" (for classifier-free guidance).
     Attribute perturb: None, or a piece of CEP that is applied to the embedding in training. It is set from outside, and is neither in
     the state dict nor in the network's configuration, so that a network trained with it is sampled like any other."""
@@ -22,6 +24,11 @@ class Conditioning(nn.Module):
         super().__init__()
         self.dropout, self.perturb = dropout, None
         self.draws = RowLayer()
+        self.register_buffer('null_label', None)
+
+    def hold_null_label(self, label_dim: int) -> None:
+        """Makes the buffer null_label, of zeros, which change nothing until it is filled."""
+        self.register_buffer('null_label', torch.zeros(label_dim))
 
     def embed(self, labels: torch.Tensor) -> torch.Tensor:
         """labels [N, label_dim] -> embedding [N, channels], without dropout and perturbation."""
@@ -30,6 +37,8 @@ class Conditioning(nn.Module):
     def forward(self, labels: torch.Tensor) -> torch.Tensor:
         if self.training and self.dropout:
             labels = labels * self.draws.keep('label', [len(labels), 1], self.dropout, labels.device)
+        if self.null_label is not None:
+            labels = torch.where((labels == 0).all(1, keepdim=True), self.null_label.to(labels.dtype), labels)
         embedding = self.embed(labels)
         return self.perturb(embedding, self.draws) if self.training and self.perturb is not None else embedding
 
@@ -77,8 +86,8 @@ class LabelTable(Conditioning):
 
 def uniform(embedding: torch.Tensor, draws: RowLayer, gamma: float = 1.0) -> torch.Tensor:
     """CEP-U (Chen et al. 2024): adds U(-gamma / sqrt(d), gamma / sqrt(d)), of variance gamma^2 / (3d), to each of the d coordinates of the
-    label embedding [N, d]."""
-    reach = _checked(gamma) / math.sqrt(embedding.shape[1])
+    label embedding [N, d], or of each of its tokens [N, T, d]."""
+    reach = _checked(gamma) / math.sqrt(embedding.shape[-1])
     return embedding + reach * (2 * draws.uniform('perturbation', embedding) - 1)
 
 
@@ -87,7 +96,7 @@ def gaussian(embedding: torch.Tensor, draws: RowLayer, gamma: float = 1.0, liter
     norm about gamma for every d.
 
     literal: use the variance gamma / sqrt(d), which is what the formula in the paper says when it is read literally."""
-    std = _checked(gamma) / math.sqrt(embedding.shape[1])
+    std = _checked(gamma) / math.sqrt(embedding.shape[-1])
     return embedding + (math.sqrt(std) if literal else std) * draws.normal('perturbation', embedding)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from dnnlib import UserError
+from dnnlib import UserError, text_record
 from training.diffusion import discrete
 from training.networks.autoencoder import described
 from training.networks.interface import network_class
@@ -46,10 +46,27 @@ class Precond(nn.Module):
         self.model = network_class(model_type or self.model_type)(img_resolution, img_channels, img_channels * self.output_multiple,
                                                                   label_dim=label_dim, **kwargs)
         self.augment_dim = self.model.augment_dim
-        self.units = self.sampling = self.autoencoder = None
+        self.units = self.sampling = self.autoencoder = self.text = None
 
     def prepare(self) -> None:
         """Sets attributes that follow from `options`, before the network is built."""
+
+    def hold_text(self, record: dict | None) -> None:
+        """Takes labels that were made of captions; record: `text` of config.json, see dnnlib.text_record. "No label" then is a label of
+        its own, that of the empty caption. Raises ValueError."""
+        if record is None:
+            return
+        self.text = text_record.checked(record)
+        if text_record.label_dim(self.text) != self.label_dim:
+            raise ValueError(f'its captions have labels of {text_record.label_dim(self.text)} numbers, and label_dim={self.label_dim}')
+        if self.model.label_embedding is None:
+            raise ValueError(f'captions need an embedding of labels, and {type(self.model).__name__} has none')
+        self.model.label_embedding.hold_null_label(self.label_dim)
+
+    @torch.no_grad()
+    def set_null_label(self, label: torch.Tensor) -> None:
+        """Sets the label of the empty caption, [label_dim]."""
+        self.model.label_embedding.null_label.copy_(label)
 
     def coefficients(self, sigma: torch.Tensor) -> tuple:
         """sigma [N,1,1,1] -> c_skip, c_out, c_in, c_noise."""
@@ -239,14 +256,14 @@ def build_network(config: dict) -> Precond:
     """The network of a configuration, with initial weights drawn from torch's random state (see misc.seeded).
 
     config: the published constructor arguments (see Precond), "precond" if it is not edm, "units" ({"offset", "scale"}) if the data is
-    not 8-bit, "sampling" if the default sampler is not EDM's (see sampling/options.py), and "autoencoder" if the data is latents
-    ({"ref", "range", "sha256" unless unknown}, see autoencoder.py). The attribute `config` of the result equals it, in JSON types and
-    without infinities, which are the defaults.
+    not 8-bit, "sampling" if the default sampler is not EDM's (see sampling/options.py), "autoencoder" if the data is latents
+    ({"ref", "range", "sha256" unless unknown}, see autoencoder.py), and "text" (see dnnlib.text_record) if its labels are captions.
+    The attribute `config` of the result equals it, in JSON types and without infinities, which are the defaults.
     Raises UserError, in one line, for unknown names and for values that the network refuses."""
     config = {key: value for key, value in json.loads(json.dumps(config)).items() if value not in (math.inf, -math.inf)}
     kwargs = dict(config)
     name, units, sampling = kwargs.pop('precond', 'edm'), kwargs.pop('units', None), kwargs.pop('sampling', None)
-    autoencoder = _autoencoder(kwargs.pop('autoencoder', None))
+    autoencoder, text = _autoencoder(kwargs.pop('autoencoder', None)), kwargs.pop('text', None)
     _check('precond', name, PRECONDS)
     kind = PRECONDS[name]
     model_type = kwargs.get('model_type', kind.model_type)
@@ -260,6 +277,10 @@ def build_network(config: dict) -> Precond:
         net = kind(**kwargs)
     except (ValueError, TypeError) as err:
         raise UserError(f'network configuration: {err}') from None
+    try:
+        net.hold_text(text)
+    except ValueError as err:
+        raise UserError(f'network configuration: "text": {err}') from None
     net.config, net.units, net.sampling, net.autoencoder = config, units, sampling, autoencoder
     return net
 

@@ -30,6 +30,7 @@ from training.objective.weighting import WEIGHTS
 from training.run import alarms, validation
 from training.run.config import Config, CorruptionConfig, LabelConfig, NetworkConfig, ObjectiveConfig, OptimizerConfig
 from training.run.optimizer import OPTIMIZERS
+from training.sampling.labels import drawn
 
 POSITIONS = ('pos_embed', 'relative_position_bias_table', 'relative_position_index')  # ends of names of tensors that belong to a grid
 
@@ -157,6 +158,7 @@ class Data(NamedTuple):
     validation: validation.Validation | None
     line: str  # for people
     inspection: alarms.Inspection  # empty except on rank 0
+    labels: Callable | None = None  # source of labels for samples during training (sampling/labels.py); None: the network's default
 
 
 def load_data(config: Config, net: torch.nn.Module, noise: NoiseDistribution, rows: slice, device: torch.device | str) -> Data:
@@ -172,6 +174,9 @@ def load_data(config: Config, net: torch.nn.Module, noise: NoiseDistribution, ro
     labels = torch.from_numpy(dataset.label_table) if net.label_dim else None
     train, held_out = validation.split(dataset.raw_idx, data.validation.share if data.validation else 0, run.seed)
     checker = validation.build(config, noise, store, dataset, held_out, sigma_n, sigma_min, labels) if data.validation else None
+    if dataset.text:
+        net.set_null_label(torch.from_numpy(dataset.empty))
+    shown = drawn(labels[torch.from_numpy(train)]) if dataset.text else None
     if config.corruption.labels:
         labels = corrupt_labels(config.corruption.labels, dataset, labels, train)
     used = train if len(held_out) else slice(None)  # which copies nothing
@@ -184,7 +189,7 @@ def load_data(config: Config, net: torch.nn.Module, noise: NoiseDistribution, ro
     store = on_device(store, data.on, device)
     feed = Feed(stream, store, train, sigma_n=sigma_n, raw_idx=dataset.raw_idx, labels=labels, rows=rows, device=device,
                 workers=data.workers)
-    return Data(stream, feed, checker, describe(config.objective, dataset, store, stream, sigma_n[train]), found)
+    return Data(stream, feed, checker, describe(config.objective, dataset, store, stream, sigma_n[train]), found, shown)
 
 
 def describe(objective: Objective, dataset: ImageDataset, store: ImageStore, stream: PairStream, sigma_n: np.ndarray) -> str:
@@ -214,13 +219,17 @@ def check_timesteps(spec: str, stream: PairStream) -> None:
 
 
 def corrupt_labels(config: LabelConfig, dataset: ImageDataset, labels: torch.Tensor, train: np.ndarray) -> torch.Tensor:
-    """Labels with wrong classes for the fraction of the training images that a LabelConfig says; held-out images keep theirs."""
+    """Labels with wrong classes, or swapped captions, for the fraction of the training images that a LabelConfig says; held-out images
+    keep theirs."""
+    corruption, images = LabelCorruption(config.rate, config.seed, config.groups), dataset.raw_idx[train]
     if dataset.classes is None:
-        raise UserError('--label-corruption needs classes: train with --cond=1 on labels that are classes, not vectors')
-    classes = dataset.classes[train]
-    wrong = LabelCorruption(config.rate, config.seed, config.groups).apply(classes, dataset.raw_idx[train])
+        partners = corruption.partners(labels.numpy()[train] if len(train) < len(labels) else labels.numpy(), images)
+        wrong, new = images[partners] != images, labels[torch.from_numpy(train[partners])]
+    else:
+        classes = dataset.classes[train]
+        relabelled = corruption.apply(classes, images)
+        wrong, new = relabelled != classes, torch.from_numpy(relabelled).int()
     labels = labels.clone()
-    labels[torch.from_numpy(train)] = torch.from_numpy(wrong).int()
-    images = dataset.raw_idx[train]
-    distributed.print0(f'{len(set(images[wrong != classes]))} of {len(set(images))} images carry a wrong label')
+    labels[torch.from_numpy(train)] = new
+    distributed.print0(f'{len(set(images[wrong]))} of {len(set(images))} images carry a wrong label')
     return labels

@@ -42,6 +42,9 @@ def configure(o: EasyDict) -> config.Config:
     data, dataset = open_data(o, corrupter)
     o = of_latents(o, dataset)
     data = dataclasses.replace(data, augment=o.augment)
+    if dataset.text and corruption.labels and corruption.labels.groups is not None:
+        raise UserError(f'--label-corruption-groups={corruption.labels.groups}: groups are of classes, and the labels of --data are '
+                        'captions; leave it out')
     return config.Config(
         data=data,
         corruption=corruption,
@@ -169,6 +172,8 @@ def network_arguments(o: EasyDict, dataset: Form) -> dict:
                  label_dim=dataset.label_dim, use_fp16=o.fp16, **architecture(o))
     given = dict(sigma_data=o.sigma_data, augment_dim=9 if o.augment and takes(found, 'augment_dim') else None)
     found |= {key: value for key, value in given.items() if value is not None}
+    if dataset.text:
+        found |= text_arguments(dataset.text, found)
     if o.label_dropout:
         if not o.cond:
             raise UserError(f'--label-dropout={o.label_dropout:g} drops class labels; train with --cond=1')
@@ -193,6 +198,14 @@ def network_arguments(o: EasyDict, dataset: Form) -> dict:
     if dataset.latents is not None:
         found['autoencoder'] = dataset.latents.autoencoder
     return found
+
+
+def text_arguments(text: dict, found: dict) -> dict:
+    """What config.json says about labels that were made of captions; `found`: the rest of it.
+
+    A network that takes token sequences is told their shape, by the constructor arguments of U-ViT's text variant."""
+    named = {'clip_dim': text['dim'], 'num_clip_token': text['tokens']} if text['tokens'] else {}
+    return {'text': text, **{key: value for key, value in named.items() if takes(found, key)}}
 
 
 def architecture(o: EasyDict) -> dict:

@@ -63,18 +63,18 @@ def name_of_folder(ctx: click.Context, param: click.Parameter, value: str | None
     return value
 
 
-LABELS = 'Fraction of images given a wrong class [0.0]; within groups: 0,1/3,5'
+LABELS = 'Fraction of images given a wrong class or caption [0.0]; within groups: 0,1/3,5'
 DATA = group(
     'Data',
     click.option('--data', metavar='ZIP|DIR', required=True, help='Training images, as dataset_tool.py writes them'),
-    switch('--cond', 'Train class-conditionally, on the labels of the data'),
+    switch('--cond', 'Train conditionally, on the labels of the data: classes or captions'),
     click.option('--val', metavar='DATA|SHARE', help='Held-out images: a data set, or a fraction of --data such as 0.05'),
     number('--sigma', float, 'Noise std of the corrupted images, in network units (images in [-1,1])', 0.0),
     number('--corruption-probability', float, 'Fraction of the images that are corrupted (an exact count)', 0.0),
     count('--corruption-seed', 'Seed that decides which images are noisy, and their noise', 0, WHOLE),
     word('--corruption-protocol', ['fixed', 'published'], 'published: choose images and noise as the ambient-laws code does', 'fixed'),
     word('--sigma-min-as', ['limit', 'noise'], 'Images with a sigma_min: use only above it, or add noise up to it', 'limit'),
-    row(LABELS, number('--label-corruption', SHARE, 'Fraction of the images that are given a wrong class (an exact count)', 0.0)),
+    row(LABELS, number('--label-corruption', SHARE, 'Fraction of the images given a wrong class or caption (an exact count)', 0.0)),
     row(LABELS, click.option('--label-corruption-groups', metavar='GROUPS', callback=groups,
                              help='Groups of classes that are confused with each other: 0,1/3,5,7')),
     switch('--xflip', 'Add a mirrored copy of each image, with its noise mirrored too'),
@@ -104,7 +104,7 @@ OBJECTIVE = group(
 NETWORK = group(
     'Network',
     slot('--arch', 'training.networks.interface:ARCHS', 'Architecture, such as ddpmpp:cbase=128,cres=1|2|2', 'ddpmpp'),
-    number('--label-dropout', SHARE, 'Probability of dropping a label, for classifier-free guidance', 0.0),
+    number('--label-dropout', SHARE, 'Probability of dropping a label, or of the empty caption, for classifier-free guidance', 0.0),
     slot('--cep', 'training.networks.conditioning:CEP', 'Condition-embedding perturbation  [default: none]'),
     click.option('--transfer', metavar='REF', help='Start from the weights of a network: folder, .pt file, Hugging Face name'),
 )

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is printed at the end of a run: the last snapshot, the held-out loss, and the next command."""
 
+import contextlib
 import json
 import os
 import shlex
 from pathlib import Path
 
+from training.checkpoints.load import CONFIG
 from training.run.folder import STATS
 
 TAIL = 2 ** 20  # bytes at the end of the log that are searched for the last held-out loss
@@ -20,9 +22,17 @@ def closing_lines(run_dir: str | os.PathLike, duration: str) -> list[str]:
         lines.append(f'Held-out loss of the weight average: {loss}')
     if snapshots:
         network = shlex.quote(os.path.relpath(snapshots[-1]))
+        prompt = ' --prompt="a caption"' if takes_captions(snapshots[-1]) else ''
         lines += [f'Last snapshot: {network}', 'To generate 64 images with it, and one picture of them:',
-                  f'  python generate.py --network={network} --outdir=out --grid']
+                  f'  python generate.py --network={network} --outdir=out --grid{prompt}']
     return lines
+
+
+def takes_captions(snapshot: Path) -> bool:
+    """Whether the labels of a snapshot's network are captions."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        return bool(json.loads((snapshot / CONFIG).read_text(encoding='utf-8')).get('text'))
+    return False
 
 
 def last_held_out(path: str | os.PathLike) -> str | None:

@@ -339,7 +339,8 @@ class Run:
 
     def measure(self) -> None:
         """Writes metrics of samples of the EMA to stats.jsonl."""
-        fields = self.metrics(self.ema.module, stop=self.requests.asked, **sampling.default_pieces(self.ema.module))
+        fields = self.metrics(self.ema.module, stop=self.requests.asked, labels=self.data.labels,
+                              **sampling.default_pieces(self.ema.module))
         self.requests.now()
         if fields:
             self._log(fields)
@@ -374,7 +375,7 @@ class Run:
             if self.config.run.samples:
                 path = self.folder.numbered('samples', kimg, '.png')
                 drawn = sample_grid(self.ema.module, self.config.run.samples, path, stop=self.requests.asked, output=self.output,
-                                    **sampling.default_pieces(self.ema.module))
+                                    labels=self.data.labels, **sampling.default_pieces(self.ema.module))
                 if drawn is not None:
                     self.mirrors.picture(path, self.progress.nimg)
                     self.alarms.look(drawn, found)

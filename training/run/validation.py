@@ -6,7 +6,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from dnnlib import UserError
+from dnnlib import UserError, text_record
 from torch_utils import distributed, misc, registry, training_stats
 from training.data import cache, tables
 from training.data.batches import Batch
@@ -75,6 +75,8 @@ def check_alike(training: ImageDataset, held_out: ImageDataset) -> ImageDataset:
     if digests[0] != digests[1]:
         raise UserError(f'--val={held_out.path}: its latents are of another autoencoder than those of the training data; encode both '
                         'with the same')
+    if told := text_record.difference(training.text, held_out.text):
+        raise UserError(f'--val={held_out.path}: its labels differ from those of the training data: {told}')
     return held_out
 
 

@@ -14,7 +14,7 @@ from torch_utils import misc, registry
 from training.diffusion import schedules
 from training.sampling import steppers
 from training.sampling.guidance import Guidance, Guided, check
-from training.sampling.labels import uniform
+from training.sampling.labels import default
 from training.sampling.pixels import pictures
 from training.sampling.writers import write_grid
 
@@ -58,9 +58,9 @@ def generate_images(net: Callable, seeds: Iterable[int], *, schedule: Callable =
     """Yields Samples for this rank's share of the seeds, in order, `batch` at a time.
 
     net: a denoiser in eval mode. schedule(num_steps) -> levels, and stepper: pieces with their options bound.
-    labels: a source of labels.py; None draws a class for each seed. guidance: a Guidance. device: where to sample, by default
-    where the network is. rank, world: this process takes every world-th seed. The images do not depend on rank, world or `batch`:
-    bit for bit on the CPU with equal threads, up to rounding of the network on a GPU. No autograd graph is kept.
+    labels: a source of labels.py; None draws a class for each seed, and gives no caption. guidance: a Guidance. device: where to
+    sample, by default where the network is. rank, world: this process takes every world-th seed. The images do not depend on rank, world
+    or `batch`: bit for bit on the CPU with equal threads, up to rounding of the network on a GPU. No autograd graph is kept.
     report: called with the number of images after each evaluation of the network on a batch.
     Raises ValueError for guidance that the network does not allow and for levels that the schedule refuses."""
     assert not getattr(net, 'training', False), 'sampling needs the network in eval mode'
@@ -68,7 +68,7 @@ def generate_images(net: Callable, seeds: Iterable[int], *, schedule: Callable =
     check(net, guidance)
     device = torch.device(device) if device is not None else network_device(net)
     sigmas = noise_levels(net, schedule, num_steps)
-    labels = labels or (uniform(net.label_dim) if net.label_dim else None)
+    labels = labels or default(net)
     mine = list(seeds)[rank::world]
     rows = misc.CPU_CHUNK if device.type == 'cpu' else min(batch, len(mine))
     for first in range(0, len(mine), batch):

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The label of each seed: one class, uniform classes, labels drawn from a data set, or those of a file.
+"""The label of each seed: one class, uniform classes, labels drawn from a data set, those of a file, or those of captions.
 
 A source is called as (draws, seeds) -> labels, int64 [n] classes or float32 [n, label_dim] vectors. Every source draws exactly one
 random number from each seed's generator, so that a seed's later draws do not depend on where its label came from. Sources that use a
-table have it as attribute `table`."""
+table have it as attribute `table`, and those of captions the texts as `prompts`."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dnnlib import arrays, one_line
+from dnnlib import arrays, one_line, text_record
 from training.data.dataset import ImageDataset
 
 DATASET = 'dataset:'
@@ -50,6 +50,24 @@ def listed(table: torch.Tensor) -> Callable:
     return source
 
 
+def cycled(table: torch.Tensor, prompts: list[str]) -> Callable:
+    """Row s modulo R of the table [R, label_dim] for seed s; prompts: the captions of the rows."""
+
+    def source(draws, seeds):
+        draws.randint(2)
+        return table[[seed % len(table) for seed in seeds]].to(draws.device)
+
+    source.table, source.prompts = table, prompts
+    return source
+
+
+def default(net: Callable) -> Callable | None:
+    """The source without any option: no label for networks that take captions, a class drawn for each seed for others with labels."""
+    if getattr(net, 'text', None):
+        return cycled(torch.zeros([1, net.label_dim]), [''])
+    return uniform(net.label_dim) if net.label_dim else None
+
+
 def pick(net: Callable, seeds: Iterable[int], spec: str | None = None, class_idx: int | None = None) -> Callable | None:
     """The source that the options name; None for unconditional networks.
 
@@ -61,6 +79,9 @@ def pick(net: Callable, seeds: Iterable[int], spec: str | None = None, class_idx
         if spec is not None or class_idx is not None:
             raise ValueError('the network is unconditional and has no classes; leave the option out')
         return None
+    text = getattr(net, 'text', None)
+    if text and (class_idx is not None or spec in (None, 'uniform')):
+        raise ValueError(f'the network was trained on captions; give --prompt=TEXT (empty: no caption), or --labels={DATASET}PATH')
     if class_idx is not None:
         if not 0 <= class_idx < net.label_dim:
             raise ValueError(f'the network has classes 0 to {net.label_dim - 1}')
@@ -68,18 +89,22 @@ def pick(net: Callable, seeds: Iterable[int], spec: str | None = None, class_idx
     if spec in (None, 'uniform'):
         return uniform(net.label_dim)
     if spec.startswith(DATASET):
-        return drawn(of_dataset(spec[len(DATASET):], net.label_dim))
+        return drawn(of_dataset(spec[len(DATASET):], net.label_dim, text))
     table = of_file(spec, net.label_dim)
+    if text and table.ndim == 1:
+        raise ValueError(f'it has classes, and the network was trained on captions; give rows of {net.label_dim} numbers, or --prompt=FILE')
     if max(seeds, default=0) >= len(table):
         raise ValueError(f'it has {len(table)} rows, for seeds 0 to {len(table) - 1}, and none for seed {max(seeds)}')
     return listed(table)
 
 
-def of_dataset(path: str | os.PathLike, label_dim: int) -> torch.Tensor:
-    """The labels of a data set's images, as a table."""
+def of_dataset(path: str | os.PathLike, label_dim: int, text: dict | None = None) -> torch.Tensor:
+    """The labels of a data set's images, as a table. text: of the network, where its labels are captions (dnnlib.text_record)."""
     if not ImageDataset(path).has_labels:
         raise ValueError('the data set has no labels in its dataset.json; make them with dataset_tool.py --labels')
     dataset = ImageDataset(path, use_labels=True)
+    if told := text_record.difference(text, dataset.text):
+        raise ValueError(f'the labels of the data set are not those of the network: {told}')
     return _table(dataset.labels(range(len(dataset))) if dataset.classes is None else dataset.classes, label_dim)
 
 

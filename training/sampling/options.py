@@ -33,7 +33,10 @@ CONDITIONS = group(
     'Labels and guidance',
     click.option('--class', 'class_idx', metavar='INT', type=click.IntRange(min=0), help='Class of all images'),
     click.option('--labels', metavar='SOURCE', help='uniform: draw a class for each seed; dataset:PATH: draw a label of that data set; '
-                 'FILE: .npy, .json or .txt, row s (a class or a vector) for seed s  [default: uniform]'),
+                 'FILE: .npy, .json or .txt, row s (a class or a vector) for seed s  [default: uniform; captions need it or --prompt]'),
+    click.option('--prompt', metavar='TEXT|FILE', help='For networks trained on captions: the caption of all images, or a .txt file with '
+                 'one per line, of which seed s takes line s modulo their number'),
+    click.option('--text-encoder', metavar='REF', help='Where the text encoder of --prompt is  [default: as config.json says]'),
     click.option('--gnet', metavar='REF', help='Autoguidance: take D_0 from this network, with the same labels if it takes any'),
     _number('--guidance-channels', 'Guide only the first INT channels, such as 3 of 4 for DiT as published  [default: all]', COUNT, 'INT'),
     click.option('--gnet-weights', metavar='WHICH', default='ema', show_default=True, help='Like --weights, for --gnet'),
@@ -93,6 +96,6 @@ def SWEEP(command: Callable) -> Callable:
 
 
 # Parameter names of these options: those that stand alone, and those that are keys of --levels or --sampler.
-NAMES = ('class_idx', 'labels', 'guidance', 'guidance_interval', 'guidance_channels', 'gnet', 'weights', 'gnet_weights', 'sampler',
-         'levels', 'steps', 'stop_sigma', 'stop_variance', 'decode', 'precision', 'compile')
+NAMES = ('class_idx', 'labels', 'prompt', 'text_encoder', 'guidance', 'guidance_interval', 'guidance_channels', 'gnet', 'weights',
+         'gnet_weights', 'sampler', 'levels', 'steps', 'stop_sigma', 'stop_variance', 'decode', 'precision', 'compile')
 KEYS = ('sigma_min', 'sigma_max', 'rho', 'S_churn', 'S_min', 'S_max', 'S_noise', 'schedule', 'scaling')

@@ -16,7 +16,7 @@ from dnnlib import EasyDict, UserError
 from torch_utils import distributed, misc, registry
 from training.checkpoints.load import load_network, show_recipe
 from training.diffusion import schedules
-from training.sampling import guidance, labels, steppers
+from training.sampling import guidance, labels, prompts, steppers
 from training.sampling.generate import noise_levels, with_time
 from training.sampling.options import KEYS, SAMPLER, STEPS
 from training.sampling.outputs import open_output
@@ -45,7 +45,8 @@ class Networks:
 
     def labels(self, net: torch.nn.Module, seeds: Iterable[int], o: EasyDict) -> Callable | None:
         """The source of labels that the options name; all cells share it."""
-        self._labels = self._labels or (pick_labels(net, seeds, o.labels, o.class_idx),)
+        if not self._labels:
+            self._labels = (pick_labels(net, seeds, o.labels, o.class_idx) if o.get('prompt') is None else pick_prompts(net, o),)
         return self._labels[0]
 
     def output(self, net, o):
@@ -121,7 +122,16 @@ def pick_labels(net: torch.nn.Module, seeds: Iterable[int], spec: str | None, cl
     try:
         return labels.pick(net, seeds, spec, class_idx)
     except ValueError as err:
-        raise UserError(f'--class={class_idx}: {err}' if class_idx is not None else f'--labels={spec}: {err}') from None
+        given = f'--class={class_idx}: ' if class_idx is not None else '' if spec is None else f'--labels={spec}: '
+        raise UserError(f'{given}{err}') from None
+
+
+def pick_prompts(net, o: EasyDict) -> Callable:
+    """The source of labels that --prompt names."""
+    given = next((f'--{name}' for name, value in (('class', o.class_idx), ('labels', o.labels)) if value is not None), None)
+    if given:
+        raise UserError(f'--prompt and {given} exclude each other: both say what the images are of; give one of them')
+    return prompts.pick(net, o.prompt, o.get('text_encoder'), distributed.pick_device(o.device))
 
 
 def sampler_pieces(net: torch.nn.Module, steps: int | None = None, sampler: str | None = None, levels: str | None = None,

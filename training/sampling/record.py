@@ -81,10 +81,22 @@ def _plain(value):
     return next((name for name, kind in schedules.TIMES.items() if type(value) is kind), value)
 
 
+def describe_prompts(prompt: str, source: Callable) -> dict:
+    """Which captions, identified by the digest of their texts, and the digest of the text encoder.
+
+    Not the digest of their embeddings, whose last bits differ between machines."""
+    sha256 = hashlib.sha256('\n'.join(source.prompts).encode()).hexdigest()
+    where = {'path': prompt} if prompt.lower().endswith('.txt') else {'prompt': prompt}
+    return {'source': 'prompt', **where, 'prompts': len(source.prompts), 'sha256': sha256, 'encoder': source.text['encoder'],
+            'encoder_sha256': source.text['sha256']}
+
+
 def describe_labels(o: EasyDict, source: Callable | None) -> dict:
     """Where the labels come from; a table is identified by its digest."""
     if o.class_idx is not None:
         return {'source': 'class', 'class': o.class_idx}
+    if o.get('prompt') is not None:
+        return describe_prompts(o.prompt, source)
     table = getattr(source, 'table', None)
     if table is None:
         return {'source': 'uniform'}
@@ -142,7 +154,8 @@ def differences(old: dict, new: dict) -> list[str]:
 def _same(key, old, new):
     """Whether two values of a key mean the same; levels may differ by rounding, which varies between machines."""
     if key == 'labels' and isinstance(old, dict) and isinstance(new, dict):
-        return {**old, 'path': None} == {**new, 'path': None}
+        names = dict.fromkeys(('path', 'prompt', 'encoder'))  # their digests are compared
+        return {**old, **names} == {**new, **names}
     if key == 'autoencoder' and isinstance(old, dict) and isinstance(new, dict):
         return {**old, 'ref': None} == {**new, 'ref': None}
     if key == 'sigmas' and isinstance(old, list) and isinstance(new, list):
@@ -156,7 +169,7 @@ def _shown(record, key):
     if value is None:
         return 'none'
     if key == 'labels' and isinstance(value, dict):
-        words = ':'.join(str(value[part]) for part in ('source', 'class', 'path') if part in value)
+        words = ':'.join(str(value[part]) for part in ('source', 'class', 'path', 'prompt') if part in value)
         return f'{words} ({str(value["sha256"])[:8]})' if 'sha256' in value else words
     if key in ('sha256', 'gnet_sha256'):
         prefix = 'gnet_' if key == 'gnet_sha256' else ''

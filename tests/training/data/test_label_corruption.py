@@ -114,3 +114,90 @@ def test_what_the_data_cannot_give_is_refused(labels, options, said):
     with pytest.raises(UserError, match='label-corruption') as error:
         corrupted(labels, **options)
     assert said in error.value.message and '\n' not in error.value.message
+
+
+# --- captions, which pairs of images swap
+
+
+def captions_of(n, kinds=None, seed=0):
+    """Vectors [n, 3]: all different, or of so many kinds."""
+    values = np.random.default_rng(seed).standard_normal((kinds or n, 3)).astype(np.float32)
+    return values if kinds is None else values[np.random.default_rng(seed + 1).integers(0, kinds, n)]
+
+
+def swapped(vectors, rate=0.1, seed=0, raw_idx=None, groups=None):
+    raw_idx = np.arange(len(vectors)) if raw_idx is None else raw_idx
+    return LabelCorruption(rate, seed, groups).partners(vectors, raw_idx)
+
+
+@pytest.mark.parametrize('rate', [0, 0.025, 0.1, 0.333, 1])
+@pytest.mark.parametrize('n, kinds', [(10, None), (1001, None), (1000, 2), (1001, 7), (1001, 2)])
+def test_an_exact_count_of_images_gets_another_caption(rate, n, kinds):
+    vectors = captions_of(n, kinds)
+    partners = swapped(vectors, rate)
+    changed = (vectors[partners] != vectors).any(1)
+    assert changed.sum() == round(rate * n)
+    assert (partners[~changed] == np.arange(n)[~changed]).all()
+
+
+@pytest.mark.parametrize('kinds', [None, 5])
+def test_captions_are_swapped_between_pairs(kinds):
+    """Of an even count, each image has its partner's caption and the partner its own, so that no caption is lost or doubled."""
+    vectors = captions_of(1000, kinds)
+    partners = swapped(vectors, 0.2)
+    changed = np.flatnonzero(partners != np.arange(1000))
+    assert len(changed) == 200 and (partners[partners] == np.arange(1000)).all()
+    assert sorted(map(tuple, vectors[partners])) == sorted(map(tuple, vectors))
+
+
+def test_partners_are_random():
+    """Over many seeds, every image is about equally often chosen, and equally often the partner of another."""
+    vectors, counts, pairs = captions_of(12), np.zeros(12), np.zeros((12, 12))
+    for seed in range(2000):
+        partners = swapped(vectors, 0.5, seed)
+        chosen = np.flatnonzero(partners != np.arange(12))
+        counts[chosen] += 1
+        pairs[chosen, partners[chosen]] += 1
+    assert scipy.stats.chisquare(counts).pvalue > 1e-6 and abs(counts.sum() - 12_000) == 0
+    assert scipy.stats.chisquare(pairs[np.triu_indices(12, 1)]).pvalue > 1e-6
+
+
+def test_a_higher_rate_only_adds_images_and_the_seed_decides():
+    vectors, before = captions_of(500, 20), None
+    for rate in (0.02, 0.1, 0.11, 0.5, 1):
+        partners = swapped(vectors, rate)
+        if before is not None:
+            kept = before != np.arange(500)
+            assert (partners[kept] == before[kept]).all()
+        before = partners
+    assert (swapped(vectors, 0.5) == swapped(vectors, 0.5)).all()
+    assert (swapped(vectors, 0.5) != swapped(vectors, 0.5, seed=1)).any()
+
+
+def test_the_choice_does_not_depend_on_which_others_are_kept():
+    """An image's place in the order is its own: of half of the images, those that come first do so among all, too."""
+    vectors = captions_of(400)
+    some = np.arange(0, 400, 2)
+    chosen = lambda rows, rate: set(rows[swapped(vectors[rows], rate, raw_idx=rows) != np.arange(len(rows))])
+    assert chosen(some, 0.1) <= chosen(np.arange(400), 0.4)
+
+
+def test_an_image_and_its_flip_get_one_caption():
+    vectors = np.concatenate([captions_of(50)] * 2)
+    partners = swapped(vectors, 0.3, raw_idx=np.concatenate([np.arange(50)] * 2))
+    assert (vectors[partners][:50] == vectors[partners][50:]).all()
+    assert (vectors[partners] != vectors).any(1).sum() == 2 * 15
+
+
+def test_a_caption_of_most_images_still_gives_the_exact_count():
+    vectors = captions_of(100, None)
+    vectors[10:] = vectors[10]  # 90 of 100 have one caption
+    partners = swapped(vectors, 1.0)
+    assert (vectors[partners] != vectors).any(1).all()
+
+
+def test_captions_without_a_choice_are_refused():
+    with pytest.raises(UserError, match='all images have the same caption'):
+        swapped(np.ones([5, 2], np.float32), 0.5)
+    with pytest.raises(UserError, match=r'--label-corruption-groups=\[\[0, 1\]\]: groups are of classes'):
+        swapped(captions_of(5), 0.5, groups=[[0, 1]])

@@ -11,10 +11,13 @@ import torch
 
 from dnnlib import UserError
 from torch_utils import misc, registry
+from training.checkpoints.load import load_network
+from training.checkpoints.save import save_network
 from training.networks.conditioning import CEP, LabelEmbedding
 from training.networks.interface import ARCHS
 from training.networks.preconditioning import build_network
 from training.networks.rows import RowLayer
+from training.networks.unet import SongUNet
 
 N, D = 40_000, 24
 
@@ -123,3 +126,94 @@ def test_values_out_of_range_are_refused(spec):
 def test_unknown_kinds_are_refused_with_the_choices():
     with pytest.raises(UserError, match='choose from gaussian, uniform'):
         registry.build('cauchy', CEP, '--cep')
+
+
+# --- labels that are captions: "no label" is the empty caption
+
+TEXT = {'encoder': 'e', 'sha256': 64 * 'a', 'pooling': 'mean', 'normalised': True, 'dim': 6, 'length': 9, 'tokens': None}
+
+
+def captioned(dropout=0.0, arch='ddpmpp', text=TEXT, label_dim=6, **config):
+    """A tiny network of captions, with a random label of the empty one and random weights."""
+    net = build_network({'img_resolution': 8, 'img_channels': 1, 'label_dim': label_dim, 'label_dropout': dropout,
+                         **ARCHS[arch](cbase=16, cres=[1], blocks=1, attn=[]), **({'text': text} if text else {}), **config})
+    source = misc.generator('captioned')
+    for p in net.parameters():
+        p.data = torch.randn(p.shape, generator=source) * 0.1
+    if text:
+        net.set_null_label(torch.randn(label_dim, generator=source))
+    return net.eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize('arch', ['ddpmpp', 'adm'])
+def test_no_label_is_the_empty_caption(arch):
+    net, x = captioned(arch=arch), torch.randn(3, 1, 8, 8, generator=misc.generator('x'))
+    null = net.model.label_embedding.null_label.expand(3, -1)
+    expected = net(x, 2.0, null)
+    for labels in (None, torch.zeros(3, 6)):
+        assert torch.allclose(net(x, 2.0, labels), expected, atol=1e-5)
+    own = torch.randn(3, 6, generator=misc.generator('labels'))
+    mixed = net(x, 2.0, torch.cat([own[:1], torch.zeros(2, 6)]))
+    assert torch.allclose(mixed[0], net(x, 2.0, own)[0], atol=1e-5) and torch.allclose(mixed[1:], expected[1:], atol=1e-5)
+    assert (net(x, 2.0, own) - expected).abs().max() > 1e-3  # the labels matter
+    plain = captioned(arch=arch, text=None)
+    assert torch.equal(plain(x, 2.0, own), net(x, 2.0, own))  # with a label, nothing differs
+    assert (plain(x, 2.0) - net(x, 2.0)).abs().max() > 1e-3
+
+
+def test_dropped_captions_become_the_empty_one():
+    net = captioned(dropout=1.0).train()
+    seen = []
+    net.model.label_embedding.embed = lambda labels: seen.append(labels) or torch.zeros(len(labels), 16)
+    net(torch.zeros(4, 1, 8, 8), 1.0, torch.ones(4, 6))
+    assert torch.equal(seen[0], net.model.label_embedding.null_label.expand(4, -1))
+
+
+def test_the_empty_caption_is_saved_with_the_weights_of_such_networks_alone():
+    names = {text is not None: {*captioned(text=text).state_dict()} for text in (None, TEXT)}
+    assert names[True] - names[False] == {'model.map_label.null_label'} and names[False] < names[True]
+    twin = copy.deepcopy(captioned())
+    assert torch.equal(twin.model.label_embedding.null_label, captioned().model.label_embedding.null_label)
+    with torch.device('meta'), misc.seeded('meta'):
+        sketch = build_network(captioned().config)
+    assert sketch.model.label_embedding.null_label.is_meta and sketch.text == TEXT
+
+
+def test_networks_of_captions_are_saved_and_loaded(tmp_path):
+    net = captioned(text={**TEXT, 'sha256': 64 * '9'})  # digits alone, which are no size
+    save_network(net, tmp_path / 'net')
+    found = load_network(tmp_path / 'net')
+    assert found.text == net.text and torch.equal(found.model.label_embedding.null_label, net.model.label_embedding.null_label)
+    x = torch.ones(1, 1, 8, 8)
+    assert torch.equal(found(x, 1.0), net(x, 1.0))
+    assert 'e (mean, 99999999)' in (tmp_path / 'net' / 'README.md').read_text()
+
+
+@pytest.mark.parametrize('text, words', [({**TEXT, 'dim': 5}, 'its captions have labels of 5 numbers, and label_dim=6'),
+                                         ({'dim': 6}, 'lacks "encoder"'), ([], 'must be an object')])
+def test_impossible_records_in_a_configuration_are_refused(text, words):
+    with pytest.raises(UserError, match='network configuration: "text"') as caught:
+        build_network({**captioned(text=None).config, 'text': text})
+    assert words in str(caught.value)
+
+
+def test_captions_need_an_embedding_of_labels(monkeypatch):
+    monkeypatch.setattr(SongUNet, 'label_embedding', None)
+    with pytest.raises(UserError, match='captions need an embedding of labels, and SongUNet has none'):
+        captioned()
+
+
+@pytest.mark.parametrize('spec', ['uniform:gamma=2', 'gaussian:gamma=2'])
+def test_perturbation_of_captions_and_of_sequences(spec):
+    """gamma^2 / (3d) or gamma^2 / d, with d the width of a token, however many there are; applied to the empty caption too."""
+    piece = registry.build(spec, CEP, '--cep')
+    with misc.seeded('cep', spec):
+        delta = piece(torch.zeros(2000, 7, 24), RowLayer())
+    assert delta.var().item() == pytest.approx(4 / 24 / (3 if 'uniform' in spec else 1), rel=0.02)
+    net = captioned(dropout=1.0).train()
+    x = torch.ones(2, 1, 8, 8)
+    before = net(x, 1.0, torch.ones(2, 6))
+    net.model.label_embedding.perturb = piece
+    with misc.seeded('cep'):
+        assert (net(x, 1.0, torch.ones(2, 6)) - before).abs().max() > 1e-4
+    assert torch.equal(net.eval()(x, 1.0), captioned()(x, 1.0))

@@ -23,6 +23,9 @@ def annotate(source, options: dict) -> None:
     """Replaces the source's labels, noise levels and units by those of the command line."""
     if options['labels']:
         source.labels = match(read_table(options['labels'], '--labels', 'labels'), source.names, f'--labels={options["labels"]}')
+        source.text = None
+    if options.get('captions'):
+        source.captions = read_captions(options['captions'], source.names)
     for key, option in LEVELS.items():
         if options[key]:
             setattr(source, key, read_levels(options[key], option, key, source.names))
@@ -70,7 +73,7 @@ def tell(source, told: dict[str, str], where: str) -> None:
         label = int(label) if re.fullmatch(r'\d{1,9}', label) else label
         if label == '':
             raise UserError(f'{where}: label= needs the name or number of a class, or none')
-        source.labels = None if label == 'none' else [label] * len(source.names)
+        source.text, source.labels = None, None if label == 'none' else [label] * len(source.names)
     for key, name in (('sigmas', 'sigma'), ('sigma_min', 'sigma_min'), ('sigma_max', 'sigma_max')):
         if name in told:
             setattr(source, key, read_levels(told[name], f'{where}: {name}', key, source.names))
@@ -121,6 +124,37 @@ def read_table(path: str, option: str, key: str) -> Any:
     if all(len(row) == 1 for row in rows):
         return [row[0] for row in rows]
     return [[str(row[0]), row[1] if len(row) == 2 else row[1:]] for row in rows]
+
+
+def read_captions(path: str, names: Sequence[str]) -> list[str]:
+    """One caption per image, of --captions=FILE: .txt, one per line in the order of the images; .csv, file and caption; .json, an object or
+    [file, caption] pairs, maybe under "captions", or a list in order. Raises UserError."""
+    where = f'--captions={path}'
+    if path.lower().endswith('.json'):
+        found = read_value(path, where)
+        found = found['captions'] if isinstance(found, dict) and isinstance(found.get('captions'), (dict, list)) else found
+    else:
+        found = _caption_rows(path, where)
+    found = match(found, names, where)
+    odd = next((i for i, caption in enumerate(found) if not isinstance(caption, str)), None)
+    if odd is not None:
+        raise UserError(f'{where}: the caption of {names[odd]} must be one text, got {one_line(json.dumps(found[odd]))[:50]}')
+    return [' '.join(caption.split()) for caption in found]  # on one line
+
+
+def _caption_rows(path, where):
+    try:
+        with open(path, encoding='utf-8-sig', newline='') as file:
+            if not path.lower().endswith('.csv'):
+                return file.read().splitlines()
+            rows = [row for row in csv.reader(file) if row]
+    except (OSError, ValueError, csv.Error) as err:
+        raise UserError(f'{where}: cannot be read ({damage(err)}); give .txt, .csv or .json') from None
+    long = next((row for row in rows if len(row) != 2), None)
+    if long is not None:
+        raise UserError(f'{where}: a row has {len(long)} columns, {one_line(",".join(long))[:60]}; give file and caption, in quotes '
+                        'where it has commas')
+    return rows[1:] if rows and rows[0][0].lower() in ('file', 'filename', 'file_name', 'name', 'image') else rows
 
 
 def as_classes(values: list) -> list:

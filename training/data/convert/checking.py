@@ -14,6 +14,7 @@ from dnnlib.archive import DAMAGE, Archive, damage, decode_image
 from dnnlib.cpus import cpu_count
 from dnnlib.progress import Progress
 from training.data import tables
+from training.data.contents import Pictures
 from training.data.convert.statistics import Summary, facts_of, facts_of_dataset, lines, measure
 from training.data.dataset import ImageDataset
 from training.data.latents import read_latents
@@ -61,6 +62,8 @@ def _check_pictures(path, problems, say):
     for key in tables.CHECKS:
         if meta.get(key):
             _check_table(key, meta[key], names, known, scale, problems)
+    if not problems.count:
+        _check_text(path, problems)
     return summaries.get(usual), len(names), lambda: facts_of(meta, names, shape, is_float)._replace(latents=found)
 
 
@@ -84,8 +87,21 @@ def _check_packed(path, problems, say):
             problems.add(key, f'{key}.npy {err}')
         except UserError as err:
             problems.add(key, str(err))
+    if not problems.count:
+        _check_text(path, problems)
     return (next(iter(summaries.values()), None), len(names),
             lambda: facts_of_dataset(ImageDataset(path, use_labels=contents.has('labels'))))
+
+
+def _check_text(path, problems):
+    """Checks captions, and the labels that were made of them, by opening the data as training does."""
+    try:
+        contents = (Packed if is_packed(path) else Pictures)(path)
+        contents.captions()
+        if contents.text is not None:
+            ImageDataset(path, use_labels=True)
+    except UserError as err:
+        problems.add('text', err.message.removeprefix(f'{path}: '))
 
 
 def _check_members(path, problems):

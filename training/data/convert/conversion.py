@@ -240,11 +240,16 @@ def write(pool, source, job, indices, writer, options, wanted=frozenset()):
 
 
 def metadata(source, written, sums):
-    """The content of dataset.json: labels (or null), sigmas, sigma_min and sigma_max if there are any, units of float data."""
+    """The content of dataset.json: labels (or null), and if there are any sigmas, sigma_min, sigma_max, captions and the record of labels
+    made of these; units of float data."""
     pairs = lambda values: [[name, values[index]] for name, index in written]
     meta = {'labels': pairs(source.labels) if source.labels else None}
     levels = [(key, getattr(source, key)) for key in LEVELS]
     meta |= {key: pairs(values) for key, values in levels if values is not None}
+    if source.captions:
+        meta['captions'] = pairs(source.captions)
+    if source.labels and source.text:
+        meta['text'] = source.text
     if sums is not None:
         meta['units'] = source.units or transforms.propose_units(*sums)
     return meta

@@ -31,6 +31,9 @@ class Joined(Source):
         self._starts = [0, *itertools.accumulate(len(source.names) for source in self._sources)]
         self.names = _names(sources)
         self.labels = _labels(sources) if keep_labels else None
+        self.text = _text(sources) if self.labels else None
+        if any(source.captions for source in self._sources):
+            self.captions = [text for source in self._sources for text in source.captions or [''] * len(source.names)]
         for key, absent in ABSENT.items():
             setattr(self, key, _levels(self._sources, key, absent))
         self.units = _units(sources) if keep_units else _units_of_levels(sources)
@@ -89,6 +92,16 @@ def _sort(labels):
     if not labels:
         return None
     return {str: 'names of classes', int: 'class numbers'}.get(type(labels[0]), 'vectors')
+
+
+def _text(sources):
+    """The record of labels that were made of captions, which must be the same for all."""
+    (first, source), *others = sources
+    for path, other in others:
+        if other.text != source.text:
+            raise UserError(f'--source: the labels of {first} and {path} are not of the same text encoder; give each label=none, and embed '
+                            'the captions again')
+    return source.text
 
 
 def _levels(sources, key, absent):

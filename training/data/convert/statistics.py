@@ -101,6 +101,7 @@ class Facts(NamedTuple):
     sigma_max: np.ndarray  # infinite without a limit
     class_names: dict | None = None  # {class: name}
     latents: Latents | None = None  # where the images are latents
+    text: dict | None = None  # record of labels that were made of captions
 
 
 def facts_of(meta: dict, names: Sequence[str], shape: Sequence[int], is_float: bool, class_names: dict | None = None) -> Facts:
@@ -113,13 +114,15 @@ def facts_of(meta: dict, names: Sequence[str], shape: Sequence[int], is_float: b
     return Facts(names, shape, is_float, meta.get('units'), labels, _label_dim(labels),
                  zero if told['sigmas'] is None else tables.levels(told['sigmas'], names, scale),
                  zero if told['sigma_min'] is None else tables.lower_limits(told['sigma_min'], names, scale),
-                 zero + math.inf if told['sigma_max'] is None else tables.limits(told['sigma_max'], names, scale), class_names)
+                 zero + math.inf if told['sigma_max'] is None else tables.limits(told['sigma_max'], names, scale), class_names,
+                 meta.get('text'))
 
 
 def facts_of_dataset(dataset: ImageDataset) -> Facts:
     """The Facts of an ImageDataset."""
     return Facts([dataset.image_name(i) for i in dataset.raw_idx], dataset.image_shape, dataset.is_float, dataset.units,
-                 dataset.label_table, dataset.label_dim, dataset.native_sigma, dataset.sigma_min, dataset.sigma_max, None, dataset.latents)
+                 dataset.label_table, dataset.label_dim, dataset.native_sigma, dataset.sigma_min, dataset.sigma_max,
+                 latents=dataset.latents, text=dataset.text)
 
 
 def _label_dim(labels):
@@ -211,7 +214,8 @@ def _label_lines(facts):
         yield 'labels      none'
         return
     if facts.labels.ndim == 2:
-        yield f'labels      vectors of length {facts.label_dim}'
+        of_captions = f', of captions by {facts.text["encoder"]}' if facts.text else ''
+        yield f'labels      vectors of length {facts.label_dim}{of_captions}'
         return
     counts = np.bincount(facts.labels, minlength=facts.label_dim)
     yield f'labels      {len(counts)} classes, {counts.min()} to {counts.max()} images each, median {np.median(counts):g}'

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cuts large images into tiles, each with the labels and levels of its image."""
+"""Cuts large images into tiles, each with the label, caption and levels of its image."""
 
 import sys
 
@@ -10,7 +10,7 @@ from dnnlib.archive import DAMAGE
 from training.data.convert.readers.source import Kind, Source
 
 MAX_TILES = 2 ** 17  # limit per image: the largest picture that is read, in tiles of 32x32 pixels
-PER_IMAGE = ('labels', 'sigmas', 'sigma_min', 'sigma_max')
+PER_IMAGE = ('labels', 'captions', 'sigmas', 'sigma_min', 'sigma_max')
 
 
 class Tiled(Source):
@@ -20,7 +20,7 @@ class Tiled(Source):
     to end with the image. origin: the index of each tile's image in the source. Raises UserError if no image is large enough."""
 
     def __init__(self, source, width: int, height: int, overlap: int = 0):
-        self._source, self._shape, self.units = source, (height, width), source.units
+        self._source, self._shape, self.units, self.text = source, (height, width), source.units, source.text
         self._kinds, self._places, self._last, small = {}, [], (None, None), 0
         for index in range(len(source.names)):
             try:

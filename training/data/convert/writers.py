@@ -112,7 +112,11 @@ class PackedWriter:
         """Adds the tables of dataset.json, whose rows are in the order of the images."""
         columns = {key: check([row[1] for row in value[key]], [row[0] for row in value[key]])
                    for key, check in tables.CHECKS.items() if value.get(key)}
-        self._packed.finish(columns, units=value.get('units'))
+        text, captions = value.get('text'), value.get('captions')
+        if text:
+            columns['empty'] = np.float32([text['empty']])
+        self._packed.finish(columns, captions and [row[1] for row in captions], units=value.get('units'),
+                            **({'text': {key: item for key, item in text.items() if key != 'empty'}} if text else {}))
 
     def __exit__(self, *error):
         return self._open.__exit__(*error)

@@ -105,7 +105,7 @@ class WebDatasetSource(EncodedSource):
 
     path: a tar file, a folder of them, or a pattern such as "train-{000..146}.tar" or "train-*.tar". key: the ending of the image, where a
     sample has several. label_key: the key of the label in .json, by default "label" or "cls", if there is no .cls; "sigma", "sigma_min" and
-    "sigma_max" in .json are levels."""
+    "sigma_max" in .json are levels. Captions are those of .txt, or "caption" in .json."""
 
     what = 'WebDataset .tar'
 
@@ -145,7 +145,7 @@ class WebDatasetSource(EncodedSource):
         return self._files[number]().read(offset, size)
 
     def _facts(self, number, members, label_key):
-        """(class, {level: value}) of a sample."""
+        """(class, {level: value}, caption) of a sample."""
         note, label = {}, None
         if 'json' in members:
             note = json.loads(self._text(number, members['json']))
@@ -155,22 +155,26 @@ class WebDatasetSource(EncodedSource):
             label = _whole(self._text(number, members['cls']))
         else:
             label = next((note[key] for key in ([label_key] if label_key else ['label', 'cls']) if key in note), None)
-        return label, {key: note[key] for key in LEVELS if key in note} or NO_LEVELS
+        caption = self._text(number, members['txt'], 'replace') if 'txt' in members else note.get('caption')
+        caption = ' '.join(caption.split()) if isinstance(caption, str) else None
+        return label, {key: note[key] for key in LEVELS if key in note} or NO_LEVELS, caption
 
-    def _text(self, number, place):
+    def _text(self, number, place, errors='strict'):
         offset, size = place
         if size > MAX_TEXT:
-            raise ValueError(f'a .cls or .json of {size} bytes')
-        return self._files[number]().read(offset, size).decode()
+            raise ValueError(f'a .cls, .json or .txt of {size} bytes')
+        return self._files[number]().read(offset, size).decode(errors=errors)
 
     def _keep(self, facts):
-        labels = [label for label, _ in facts]
+        labels, levels, captions = zip(*facts)
         lacking = next((name for name, label in zip(self.names, labels) if label is None), None)
         if any(label is not None for label in labels):
             if lacking is not None:
                 raise ValueError(f'{lacking} has no label, as others have')
-            self.labels = labels
-        self.tell({key: [levels.get(key) for _, levels in facts] for key in LEVELS})
+            self.labels = list(labels)
+        if any(captions):
+            self.captions = [caption or '' for caption in captions]
+        self.tell({key: [one.get(key) for one in levels] for key in LEVELS})
 
 
 def _is_pattern(path):

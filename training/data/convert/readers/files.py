@@ -5,9 +5,10 @@ import os
 
 import numpy as np
 
-from dnnlib import UserError, pictures
+from dnnlib import UserError, pictures, text_record
 from dnnlib.archive import IMAGES, RARER_IMAGES, Archive, decode_image, open_picture
 from training.data import tables
+from training.data.contents import checked_empty
 from training.data.convert.annotations import match
 from training.data.convert.readers import tiff
 from training.data.convert.readers.source import NO_PICTURES, Kind, Source, folder_classes
@@ -27,6 +28,10 @@ class FileSource(Source):
         self.units = _units(meta.get('units'), path)
         told = lambda key: match(meta[key], self.names, f'"{key}" in {path}') if meta.get(key) else None
         self.labels, self.sigmas, self.sigma_min, self.sigma_max = map(told, ('labels', 'sigmas', 'sigma_min', 'sigma_max'))
+        self.captions = told('captions')
+        if self.captions and not all(isinstance(caption, str) for caption in self.captions):
+            raise UserError(f'--source={path}: "captions" in its dataset.json must be one text per file')
+        self.text = _text(meta.get('text'), path) if self.labels else None
         if 'labels' not in meta:
             self.labels = folder_classes(self.names)
 
@@ -60,3 +65,13 @@ def _units(told, path):
     except (KeyError, ValueError):
         raise UserError(f'--source={path}: "units" in its dataset.json must be {{"offset": ..., "scale": ...}}, finite numbers, '
                         'single or one per channel, the scale above 0') from None
+
+
+def _text(told, path):
+    if told is None:
+        return None
+    where = f'--source={path}: "text" in its dataset.json'
+    try:
+        return {**text_record.checked(told), 'empty': checked_empty(told.get('empty'), where).tolist()}
+    except ValueError as err:
+        raise UserError(f'{where} {err}') from None

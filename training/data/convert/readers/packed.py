@@ -7,6 +7,7 @@ import zipfile
 
 from dnnlib import UserError
 from training.data import tables
+from training.data.contents import text_of
 from training.data.convert.readers.arrays import ArraySource
 from training.data.convert.readers.source import NO_PICTURES
 from training.data.packed import Packed, is_packed
@@ -23,7 +24,9 @@ class PackedSource(ArraySource):
             raise UserError(NO_PICTURES.format(path))
         told = {key: None if contents.values(key) is None else contents.values(key).tolist() for key in tables.CHECKS}
         self.hold(contents.images, told['labels'])
-        self.units, self.sigmas = contents.units, told['sigmas']
+        self.units, self.sigmas, self.captions = contents.units, told['sigmas'], contents.captions()
+        text, empty = text_of(contents)
+        self.text = text and {**text, 'empty': empty.tolist()}
         # As in dataset.json, since JSON has no infinity.
         self.sigma_min = told['sigma_min'] and [min(limit, tables.LARGEST) or None for limit in told['sigma_min']]
         self.sigma_max = told['sigma_max'] and [limit if limit <= tables.LARGEST else None for limit in told['sigma_max']]
