@@ -61,7 +61,7 @@ def cycled(table: torch.Tensor, prompts: list[str]) -> Callable:
     return source
 
 
-def default(net) -> Callable | None:
+def default(net: Callable) -> Callable | None:
     """The source without any option: no label for networks that take captions, a class drawn for each seed for others with labels."""
     if getattr(net, 'text', None):
         return cycled(torch.zeros([1, net.label_dim]), [''])

@@ -80,7 +80,7 @@ def _plain(value):
     return next((name for name, kind in schedules.TIMES.items() if type(value) is kind), value)
 
 
-def describe_prompts(prompt: str, source) -> dict:
+def describe_prompts(prompt: str, source: Callable) -> dict:
     """Which captions, identified by the digest of their texts, and the digest of the text encoder.
 
     Not the digest of their embeddings, whose last bits differ between machines."""
