@@ -119,7 +119,7 @@ def checked_empty(found: Any, where: str) -> np.ndarray:
     return label
 
 
-def text_of(contents) -> tuple[dict | None, np.ndarray | None]:
+def text_of(contents: Any) -> tuple[dict | None, np.ndarray | None]:
     """(record of how captions became the labels, label of the empty caption); (None, None) of other labels. Raises UserError."""
     if contents.text is None:
         return None, None

@@ -126,7 +126,7 @@ def pick_labels(net: torch.nn.Module, seeds: Iterable[int], spec: str | None, cl
         raise UserError(f'{given}{err}') from None
 
 
-def pick_prompts(net, o: EasyDict) -> Callable:
+def pick_prompts(net: Callable, o: EasyDict) -> Callable:
     """The source of labels that --prompt names."""
     given = next((f'--{name}' for name, value in (('class', o.class_idx), ('labels', o.labels)) if value is not None), None)
     if given:

@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from dnnlib import UserError, one_line, text_record
@@ -13,7 +14,7 @@ from training.data import text
 from training.sampling.labels import cycled
 
 
-def pick(net, prompt: str, encoder: str | None = None, device: torch.device | str = 'cpu') -> Callable:
+def pick(net: Callable, prompt: str, encoder: str | None = None, device: torch.device | str = 'cpu') -> Callable:
     """The source of labels for --prompt: seed s has caption s modulo their number. Every rank calls this; rank 0 alone embeds them.
 
     prompt: a caption, or a .txt file of captions, one per line. encoder: where the text encoder is, by default as the network's
@@ -45,7 +46,7 @@ def read(prompt: str) -> list[str]:
     return [line.strip() for line in lines]
 
 
-def embed(record: dict, prompts: list[str], encoder: str, device: torch.device | str):
+def embed(record: dict, prompts: list[str], encoder: str, device: torch.device | str) -> np.ndarray:
     """The labels of captions, float32 [n, label_dim], by the text encoder of a record; zeros for the empty caption. Raises UserError."""
     if not any(prompts):  # the network has the label of the empty caption
         return torch.zeros([len(prompts), text_record.label_dim(record)]).numpy()

@@ -8,6 +8,7 @@ import shutil
 import tempfile
 import zipfile
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -44,7 +45,7 @@ def embed(options: dict) -> list[str]:
             f'({text.record["pooling"]}, {text.record["sha256"][:8]})']
 
 
-def check_dest(path: str, dest: str, contents) -> None:
+def check_dest(path: str, dest: str, contents: Any) -> None:
     """Refuses a destination of another kind than the source, one that exists, and labels of another kind that would be lost."""
     if os.path.abspath(path) == os.path.abspath(dest):
         if contents.has('labels') and contents.text is None:

@@ -115,7 +115,7 @@ def facts_of(meta: dict, names: Sequence[str], shape: Sequence[int], is_float: b
                  zero if told['sigmas'] is None else tables.levels(told['sigmas'], names, scale),
                  zero if told['sigma_min'] is None else tables.lower_limits(told['sigma_min'], names, scale),
                  zero + math.inf if told['sigma_max'] is None else tables.limits(told['sigma_max'], names, scale), class_names,
-                 meta.get('text'))
+                 text=meta.get('text'))
 
 
 def facts_of_dataset(dataset: ImageDataset) -> Facts:
