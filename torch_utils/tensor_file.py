@@ -11,7 +11,7 @@ import os
 import zipfile
 import zlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -65,7 +65,7 @@ class Reader:
 
     FIELDS = 5  # of a storage in the pickle
 
-    def __init__(self, file, mapped, checksums):
+    def __init__(self, file: BinaryIO, mapped: Any, checksums: bool) -> None:
         self.mapped, self.checksums, self.limits = mapped, checksums, Limits(MAX_STEPS)
         self.left = os.fstat(file.fileno()).st_size  # bytes of tensors that may still be read
         self.storages = {}  # name of the record -> 1-D tensor

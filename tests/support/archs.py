@@ -28,8 +28,8 @@ VARIANTS = {
 
 
 def config(arch, **others):
-    """A configuration for build_network(): 8x8, two channels, three classes."""
-    return {'img_resolution': 8, 'img_channels': 2, 'label_dim': 3, **registry.build((TINY | VARIANTS)[arch], ARCHS)(), **others}
+    """A configuration for build_network(): 8x8, two channels, three classes. arch: a name above, or what --arch takes."""
+    return {'img_resolution': 8, 'img_channels': 2, 'label_dim': 3, **registry.build((TINY | VARIANTS).get(arch, arch), ARCHS)(), **others}
 
 
 def augmented(arch):

@@ -27,7 +27,7 @@ UNUSED = ('qk_scale', 'use_checkpoint', 'drop_rate', 'attn_drop_rate', 'drop_pat
 
 def cases(family, fast=True):
     """Names of a family's small cases, or of those of full size."""
-    names = sorted(path.parent.name for path in (DATA / family).glob('*/case.json'))
+    names = sorted(path.parent.name for path in (DATA / family).glob('*/case.json') if 'kwargs' in json.loads(path.read_text()))
     return [name for name in names if name.startswith('formula_') != fast]
 
 

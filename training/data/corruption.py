@@ -8,7 +8,7 @@ import collections
 import hashlib
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -109,7 +109,8 @@ class Corruption:
         self.add(out, np.arange(len(out)), raw_idx, native_sigma, sigma_n, flip)
         return out
 
-    def add(self, images, rows, raw_idx, native_sigma, sigma_n, flip=None, mirror=None):
+    def add(self, images: np.ndarray, rows: np.ndarray, raw_idx: np.ndarray, native_sigma: np.ndarray, sigma_n: np.ndarray,
+            flip: np.ndarray | None = None, mirror: Callable | None = None) -> None:
         """As apply(), in place, for these rows [k] of images float32 [N,C,H,W]; the others stay. The rest: [k], of the rows.
 
         mirror: bool [k], the items that are mirrored already, whose noise is to be that of the image mirrored."""

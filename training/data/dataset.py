@@ -125,7 +125,7 @@ class ImageDataset:
         """An image of the archive as stored, never flipped: uint8 or float32 of stored_shape. Thread-safe."""
         return self.contents.decode(raw_idx)
 
-    def to_network(self, images):
+    def to_network(self, images: np.ndarray | torch.Tensor) -> torch.Tensor:
         """Stored images -> network units, float32; of distributions, std / scale after (mean - offset) / scale."""
         images = torch.as_tensor(images).to(torch.float32, copy=True)
         if self.units is None:

@@ -71,7 +71,7 @@ class ImageStore:
     def _noisy_bytes(self):
         return self.noisy_count * math.prod(self.dataset.stored_shape) * 4
 
-    def gather(self, indices) -> torch.Tensor:
+    def gather(self, indices: np.ndarray | torch.Tensor) -> torch.Tensor:
         """Items in network units at level sigma_n: float32 [n, *stored_shape]; they are flipped last, so that the noise is mirrored too."""
         indices = torch.as_tensor(indices, dtype=torch.int64)
         if not self.kept_bytes:
@@ -91,7 +91,7 @@ class ImageStore:
             self._have[copy[rest][new]] = True
         return self._mirrored(images, indices)
 
-    def stored(self, row):
+    def stored(self, row: np.ndarray | torch.Tensor) -> torch.Tensor:
         """Clean images by their place in the archive, as stored: uint8 or float32 [n, *stored_shape]."""
         row = torch.as_tensor(row)
         return self._clean.index_select(0, row if self.mapped else torch.searchsorted(self._used, row))

@@ -4,6 +4,9 @@
 import os
 import sys
 from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
 
 from dnnlib import EasyDict, UserError
 from dnnlib.files import beside
@@ -15,9 +18,11 @@ from training.sampling import pieces as sampling
 from training.sampling import record
 from training.sampling.folder import record_of, record_path
 from training.sampling.generate import check_finite, generate_images
+from training.sampling.outputs import Output
 
 
-def uint8_batches(net, seeds: Iterable[int], batch: int, who: str, output, **pieces) -> Iterator:
+def uint8_batches(net: torch.nn.Module, seeds: Iterable[int], batch: int, who: str, output: Output,
+                  **pieces: Any) -> Iterator[torch.Tensor]:
     """Yields this rank's images of the seeds, uint8 [n,C,H,W]. output: of sampling/outputs.py; pieces: as for generate_images; who: what
     errors call the network."""
     for part in generate_images(net, seeds, batch=batch, rank=distributed.rank(), world=distributed.size(), **pieces):

@@ -4,6 +4,7 @@
 import inspect
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -255,12 +256,12 @@ def check_values(channels_per_head: int, clip_act: float, *multipliers: int | No
 class SizedArch(Arch):
     """The choice of --arch with one more key: size, one of SIZES in letters of either case, in place of cbase."""
 
-    def __init__(self, network: type[Network], **preset) -> None:
+    def __init__(self, network: type[Network], **preset: Any) -> None:
         super().__init__(network, **preset)
         size = inspect.Parameter('size', inspect.Parameter.KEYWORD_ONLY, default='S')
         self.__signature__ = self.__signature__.replace(parameters=[size, *self.__signature__.parameters.values()])
 
-    def __call__(self, size: str | None = None, **keys) -> dict:
+    def __call__(self, size: str | None = None, **keys: Any) -> dict:
         """As Arch; prints which levels cannot have attention."""
         if size is not None:
             if size.upper() not in SIZES:

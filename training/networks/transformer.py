@@ -6,6 +6,7 @@ Tokens are [N, T, width], patches row by row. Parameters are cast to the type of
 import functools
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -59,7 +60,7 @@ def patch_grid(img_resolution: int | Sequence[int], patch_size: int) -> tuple[in
 class PatchEmbed(nn.Module):
     """Images [N,C,H,W] -> tokens [N, T, width], one linear map of each patch. init: of layers.Linear."""
 
-    def __init__(self, in_channels: int, patch_size: int, width: int, **init) -> None:
+    def __init__(self, in_channels: int, patch_size: int, width: int, **init: Any) -> None:
         super().__init__()
         self.patch_size = patch_size
         self.proj = Linear(in_channels * patch_size ** 2, width, **init)

@@ -66,7 +66,7 @@ class Copies:
     copies are not found. Of distributions of latents the means are searched. Costs 2 (samples + REAL) queries among at most MOST_IMAGES
     images with MOST_VALUES numbers in all."""
 
-    def __init__(self, store, train: np.ndarray, held_out: tuple | None, xflip: bool, channels: int | None = None) -> None:
+    def __init__(self, store: ImageStore, train: np.ndarray, held_out: tuple | None, xflip: bool, channels: int | None = None) -> None:
         """store: an ImageStore. train: clean items; held_out: (store, items), or None. channels: that are compared, by default all."""
         self.store, self.train, self.xflip, self.channels = store, train, xflip, channels
         self.real = held_out

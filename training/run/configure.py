@@ -110,7 +110,7 @@ def open_data(o: EasyDict, corruption: Corruption) -> tuple[config.DataConfig, F
                              workers=o.workers, fingerprint=fingerprint), form
 
 
-def of_latents(o: EasyDict, dataset) -> EasyDict:
+def of_latents(o: EasyDict, dataset: Form) -> EasyDict:
     """The options for this data: latents are not augmented, because a mirrored or turned latent is not that of such a picture. Says what
     noise means for them."""
     if dataset.latents is None:

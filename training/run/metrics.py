@@ -14,7 +14,8 @@ from metrics.references import fetch
 from metrics.statistics import load_statistics
 from torch_utils import distributed, misc, registry
 from training.evaluation.images import uint8_batches
-from training.sampling.outputs import Plain, open_output
+from training.run.config import RunConfig
+from training.sampling.outputs import Output, Plain, open_output
 
 BATCH = 64  # batch size per rank; eval_fid.py's default
 # Names in the log, where they are shorter than the published ones, or end in a digit that would run into the number of images.
@@ -27,7 +28,7 @@ RENAMED = {'--detector-weights=': '--metrics-detector=inception:weights=', '--de
            'give images with --ref-path, or make statistics with "ref"': 'make statistics with "eval_fid.py ref"'}
 
 
-def output_of(net: torch.nn.Module, run, device: torch.device | str):
+def output_of(net: torch.nn.Module, run: RunConfig, device: torch.device | str) -> Output:
     """What the grids and metrics of a RunConfig make of a network's samples (sampling/outputs.py). Every rank calls this.
 
     Where an autoencoder cannot be opened, grids show latents, with a warning; metrics are refused (UserError)."""
@@ -47,7 +48,7 @@ class PeriodicMetrics:
     num: images over all ranks. ref: .npz or URL of Statistics. names: of evaluate.METRICS. detector: a spec of DETECTORS.
     output: of sampling/outputs.py. Raises UserError, on all ranks, for everything that would fail later."""
 
-    def __init__(self, num: int, ref: str, names: Iterable[str], detector: str, output, device: torch.device) -> None:
+    def __init__(self, num: int, ref: str, names: Iterable[str], detector: str, output: Output, device: torch.device) -> None:
         self.num, self.names, self.output, shape = num, tuple(names), output, tuple(output.shape)
         with _as_train_says():
             path = distributed.first_on_node(fetch, ref, '--metrics-ref')

@@ -6,12 +6,15 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 
+import torch
+
 from dnnlib import EasyDict, UserError
 from dnnlib.files import read_json, write_json
 from dnnlib.lock import FolderLock
 from torch_utils.command_line import ranges
 from training.sampling import record
 from training.sampling.generate import network_device
+from training.sampling.outputs import Output
 from training.sampling.writers import Files
 
 KIND = 'generated images'  # "kind" of a record
@@ -77,7 +80,7 @@ def record_of(outdir: str | os.PathLike, names: Iterable[str], shape: Sequence[i
 class RecordedFolder:
     """The images of one set of options, which several jobs may write at once, each with its own seeds. Only rank 0 calls this."""
 
-    def __init__(self, files: Files, o: EasyDict, net, pieces, output) -> None:
+    def __init__(self, files: Files, o: EasyDict, net: torch.nn.Module, pieces: dict, output: Output) -> None:
         self.files, self.net, self.path, self.shape = files, net, record_path(files.outdir), output.shape
         self._describe = lambda: record.describe(o, net, pieces, output)
 

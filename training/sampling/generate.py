@@ -5,7 +5,7 @@ import functools
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -85,7 +85,7 @@ def _sample(net, seeds, sigmas, stepper, source, guidance, device, rows, report)
     return Samples(seeds, x, labels)
 
 
-def guided(net, labels: torch.Tensor | None = None, guidance: Guidance = NO_GUIDANCE, rows: int = misc.CPU_CHUNK,
+def guided(net: Callable, labels: torch.Tensor | None = None, guidance: Guidance = NO_GUIDANCE, rows: int = misc.CPU_CHUNK,
            report: Callable[[int], None] | None = None) -> Callable:
     """The denoiser that a stepper calls: the network with its labels, and with guidance where its weight is not 1."""
     denoise = ConditionedDenoiser(net, labels, rows, report)
@@ -102,7 +102,7 @@ class ConditionedDenoiser:
     labels: int64 [N] classes, float32 [N, label_dim] vectors, or None for "no label". report: called with N after each evaluation.
     Attribute calls: evaluations so far."""
 
-    def __init__(self, net, labels: torch.Tensor | None = None, rows: int = misc.CPU_CHUNK,
+    def __init__(self, net: Callable, labels: torch.Tensor | None = None, rows: int = misc.CPU_CHUNK,
                  report: Callable[[int], None] | None = None) -> None:
         self.net, self.rows, self.calls, self.report = net, rows, 0, report
         classes = labels is not None and labels.ndim == 1
@@ -186,8 +186,8 @@ def network_device(net: Callable) -> torch.device:
     return next((p.device for p in parameters), torch.device('cpu'))
 
 
-def sample_grid(net, count: int, path: str | os.PathLike, stop: Callable[[], bool] = lambda: False, output=None,
-                **options) -> torch.Tensor | None:
+def sample_grid(net: Callable, count: int, path: str | os.PathLike, stop: Callable[[], bool] = lambda: False, output: Any = None,
+                **options: Any) -> torch.Tensor | None:
     """Writes one picture of the images of seeds 0 .. count - 1, and returns them, [count,C,H,W] in network units. Writes nothing and
     returns None if stop() is true after a batch.
 

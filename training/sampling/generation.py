@@ -14,8 +14,8 @@ from training.sampling import guidance
 from training.sampling import pieces as sampling
 from training.sampling.channels import Channels
 from training.sampling.folder import RecordedFolder, record_path
-from training.sampling.generate import check_finite, generate_images, network_device
-from training.sampling.outputs import open_output
+from training.sampling.generate import Samples, check_finite, generate_images, network_device
+from training.sampling.outputs import Output, open_output
 from training.sampling.writers import Files, Writers, read_image, write_grid
 
 GRID_IMAGES = 64
@@ -61,7 +61,7 @@ def run(o: EasyDict) -> None:
 class FirstImages:
     """The images of the first few seeds, as an Output makes them, for the grid; those of other ranks are zeros."""
 
-    def __init__(self, output, seeds: Iterable[int], device: torch.device | str) -> None:
+    def __init__(self, output: Output, seeds: Iterable[int], device: torch.device | str) -> None:
         self.row, self.output = {seed: i for i, seed in enumerate(seeds)}, output
         self.images = torch.zeros([len(seeds), *output.shape], device=device)
 
@@ -77,7 +77,8 @@ class FirstImages:
                 self.images[self.row[seed]] = image
 
 
-def write_all(output, batches, bar: Progress, files: Files, first_images: FirstImages, channels: Channels) -> int:
+def write_all(output: Output, batches: Iterable[Samples], bar: Progress, files: Files, first_images: FirstImages,
+              channels: Channels) -> int:
     """Samples and writes this rank's images; returns how many. Raises UserError, with that number, where a file cannot be written."""
     writers = Writers()
     try:
@@ -96,7 +97,7 @@ def write_all(output, batches, bar: Progress, files: Files, first_images: FirstI
     return writers.written
 
 
-def submit(writers: Writers, part, images: torch.Tensor, output, files: Files) -> None:
+def submit(writers: Writers, part: Samples, images: torch.Tensor, output: Output, files: Files) -> None:
     """Hands one batch of Samples, whose images the output has made, to the writer threads, already on the CPU."""
     arrays = output.uint8(images) if files.format == 'png' else output.numbers(images)
     labels = [None] * len(part.seeds) if part.labels is None else part.labels.cpu().numpy()
@@ -112,7 +113,7 @@ def check_count(written: int, missing: int, files: Files) -> None:
         raise UserError(f'{written} of {missing} images were written to {files.outdir}')
 
 
-def write_first_images(path: str, first_images: torch.Tensor, output) -> None:
+def write_first_images(path: str, first_images: torch.Tensor, output: Output) -> None:
     """Writes the picture of the first images, each of which one rank has."""
     first_images = distributed.all_sum(first_images.to(distributed.device()))
     if distributed.rank() == 0:
@@ -129,7 +130,7 @@ def grid_path(grid: str | None, outdir: str) -> str | None:
     return path
 
 
-def pick_format(format: str | None, output) -> str:
+def pick_format(format: str | None, output: Output) -> str:
     """The format asked for, or the default for the data; refuses PNG for data that is not 8-bit grey or RGB."""
     if format == 'png' and not output.is_picture:
         what = f'{output.shape[0]} channels' if output.units is None else 'data that is not 8-bit'

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from dnnlib import UserError
-from training.networks.autoencoder import open_coder
+from training.networks.autoencoder import Coder, open_coder
 from training.sampling import pixels
 from training.sampling.generate import network_device, resolution
 
@@ -17,7 +17,7 @@ from training.sampling.generate import network_device, resolution
 class Plain:
     """Images as the network makes them, in its units."""
 
-    def __init__(self, net) -> None:
+    def __init__(self, net: torch.nn.Module) -> None:
         self.shape, self.units, self._latents = [net.img_channels, *resolution(net)], net.units, getattr(net, 'autoencoder', None)
         self.is_picture = pixels.is_picture(net.img_channels, net.units) and not self._latents
 
@@ -46,7 +46,7 @@ class Decoded:
 
     is_picture, units = True, None
 
-    def __init__(self, net, coder) -> None:
+    def __init__(self, net: torch.nn.Module, coder: Coder) -> None:
         if coder.channels != net.img_channels:
             raise UserError(f'--decode: the latents of {coder.described["ref"]} have {coder.channels} channels, those of the network '
                             f'{net.img_channels}')
@@ -75,7 +75,10 @@ class Decoded:
         return {'image_shape': self.shape, 'autoencoder': self.coder.described, 'decoded': True}
 
 
-def open_output(net, decode: str = 'auto', device: torch.device | str | None = None) -> Plain | Decoded:
+Output = Plain | Decoded
+
+
+def open_output(net: torch.nn.Module, decode: str = 'auto', device: torch.device | str | None = None) -> Output:
     """The output of a network's images. decode: "auto", what its configuration says; "none": latents stay latents; or another place of its
     autoencoder, a reference as of open_autoencoder. Under torchrun every rank calls this. Raises UserError."""
     description = getattr(net, 'autoencoder', None)

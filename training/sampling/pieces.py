@@ -19,7 +19,7 @@ from training.diffusion import schedules
 from training.sampling import guidance, labels, prompts, steppers
 from training.sampling.generate import noise_levels, with_time
 from training.sampling.options import KEYS, SAMPLER, STEPS
-from training.sampling.outputs import open_output
+from training.sampling.outputs import Output, open_output
 
 CONFIG = 'network configuration: sampling'  # the key of config.json, in errors
 
@@ -49,14 +49,14 @@ class Networks:
             self._labels = (pick_labels(net, seeds, o.labels, o.class_idx) if o.get('prompt') is None else pick_prompts(net, o),)
         return self._labels[0]
 
-    def output(self, net, o):
+    def output(self, net: torch.nn.Module, o: EasyDict) -> Output:
         """The output (outputs.py) of the network's images; an autoencoder is loaded once."""
         key = json.dumps([net.config, o.decode])
         if key not in self._outputs:
             self._outputs[key] = open_output(net, o.decode, distributed.pick_device(o.device))
         return self._outputs[key]
 
-    def digest(self, net):
+    def digest(self, net: torch.nn.Module) -> str:
         """misc.state_digest of one of the networks in memory."""
         key = next((ref for ref, guide in self._guides.items() if guide is net), None)
         if key not in self._digests:
@@ -96,7 +96,8 @@ def open_network(ref: str, weights: str, device: torch.device | str, precision: 
     return net
 
 
-def pick_guidance(net, gnet, weight: float, interval: str | None, warn: Callable, channels: int | None = None) -> guidance.Guidance:
+def pick_guidance(net: torch.nn.Module, gnet: torch.nn.Module | None, weight: float, interval: str | None, warn: Callable,
+                  channels: int | None = None) -> guidance.Guidance:
     """The Guidance that the options ask for; refuses options that would do nothing. warn(text) prints a warning."""
     given = {'gnet': gnet is not None, 'guidance-interval': interval, 'guidance-channels': channels}
     if weight == 1 and any(given.values()):

@@ -18,6 +18,7 @@ from training.sampling import steppers
 from training.sampling.generate import ConditionedDenoiser, noise_levels
 from training.sampling.guidance import Guidance, Guided
 from training.sampling.labels import DATASET
+from training.sampling.outputs import Output
 
 # The keys that are compared between two records, because pixels depend on them, each with the option that sets it. Levels are compared as
 # numbers, "sigmas", and labels without their path; device, threads, ranks, batch size and seeds are not compared.
@@ -28,7 +29,7 @@ DECIDES = {'sha256': '--network', 'gnet_sha256': '--gnet', 'sampler': '--sampler
            'subdirs': '--subdirs'}
 
 
-def describe(o: EasyDict, net, pieces: dict, output, digest: Callable = misc.state_digest) -> dict:
+def describe(o: EasyDict, net: torch.nn.Module, pieces: dict, output: Output, digest: Callable = misc.state_digest) -> dict:
     """How a network is sampled: network, sha256, weights, gnet..., sampler, levels, steps, sigmas, evaluations, stop_sigma, guidance...,
     labels, precision, compile, image_shape, units, autoencoder, decoded.
 

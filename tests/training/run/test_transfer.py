@@ -62,7 +62,8 @@ def test_an_unconditional_network_keeps_no_label(tmp_path, capsys):
 
 def test_linear_embeddings(tmp_path, capsys):
     """A U-Net has one vector for each class, and its bias for "no label"."""
-    source, net = archs.network('ddpmpp', label_dim=7), fresh('ddpmpp', label_dim=3)
+    arch = 'ddpmpp:cbase=16,cres=1,blocks=1,attn=0'
+    source, net = archs.network(arch, label_dim=7), fresh(arch, label_dim=3)
     before, printed = transferred(source, net, tmp_path, capsys)
     assert equal_names(net, source.state_dict()) == set(before) - {'model.map_label.weight'}
     assert torch.equal(net.state_dict()['model.map_label.weight'], before['model.map_label.weight'])

@@ -20,7 +20,7 @@ from training.data.convert.statistics import Summary, facts_of_dataset, lines, m
 from training.data.convert.transforms import SIGMA_DATA
 from training.data.convert.writers import packed_dest
 from training.data.dataset import ImageDataset
-from training.data.packed import PackedFolder, new_packed
+from training.data.packed import EMPTY, PackedFolder, new_packed
 
 BLOCK = 64  # pictures that are decoded and encoded together
 # --statistics: (range of the autoencoder's pixels, units). Stable Diffusion multiplies latents by 0.18215 (Rombach et al. 2022); EDM2
@@ -53,7 +53,10 @@ def encode(o: dict, open_coder: Callable) -> Iterator[str]:
         units = units or {'offset': summary.mean.tolist(), 'scale': np.where(summary.std > 0, summary.std / SIGMA_DATA, 1.0).tolist()}
         columns = {key: np.concatenate([values] * copies) for key, values in columns_of(dataset, o, units).items()}
         told = {'autoencoder': coder.described, 'form': o['form'], 'xflip': o['xflip'], 'picture_shape': list(dataset.image_shape)}
-        folder.finish(columns, units=units, latents=told)
+        captions = dataset.contents.captions()
+        text = {'text': dataset.text} if dataset.text else {}
+        folder.finish(columns | ({EMPTY: dataset.empty[None]} if text else {}), captions and captions * copies, units=units, latents=told,
+                      **text)
     seconds = max(time.monotonic() - began, 1e-9)
     made = ImageDataset(dest)
     yield from lines(summary, facts_of_dataset(ImageDataset(dest, use_labels=made.has_labels, xflip=o['xflip'])))

@@ -10,6 +10,7 @@ import torch
 
 import dataset_tool
 from dnnlib import UserError
+from tests.support import words
 from tests.support.autoencoders import TINY, Tiny, save_tiny_kl
 from tests.support.tiny import files_digest
 from training.data.convert.encode import CONSTANTS, encode
@@ -189,6 +190,19 @@ def test_by_command_line_and_what_the_other_commands_say(tmp_path, capsys):
     meta = json.loads((tmp_path / 'latents' / 'dataset.json').read_text())
     (tmp_path / 'latents' / 'dataset.json').write_text(json.dumps({**meta, 'latents': {**meta['latents'], 'form': 'other'}}))
     assert call('check', tmp_path / 'latents') == 1 and 'has "latents" whose form is not' in capsys.readouterr().out
+
+
+def test_captions_and_their_labels_are_kept(tmp_path, monkeypatch):
+    """With the record of their text encoder, and the label of the empty caption; of mirrored pictures as well."""
+    words.register(monkeypatch)
+    make(tmp_path / 'data.zip', count=6, labels=lambda i: 0, captions=lambda i: f'a {"red" if i % 2 else "blue"} square')
+    call('captions', f'--source={tmp_path / "data.zip"}', '--text-encoder=words:x')
+    before = ImageDataset(str(tmp_path / 'data.zip'), use_labels=True)
+    run(tmp_path, xflip=True)
+    made = ImageDataset(str(tmp_path / 'latents'), use_labels=True, xflip=True)
+    assert made.text == before.text and made.latents is not None and np.array_equal(made.empty, before.empty)
+    assert np.array_equal(made.labels(range(12)), np.concatenate([before.labels(range(6))] * 2))
+    assert list(made.contents.captions()) == list(before.contents.captions()) * 2
 
 
 def test_files_of_latents_are_checked_too(tmp_path, capsys):
