@@ -195,10 +195,10 @@ def test_by_command_line_and_what_the_other_commands_say(tmp_path, capsys):
 def test_captions_and_their_labels_are_kept(tmp_path, monkeypatch):
     """With the record of their text encoder, and the label of the empty caption; of mirrored pictures as well."""
     words.register(monkeypatch)
-    make(tmp_path / 'data.zip', count=6, labels=lambda i: 0, captions=lambda i: f'a {"red" if i % 2 else "blue"} square')
-    call('captions', f'--source={tmp_path / "data.zip"}', '--text-encoder=words:x')
-    before = ImageDataset(str(tmp_path / 'data.zip'), use_labels=True)
-    run(tmp_path, xflip=True)
+    make(tmp_path / 'data.zip', count=6, captions=lambda i: f'a {"red" if i % 2 else "blue"} square')
+    call('captions', f'--source={tmp_path / "data.zip"}', f'--dest={tmp_path / "text.zip"}', '--text-encoder=words:x')
+    before = ImageDataset(str(tmp_path / 'text.zip'), use_labels=True)
+    run(tmp_path, source='text.zip', xflip=True)
     made = ImageDataset(str(tmp_path / 'latents'), use_labels=True, xflip=True)
     assert made.text == before.text and made.latents is not None and np.array_equal(made.empty, before.empty)
     assert np.array_equal(made.labels(range(12)), np.concatenate([before.labels(range(6))] * 2))
