@@ -2,6 +2,7 @@
 """--preset and --config: what they stand for, what they give way to, what they refuse."""
 
 import json
+import math
 import zipfile
 
 import pytest
@@ -67,7 +68,14 @@ def test_published_settings():
     assert facts('ambient-cifar10', 'sigma', 'corruption_probability') == [0.2, 0.9]
     # 500,000 steps of 128 images; an average with the factor 0.9999 a step halves in ln 2 / 1e-4 steps.
     assert facts('iddpm-cifar10-vlb', 'duration', 'ema', 'objective') == [64, 0.887, 'vlb']
-    assert registry.parse(presets.read('min-snr-imagenet64')['options']['weight']) == ('min_snr', {'gamma': 5})
+    for name in ('min-snr-imagenet64', 'min-snr-imagenet256'):
+        assert registry.parse(presets.read(name)['options']['weight']) == ('min_snr', {'gamma': 5})
+    # 7 M steps of 256 images; 1 M of 256, and 800,000 of 1024; 500,000 of 128 and of 1024.
+    steps = {'dit-imagenet256': 7e6, 'min-snr-imagenet256': 1e6, 'min-snr-imagenet64': 8e5, 'uvit-cifar10': 5e5, 'uvit-imagenet256': 5e5}
+    for name, count in steps.items():
+        duration, batch, ema = facts(name, 'duration', 'batch', 'ema')
+        assert duration * 1e6 == count * batch and ema * 1e6 / batch == pytest.approx(math.log(2) / 1e-4, rel=1e-3)
+    assert presets.read('dit-imagenet256')['parameters'] == 674834720  # without the table of positions, which is not trained
 
 
 @pytest.mark.parametrize('name, channels, lr, ref, dropout, mebi, mean, std, mparams', [
