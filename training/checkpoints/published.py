@@ -12,6 +12,7 @@ from training.networks.preconditioning import published_levels
 
 PREFIX = 'model.'  # of F in the state dict of a preconditioner
 LATENTS, TEXT_LATENTS = 0.18215, 0.23010  # factors of latents of Stable Diffusion's autoencoder, the latter in U-ViT's text models
+AUTOENCODER = {'ref': 'stabilityai/sd-vae-ft-mse', 'range': '-1..1'}  # DiT's; the decoders of that family fit the same latents
 LABEL_DROPOUT = 0.1  # assumed of classes with a row for "no label", which the weights do not show; only training depends on it
 
 
@@ -61,11 +62,12 @@ def complete(config: dict, state: dict) -> dict:
 
 
 def _assumed(kind, config):
-    """What neither weights nor their class tell: whether labels were dropped, and the units of latents, which are those of networks of four
-    channels; so they are not taken for 8-bit images, and are written as the autoencoder takes them."""
+    """What neither weights nor their class tell: whether labels were dropped; of networks of four channels, which make latents, the units
+    and the autoencoder, so that they are not taken for 8-bit images, and are decoded."""
     droppable = config.get('label_dim') and config.get('null_label', True) and 'label_dropout' in registry.parameters(kind)
     units = {'offset': 0.0, 'scale': 1 / (TEXT_LATENTS if config.get('clip_dim') else LATENTS)}
-    return {**({'label_dropout': LABEL_DROPOUT} if droppable else {}), **({'units': units} if config.get('img_channels') == 4 else {})}
+    return {**({'label_dropout': LABEL_DROPOUT} if droppable else {}),
+            **({'units': units, 'autoencoder': AUTOENCODER} if config.get('img_channels') == 4 else {})}
 
 
 def _is_state_dict(state):

@@ -108,7 +108,7 @@ def test_sampling_by_command_line(small, tmp_path):
     """By the sampler that goes with the weights: without a warning about guidance, and without limits to D, since latents are no pictures.
     What is written is what the autoencoder takes."""
     path, net = small
-    result = unets.run(path, tmp_path / 'out', '--seeds=0-1', '--class=3', '--guidance=4', '--guidance-channels=3', '--format=npy')
+    result = unets.run(path, tmp_path / 'out', '--seeds=0-1', '--class=3', '--guidance=4', '--guidance-channels=3', '--decode=none')
     assert result.exit_code == 0 and 'Warning' not in result.output, result.output
     record = json.loads((tmp_path / 'out.json').read_text())
     assert record['sampler'] == 'ancestral' and record['steps'] == 2 and record['guidance_channels'] == 3
