@@ -3,6 +3,7 @@
 
 python -m tests.kill_matrix --count=100 --ranks=1
 python -m tests.kill_matrix --count=20 --signal=TERM
+python -m tests.kill_matrix --count=20 --arch=dit
 
 Writes are slowed down, so that many of the signals fall into them. Prints a line for each run that came to its end, and the tally; exits
 with 1 where a run ended in other numbers, or a half-written file lay under a final name."""
@@ -22,6 +23,7 @@ from pathlib import Path
 
 import eval_fid
 from tests.support import launch, tiny
+from tests.support.archs import TINY
 from torch_utils import checkpoint
 from training.run.stopping import STOPPED
 
@@ -34,21 +36,23 @@ os.fsync, os.replace, os.rename = late(os.fsync), late(os.replace), late(os.rena
 train.main()
 """
 STEPS = 40
-FLAGS = ['--augment=0.5', '--dropout=0.2', '--xflip=1', '--val=0.2', '--threads=1', '--seed=5', '--expr-id=x', '--dump=1', '--snap=2',
+UNET = [*tiny.UNET, '--dropout=0.2']
+FLAGS = ['--augment=0.5', '--xflip=1', '--val=0.2', '--threads=1', '--seed=5', '--expr-id=x', '--dump=1', '--snap=2',
          '--samples=2', '--keep-states=2', '--metrics-every=4', '--metrics-num=16', '--metrics-detector=pixels', '--resume=latest',
          f'--duration={STEPS * 16 / 1e6}']
 
 
 class Trials:
-    """Runs of one command line in folders of their own."""
+    """Runs of one command line in folders of their own. arch: None (a U-Net), or a key of TINY, which is trained with classes."""
 
-    def __init__(self, folder, ranks, seed, slow_sec=0.05):
+    def __init__(self, folder, ranks, seed, arch=None, slow_sec=0.05):
         self.folder, self.ranks, self.random = Path(folder), ranks, random.Random(seed)
         self.script, self.log = self.folder / 'slow.py', self.folder / 'log'
         self.script.write_text(SLOW_DISK.format(seconds=slow_sec))
         data = tiny.make_zip(self.folder / 'data.zip')
         eval_fid.main(['ref', f'--data={data}', f'--dest={self.folder / "ref.npz"}', '--detector=pixels'], standalone_mode=False)
-        self.args = [f'--data={data}', f'--metrics-ref={self.folder / "ref.npz"}', *tiny.FLAGS, *FLAGS]
+        network = [f'--arch={TINY[arch]}', '--cond=1', '--label-dropout=0.2', '--cep=gaussian'] if arch else UNET
+        self.args = [f'--data={data}', f'--metrics-ref={self.folder / "ref.npz"}', *tiny.REST, *FLAGS, *network]
         self.where = collections.Counter()
         self.expected = self.finish('straight')
         start = time.time()
@@ -107,9 +111,9 @@ class Trials:
                 json.loads((run / each).read_text())
 
 
-def main(count, ranks, number, seed, folder, tell=print):
+def main(count, ranks, number, seed, folder, tell=print, arch=None):
     """(signals that ended a process, runs that came to their end, those with other numbers)."""
-    trials = Trials(folder, ranks, seed)
+    trials = Trials(folder, ranks, seed, arch)
     tell(f'{ranks} ranks; a whole run takes {trials.seconds:.1f} s')
     sent = runs = other = 0
     while sent < count:
@@ -134,7 +138,8 @@ if __name__ == '__main__':
     parser.add_argument('--ranks', type=int, default=1)
     parser.add_argument('--signal', choices=['KILL', 'TERM', 'INT', 'USR1'], default='KILL')
     parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument('--arch', choices=TINY)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
         tell = lambda line: print(line, flush=True)
-        sys.exit(main(given.count, given.ranks, signal.Signals[f'SIG{given.signal}'], given.seed, place, tell)[2] > 0)
+        sys.exit(main(given.count, given.ranks, signal.Signals[f'SIG{given.signal}'], given.seed, place, tell, given.arch)[2] > 0)

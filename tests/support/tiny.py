@@ -12,8 +12,10 @@ from pathlib import Path
 
 import click
 import numpy as np
+import safetensors
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 import train
 from dnnlib import EasyDict, UserError
@@ -132,11 +134,14 @@ def digests(folder, name=STEP_40):
 
 
 def files_digest(folder):
-    """SHA-256 over the names and contents of a folder's files."""
-    sha = hashlib.sha256()
-    for path in sorted(Path(folder).rglob('*')):
-        sha.update(path.name.encode() + (path.read_bytes() if path.is_file() else b''))
-    return sha.hexdigest()
+    """SHA-256 over the names and contents of a folder's files; of weights, the order of the metadata is left out, which is random."""
+    def content(path):
+        if path.suffix != '.safetensors':
+            return path.read_bytes().hex()
+        with safetensors.safe_open(path, 'pt') as file:
+            return [file.metadata(), load_file(path)]
+
+    return digest({path.name: content(path) for path in sorted(Path(folder).rglob('*')) if path.is_file()})
 
 
 def only_folder(outdir):

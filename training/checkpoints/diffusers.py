@@ -23,6 +23,8 @@ OUTER = {'map_layer0': 'time_embedding.linear_1', 'map_layer1': 'time_embedding.
 def difference(net: torch.nn.Module) -> str | None:
     """Why UNet2DModel and EDMEulerScheduler cannot represent this network exactly; None where they can."""
     config, unet = net.config, net.model
+    if type(unet).__name__ not in ('DhariwalUNet', 'SongUNet'):
+        return f'this program writes only U-Nets of ADM for diffusers, and this network is a {type(unet).__name__}'
     if type(unet).__name__ != 'DhariwalUNet':
         return 'SongUNet (ddpmpp, ncsnpp) scales its residual sums by sqrt(1/2) and projects the skip branch where the resolution changes'
     if config.get('precond', 'edm') != 'edm':
