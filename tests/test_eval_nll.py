@@ -18,6 +18,7 @@ from tests.training.networks.test_preconditioning import small
 from training.checkpoints.load import load_network
 from training.checkpoints.save import save_network
 from training.likelihood import evaluation
+from training.networks.interface import Network
 
 QUICK = ['--rtol=1e-2', '--atol=1e-2', '--sigma-max=5']
 
@@ -50,7 +51,7 @@ def here(tmp_path, monkeypatch):
 def gaussian_network(std, mean=0.0, size=4, channels=1):
     """A network in EDM's preconditioning that is the exact denoiser of N(mean, std^2) for every pixel."""
 
-    class Exact(torch.nn.Module):
+    class Exact(Network):
         def forward(self, x, c_noise, class_labels=None, augment_labels=None):
             sigma = (4 * c_noise.double()).exp().reshape(-1, 1, 1, 1)
             total = sigma ** 2 + std ** 2  # = 1 / c_in^2, with sigma_data = std

@@ -432,12 +432,12 @@ def test_help_of_a_slot(option):
 @pytest.mark.parametrize('command', [['train', '--preset=help'], *([script, flag] for script in SCRIPTS if '.' not in script
                                                                    for flag in ('--help', '--version', '--nonsense'))], ids=' '.join)
 def test_answers_without_torch(command):
-    """Which takes seconds to import; and each help is short."""
+    """Which takes seconds to import; and each help is short, but for the list of the presets."""
     code = ('import importlib, sys\ntry: importlib.import_module(sys.argv[1]).main(sys.argv[2:])\nexcept SystemExit: pass\n'
             'assert not {"torch", "numpy"} & sys.modules.keys(), "imported"')
     done = subprocess.run([sys.executable, '-c', code, *command], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count('\n') < 100
+    assert done.stdout.count('\n') < (200 if command[1] == '--preset=help' else 100)
 
 
 def test_words_of_the_options_are_those_of_the_program():

@@ -126,13 +126,14 @@ TRAINING = group(
     count('--seed', 'Random seed  [default: a random one, printed]', kind=WHOLE),
 )
 
+COMPILE = 'torch.compile; compute blocks again in the backward pass, to save memory'
 SPEED = group(
     'Speed and memory',
     word('--precision', ['fp32', 'tf32', 'bf16', 'fp16'], 'Arithmetic of the network  [default: fp32]'),
     number('--ls', POSITIVE, 'Loss scaling; gradients are divided by it again', 1),
     switch('--bench', 'Let cuDNN time its algorithms and use the fastest', True),
-    switch(('--compile', 'compile_net'), 'Compile the network with torch.compile'),
-    switch('--checkpointing', 'Compute each block again in the backward pass, to save memory'),
+    row(COMPILE, switch(('--compile', 'compile_net'), 'Compile the network with torch.compile')),
+    row(COMPILE, switch('--checkpointing', 'Compute each block again in the backward pass, to save memory')),
     number('--cache-gib', NOT_NEGATIVE, 'Memory per node for noisy images, in GiB; the rest are recomputed at each use', 8),
     click.option('--cache-dir', metavar='DIR', type=click.Path(file_okay=False),
                  help='Folder of the decoded copy of the data  [default: beside the data, else the user\'s cache]'),

@@ -33,7 +33,7 @@ CONDITIONS = group(
     'Labels and guidance',
     click.option('--class', 'class_idx', metavar='INT', type=click.IntRange(min=0), help='Class of all images'),
     click.option('--labels', metavar='SOURCE', help='uniform: draw a class for each seed; dataset:PATH: draw a label of that data set; '
-                 'FILE: .npy, .json or .txt, row s (a class or a vector) for seed s  [default: uniform; captions need it or --prompt]'),
+                 'FILE: .npy, .json or .txt, row s (a class or a vector) for seed s  [default: uniform]'),
     click.option('--prompt', metavar='TEXT|FILE', help='For networks trained on captions: the caption of all images, or a .txt file with '
                  'one per line, of which seed s takes line s modulo their number'),
     click.option('--text-encoder', metavar='REF', help='Where the text encoder of --prompt is  [default: as config.json says]'),
@@ -63,8 +63,8 @@ REST = group(
     click.option('--levels', '--disc', type=Spec('training.diffusion.schedules:SCHEDULES'),
                  help='Noise levels, such as explicit:sigmas=80|10|1; --levels=help lists them  [default: those of config.json with its '
                  'sampler, else edm; for ancestral and ddim the network\'s own timesteps]'),
-    _number('--sigma-min', 'Lowest noise level (key of --levels)  [default: that of --levels, within the network\'s range]'),
-    _number('--sigma-max', 'Highest noise level (key of --levels)  [default: that of --levels, within the network\'s range]'),
+    _number('--sigma-min', 'Lowest noise level (key of --levels)  [default: of --levels, within the network\'s range]'),
+    _number('--sigma-max', 'Highest noise level (key of --levels)  [default: of --levels, within the network\'s range]'),
     _number('--rho', 'Exponent of --levels=edm  [default: 7]'),
     _number(('--S-churn', '--s-churn', 'S_churn'), 'Strength of the noise that heun and euler add (churn)  [default: 0]', POSITIVE),
     _number(('--S-min', '--s-min', 'S_min'), 'Lowest level at which churn is applied  [default: 0]', POSITIVE),

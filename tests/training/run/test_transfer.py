@@ -4,7 +4,7 @@
 import pytest
 import torch
 
-from tests.support import archs
+from tests.support import archs, unets
 from torch_utils import misc
 from training.checkpoints.save import save_network
 from training.run.build import transfer_weights
@@ -62,8 +62,7 @@ def test_an_unconditional_network_keeps_no_label(tmp_path, capsys):
 
 def test_linear_embeddings(tmp_path, capsys):
     """A U-Net has one vector for each class, and its bias for "no label"."""
-    arch = 'ddpmpp:cbase=16,cres=1,blocks=1,attn=0'
-    source, net = archs.network(arch, label_dim=7), fresh(arch, label_dim=3)
+    source, net = unets.tiny(label_dim=7), unets.tiny(label_dim=3, key='other')
     before, printed = transferred(source, net, tmp_path, capsys)
     assert equal_names(net, source.state_dict()) == set(before) - {'model.map_label.weight'}
     assert torch.equal(net.state_dict()['model.map_label.weight'], before['model.map_label.weight'])
