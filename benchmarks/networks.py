@@ -78,7 +78,7 @@ def distance(path, run):
     if not os.path.exists(result):
         network = next(entry.path for entry in os.scandir(run) if entry.name.startswith('network-snapshot'))
         call('eval_fid.py', f'--network={network}', f'--ref_stats={path("other.npz")}', '--detector=pixels', f'--num={SAMPLES}',
-             f'--seeds=0-{SAMPLES - 1}', '--batch=64', f'--out_path={result}')
+             f'--seeds=0-{SAMPLES - 1}', '--batch-size=64', f'--out_path={result}')
     return read_json(result)['fid_score']
 
 
