@@ -28,7 +28,7 @@ from torch_utils import misc, registry  # noqa: E402
 from training.networks.interface import ARCHS  # noqa: E402
 from training.networks.preconditioning import build_network  # noqa: E402
 
-SIDE, FEW, SAMPLES, HELD_OUT = 8, 1000, 1000, 500
+SIDE, FEW, SAMPLES, HELD_OUT = 8, 1000, 500, 500
 ARMS = {'ddpmpp': 'ddpmpp:cbase=16,cres=1|2,blocks=1,attn=4,dropout=0',
         'edm2': 'edm2:cbase=16,cres=1|2,blocks=1,attn=4,channels_per_head=16',
         'dit': 'dit:patch=2,width=88,depth=3,heads=4', 'uvit': 'uvit:patch=2,width=80,depth=2,heads=4',
@@ -43,7 +43,8 @@ PUBLISHED = ['ddpmpp', 'adm', 'edm2:size=XS', 'dit:size=S', 'uvit:size=S', 'vit:
 
 def call(script, *arguments):
     """Runs a command of the program in a process of its own, whose peak memory is then its own."""
-    done = subprocess.run([sys.executable, str(ROOT / script), *map(str, arguments)], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, str(ROOT / script), *map(str, arguments)], capture_output=True, text=True,
+                          env={**os.environ, 'OMP_NUM_THREADS': '1'})
     if done.returncode:
         raise SystemExit(f'{script} {" ".join(map(str, arguments))}\n{done.stdout}\n{done.stderr}')
 
@@ -78,7 +79,7 @@ def distance(path, run):
     if not os.path.exists(result):
         network = next(entry.path for entry in os.scandir(run) if entry.name.startswith('network-snapshot'))
         call('eval_fid.py', f'--network={network}', f'--ref_stats={path("other.npz")}', '--detector=pixels', f'--num={SAMPLES}',
-             f'--seeds=0-{SAMPLES - 1}', '--batch-size=64', f'--out_path={result}')
+             f'--seeds=0-{SAMPLES - 1}', '--steps=9', '--batch-size=64', f'--out_path={result}')
     return read_json(result)['fid_score']
 
 
