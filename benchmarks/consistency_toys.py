@@ -154,25 +154,25 @@ def call(script, *arguments):
         importlib.import_module(script).main(arguments, script, standalone_mode=False)
 
 
-def digits_run(folder, spec, seed, kimg):
-    """(Fréchet distance in pixels of 898 samples to the clean held-out half, images per second of the fastest tick)."""
+def digits_run(folder, spec, seed, kimg, images):
+    """(Fréchet distance in pixels of samples to the clean held-out half, images per second of the fastest tick)."""
     path = functools.partial(os.path.join, folder)
     name = f'seed{seed}'
     run = path(f'run-{len(os.listdir(folder))}-{name}')
     call('train', f'--outdir={run}', '--nosubdir', f'--data={path("train.zip")}', *TRAIN, f'--seed={seed}', f'--duration={kimg / 1e3}',
          *([f'--consistency={spec}'] if spec else []))
     network = next(entry.path for entry in os.scandir(run) if entry.name.startswith('network-snapshot'))
-    call('generate', f'--network={network}', f'--outdir={run}/samples', f'--seeds=0-{IMAGES - 1}')
-    call('eval_fid', f'--gen_path={run}/samples', f'--ref_stats={path("reference.npz")}', '--detector=pixels', f'--num={IMAGES}',
+    call('generate', f'--network={network}', f'--outdir={run}/samples', f'--seeds=0-{images - 1}')
+    call('eval_fid', f'--gen_path={run}/samples', f'--ref_stats={path("reference.npz")}', '--detector=pixels', f'--num={images}',
          f'--out_path={run}/distance.json')
     lines = [json.loads(line) for line in Path(run, 'stats.jsonl').read_text().splitlines()]
     rates = [line['Timing/img_per_sec'] for line in lines if 'Timing/img_per_sec' in line]
     return read_json(Path(run, 'distance.json'))['fid_score'], max(rates)
 
 
-def report_digits(arms, seeds, kimg):
+def report_digits(arms, seeds, kimg, images):
     """Prints a table, one line per arm."""
-    print(f'{seeds} seeds, {IMAGES} digits, all noisy at 0.4, {kimg:g} kimg; Fréchet distance in pixels to the other, clean half\n')
+    print(f'{seeds} seeds, {images} digits, all noisy at 0.4, {kimg:g} kimg; Fréchet distance in pixels to the other, clean half\n')
     print('| arm | distance: mean ± standard error | each seed | img/s, fastest tick |\n| --- | --- | --- | --- |')
     with tempfile.TemporaryDirectory() as folder:
         path = functools.partial(os.path.join, folder)
@@ -180,7 +180,7 @@ def report_digits(arms, seeds, kimg):
             call('dataset_tool', '--source=digits', f'--dest={path(f"{name}.zip")}', f'--part={part}/2', f'--max-images={IMAGES}')
         call('eval_fid', 'ref', f'--data={path("reference.zip")}', f'--dest={path("reference.npz")}', '--detector=pixels')
         for name in arms:
-            scores, rates = zip(*(digits_run(folder, ARMS.get(name, name), seed, kimg) for seed in range(seeds)))
+            scores, rates = zip(*(digits_run(folder, ARMS.get(name, name), seed, kimg, images) for seed in range(seeds)))
             spread = torch.tensor(scores).std().item() / seeds ** 0.5 if seeds > 1 else math.nan
             each = ', '.join(f'{score:.2f}' for score in scores)
             print(f'| {name} | {sum(scores) / seeds:.2f} ± {spread:.2f} | {each} | {max(rates):.0f} |', flush=True)
@@ -192,14 +192,15 @@ def report_digits(arms, seeds, kimg):
 @click.option('--seeds', type=int)
 @click.option('--steps', default=1500, help='Training steps on the mixture')
 @click.option('--kimg', default=16.0, help='Training length on the digits, in thousands of images')
-def main(toy, arms, seeds, steps, kimg):
+@click.option('--images', default=IMAGES, help='Generated digits')
+def main(toy, arms, seeds, steps, kimg, images):
     """Train every arm and print a table."""
     torch.set_num_threads(1)
     arms = arms.split(';')
     if toy == 'mixture':
         report_mixture(arms, seeds or 20, steps)
     else:
-        report_digits(arms, seeds or 3, kimg)
+        report_digits(arms, seeds or 3, kimg, images)
 
 
 if __name__ == '__main__':

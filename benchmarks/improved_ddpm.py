@@ -79,26 +79,27 @@ def train(path, arm, seed, kimg, steps):
     return next(entry.path for entry in os.scandir(run) if entry.name.startswith('network-snapshot'))
 
 
-def judge(path, network):
+def judge(path, network, images):
     """{name: value} for a network: bits per dimension of held-out digits, and the Fréchet distance in pixels to them for each sampler."""
     run, found = functools.partial(os.path.join, os.path.dirname(network)), {}
     variances = ['large', 'small', *(['learned'] if load_network(network).gives_variance else [])]
     for variance in variances:
-        call('eval_nll', f'--network={network}', f'--data={path("held-out.zip")}', '--method=vlb', f'--num={JUDGED}', '--threads=1',
+        call('eval_nll', f'--network={network}', f'--data={path("held-out.zip")}', '--method=vlb', '--threads=1',
+             f'--num={min(JUDGED, images)}',
              f'--variance={variance}', f'--out-path={run("bits.json")}')
         found[f'bits, {variance}'] = read_json(run('bits.json'))['bits_per_dim']
     for name, sampler in SAMPLERS.items():
         if name == 'learned' and 'learned' not in variances:
             continue
-        found[f'{STEPS} steps, {name}'] = distance(path, network, sampler, STEPS)
+        found[f'{STEPS} steps, {name}'] = distance(path, network, sampler, STEPS, images)
     return found
 
 
-def distance(path, network, sampler, evaluations):
+def distance(path, network, sampler, evaluations, images):
     """Fréchet distance in pixels of samples with this number of network evaluations to the held-out digits; heun uses EDM's levels."""
     steps, result = (evaluations + 1) // 2 if sampler == 'heun' else evaluations, os.path.join(os.path.dirname(network), 'distance.json')
-    call('eval_fid', f'--network={network}', f'--ref_stats={path("held-out.npz")}', '--detector=pixels', f'--num={IMAGES}',
-         f'--seeds=0-{IMAGES - 1}', f'--sampler={sampler}', f'--steps={steps}', f'--out_path={result}')
+    call('eval_fid', f'--network={network}', f'--ref_stats={path("held-out.npz")}', '--detector=pixels', f'--num={images}',
+         f'--seeds=0-{images - 1}', f'--sampler={sampler}', f'--steps={steps}', f'--out_path={result}')
     return read_json(result)['fid_score']
 
 
@@ -198,7 +199,8 @@ NOISE = {'hybrid': ('hybrid', 'uniform'), 'vlb': ('vlb', 'uniform'), 'vlb, resam
 @click.option('--seeds', default='0-2', help='First and last seed')
 @click.option('--kimg', default=128.0, help='Training length in thousands of images')
 @click.option('--steps', default=1000, help='Number of diffusion steps T')
-def main(what, out, arms, seeds, kimg, steps):
+@click.option('--images', default=IMAGES, help='Generated images')
+def main(what, out, arms, seeds, kimg, steps, images):
     """Trains and evaluates every arm, or measures samplers or gradient noise at trained weights; prints tables."""
     torch.set_num_threads(1)
     os.makedirs(out, exist_ok=True)
@@ -208,10 +210,10 @@ def main(what, out, arms, seeds, kimg, steps):
         for arm in arms:
             network = train(path, arm, seed, kimg, steps)
             if what == 'train' and f'{arm}/{seed}' not in load(path):
-                remember(path, f'{arm}/{seed}', judge(path, network))
+                remember(path, f'{arm}/{seed}', judge(path, network, images))
             for sampler, budget in itertools.product(EVERY_SAMPLER, BUDGETS) if what == 'samplers' else []:
                 if (key := f'samplers/{arm}/{sampler}/{budget}/{seed}') not in load(path):
-                    remember(path, key, distance(path, network, sampler, budget))
+                    remember(path, key, distance(path, network, sampler, budget, images))
             for name, spec in NOISE.items() if what == 'noise' else []:
                 if (key := f'noise/{arm}/{name}/{seed}') not in load(path):
                     remember(path, key, gradient_noise(path, network, *spec, seed))

@@ -41,11 +41,11 @@ REFUSED = {'--arch=': ('--cbase', '--cres', '--blocks', '--attn', '--dropout'), 
            '--dequantise': ('--sigma-min',)}
 # Benchmarks, at a size that shows that they run.
 SMALL = {'consistency_bias': ['--points=50', '--samples=4'], 'consistency_toys mixture': ['--arms=none', '--seeds=1', '--steps=3'],
-         'consistency_toys digits': ['--arms=none', '--seeds=1', '--kimg=0.256'], 'large_data': ['--images=64', '--size=8', '--seconds=1'],
-         'intervals frechet': ['--repetitions=4'], 'intervals kernel': ['--repetitions=4'],
-         'evaluation features': ['--images=2', '--size=8', '--threads=1'], 'improved_ddpm': ['--kimg=0.256', '--seeds=0-0'],
-         'outliers': ['--seeds=2', '--data=mixture'], 'states': ['--cbase=16'],
-         'sampling': ['--images=2', '--batch=2', '--steps=2', '--repeats=1']}
+         'consistency_toys digits': ['--arms=none', '--seeds=1', '--kimg=0.256', '--images=8'],
+         'large_data': ['--images=64', '--size=8', '--seconds=1'], 'intervals frechet': ['--repetitions=4'],
+         'intervals kernel': ['--repetitions=4'], 'evaluation features': ['--images=2', '--size=8', '--threads=1'],
+         'improved_ddpm': ['--kimg=0.256', '--seeds=0-0', '--images=8'], 'outliers': ['--seeds=2', '--data=mixture'],
+         'states': ['--cbase=16'], 'sampling': ['--images=2', '--batch=2', '--steps=2', '--repeats=1']}
 
 
 def reason(line):
