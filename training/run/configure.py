@@ -251,11 +251,11 @@ def label_corruption(o: EasyDict) -> config.LabelConfig | None:
 
 
 def choose_precision(o: EasyDict) -> str:
-    """The precision, by default fp32; fp16 needs a GPU."""
+    """The precision, by default fp32; fp16 needs a GPU, except to print the configuration."""
     if o.fp16 and o.precision not in (None, 'fp16'):
         raise UserError(f'--fp16=1 and --precision={o.precision} exclude each other; give one of them')
     precision = 'fp16' if o.fp16 else o.precision or 'fp32'
-    if precision == 'fp16' and not torch.cuda.is_available():
+    if precision == 'fp16' and not torch.cuda.is_available() and not o.dry_run:
         raise UserError('--precision=fp16 needs a GPU, and none is available; use fp32 or bf16')
     return precision
 

@@ -108,6 +108,14 @@ def test_dry_run_prints_the_settings_and_what_has_changed(tmp_path):
     assert '"encoder_type": "residual"' in result.output and not (tmp_path / 'runs').exists()
 
 
+def test_dry_run_of_a_half_precision_preset_needs_no_gpu(tmp_path):
+    args = ['--preset=edm-imagenet64', f'--data={make_data(tmp_path / "data.zip", [3, 64, 64], 1000)}', f'--outdir={tmp_path}/runs']
+    if not torch.cuda.is_available():
+        assert 'needs a GPU' in CliRunner().invoke(train.main, args).output
+    shown = CliRunner().invoke(train.main, [*args, '--dry-run'])
+    assert shown.exit_code == 0 and '"precision": "fp16"' in shown.output and not (tmp_path / 'runs').exists()
+
+
 def test_help_lists_every_preset():
     result = CliRunner().invoke(train.main, ['--preset=help'])
     assert result.exit_code == 0
