@@ -109,7 +109,8 @@ def test_commands_run(page, tmp_path):
             continue
         script, args = script_and_args(words)
         if 'DIR/' in line:  # a network that an earlier command of the page has trained there
-            args = [f'--network={max(tmp_path.glob("DIR/*/network-snapshot-*"))}' if arg == '--network=NAME' else arg for arg in args]
+            trained = max(tmp_path.glob('DIR/*/network-snapshot-*/config.json'), default=tmp_path / 'NAME' / 'config.json').parent
+            args = [f'--network={trained}' if arg == '--network=NAME' else arg for arg in args]
         args = [one for word in args for one in stood_in(word, tmp_path)]
         try:
             call(tmp_path, script, args)
