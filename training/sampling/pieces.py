@@ -45,6 +45,8 @@ class Networks:
 
     def labels(self, net: torch.nn.Module, seeds: Iterable[int], o: EasyDict) -> Callable | None:
         """The source of labels that the options name; all cells share it."""
+        if o.get('text_encoder') is not None and o.get('prompt') is None:
+            raise UserError(f'--text-encoder={o.text_encoder}: reads the captions of --prompt; add one, or leave it out')
         if not self._labels:
             self._labels = (pick_labels(net, seeds, o.labels, o.class_idx) if o.get('prompt') is None else pick_prompts(net, o),)
         return self._labels[0]

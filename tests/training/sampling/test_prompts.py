@@ -54,6 +54,12 @@ def test_a_prompt_leaves_the_draws_of_a_seed_as_they_are(net):
     assert torch.equal(first.randn([4]), second.randn([4]))
 
 
+def test_a_text_encoder_without_a_prompt_is_refused(net):
+    options = EasyDict(labels=None, class_idx=None, prompt=None, text_encoder='words:x')
+    with pytest.raises(UserError, match='--text-encoder=words:x: reads the captions of --prompt; add one, or leave it out'):
+        pieces.Networks().labels(net, [0], options)
+
+
 def test_the_empty_prompt_needs_no_text_encoder(net, monkeypatch):
     monkeypatch.delitem(text.TEXT_ENCODERS, 'words')
     assert not told(prompts.pick(net, ''), [0]).any()
