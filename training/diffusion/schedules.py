@@ -164,7 +164,9 @@ def truncate(sigmas: torch.Tensor, stop_sigma: float) -> torch.Tensor:
 
     The published --stop_variance is stop_sigma^2. Where no level is below stop_sigma, except 0 itself, the result is `sigmas`.
     Raises ValueError where every level is below stop_sigma."""
-    misc.require(0 <= stop_sigma <= sigmas[0], f'stop_sigma={stop_sigma:g} must be between 0 and the highest level, {sigmas[0]:g}')
+    if stop_sigma == 0:
+        return sigmas
+    misc.require(0 < stop_sigma <= sigmas[0], f'stop_sigma={stop_sigma:g} must be between 0 and the highest level, {sigmas[0]:g}')
     kept = sigmas[sigmas >= stop_sigma]
     return sigmas if len(kept) == len(sigmas) else _ending_in_zero(kept)
 

@@ -134,7 +134,7 @@ class ConditionedDenoiser:
         sigma = sigma.to(x.device, torch.float32)
         parts = []
         for rows, count in misc.chunks(len(x), x.device, self.rows):
-            found = function(x[rows], sigma, None if self.labels is None else self.labels[rows])
+            found = function(x[rows], sigma[rows] if sigma.ndim else sigma, None if self.labels is None else self.labels[rows])
             found = found if isinstance(found, tuple) else (found,)
             parts.append([tensor[:count] for tensor in found])
         if self.report:

@@ -4,7 +4,8 @@
 A stepper is called as (denoise, x, sigmas, randn_like, *, stop_sigma, and its own keys) and returns x at sigmas[-1]:
 denoise(x, sigma) -> D = E[x_0 | x] in any float dtype, for a 0-dim float64 sigma on the CPU. Where it has them, its methods
 round_sigma(sigma), outputs(x, sigma) and begin_step(sigma), at the level where each step starts, are called.
-x: [N,C,H,W], float64: x_0 + sigma * noise at sigma = sigmas[0]. sigmas: float64 [T+1] on the CPU, falling, as a rule to 0.
+x: [N,C,H,W], float64: x_0 + sigma * noise at sigma = sigmas[0]. sigmas: float64 [T+1] on the CPU, falling, as a rule to 0; or
+[T+1,N,1,1,1] beside x, levels of each image's own, which reach 0 at the same step (restore.py). Then sigma has shape [N,1,1,1].
 randn_like(x) -> standard normal noise. stop_sigma drops the levels below it (see schedules.truncate). The step to 0 arrives at D,
 except in other coordinates of euler and heun.
 Keys out of range raise ValueError, and unknown names UserError, before anything is evaluated: check() does only that."""
@@ -32,9 +33,10 @@ class Churn(NamedTuple):
     S_noise: float
 
 
-def churn_factor(sigma: torch.Tensor, num_steps: int, S_churn: float, S_min: float = 0.0, S_max: float = math.inf) -> float:
+def churn_factor(sigma: torch.Tensor | float, num_steps: int, S_churn: float, S_min: float = 0.0,
+                 S_max: float = math.inf) -> torch.Tensor:
     """gamma: the relative increase of the noise level before a step goes down (Karras et al. 2022, algorithm 2, line 4)."""
-    return min(S_churn / num_steps, MAX_CHURN) if S_min <= sigma <= S_max else 0.0
+    return min(S_churn / num_steps, MAX_CHURN) * torch.as_tensor((sigma >= S_min) & (sigma <= S_max)).double()
 
 
 def unscaled(sigma: torch.Tensor) -> tuple:
@@ -112,7 +114,7 @@ def heun(denoise: Callable, x: torch.Tensor, sigmas: torch.Tensor, randn_like: C
 
     def step(state, t, end):
         slope, length = flow.slope(state, t), end - t
-        if end > 0:
+        if not _is_zero(end):
             second = flow.slope(state + alpha * length * slope, t.lerp(end, alpha))
             slope = (1 - 0.5 / alpha) * slope + 0.5 / alpha * second
         return state + length * slope
@@ -126,7 +128,7 @@ def _walk(flow, step, x, sigmas, randn_like, churn, stop_sigma):
         if not value >= 0:
             raise ValueError(f'{name} must not be negative, got {value:g}')
     num_steps = len(sigmas) - 1  # of the full range: truncation does not change the churn of the steps that are left
-    stops_at_mean = stop_sigma >= sigmas[sigmas > 0][-1]
+    stops_at_mean = stop_sigma > 0 and stop_sigma >= sigmas[sigmas > 0][-1]
     sigmas = truncate(sigmas, stop_sigma)
     times = flow.schedule.time(sigmas)
     state = flow.scale(sigmas[0]) * x
@@ -135,7 +137,7 @@ def _walk(flow, step, x, sigmas, randn_like, churn, stop_sigma):
             # Drawn even where gamma is 0, so that a seed's noise at one step does not depend on S_min and S_max.
             noise = churn.S_noise * randn_like(x)
             state, t = flow.raised(state, t, churn_factor(sigma, num_steps, churn.S_churn, churn.S_min, churn.S_max), noise)
-        state = flow.mean(state, t) if end == 0 and stops_at_mean else step(state, t, end)
+        state = flow.mean(state, t) if _is_zero(end) and stops_at_mean else step(state, t, end)
     return state / flow.scale(sigmas[-1])
 
 
@@ -145,15 +147,30 @@ def dpmpp_2m(denoise: Callable, x: torch.Tensor, sigmas: torch.Tensor, randn_lik
 
     A step solves d(x / sigma) = D d(1 / sigma) with one D, extrapolated in lambda = -ln sigma to the middle of the step. The first
     step is of first order, and so is the one to 0, where lambda is infinite. Draws no noise."""
-    sigmas = truncate(sigmas, stop_sigma)
-    before, length_before = None, 0.0
+    def update(x, target, start, end):
+        keep = end / start
+        return keep * x + (1 - keep) * target
+    return _multistep(denoise, x, truncate(sigmas, stop_sigma), update)
+
+
+def dpmpp_2m_sde(denoise: Callable, x: torch.Tensor, sigmas: torch.Tensor, randn_like: Callable, *,
+                 stop_sigma: float = 0.0) -> torch.Tensor:
+    """SDE-DPM-Solver++(2M): the reverse-time VE SDE by a second-order multistep method, T evaluations, stochastic (Lu et al. 2022).
+
+    A step is that of the bridge to a D that is extrapolated as in dpmpp_2m. Draws noise T times."""
+    return _multistep(denoise, x, truncate(sigmas, stop_sigma),
+                      lambda x, target, start, end: ambient.bridge_step(x, target, start, end, randn_like(x)))
+
+
+def _multistep(denoise, x, sigmas, update):
+    """Steps x -> update(x, D extrapolated in lambda = -ln sigma to the middle of the step, level, next level)."""
+    before, length_before = None, torch.zeros([])
     for start, end in _steps(denoise, sigmas):
         D, length = _mean(denoise, x, start), (start / end).log()
         target = D
-        if length_before > 0 and end > 0:
+        if length_before.all() and not _is_zero(end):
             target = D + length / (2 * length_before) * (D - before)
-        keep = end / start
-        x = keep * x + (1 - keep) * target
+        x = update(x, target, start, end)
         before, length_before = D, length
     return x
 
@@ -165,7 +182,7 @@ def sde(denoise: Callable, x: torch.Tensor, sigmas: torch.Tensor, randn_like: Ca
     sigmas = truncate(sigmas, stop_sigma)
     for start, end in _steps(denoise, sigmas):
         D, noise = _mean(denoise, x, start), randn_like(x)
-        x = ambient.reverse_step(x, D, start, end, noise) if end > 0 else D
+        x = ambient.reverse_step(x, D, start, end, noise) if not _is_zero(end) else D
     return x
 
 
@@ -208,7 +225,7 @@ def ancestral(denoise: Callable, x: torch.Tensor, sigmas: torch.Tensor, randn_li
         small = end.square() * _fresh(start, end)
         large_to_small = (1 + end.square()) / (1 + start.square()) * (start / end).square()
         # A step to 0 adds no noise, whatever its variance.
-        std = small.sqrt() * (large_to_small.log() / 2 * share).exp() if end > 0 else 0.0
+        std = small.sqrt() * (large_to_small.log() / 2 * share).exp() if not _is_zero(end) else 0.0
         x = D + (end / start).square() * (x - D) + std * randn_like(x)
     return x
 
@@ -244,6 +261,10 @@ def _mean(denoise, x, sigma):
     return denoise(x, sigma).to(x.dtype)
 
 
+def _is_zero(level):
+    return not level.any()
+
+
 def _clipped(D, clip):
     return D.clamp(-1, 1) if clip else D
 
@@ -254,4 +275,5 @@ def check(stepper: Callable, sigmas: torch.Tensor) -> None:
 
 
 SCALINGS = {'none': unscaled, 'vp': variance_preserving}
-STEPPERS = {'ancestral': ancestral, 'ddim': ddim, 'dpmpp_2m': dpmpp_2m, 'euler': euler, 'heun': heun, 'sde': sde}
+STEPPERS = {'ancestral': ancestral, 'ddim': ddim, 'dpmpp_2m': dpmpp_2m, 'dpmpp_2m_sde': dpmpp_2m_sde, 'euler': euler, 'heun': heun,
+            'sde': sde}
