@@ -114,6 +114,14 @@ class Objective(torch.nn.Module):
             if term.needs_teacher:
                 term.set_teacher(net)
 
+    def groups(self, net: torch.nn.Module) -> list[dict]:
+        """What the optimizer trains: parameter groups [{"params": [...]}]; "factor" in a group multiplies the learning rate."""
+        return [{'params': [p for p in (*net.parameters(), *self.parameters()) if p.requires_grad]}]
+
+    def resting(self, net: torch.nn.Module, step: int) -> list[torch.nn.Parameter]:
+        """Parameters that this step must leave alone, although they have gradients (which are 0)."""
+        return []
+
     def forward(self, net: torch.nn.Module, batch: Batch, randn: Callable) -> dict[str, torch.Tensor]:
         """{term name: [N]} of all terms; they are not summed, so that each can be reported separately."""
         due = {name: randn.step % term.every == 0 for name, term in self.terms.items()}

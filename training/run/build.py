@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """From a configuration to the objects of a run: network, objective, optimizer, averages, data. Equal configurations give equal objects."""
 
+import copy
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
@@ -16,13 +17,14 @@ from training.data.corruption import Corruption, LabelCorruption
 from training.data.dataset import ImageDataset
 from training.data.device import on_device
 from training.data.identity import check_same
-from training.data.pairs import PairStream
+from training.data.pairs import PAIRINGS, PairStream
 from training.data.store import ImageStore
 from training.diffusion.noise import NOISE, Levels, NoiseDistribution
 from training.networks import conditioning
 from training.networks.ema import HalfLifeEMA, PowerFunctionEMA
 from training.networks.preconditioning import build_network
 from training.networks.rows import RowLayer
+from training.objective.distillation import DISTILLATIONS, Distillation
 from training.objective.loss import Objective, build_terms
 from training.objective.penalty import PENALTIES
 from training.objective.timesteps import TIMESTEPS
@@ -57,8 +59,9 @@ def build_cep(spec: str, label_dim: int) -> Callable:
     return perturb
 
 
-def build_objective(config: ObjectiveConfig, net: torch.nn.Module, batch: int) -> tuple:
-    """(noise distribution, Objective) of an ObjectiveConfig for this network. batch: images of a global batch."""
+def build_objective(config: ObjectiveConfig, net: torch.nn.Module, batch: int, teacher: torch.nn.Module | None = None) -> tuple:
+    """(noise distribution, Objective) of an ObjectiveConfig for this network. batch: images of a global batch. teacher: of a distillation;
+    None: a copy of the network, to count parameters."""
     diffusion = net.own_diffusion() if config.noise is None else None
     noise = Levels(diffusion.levels.tolist()) if diffusion else registry.build(config.noise, NOISE, '--noise')
     weight = registry.build(config.weight, WEIGHTS, '--weight', sigma_data=net.sigma_data)
@@ -68,10 +71,20 @@ def build_objective(config: ObjectiveConfig, net: torch.nn.Module, batch: int) -
     probe('--penalty', config.penalty, lambda: penalty(one, one))
     timesteps = registry.build(config.timesteps, TIMESTEPS, '--timesteps')
     terms = build_terms(config.terms, noise=noise, weight=weight, penalty=penalty, batch=batch, diffusion=diffusion)
+    if config.distill:
+        return noise, build_distillation(config, net, terms, teacher or net)
     try:
         return noise, Objective(terms, timesteps.over(diffusion.levels) if diffusion else timesteps)
     except ValueError as err:
         raise UserError(f'--term={",".join(config.terms)}: {err}') from None
+
+
+def build_distillation(config: ObjectiveConfig, net: torch.nn.Module, terms: list, teacher: torch.nn.Module) -> Distillation:
+    """The Distillation that --distill names; its auxiliary denoiser is a copy of the network with the teacher's weights."""
+    fake = copy.deepcopy(net)
+    fake.load_state_dict(teacher.state_dict())
+    buffer = registry.build(config.pairing, PAIRINGS, '--pairing').buffer
+    return registry.build(config.distill, DISTILLATIONS, '--distill', terms=terms, networks=(teacher, fake), buffer=buffer)
 
 
 def probe(slot: str, spec: str, call: Callable) -> None:

@@ -64,16 +64,19 @@ class CorruptionConfig:
 
 @dataclass(frozen=True)
 class NetworkConfig:
-    """The network. arguments: its config.json, the published constructor arguments. cep: a piece of conditioning.CEP."""
+    """The network. arguments: its config.json, the published constructor arguments. cep: a piece of conditioning.CEP. teacher: the network
+    that ObjectiveConfig.distill starts from."""
 
     arguments: dict
     cep: str | None = None
     transfer: str | None = None  # where its first weights come from
+    teacher: str | None = None
 
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """Pieces as the command line names them; noise None: the levels of the network's own timesteps."""
+    """Pieces as the command line names them; noise None: the levels of the network's own timesteps. distill: without its teacher, which is
+    known by the digest of its weights."""
 
     noise: str | None
     weight: str
@@ -81,6 +84,8 @@ class ObjectiveConfig:
     pairing: str = 'skip'
     terms: list = field(default_factory=lambda: ['denoise'])
     timesteps: str = 'uniform'
+    distill: str | None = None
+    teacher_sha256: str | None = None
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from training.networks.interface import ARCHS, network_class
 from training.networks.preconditioning import PREDICTIONS
 from training.objective.loss import TERMS
 from training.objective.variational import terms_of
-from training.run import config, published
+from training.run import config, distill, published
 from training.run.build import build_cep, build_corruption, build_optimizer, probe
 from training.run.optimizer import LearningRate
 from training.run.options import DIFFUSION, PREDICTION
@@ -39,6 +39,7 @@ def configure(o: EasyDict) -> config.Config:
                                            o.sigma_min_as)
     corrupter = build_corruption(corruption)  # refuses values out of range
     check_corruption(o)
+    o, teacher = distill.options_with(o)
     data, dataset = open_data(o, corrupter)
     o = of_latents(o, dataset)
     data = dataclasses.replace(data, augment=o.augment)
@@ -48,8 +49,8 @@ def configure(o: EasyDict) -> config.Config:
     return config.Config(
         data=data,
         corruption=corruption,
-        network=config.NetworkConfig(network_arguments(o, dataset), cep=o.cep, transfer=o.transfer),
-        objective=objective(o, dataset),
+        network=network(o, dataset, teacher),
+        objective=objective(o, dataset, teacher),
         optimizer=optimizer(o),
         run=config.RunConfig(
             seed=distributed.broadcast(o.seed if o.seed is not None else misc.seed_of(os.urandom(8).hex()) % 2**31),
@@ -127,7 +128,7 @@ def of_latents(o: EasyDict, dataset: Form) -> EasyDict:
 # ---- the objective
 
 
-def objective(o: EasyDict, dataset: Form) -> config.ObjectiveConfig:
+def objective(o: EasyDict, dataset: Form, teacher: distill.Teacher | None = None) -> config.ObjectiveConfig:
     """The ObjectiveConfig: the chosen pieces, and the loss terms that the options amount to."""
     noise, weight = PUBLISHED[o.precond]
     if o.objective:
@@ -143,7 +144,8 @@ def objective(o: EasyDict, dataset: Form) -> config.ObjectiveConfig:
         terms.append(spec)
     return config.ObjectiveConfig(noise=None if o.objective else o.noise or noise, weight=o.weight or weight, penalty=o.penalty,
                                   pairing=with_inverse_weight(o.pairing) if inverse else o.pairing, terms=[*terms, *o.term],
-                                  timesteps=o.timesteps or 'uniform')
+                                  timesteps=o.timesteps or 'uniform', distill=teacher and teacher.spec,
+                                  teacher_sha256=teacher and teacher.sha256)
 
 
 def check_discrete(o: EasyDict, dataset: Form) -> None:
@@ -163,6 +165,15 @@ def check_discrete(o: EasyDict, dataset: Form) -> None:
 
 
 # ---- the network
+
+
+def network(o: EasyDict, dataset: Form, teacher: distill.Teacher | None) -> config.NetworkConfig:
+    """The NetworkConfig; with --distill the network is that of the teacher."""
+    if teacher is None:
+        return config.NetworkConfig(network_arguments(o, dataset), cep=o.cep, transfer=o.transfer)
+    given = [key for key in ('arch', 'cbase', 'cres', 'blocks', 'attn', 'dropout') if key in o.get('command', {})]
+    return config.NetworkConfig(distill.arguments(teacher, dataset, o, architecture(o) if given else None), transfer=o.transfer,
+                                teacher=teacher.ref)
 
 
 def network_arguments(o: EasyDict, dataset: Form) -> dict:

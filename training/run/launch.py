@@ -148,5 +148,6 @@ def folder_name(config: Config, o: EasyDict) -> str:
     """Name of a new run's folder, after its number."""
     kind = 'cond' if o.cond else 'uncond'
     stem = os.path.splitext(os.path.basename(os.path.normpath(o.data)))[0]
-    parts = [stem, kind, registry.parse(o.arch)[0], o.precond, f'batch{o.batch}', config.run.precision, o.desc]
+    network = [registry.parse(o.distill)[0]] if o.distill else [registry.parse(o.arch)[0], o.precond]
+    parts = [stem, kind, *network, f'batch{o.batch}', config.run.precision, o.desc]
     return o.expr_id or '-'.join(filter(None, parts))

@@ -29,7 +29,7 @@ def _betas(beta1, beta2):
     for name, value in (('beta1', beta1), ('beta2', beta2)):
         if not 0 <= value < 1:
             raise ValueError(f'{name}={value} must be 0 or more and below 1')
-    return beta1, beta2
+    return float(beta1), float(beta2)  # PyTorch takes no whole numbers
 
 
 def constant(nimg: int, batch: int) -> float:

@@ -82,6 +82,7 @@ DATA = group(
     number('--dataset-keep-percentage', float, 'Fraction of the images to use at all, from 0 to 1', 1.0),
 )
 
+TERMS = 'Consistency loss, which also trains below sigma_n; further loss terms'
 DISCRETE = f'Its schedule [{DIFFUSION}], network output [{PREDICTION}], timesteps [uniform]'
 OBJECTIVE = group(
     'Objective (SLOT=help lists the choices of a slot with their keys)',
@@ -91,8 +92,9 @@ OBJECTIVE = group(
     slot('--penalty', 'training.objective.penalty:PENALTIES', 'Penalty on the error', 'squared'),
     slot('--pairing', 'training.data.pairs:PAIRINGS', 'How noisy images are paired with noise levels', 'skip'),
     word('--ambient-weight', ['none', 'inverse'], 'inverse: weight noisy images by (1 - sigma_n^2/sigma^2)^-2, with a buffer', 'none'),
-    slot('--consistency', 'training.objective.consistency:CHAINS', 'Consistency loss, which also trains below sigma_n  [default: none]'),
-    slot('--term', 'training.objective.loss:TERMS', 'Additional loss term; may be repeated', multiple=True),
+    row(TERMS, slot('--consistency', 'training.objective.consistency:CHAINS', 'Consistency loss, which also trains below sigma_n')),
+    row(TERMS, slot('--term', 'training.objective.loss:TERMS', 'Additional loss term; may be repeated', multiple=True)),
+    slot('--distill', 'training.objective.distillation:DISTILLATIONS', 'Train a one-step generator from a denoiser: rsd:teacher=REF'),
     number('--sigma-data', POSITIVE, 'Std of the data, for network and loss  [default: 0.5]'),
     slot('--objective', 'training.objective.variational:OBJECTIVES', 'Discrete-time objective of --precond=iddpm  [default: none]'),
     row(DISCRETE, slot('--diffusion', 'training.diffusion.discrete:DIFFUSIONS', 'Schedule of --objective')),

@@ -19,7 +19,7 @@ from training.run.folder import OPTIONS, name_of, runs
 MAY_CHANGE = ('run.duration_kimg', 'run.tick_kimg', 'run.snapshot_ticks', 'run.state_ticks', 'run.state_minutes', 'run.keep_states',
               'run.max_hours', 'run.batch_gpu', 'run.precision', 'run.compile', 'run.checkpointing', 'run.bench', 'run.samples', 'run.gns',
               'run.versions', 'run.command', 'run.ranks', 'run.desc', 'run.metrics', 'data.workers', 'data.cache_gib', 'data.cache_dir',
-              'data.on', 'network.transfer', 'network.arguments.sampling')
+              'data.on', 'network.transfer', 'network.teacher', 'network.arguments.sampling')
 SAME = 'give the same options, or start a new run from its weights with --transfer'
 
 # ----------------------------------------------------------------------------------------------------
@@ -34,6 +34,10 @@ def changes(stored: Config, config: Config, free: Iterable[str] = ()) -> list[st
     data = [*_data_changes(old['data'], new['data'], '--data')]
     if old['data']['validation'] and new['data']['validation']:
         data += _data_changes(old['data']['validation'], new['data']['validation'], '--val')
+    before, now = (part['objective'].pop('teacher_sha256') for part in (old, new))
+    if before and now and before != now:
+        data.append(f'--distill: the weights of teacher={config.network.teacher} are not those of the run\'s teacher, {before[:12]} -> '
+                    f'{now[:12]}')
     return data + checkpoint.differences(old, new, ignore=(*MAY_CHANGE, *free))
 
 

@@ -23,7 +23,7 @@ from training.checkpoints.save import save_network
 from training.data.augment import AugmentPipe
 from training.data.batches import Batch, micro_batches
 from training.networks.rows import attach_row_draws
-from training.run import alarms, gradients, schema
+from training.run import alarms, distill, gradients, schema
 from training.run.build import build_averages, build_net, build_objective, build_optimizer, load_data, transfer_weights
 from training.run.config import Config, to_json
 from training.run.folder import RunFolder, cannot_write, stop_if_orphan
@@ -91,11 +91,12 @@ class Run:
     def _setup_network(self, resuming):
         config = self.config
         self.net = build_net(config.network, self.device, seed=config.run.seed, precision=config.run.precision)
+        teacher = distill.open_for(config, self.net)
         if config.network.transfer and not resuming:
             transfer_weights(config.network.transfer, self.net)
         self.net.model.checkpointing = config.run.checkpointing
         self.row_draws = attach_row_draws(self.net)
-        self.noise, self.objective = build_objective(config.objective, self.net, config.run.batch)
+        self.noise, self.objective = build_objective(config.objective, self.net, config.run.batch, teacher)
         self.objective.to(self.device)
         self.quartiles = self.noise.icdf(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)).float().to(self.device)
         self.augment = AugmentPipe(p=config.data.augment) if config.data.augment else None
@@ -118,8 +119,9 @@ class Run:
             warnings.filterwarnings('ignore', 'Grad strides do not match')  # 1x1 kernels have several equivalent layouts
         self.beginners = [module for module in self.train_step.modules() if hasattr(module, 'begin_step')]
         self.noise_scale = self._noise_scale() if self.config.run.gns else None
-        self.params = [p for p in (*self.net.parameters(), *self.objective.parameters()) if p.requires_grad]
-        self.optimizer = build_optimizer(self.config.optimizer, self.params)
+        groups = self.objective.groups(self.net)
+        self.params = [p for group in groups for p in group['params']]
+        self.optimizer = build_optimizer(self.config.optimizer, groups)
         self.learning_rate = LearningRate(self.config.optimizer)
         self.averages = build_averages(self.config.optimizer, self.net)
         self.ema = self.averages['halflife']
@@ -205,7 +207,9 @@ class Run:
         """Learning rate, Adam, EMA. A non-finite gradient skips the update on the device (found_inf), and is counted."""
         p, batch, clip = self.progress, self.config.run.batch, self.config.optimizer.clip
         for group in self.optimizer.param_groups:
-            group['lr'] = self.learning_rate(p.nimg, batch)
+            group['lr'] = self.learning_rate(p.nimg, batch) * group.get('factor', 1)
+        for param in self.objective.resting(self.net, p.step):
+            param.grad = None  # a gradient of 0 would let the optimizer's momentum move it
         grads = [param.grad for param in self.params if param.grad is not None]
         factor = 1 / self.scale.value
         if self.scale.dynamic or self.config.optimizer.loss_scale != 1:
