@@ -42,9 +42,19 @@ def model_card(config: dict, options: dict | None = None, kimg: float | None = N
     picture = f'![Samples, one per seed, not selected]({samples})\n\n' if samples else ''
     program = f'{PROGRAM} {misc.VERSION}'
     return CARD_TEXT.format(
+        **_use(config),
         license=_license_tag(license), prompt=' --prompt="a caption"' if config.get('text') else '',
         program=f'[{program}]({code})' if code else program, metrics=_metrics_table(metrics),
         table='\n'.join(f'| {name} | {value} |' for name, value in rows.items()), training=training, picture=picture)
+
+
+def _use(config):
+    """{"what": a sentence about what the network computes, "call": how it is called in Python}: a denoiser, or a generator where
+    config.json samples it in one step from a level of its own, as train.py --distill writes it."""
+    sampling = config.get('sampling')
+    own = isinstance(sampling, dict) and sampling.get('steps') == 1
+    found = re.fullmatch(r'explicit:sigmas=([\d.e+-]+)', str(sampling.get('levels'))) if own else None
+    return {key: text.format(level=found and found[1]) for key, text in (GENERATOR if found else DENOISER).items()}
 
 
 def _conditions(config):
@@ -94,6 +104,18 @@ def _metrics_table(metrics):
 PUBLIC = {'data': ('use_labels', 'keep', 'xflip', 'augment'), 'corruption': None, 'objective': None, 'optimizer': None,
           'run': ('batch', 'precision', 'seed'),
           'augment': None, 'batch': None, 'ema': None, 'precision': None, 'seed': None}
+DENOISER = {'what': 'A denoiser D(x; sigma) = E[x_0 | x_0 + sigma n = x], from which images can be sampled.',
+            'call': """In Python, with a noisy batch x [N,C,H,W] in network units and its noise level sigma:
+
+    from training import load_network
+    net = load_network('NAME')
+    denoised = net(x, sigma)"""}
+GENERATOR = {'what': 'A generator of one step, distilled from a denoiser: the image of white noise z is G(z) = D({level} z; {level}).',
+             'call': """In Python, with white noise z [N,C,H,W]:
+
+    from training import load_network
+    net = load_network('NAME')
+    images = net({level} * z, {level})"""}
 CARD_TEXT = """---
 {license}
 tags:
@@ -102,7 +124,7 @@ tags:
 ---
 # Diffusion model
 
-A denoiser D(x; sigma) = E[x_0 | x_0 + sigma n = x], from which images can be sampled.
+{what}
 
 {picture}| | |
 |-|-|
@@ -112,11 +134,7 @@ A denoiser D(x; sigma) = E[x_0 | x_0 + sigma n = x], from which images can be sa
 
     python generate.py --network=NAME --outdir=out --seeds=0-63{prompt}
 
-In Python, with a noisy batch x [N,C,H,W] in network units and its noise level sigma:
-
-    from training import load_network
-    net = load_network('NAME')
-    denoised = net(x, sigma)
+{call}
 
 Made with {program}.
 

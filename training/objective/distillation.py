@@ -108,13 +108,15 @@ class Distillation(Objective):
             with torch.no_grad():
                 x = generate()
             y = ambient.add_noise(x, 0.0, batch.sigma_n, randn('distill_corruption', x.shape).to(x))
-            values, others = self.first(self.fake, batch._replace(images=y, augment_labels=None)), net
+            values = self.first(self.fake, batch._replace(images=y, augment_labels=None))
             values = {'fake' if name == self.first.name else name: value for name, value in values.items()}
         else:
-            values, others = {'generator': self.generator_loss(generate(), batch, labels)}, self
+            values = {'generator': self.generator_loss(generate(), batch, labels)}
         name, value = next(iter(values.items()))
-        # Every rank must have gradients of all parameters in every step; resting() keeps the optimizer from using these.
-        return values | {name: value + sum(0 * p.sum() for p in others.parameters() if p.requires_grad)}
+        # Every rank must have gradients of all parameters in every step, those of the network that rests and those for augmentation labels
+        # too; resting() keeps the optimizer from using them.
+        name, value = next(iter(values.items()))
+        return values | {name: value + sum(0 * p.sum() for p in (*net.parameters(), *self.parameters()) if p.requires_grad)}
 
     def generator_loss(self, x: torch.Tensor, batch: Batch, labels: dict) -> torch.Tensor:
         """The loss [N] of generated images x [N,C,H,W] at the batch's levels, with its noise.

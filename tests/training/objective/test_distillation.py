@@ -192,9 +192,9 @@ def test_alpha_above_one_has_a_second_zero(monkeypatch):
     v, sigma, alpha = 1.0, 0.5, 1.5
     edge = math.sqrt((alpha * v + sigma ** 2) / (alpha - 1))
     assert abs(pull(f'rsd:alpha={alpha}', edge, v, sigma, monkeypatch)) < 1e-5
-    assert pull(f'rsd:alpha={alpha}', 0.8 * edge, v, sigma, monkeypatch) > 0.02  # descent lowers g
-    assert pull(f'rsd:alpha={alpha}', 1.3 * edge, v, sigma, monkeypatch) < -0.02
-    assert pull('rsd:alpha=1.0', 1.3 * edge, v, sigma, monkeypatch) > 0.02
+    assert pull(f'rsd:alpha={alpha}', 0.8 * edge, v, sigma, monkeypatch) > 0.01  # descent lowers g
+    assert pull(f'rsd:alpha={alpha}', 1.3 * edge, v, sigma, monkeypatch) < -0.01
+    assert pull('rsd:alpha=1.0', 1.3 * edge, v, sigma, monkeypatch) > 0.01
 
 
 def test_rsd_is_the_loss_of_sid():
@@ -229,7 +229,7 @@ def test_turns():
     objective, net = started('rsd:fake_steps=2')
     assert [objective.timesteps.is_fakes(step) for step in range(6)] == [True, True, False] * 2
     assert objective.evaluations == pytest.approx((2 + 2 + 3) / 3)
-    assert list(loss_of(objective, net, 0)) == list(loss_of(objective, net, 1)) == ['fake'] and list(loss_of(objective, net, 2)) == ['generator']
+    assert [list(loss_of(objective, net, step)) for step in range(3)] == [['fake'], ['fake'], ['generator']]
     assert objective.resting(net, 0) == [net.w] and objective.resting(net, 2) == [objective.fake.w]
     assert list(objective.state_dict()) == ['fake.w']  # the teacher is no part of it
     draws = misc.Draws(0, 0)
