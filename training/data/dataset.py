@@ -26,14 +26,30 @@ from training.data.packed import Packed
 UNITS_8BIT = {'offset': 127.5, 'scale': 127.5}  # network = stored / 127.5 - 1
 
 
+class Levels(NamedTuple):
+    """How many of the images are clean, and how noisy the others are."""
+
+    images: int
+    clean: int
+    lowest: float   # sigma_n of the noisy images, in network units; 0 where there are none
+    highest: float
+
+    @classmethod
+    def of(cls, sigma_n: np.ndarray) -> 'Levels':
+        """Those of images with these levels, [N]."""
+        noisy = sigma_n[sigma_n > 0]
+        return cls(len(sigma_n), len(sigma_n) - len(noisy), *((float(noisy.min()), float(noisy.max())) if len(noisy) else (0.0, 0.0)))
+
+
 class Form(NamedTuple):
-    """The facts about its data that a network depends on."""
+    """The facts about its data that a run depends on."""
 
     image_shape: tuple  # (C, H, W)
     label_dim: int      # 0 where labels are not used
     units: dict | None  # {offset, scale}; None for 8-bit images
     latents: Latents | None = None  # where the images are latents
     text: dict | None = None  # dnnlib.text_record, of labels that were made of captions
+    levels: Levels | None = None
 
     @property
     def resolution(self) -> list[int]:
@@ -53,9 +69,9 @@ class ImageDataset:
     units ({offset, scale}, None for 8-bit), latents (Latents, or None), has_labels, label_dim (0 without use_labels), text
     (dnnlib.text_record of labels that were made of captions, or None) and empty (the label of the empty caption, float32 [label_dim]),
     raw_idx int64 [N] (the image, by its place in the archive), flip bool [N] (its mirrored form), row int64 [N] (place of the item in the
-    archive, another than raw_idx for latents of mirrored pictures), native_sigma float64 [N] (network units); sigma_min, sigma_max
-    float64 [N], limits of the levels to train at (network units; 0 and inf for no limit). Raises UserError in one line for anything that
-    is wrong with the files or the options."""
+    archive, another than raw_idx for latents of mirrored pictures), native_sigma float64 [N] (network units), levels (Levels of it);
+    sigma_min, sigma_max float64 [N], limits of the levels to train at (network units; 0 and inf for no limit). Raises UserError in one line
+    for anything that is wrong with the files or the options."""
 
     def __init__(self, path: str | os.PathLike, use_labels: bool = False, keep: float = 1.0, max_size: int | None = None,
                  xflip: bool = False, random_seed: int = 0, cache_dir: str | os.PathLike | None = None,
@@ -80,6 +96,7 @@ class ImageDataset:
         self.flip = np.arange(len(self.raw_idx)) >= len(kept)
         scale = tables.level_scale(self.units)
         self.native_sigma = self._table('sigmas', tables.levels, scale, absent=0.0)
+        self.levels = Levels.of(self.native_sigma)
         self.sigma_max = self._table('sigma_max', tables.limits, scale, absent=np.inf)
         self.sigma_min = self._table('sigma_min', tables.lower_limits, scale, absent=0.0)
 
@@ -94,7 +111,7 @@ class ImageDataset:
     @property
     def form(self) -> Form:
         """The Form of the images."""
-        return Form(self.image_shape, self.label_dim, self.units, self.latents, self.text)
+        return Form(self.image_shape, self.label_dim, self.units, self.latents, self.text, self.levels)
 
     @property
     def classes(self) -> np.ndarray | None:

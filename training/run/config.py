@@ -137,6 +137,7 @@ class RunConfig:
     checkpointing: bool = False
     expr_id: str | None = None
     desc: str | None = None
+    regime: str | None = None  # of regimes.REGIMES
     ranks: int = 1
     versions: dict = field(default_factory=dict)
     command: dict = field(default_factory=dict)  # the options that were given, for --config

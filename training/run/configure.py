@@ -9,7 +9,7 @@ import torch
 from dnnlib import EasyDict, UserError
 from torch_utils import distributed, misc, registry
 from training.data.corruption import Corruption, LabelCorruption
-from training.data.dataset import Form, ImageDataset
+from training.data.dataset import Form, ImageDataset, Levels
 from training.data.identity import open_everywhere
 from training.data.pairs import with_inverse_weight
 from training.diffusion.discrete import build_diffusion
@@ -17,7 +17,7 @@ from training.networks.interface import ARCHS, network_class
 from training.networks.preconditioning import PREDICTIONS
 from training.objective.loss import TERMS
 from training.objective.variational import terms_of
-from training.run import config, distill, published
+from training.run import config, distill, published, regimes
 from training.run.build import build_cep, build_corruption, build_optimizer, probe
 from training.run.optimizer import LearningRate
 from training.run.options import DIFFUSION, PREDICTION
@@ -43,13 +43,14 @@ def configure(o: EasyDict) -> config.Config:
     data, dataset = open_data(o, corrupter)
     o = of_latents(o, dataset)
     data = dataclasses.replace(data, augment=o.augment)
+    regime = regimes.choose(o, dataset.levels)
     if dataset.text and corruption.labels and corruption.labels.groups is not None:
         raise UserError(f'--label-corruption-groups={corruption.labels.groups}: groups are of classes, and the labels of --data are '
                         'captions; leave it out')
     return config.Config(
         data=data,
         corruption=corruption,
-        network=network(o, dataset, teacher),
+        network=network(o, dataset, teacher, regime),
         objective=objective(o, dataset, teacher),
         optimizer=optimizer(o),
         run=config.RunConfig(
@@ -58,7 +59,7 @@ def configure(o: EasyDict) -> config.Config:
             snapshot_ticks=o.snap, state_ticks=o.dump, state_minutes=o.dump_minutes, keep_states=o.keep_states,
             max_hours=o.max_hours, samples=o.samples, metrics=metrics(o, dataset), gns=o.gns,
             precision=choose_precision(o), bench=o.bench, compile=o.compile_net, checkpointing=o.checkpointing, expr_id=o.expr_id,
-            desc=o.desc, ranks=distributed.size(), versions=misc.versions(), command=o.get('command') or {}))
+            desc=o.desc, regime=regime, ranks=distributed.size(), versions=misc.versions(), command=o.get('command') or {}))
 
 
 def check_corruption(o: EasyDict) -> None:
@@ -96,6 +97,8 @@ def open_data(o: EasyDict, corruption: Corruption) -> tuple[config.DataConfig, F
         corruption.beyond_sigma_min(dataset.native_sigma, dataset.sigma_min, dataset.sigma_max)
         if corruption.sigma_min_as == 'noise' and path == o.data and not dataset.sigma_min.any():
             raise UserError(f'--sigma-min-as=noise: no image of --data={o.data} has a sigma_min; leave it out')
+        if o.regime and path == o.data:
+            dataset.levels = Levels.of(corruption.levels(dataset.raw_idx, dataset.native_sigma, dataset.image_shape))
         return dataset
 
     openers = {f'--data={o.data}': lambda: opened(o.data, use_labels=o.cond, keep=o.dataset_keep_percentage, xflip=o.xflip)}
@@ -167,10 +170,13 @@ def check_discrete(o: EasyDict, dataset: Form) -> None:
 # ---- the network
 
 
-def network(o: EasyDict, dataset: Form, teacher: distill.Teacher | None) -> config.NetworkConfig:
-    """The NetworkConfig; with --distill the network is that of the teacher."""
+def network(o: EasyDict, dataset: Form, teacher: distill.Teacher | None, regime: str | None) -> config.NetworkConfig:
+    """The NetworkConfig; with --distill the network is that of the teacher. regime: the name of that of --regime."""
     if teacher is None:
-        return config.NetworkConfig(network_arguments(o, dataset), cep=o.cep, transfer=o.transfer)
+        found = network_arguments(o, dataset)
+        if own := regimes.sampling(regime, dataset.levels, found.get('sampling')):
+            found['sampling'] = own
+        return config.NetworkConfig(found, cep=o.cep, transfer=o.transfer)
     given = [key for key in ('arch', 'cbase', 'cres', 'blocks', 'attn', 'dropout') if key in o.get('command', {})]
     return config.NetworkConfig(distill.arguments(teacher, dataset, o, architecture(o) if given else None), transfer=o.transfer,
                                 teacher=teacher.ref)

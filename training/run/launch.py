@@ -109,7 +109,7 @@ def train_in(run_dir: str, config: Config, o: EasyDict, state: dict | None, stat
     mirrors = open_mirrors(o, run_dir, config, state['progress']['nimg'] if state else 0)
     with Logger(os.path.join(run_dir, folder.LOG)), contextlib.closing(mirrors):
         run = training_loop(config, run_dir, distributed.device(), mirrors, state, state_path, requests)
-        print('\n'.join(closing_lines(run_dir, format_time(run.seconds()))), flush=True)
+        print('\n'.join(closing_lines(run_dir, format_time(run.seconds()), config)), flush=True)
 
 
 def open_folder(config: Config, o: EasyDict, place: tuple[str, str] | None, held: list) -> tuple[str, str | None]:

@@ -171,12 +171,14 @@ OUTPUT = group(
     row(MIRRORS, click.option('--wandb', metavar='PROJECT', help='Log to a project of Weights & Biases as well')),
 )
 
+RECIPE = 'Published recipe (--preset=help), or options.json of a run to repeat; other options override it'
 START = group(
     'Options',
-    click.option('--preset', metavar='NAME', is_eager=True, expose_value=False, callback=presets.use_preset,
-                 help='Published recipe, see --preset=help; options given on the command line override it'),
-    click.option('--config', metavar='JSON', is_eager=True, expose_value=False, callback=presets.use_config,
-                 help='options.json of a run to repeat; options given on the command line override it'),
+    row(RECIPE, click.option('--preset', metavar='NAME', is_eager=True, expose_value=False, callback=presets.use_preset,
+                             help='Published recipe, see --preset=help; options given on the command line override it')),
+    row(RECIPE, click.option('--config', metavar='JSON', is_eager=True, expose_value=False, callback=presets.use_config,
+                             help='options.json of a run to repeat; options given on the command line override it')),
+    slot('--regime', 'training.run.regimes:REGIMES', 'How to sample and go on, where all, few or no images are clean', keys=False),
     click.option('-n', '--dry-run', is_flag=True, help='Print the configuration and exit, without writing anything'),
 )
 

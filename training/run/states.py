@@ -18,8 +18,8 @@ from training.run.folder import OPTIONS, name_of, runs
 # What may change when a run is continued; any other difference is refused by name.
 MAY_CHANGE = ('run.duration_kimg', 'run.tick_kimg', 'run.snapshot_ticks', 'run.state_ticks', 'run.state_minutes', 'run.keep_states',
               'run.max_hours', 'run.batch_gpu', 'run.precision', 'run.compile', 'run.checkpointing', 'run.bench', 'run.samples', 'run.gns',
-              'run.versions', 'run.command', 'run.ranks', 'run.desc', 'run.metrics', 'data.workers', 'data.cache_gib', 'data.cache_dir',
-              'data.on', 'network.transfer', 'network.teacher', 'network.arguments.sampling')
+              'run.versions', 'run.command', 'run.ranks', 'run.desc', 'run.regime', 'run.metrics', 'data.workers', 'data.cache_gib',
+              'data.cache_dir', 'data.on', 'network.transfer', 'network.teacher', 'network.arguments.sampling')
 SAME = 'give the same options, or start a new run from its weights with --transfer'
 
 # ----------------------------------------------------------------------------------------------------

@@ -8,13 +8,15 @@ import shlex
 from pathlib import Path
 
 from training.checkpoints.load import CONFIG
+from training.run.config import Config
 from training.run.folder import STATS
+from training.run.regimes import next_steps
 
 TAIL = 2 ** 20  # bytes at the end of the log that are searched for the last held-out loss
 
 
-def closing_lines(run_dir: str | os.PathLike, duration: str) -> list[str]:
-    """Lines for the console. duration: of the whole run, as text."""
+def closing_lines(run_dir: str | os.PathLike, duration: str, config: Config | None = None) -> list[str]:
+    """Lines for the console. duration: of the whole run, as text. config: of the run; None: nothing is said of its regime."""
     snapshots = sorted(path for path in Path(run_dir).glob('network-snapshot-*') if path.is_dir())
     lines = [f'Done: {run_dir} (trained for {duration})']
     loss = last_held_out(os.path.join(run_dir, STATS))
@@ -25,6 +27,7 @@ def closing_lines(run_dir: str | os.PathLike, duration: str) -> list[str]:
         prompt = ' --prompt="a caption"' if takes_captions(snapshots[-1]) else ''
         lines += [f'Last snapshot: {network}', 'To generate 64 images with it, and one picture of them:',
                   f'  python generate.py --network={network} --outdir=out --grid{prompt}']
+        lines += next_steps(config, network) if config else []
     return lines
 
 
