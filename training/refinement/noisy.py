@@ -43,16 +43,16 @@ class NoisySet:
         latents = self.dataset.latents
         if latents and (latents.distribution or latents.xflip):
             raise UserError(f'{name}: holds {"distributions of latents" if latents.distribution else "latents of mirrored pictures"}, which '
-                            'cannot be restored one by one; encode them with --form=mean, and without --xflip')
+                            'cannot be restored one by one; encode them with dataset_tool.py encode --form=mean, not mirrored')
         if config.corruption.sigma_min_as == 'noise' and self.dataset.sigma_min.any():
-            raise UserError(f'{name}: the run added noise up to the sigma_min of its images (--sigma-min-as=noise), below which they '
-                            'are not clean images with noise: nothing below it can be restored')
+            raise UserError(f'{name}: the run added noise up to the sigma_min of its images (sigma_min_as: noise), which are no clean '
+                            'images with noise: nothing below that level can be restored')
         self.corruption = build_corruption(config.corruption)
         self.sigma_n = self.corruption.levels(self.dataset.raw_idx, self.dataset.native_sigma, self.dataset.image_shape)
         self.items = np.flatnonzero(self.sigma_n > 0)
         if not len(self.items):
-            raise UserError(f'{name}: none of its {len(self.dataset)} images is noisy, by its dataset.json and the --sigma and '
-                            '--corruption-probability of the run; there is nothing to restore')
+            raise UserError(f'{name}: none of its {len(self.dataset)} images is noisy, by its dataset.json and the options of the run; there '
+                            'is nothing to restore')
         self._store = ImageStore(self.dataset, self.corruption, self.sigma_n, cache_gib=0.0)
 
     def images(self, items: np.ndarray) -> torch.Tensor:
