@@ -34,11 +34,12 @@ NETWORK = ['--arch=ddpmpp:cbase=16,cres=1|2,blocks=1,attn=4,dropout=0', '--batch
            '--augment=0']
 SCALES = {  # source, options of the training half and of the reference half, of the network, training length in Mimg, samples
     'digits': ('digits', ['--part=0/2', '--max-images=898'], ['--part=1/2', '--max-images=898'], [*NETWORK, '--sigma-data=0.75'], 0.064,
-               4000),
-    'cifar8': (None, ['--resolution=8x8', '--part=0/2', '--max-images=5000', '--sample=spread'], ['--resolution=8x8', '--part=1/2'],
-               NETWORK, 0.128, 5000)}
+               2000),
+    'cifar8': (None, ['--resolution=8x8', '--part=0/2', '--max-images=2000', '--sample=spread'], ['--resolution=8x8', '--part=1/2'],
+               NETWORK, 0.064, 2000)}
 ARMS = {'ode': ['--sampler=heun'], 'sde': ['--sampler=dpmpp_2m_sde'], 'dataloops': ['--sampler=heun', '--schedule=dataloops']}
-CONTINUED, SAMPLE_STEPS = 'continued', 9
+CONTINUED, SAMPLE_STEPS = 'continued', 9  # steps of the images of proximal FID
+SAMPLING = dict(steps=12, sigma_min=0.02, sigma_max=20.0)  # of the images that are measured, as in benchmarks/price.py
 ANNEALED = ['--lr=2e-3', '--lr-schedule=cosine', '--lr-rampup=0']  # of every round, and of the continued training
 
 
@@ -125,7 +126,7 @@ class Ruler:
             return read_json(path)
         net, found = load_network(network), {}
         for name, stop in (('full', None), ('truncated', sigma)):
-            made = pieces.sampler_pieces(net, SAMPLE_STEPS, stop_sigma=stop)
+            made = pieces.sampler_pieces(net, stop_sigma=stop, **SAMPLING)
             images = [to_uint8(part.images) for part in generate_images(net, range(self.count), batch=256, **made)]
             found[name] = {key: next(iter(evaluate_batches(images, *side).values())) for key, side in self.sides.items()}
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -178,7 +179,7 @@ class Options:
 @click.option('--scale', type=click.Choice(list(SCALES)), default='digits', show_default=True, help='Images and network')
 @click.option('--out', 'outdir', metavar='DIR', required=True, help='Folder for everything that is written; the same command resumes')
 @click.option('--data', metavar='PATH', help='Photographs, for scales other than digits')
-@click.option('--cells', metavar='DIR', help='Folder of benchmarks/price.py with data, networks and detectors  [default: OUT, trained here]')
+@click.option('--cells', metavar='DIR', help='Folder of benchmarks/price.py with data, networks, detectors  [default: OUT, trained here]')
 @click.option('--sigma', metavar='FLOAT', type=float, default=0.4, show_default=True, help='Noise level of the noisy images')
 @click.option('--share', metavar='FLOAT', type=float, default=0.0, show_default=True, help='Share of clean images')
 @click.option('--seeds', metavar='INT', type=int, default=3, show_default=True, help='Number of seeds')

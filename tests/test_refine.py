@@ -24,7 +24,8 @@ from training.refinement.noisy import NoisySet, options_of
 from training.sampling.generate import generate_images
 
 NAME, QUICK = 'network-snapshot-000000.320', ['--steps=3', '--threads=1']
-LOOP = ['--rounds=2', '--duration=0.00016', '--sampler=dpmpp_2m_sde', '--schedule=dataloops', '--detector=pixels', '--sample-steps=2', *QUICK]
+LOOP = ['--rounds=2', '--duration=0.00008', '--sampler=dpmpp_2m_sde', '--schedule=dataloops', '--detector=pixels', '--sample-steps=2',
+        *QUICK]
 
 
 @pytest.fixture(scope='module')
@@ -181,7 +182,7 @@ def nth(function, number, after=False):
 
 def half(command):
     """Training that is killed in the middle."""
-    here([part.replace('--duration=0.00016', '--duration=0.00008') for part in command])
+    here([part.replace('--duration=0.00008', '--duration=0.00008') for part in command])
     raise Killed
 
 
@@ -191,7 +192,10 @@ PLACES = {'restoring': (restoring.Restoring, '_write_part', 2, True), 'set': (re
           'chosen': (loop, 'proximal', 2, False)}
 
 
-@pytest.mark.parametrize('place', [*PLACES, 'training'])
+OFTEN = 'second round', 'training', 'rounds'
+
+
+@pytest.mark.parametrize('place', [*OFTEN, *(pytest.param(place, marks=pytest.mark.slow) for place in PLACES if place not in OFTEN)])
 def test_interrupted_and_resumed(base, straight, place, tmp_path, monkeypatch, in_process):
     monkeypatch.setattr(restoring, 'PART', 16)
     args = f'--network={base}', f'--outdir={tmp_path / "loop"}', *LOOP
@@ -218,7 +222,8 @@ def test_finished_parts_are_not_restored_again(base, tmp_path, monkeypatch):
         patch.setattr(restoring.Restoring, '_write_part', nth(restoring.Restoring._write_part, 2, after=True))
         CliRunner().invoke(refine.main, list(args))
     written, write = [], restoring.Restoring._write_part
-    monkeypatch.setattr(restoring.Restoring, '_write_part', lambda self, number, *rest: written.append(number) or write(self, number, *rest))
+    monkeypatch.setattr(restoring.Restoring, '_write_part', lambda self, number, *rest: written.append(number) or write(self, number,
+                                                                                                                    *rest))
     run(*args)
     assert written == [2]
 

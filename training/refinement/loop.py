@@ -264,8 +264,8 @@ class Loop:
 
     def _told(self, *names):
         """Options of this command that a stage takes as well."""
-        given = [*names, 'data']
-        return [f'--config={self.options}', *(f'--{name.replace("_", "-")}={self.o[name]}' for name in given if self.o[name] is not None)]
+        given = {name.replace('_', '-'): self.o[name] for name in (*names, 'data')}
+        return [f'--config={self.options}', *(f'--{name}={value}' for name, value in given.items() if value is not None)]
 
     # ---- files
 
@@ -289,8 +289,8 @@ class Loop:
                 isinstance(entry, dict) and {'network', 'sha256'} <= entry.keys() for entry in entries) or not entries:
             raise UserError(f'{path}: does not hold the rounds of a refinement loop; choose another --outdir')
         if told := differences(old, self.settings):
-            raise UserError(f'--outdir={self.o.outdir}: its rounds were made with other options ({"; ".join(told)}); give the same ones, or '
-                            'another --outdir')
+            raise UserError(f'--outdir={self.o.outdir}: its rounds were made with other options ({"; ".join(told)}); give the same ones, '
+                            'or another --outdir')
         return entries
 
     def _tell(self):

@@ -21,8 +21,8 @@ def options_of(network: str, config: str | None = None) -> tuple[str, Config]:
     """(path, Config) of the options.json of the run that a network is of: `config`, or the file beside the network. Raises UserError."""
     path = config or os.path.join(os.path.dirname(os.path.abspath(network)), OPTIONS)
     if not os.path.isfile(path):
-        raise UserError(f'--config={config}: no such file' if config else f'--network={network}: there is no {OPTIONS} of its run beside it, '
-                        'which tells its data and how to train on; name that file with --config')
+        raise UserError(f'--config={config}: no such file' if config else f'--network={network}: there is no {OPTIONS} of its run beside '
+                        'it, which tells its data and how to train on; name that file with --config')
     try:
         return path, from_json(read_json(path))
     except UserError as err:
@@ -42,8 +42,8 @@ class NoisySet:
         check_same(name, None if data else o.fingerprint, self.dataset)
         latents = self.dataset.latents
         if latents and (latents.distribution or latents.xflip):
-            raise UserError(f'{name}: holds {"distributions of latents" if latents.distribution else "latents of mirrored pictures"}, which '
-                            'cannot be restored one by one; encode them with dataset_tool.py encode --form=mean, not mirrored')
+            raise UserError(f'{name}: holds {"distributions of latents" if latents.distribution else "latents of mirrored pictures"}, '
+                            'which cannot be restored one by one; encode them with dataset_tool.py encode --form=mean, not mirrored')
         if config.corruption.sigma_min_as == 'noise' and self.dataset.sigma_min.any():
             raise UserError(f'{name}: the run added noise up to the sigma_min of its images (sigma_min_as: noise), which are no clean '
                             'images with noise: nothing below that level can be restored')
@@ -51,8 +51,8 @@ class NoisySet:
         self.sigma_n = self.corruption.levels(self.dataset.raw_idx, self.dataset.native_sigma, self.dataset.image_shape)
         self.items = np.flatnonzero(self.sigma_n > 0)
         if not len(self.items):
-            raise UserError(f'{name}: none of its {len(self.dataset)} images is noisy, by its dataset.json and the options of the run; there '
-                            'is nothing to restore')
+            raise UserError(f'{name}: none of its {len(self.dataset)} images is noisy, by its dataset.json and the options of the run; '
+                            'there is nothing to restore')
         self._store = ImageStore(self.dataset, self.corruption, self.sigma_n, cache_gib=0.0)
 
     def images(self, items: np.ndarray) -> torch.Tensor:

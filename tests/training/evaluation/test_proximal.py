@@ -39,7 +39,8 @@ def many_rows(monkeypatch):
 def side(v, levels, detector=None, batch=500):
     """The noisy side of data of variance v, in turn of each level."""
     levels = np.resize(np.float64(levels), COUNT)
-    y = math.sqrt(v) * unit(COUNT, 1, SIDE, SIDE, seed=3) + torch.from_numpy(levels).reshape(-1, 1, 1, 1) * unit(COUNT, 1, SIDE, SIDE, seed=4)
+    clean, noise = (unit(COUNT, 1, SIDE, SIDE, seed=seed) for seed in (3, 4))
+    y = math.sqrt(v) * clean + torch.from_numpy(levels).reshape(-1, 1, 1, 1) * noise
     return Proximal(lambda rows: y[rows], levels, detector or pixel_detector('cpu'), None, batch)
 
 
@@ -92,7 +93,7 @@ def test_other_detectors_get_both_sides_clipped_alike():
     noisy = side(1.0, [0.4], Detector('stub', net, 'cpu', rgb=False))
     assert distance(1.0, noisy) < 0.02 < 0.08 < distance(0.4, noisy)
     assert all(images.dtype == torch.uint8 for images in seen)
-    assert all(0.2 < ((images == 0) | (images == 255)).double().mean() < 0.5 for images in (seen[1], seen[-1]) if len(images) > 100)
+    assert all(0.1 < ((images == 0) | (images == 255)).double().mean() < 0.5 for images in (seen[1], seen[-1]) if len(images) > 100)
 
 
 def test_data_that_are_no_pictures_need_pixels():

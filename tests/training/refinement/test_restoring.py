@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The rounds of refinement on Gaussian data, whose models' variances follow recursions in closed form (design of the loop).
 
-Data of variance v with noise of level s; the model of round k is the exact denoiser of variance v_k. One round restores y ~ N(0, v + s^2)."""
+Data of variance v with noise of level s; the model of round k is the exact denoiser of variance v_k. A round restores y ~ N(0, v + s^2)."""
 
 import math
 
@@ -95,7 +95,7 @@ def test_draws_of_the_program_give_that_variance(sampler, recursion):
     """8 images of 128 x 128 independent pixels: standard error of a variance 0.4 %."""
     v, v_k = 4.0, 6.0
     y, level = math.sqrt(v + S ** 2) * unit(8, 1, 128, 128), torch.full([8], S, dtype=torch.float64)
-    found = restored(Gaussian(v_k), y, level, torch.zeros(8, dtype=torch.float64), range(8), stepper=STEPPERS[sampler], num_steps=30, key=(0,))
+    found = restored(Gaussian(v_k), y, level, 0 * level, range(8), stepper=STEPPERS[sampler], num_steps=30, key=(0,))
     assert found.var() == pytest.approx(recursion(v_k, v), rel=0.02)
 
 
