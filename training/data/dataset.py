@@ -24,6 +24,7 @@ from training.data.latents import Latents, read_latents
 from training.data.packed import Packed
 
 UNITS_8BIT = {'offset': 127.5, 'scale': 127.5}  # network = stored / 127.5 - 1
+PICTURE_CHANNELS = (1, 3)  # grey and RGB
 
 
 class Levels(NamedTuple):
@@ -46,7 +47,7 @@ class Form(NamedTuple):
 
     image_shape: tuple  # (C, H, W)
     label_dim: int      # 0 where labels are not used
-    units: dict | None  # {offset, scale}; None for 8-bit images
+    units: dict | None  # {offset, scale}; None for 8-bit pictures, and for float ones in the units of these
     latents: Latents | None = None  # where the images are latents
     text: dict | None = None  # dnnlib.text_record, of labels that were made of captions
     levels: Levels | None = None
@@ -110,8 +111,10 @@ class ImageDataset:
 
     @property
     def form(self) -> Form:
-        """The Form of the images."""
-        return Form(self.image_shape, self.label_dim, self.units, self.latents, self.text, self.levels)
+        """The Form of the images. Float pictures in the units of 8-bit ones, such as noisy or restored photographs, have the form of
+        these, so that a network trained on them generates pictures."""
+        as_pictures = self.units == UNITS_8BIT and self.image_shape[0] in PICTURE_CHANNELS and self.latents is None
+        return Form(self.image_shape, self.label_dim, None if as_pictures else self.units, self.latents, self.text, self.levels)
 
     @property
     def classes(self) -> np.ndarray | None:

@@ -187,7 +187,7 @@ def open_data(net: torch.nn.Module, o: EasyDict) -> tuple[ImageDataset, bool]:
     if dataset.latents and dataset.latents.distribution:
         raise UserError(f'--data={o.data}: holds distributions of latents, whose samples have no likelihood of their own; encode them with '
                         'dataset_tool.py encode --form=mean')
-    if dataset.units != net.units:
+    if dataset.form.units != net.units:
         raise UserError(f'--data={o.data}: its units are {dataset.units or "8-bit"}, those of the network '
                         f'{net.units or "8-bit"}; convert it like the training data')
     if dataset.label_dim > net.label_dim or (conditional and dataset.classes is None and dataset.label_dim != net.label_dim):

@@ -63,7 +63,7 @@ def build(config: Config, noise: NoiseDistribution, store: ImageStore, dataset: 
 def check_alike(training: ImageDataset, held_out: ImageDataset) -> ImageDataset:
     """Returns the held-out ImageDataset. Refuses one whose images differ in form from the training data, or that has more classes."""
     for name in ('image_shape', 'label_dim', 'units'):
-        expected, found = getattr(training, name), getattr(held_out, name)
+        expected, found = getattr(training.form, name), getattr(held_out.form, name)
         classes = name == 'label_dim' and expected and found and training.classes is not None and held_out.classes is not None
         if classes and found > expected:
             raise UserError(f'--val={held_out.path}: it has {found} classes, and the training data has {expected}, which are all that the '
