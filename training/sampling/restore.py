@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Restoration: the reverse process from noisy images, each from its own level sigma_n down, and the posterior mean in one evaluation."""
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -11,6 +10,7 @@ from training.sampling import steppers
 from training.sampling.generate import ConditionedDenoiser
 
 LEVELS_RHO = 7.0  # curvature of EDM's levels
+LOWEST = 0.002  # EDM's lowest level above 0, for networks that know no lower limit
 
 
 def row_levels(net: Callable, sigma_n: torch.Tensor, end: torch.Tensor | float = 0.0, num_steps: int = 18,
@@ -18,7 +18,7 @@ def row_levels(net: Callable, sigma_n: torch.Tensor, end: torch.Tensor | float =
     """Levels that fall from sigma_n to `end` in each row: float64 [T+1,N,1,1,1], on the device of sigma_n.
 
     sigma_n: [N], above 0. end: 0, or [N] or a number above 0 and at most sigma_n. Evenly spaced in sigma^(1/rho), as EDM's; to 0 they go
-    through the network's sigma_min. Levels between the two are rounded to those of a network that has only some.
+    through the network's sigma_min, or LOWEST if that is higher. Levels between the two are rounded to those of a network that has only some.
     Raises ValueError for levels that do not fall."""
     sigma_n = sigma_n.double()
     end = torch.as_tensor(end, dtype=torch.float64, device=sigma_n.device).expand_as(sigma_n)
@@ -26,7 +26,7 @@ def row_levels(net: Callable, sigma_n: torch.Tensor, end: torch.Tensor | float =
     misc.require(num_steps >= 1, f'the number of steps must be 1 or more, got {num_steps}')
     misc.require(bool((sigma_n > 0).all() and sigma_n.isfinite().all()), 'sigma_n must be above 0')
     misc.require(to_zero or bool((end > 0).all() and (end <= sigma_n).all()), 'the last levels must be above 0 and at most sigma_n, or 0')
-    low = sigma_n.clamp(max=max(net.sigma_min, math.ulp(0.0))) if to_zero else end
+    low = sigma_n.clamp(max=max(net.sigma_min, LOWEST)) if to_zero else end
     position = torch.linspace(0, 1, num_steps if to_zero else num_steps + 1, dtype=torch.float64, device=sigma_n.device)[:, None]
     levels = ((1 - position) * sigma_n ** (1 / rho) + position * low ** (1 / rho)) ** rho
     levels[0] = sigma_n

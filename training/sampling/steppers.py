@@ -168,8 +168,8 @@ def _multistep(denoise, x, sigmas, update):
     for start, end in _steps(denoise, sigmas):
         D, length = _mean(denoise, x, start), (start / end).log()
         target = D
-        if length_before.all() and not _is_zero(end):
-            target = D + length / (2 * length_before) * (D - before)
+        if length_before.any() and not _is_zero(end):  # 0 in rows whose level did not fall
+            target = D + torch.where(length_before > 0, length / (2 * length_before), 0) * (D - before)
         x = update(x, target, start, end)
         before, length_before = D, length
     return x

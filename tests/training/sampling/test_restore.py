@@ -89,3 +89,22 @@ def test_rows_do_not_depend_on_the_others(stepper):
         mine = sigma_n == level
         alone = restore(Gaussian(), y[mine], sigma_n[mine], stepper=steppers.STEPPERS[stepper], num_steps=5, randn_like=zeros)
         torch.testing.assert_close(together[mine], alone, rtol=0, atol=0)
+
+
+def test_networks_without_a_lower_limit():
+    """EDM's networks say sigma_min = 0, where ln sigma is not finite."""
+    class Unlimited(Gaussian):
+        sigma_min = 0.0
+
+    levels = row_levels(Unlimited(), torch.tensor([0.4, 0.001]))
+    assert levels[-2].flatten().tolist() == pytest.approx([0.002, 0.001])
+
+
+def test_a_row_whose_level_does_not_fall_leaves_the_others_alone():
+    """At most LOWEST, all levels of a row are the same; the other rows keep their second order."""
+    y = unit(2, 1, 1, 1)
+    zeros = lambda x: torch.zeros_like(x)
+    options = dict(stepper=steppers.dpmpp_2m_sde, num_steps=5, randn_like=zeros)
+    together = restore(Gaussian(), y, torch.tensor([0.4, 0.001]), **options)
+    torch.testing.assert_close(together[:1], restore(Gaussian(), y[:1], torch.tensor([0.4]), **options), rtol=0, atol=0)
+    assert together.isfinite().all()
