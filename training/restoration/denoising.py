@@ -145,7 +145,7 @@ def announce(o: EasyDict, images: ImageSet, method: Method, todo: list[int], mis
     noisy, clean = sigmas[todo], len(images) - len(todo)
     levels = f'{noisy.min():g}' if noisy.min() == noisy.max() else f'{noisy.min():g} to {noisy.max():g}'
     scale = tables.common_scale(images.units)
-    if scale is not None and not (images.is_8bit and scale == 127.5):
+    if scale not in (None, 1) and not images.is_8bit:
         physical = f'{noisy.min() * scale:g}' if noisy.min() == noisy.max() else f'{noisy.min() * scale:g} to {noisy.max() * scale:g}'
         levels += f' ({physical} in the units of the values)'
     how = (f'{method.samples} posterior samples of {method.steps} steps' if method.samples else 'E[x_0 | y] in one evaluation')

@@ -11,9 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import PIL.Image
 
-from dnnlib import arrays
+from dnnlib import UserError, arrays, pictures
 from dnnlib.archive import LOSSY, Archive
-from training.data.convert.readers import tiff
 from training.data.convert.readers.files import FileSource
 from training.data.convert.readers.formats import needs
 from training.data.convert.writers import PNG_COLOURS
@@ -84,17 +83,20 @@ def float_form(form: Form) -> Form:
 
 
 def tiff_dtype(data: bytes, image: np.ndarray) -> np.dtype:
-    """The type of a TIFF file's values; image: as read, which is float32 where tifffile read it."""
-    if not tiff.beyond_pillow(data):
+    """The type of a TIFF file's values. image: as read; by Pillow, which has no 16-bit signed values, or as float32 by tifffile."""
+    if image.dtype in (np.uint8, np.uint16):
         return image.dtype
-    with needs('tifffile', '').TiffFile(io.BytesIO(data)) as file:
+    try:
+        tifffile = needs('tifffile', '')
+    except UserError:  # what Pillow reads is written in its own types
+        return image.dtype
+    with tifffile.TiffFile(io.BytesIO(data)) as file:
         return np.dtype(file.pages[0].dtype).newbyteorder('=')
 
 
 def pnm_top(data: bytes) -> int:
     """The largest value that the header of a PGM or PPM file states."""
-    from dnnlib.pictures import PNM_HEADER
-    return int(PNM_HEADER.match(data)[4])
+    return int(pictures.PNM_HEADER.match(data)[4])
 
 
 def quantised(image: np.ndarray, dtype: np.dtype, top: int | None = None) -> tuple[np.ndarray, int]:
@@ -105,7 +107,7 @@ def quantised(image: np.ndarray, dtype: np.dtype, top: int | None = None) -> tup
     limits = np.iinfo(dtype) if dtype.kind in 'ui' else np.finfo(dtype)
     low, high = float(limits.min), float(limits.max if top is None else top)
     values = np.rint(image) if dtype.kind in 'ui' else image
-    beyond = np.count_nonzero((values < low) | (values > high))
+    beyond = int(np.count_nonzero((values < low) | (values > high)))
     if dtype.kind in 'ui' and dtype.itemsize == 8:  # float64 has no largest int64
         high = float(np.nextafter(high, 0))
     return values.clip(low, high).astype(dtype), beyond

@@ -35,7 +35,8 @@ class ImageSet:
         try:
             self.source = open_source(spec)
         except UserError as err:
-            raise UserError(err.message.replace('--source=', f'{option}=')) from None
+            told = err.message.replace('--source=', f'{option}=')
+            raise UserError(told) from None
         self.names, self.channels = self.source.names, net.img_channels
         self.is_8bit = self.kind(0).is_8bit
         self.units = self._units(net, told)

@@ -18,7 +18,8 @@ def row_levels(net: Callable, sigma_n: torch.Tensor, end: torch.Tensor | float =
     """Levels that fall from sigma_n to `end` in each row: float64 [T+1,N,1,1,1], on the device of sigma_n.
 
     sigma_n: [N], above 0. end: 0, or [N] or a number above 0 and at most sigma_n. Evenly spaced in sigma^(1/rho), as EDM's; to 0 they go
-    through the network's sigma_min, or LOWEST if that is higher. Levels between the two are rounded to those of a network that has only some.
+    through the network's sigma_min, or LOWEST if that is higher. Levels between the two are rounded to those of a network that has
+    only some.
     Raises ValueError for levels that do not fall."""
     sigma_n = sigma_n.double()
     end = torch.as_tensor(end, dtype=torch.float64, device=sigma_n.device).expand_as(sigma_n)
