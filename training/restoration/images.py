@@ -154,7 +154,7 @@ def labels_of(images: ImageSet, net: torch.nn.Module, class_idx: int | None, enc
             distributed.print0('Warning: the network is conditional and was trained without label dropout, and the images have no labels: '
                                'its estimates without a label are not meaningful; give --class, or labels in the set')
         return None
-    return _of_labels(images.source.labels, net.label_dim, here)
+    return distributed.from_rank0(_of_labels, images.source.labels, net.label_dim, here)
 
 
 def _of_labels(values: Sequence, label_dim: int, here: str) -> torch.Tensor:

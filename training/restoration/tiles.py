@@ -34,7 +34,7 @@ class TiledDenoiser:
     image. Everything else is that of the network."""
 
     def __init__(self, net: torch.nn.Module, overlap: int, rows: int) -> None:
-        self.net, self.overlap, self.rows = net, overlap, rows
+        self.net, self.overlap, self.rows, self._windows = net, overlap, rows, {}
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.net, name)
@@ -55,8 +55,16 @@ class TiledDenoiser:
             tiles = torch.stack([x[:, top:top + tall, left:left + wide] for top, left in mine])
             found = self.net(tiles, sigma.expand(len(tiles), 1, 1, 1), None if label is None else label.expand(len(tiles), -1))
             for (top, left), D in zip(mine[:count], found[:count].to(x.dtype)):
-                rows, columns = profile(top, tall, height, self.overlap), profile(left, wide, width, self.overlap)
-                window = (rows[:, None] * columns).to(x)
+                window = self._window(top, left, height, width, x)
                 total[:, top:top + tall, left:left + wide] += window * D
                 weights[:, top:top + tall, left:left + wide] += window
         return total / weights
+
+    def _window(self, top, left, height, width, like):
+        """The weights of a tile, [1,H,W], which depend on the borders of the image that it touches."""
+        tall, wide = resolution(self.net)
+        kind = top > 0, top + tall < height, left > 0, left + wide < width
+        if kind not in self._windows:
+            rows, columns = profile(top, tall, height, self.overlap), profile(left, wide, width, self.overlap)
+            self._windows[kind] = (rows[:, None] * columns).to(like)[None]
+        return self._windows[kind]
