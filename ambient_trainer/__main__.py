@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-SCRIPTS = ('train', 'generate', 'eval_fid', 'eval_nll', 'dataset_tool', 'checkpoint_tool', 'plot_run', 'refine')
+SCRIPTS = ('train', 'generate', 'denoise', 'eval_fid', 'eval_nll', 'dataset_tool', 'checkpoint_tool', 'plot_run', 'refine')
 
 
 def main() -> None:

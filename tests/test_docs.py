@@ -41,7 +41,8 @@ REFUSED = {'--arch=': ('--cbase', '--cres', '--blocks', '--attn', '--dropout'),
            '--preset=edm2': ('--cbase', '--cres', '--blocks', '--attn'), '--method=vlb': ('--rtol', '--atol', '--sigma-min'),
            '--dequantise': ('--sigma-min',)}
 # Benchmarks, at a size that shows that they run.
-SMALL = {'consistency_bias': ['--points=50', '--samples=4'], 'consistency_toys mixture': ['--arms=none', '--seeds=1', '--steps=3'],
+SMALL = {'denoising': ['--num=2', '--samples=2'], 'consistency_bias': ['--points=50', '--samples=4'],
+         'consistency_toys mixture': ['--arms=none', '--seeds=1', '--steps=3'],
          'consistency_toys digits': ['--arms=none', '--seeds=1', '--kimg=0.256', '--images=8'],
          'large_data': ['--images=64', '--size=8', '--seconds=1'], 'intervals frechet': ['--repetitions=4'],
          'intervals kernel': ['--repetitions=4'], 'evaluation features': ['--images=2', '--size=8', '--threads=1'],

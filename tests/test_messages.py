@@ -12,7 +12,7 @@ import pytest
 from tests.support import ROOT
 from tests.test_layers import MODULES, imports, tree
 
-SCRIPTS = ('train', 'generate', 'eval_fid', 'eval_nll', 'dataset_tool', 'checkpoint_tool', 'plot_run', 'refine')
+SCRIPTS = ('train', 'generate', 'denoise', 'eval_fid', 'eval_nll', 'dataset_tool', 'checkpoint_tool', 'plot_run', 'refine')
 OTHERS = {'--distribution'}  # of other programs: srun
 parsed = functools.cache(tree)
 imported = functools.cache(lambda name: set(imports(parsed(name))))

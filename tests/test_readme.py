@@ -32,7 +32,7 @@ TINY = {'train': ['--cbase=8', '--cres=1', '--blocks=1', '--attn=0', '--dropout=
         'eval_fid ref': ['--detector=pixels'],
         'eval_fid sweep': ['--detector=pixels', '--seeds=0-7', '--steps=2'], 'eval_fid nearest': ['--detector=pixels'],
         'eval_nll': ['--num=2', '--rtol=0.1', '--atol=0.1', '--sigma-min=0.1'],
-        'dataset_tool': ['--workers=1']}
+        'denoise': ['--steps=2'], 'dataset_tool': ['--workers=1']}
 
 
 def blocks(text):

@@ -5,6 +5,7 @@ import torch._dynamo  # noqa: F401 (PyTorch imports it with the first optimizer)
 
 import checkpoint_tool  # noqa: F401
 import dataset_tool  # noqa: F401
+import denoise  # noqa: F401
 import eval_fid  # noqa: F401
 import eval_nll  # noqa: F401
 import generate  # noqa: F401
