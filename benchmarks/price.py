@@ -9,7 +9,7 @@ tables, fits and figures of benchmarks/price_report.py are made of all cells tha
 
 import collections
 import dataclasses
-import functools
+import fnmatch
 import json
 import os
 import queue
@@ -37,8 +37,13 @@ from training.data.dataset import ImageDataset  # noqa: E402
 SMALL = 'benchmarks.small_detector.SmallClassifier'
 # Commands of the program one after another in one process. Networks this small are several times as fast on a CPU when they are
 # evaluated on 64 rows at a time; the images change by rounding only.
-TOGETHER = ('import importlib, json, sys\nfrom torch_utils import misc\nmisc.CPU_CHUNK = 64\n'
-            'for script, arguments in json.loads(sys.argv[1]):\n    importlib.import_module(script).main(arguments, script, standalone_mode=False)')
+TOGETHER = """
+import importlib, json, sys
+from torch_utils import misc
+misc.CPU_CHUNK = 64
+for script, arguments in json.loads(sys.argv[1]):
+    importlib.import_module(script).main(arguments, script, standalone_mode=False)
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +53,8 @@ class Scale:
     train, reference, labelled: options of dataset_tool.py for the training images, the images that distances are measured to, and
     those that the small detector is trained on (all of `train` unless given), and `classify` those of its training.
     network, kimg: options and length of every training. detectors: which features are compared.
-    sigmas; mixed, alone: shares of clean images in mixtures and without the rest. samples, steps: generated images of a cell, Heun steps."""
+    sigmas; mixed, alone: shares of clean images in mixtures and without the rest. samples, steps: generated images of a cell, Heun's
+    steps."""
 
     train: str
     reference: str
@@ -69,10 +75,10 @@ class Scale:
 
 TINY = '--arch=ddpmpp:cbase=16,cres=1|2,blocks=1,attn=4,dropout=0 --batch=64 --lr=4e-3 --lr-rampup=0.004 --ema=0.008 --augment=0'
 SCALES = {
-    'digits': Scale('--part=0/2 --max-images=898', '--part=1/2 --max-images=898', TINY + ' --sigma-data=0.75', 64, '', '--kimg=60', 'digits', mixed=(0.1, 0.3),
-                    alone=(0.05, 0.1, 0.2, 0.3, 0.5)),
-    'cifar8': Scale('--resolution=8x8 --part=0/2 --max-images=5000 --sample=spread', '--resolution=8x8 --part=1/2', TINY, 128,
-                    '--resolution=8x8 --part=0/2', samples=5000),
+    'digits': Scale('--part=0/2 --max-images=898', '--part=1/2 --max-images=898', f'{TINY} --sigma-data=0.75', 64, classify='--kimg=60',
+                    source='digits', mixed=(0.1, 0.3)),
+    'cifar8': Scale('--resolution=8x8 --part=0/2 --max-images=2000 --sample=spread', '--resolution=8x8 --part=1/2', TINY, 64,
+                    '--resolution=8x8 --part=0/2', samples=2000),
     'cifar8-50k': Scale('--resolution=8x8 --part=0/2', '--resolution=8x8 --part=1/2', TINY, 400, '--resolution=8x8 --part=0/2',
                         alone=(0.01, 0.03, 0.1, 0.3), samples=10_000),
     'cifar16': Scale('--resolution=16x16 --part=0/2 --max-images=5000 --sample=spread', '--resolution=16x16 --part=1/2',
@@ -126,7 +132,9 @@ def cells_of(scale: Scale) -> list[Cell]:
 
 
 def call(*commands: tuple[str, list[str]], device: str | None = None) -> str:
-    """Runs (script, arguments) one after another in a process of their own, on this GPU if one is named; what they printed. Raises UserError."""
+    """Runs (script, arguments) one after another in a process of their own, on this GPU if one is named; returns what they printed.
+
+    Raises UserError with the last line of a command that fails."""
     environment = {**os.environ, 'OMP_NUM_THREADS': '1', **({'CUDA_VISIBLE_DEVICES': device} if device else {})}
     done = subprocess.run([sys.executable, '-c', TOGETHER, json.dumps(commands)], cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode:
@@ -180,7 +188,8 @@ class Grid:
         found = read_json(path)
         other = [key for key in fixed if found.get(key) != fixed[key]]
         if other:
-            raise UserError(f'--out={self.out}: was made with {other[0]}={found.get(other[0])}, now it is {fixed[other[0]]}; use another folder')
+            raise UserError(f'--out={self.out}: was made with {other[0]}={found.get(other[0])}, and now it is {fixed[other[0]]}; '
+                            'use another folder')
 
     def detector(self, name: str) -> str:
         """The --detector option."""
@@ -214,9 +223,9 @@ class Grid:
         kimg = self.scale.kimg
         if snapshot(folder) is None:
             self.call(('train', [f'--outdir={folder}', '--nosubdir', '--resume=latest', f'--data={data}', *(noise if cell.sigma else []),
-                                 *self.scale.network.split(), f'--seed={cell.seed}', f'--duration={kimg / 1e3:.9g}', f'--tick={kimg / 8:.9g}',
-                                 '--snap=1000000', '--dump=2', '--keep-states=1', '--samples=0', *([] if device else ['--threads=1'])]),
-                      device=device)
+                                 *self.scale.network.split(), f'--seed={cell.seed}', f'--duration={kimg / 1e3:.9g}',
+                                 f'--tick={kimg / 8:.9g}', '--snap=1000000', '--dump=2', '--keep-states=1', '--samples=0',
+                                 *([] if device else ['--threads=1'])]), device=device)
         found = {name: self.evaluate(folder, name, stop, device) for name, stop in samplings(cell).items()}
         clean = int(self.is_clean(cell).sum()) if cell.share else 0
         total = clean if cell.kind == 'alone' else len(ImageDataset(self.path('train.zip')))
@@ -305,10 +314,11 @@ def numbers(text: str | None, kind=float) -> tuple | None:
 @click.option('--seeds', type=int, help='Number of seeds, counted from 0 [of --scale]')
 @click.option('--kimg', type=float, help='Length of each training in thousand images [of --scale]')
 @click.option('--samples', type=int, help='Generated images of each cell [of --scale]')
+@click.option('--cells', default='*', metavar='PATTERNS', help='Train only these cells, such as clean-*,mix-0.2-*')
 @click.option('--jobs', type=int, help='Trainings at a time [one per GPU; without a GPU: 1]')
 @click.option('--report-only', is_flag=True, help='Train nothing; make tables and figures of the cells that are there')
 @version_option
-def main(scale, data, out, sigmas, mixed, alone, seeds, kimg, samples, jobs, report_only):
+def main(scale, data, out, sigmas, mixed, alone, seeds, kimg, samples, cells, jobs, report_only):
     """Train the grid, and write results.json, table.md and figures of all cells that are finished."""
     given = {'sigmas': numbers(sigmas), 'mixed': numbers(mixed), 'alone': numbers(alone), 'seeds': seeds, 'kimg': kimg, 'samples': samples}
     chosen = dataclasses.replace(SCALES[scale], **{key: value for key, value in given.items() if value is not None})
@@ -317,7 +327,10 @@ def main(scale, data, out, sigmas, mixed, alone, seeds, kimg, samples, jobs, rep
         devices = [str(k) for k in range(torch.cuda.device_count())]
         grid = Grid(out, chosen, data)
         grid.prepare()
-        run_all(grid, cells_of(chosen), jobs or max(len(devices), 1), devices)
+        wanted = [cell for cell in cells_of(chosen) if any(fnmatch.fnmatch(cell.name, pattern) for pattern in cells.split(','))]
+        if not wanted:
+            raise UserError(f'--cells={cells}: none of {", ".join(cell.name for cell in cells_of(chosen))}')
+        run_all(grid, wanted, jobs or max(len(devices), 1), devices)
     price_report.write(out)
 
 

@@ -3,8 +3,8 @@
 compared.
 
 python benchmarks/small_detector.py --data=labelled.zip --val=reference.zip --dest=small.safetensors
-python eval_fid.py --gen-path=out --ref-stats=ref.npz --detector=module:name=benchmarks.small_detector.SmallClassifier,weights=small.safetensors
-"""
+
+Then --detector=module:name=benchmarks.small_detector.SmallClassifier,weights=small.safetensors for eval_fid.py."""
 
 import sys
 from pathlib import Path
