@@ -178,6 +178,10 @@ class Grid:
             if not os.path.exists(self.path(f'reference-{name}.npz')):
                 self.call(('eval_fid', ['ref', f'--data={self.path("reference.zip")}', f'--dest={self.path(f"reference-{name}.npz")}',
                                         self.detector(name)]))
+            if not os.path.exists(self.path(f'train-{name}.fid.json')):  # a model that has learnt its images by heart
+                count = len(ImageDataset(self.path('train.zip')))
+                self.call(('eval_fid', [f'--gen-path={self.path("train.zip")}', f'--ref-stats={self.path(f"reference-{name}.npz")}',
+                                        f'--num={count}', *self.metrics(name, self.path(f'train-{name}.fid.json'))]))
 
     def _check_settings(self):
         fixed = {key: value for key, value in json.loads(json.dumps(dataclasses.asdict(self.scale))).items() if key not in FREE}
@@ -194,6 +198,10 @@ class Grid:
     def detector(self, name: str) -> str:
         """The --detector option."""
         return f'--detector=module:name={SMALL},weights={self.path("small.safetensors")}' if name == 'small' else f'--detector={name}'
+
+    def metrics(self, name: str, path: str) -> list[str]:
+        """The options for what is measured, by which detector, and where the result goes."""
+        return ['--metrics=fid,fid_inf', self.detector(name), f'--out-path={path}']
 
     def is_clean(self, cell: Cell) -> np.ndarray:
         """Which training images are clean in a mixture of the cell's share and seed, bool [N]: train.py's own choice."""
@@ -241,7 +249,7 @@ class Grid:
                                 *self.scale.sampling.split(), *([f'--stop-sigma={stop:g}'] if stop else []),
                                 *([] if device else ['--threads=1'])]),
                   *(('eval_fid', [f'--gen-path={samples}', f'--ref-stats={self.path(f"reference-{detector}.npz")}', f'--num={count}',
-                                  '--metrics=fid,fid_inf', self.detector(detector), f'--out-path={path}'])
+                                  *self.metrics(detector, path)])
                     for detector, path in results.items()), device=device)
         shutil.rmtree(samples)
         return {detector: {key: read_json(path)[key] for key in ('fid_score', 'fid_inf')} for detector, path in results.items()}

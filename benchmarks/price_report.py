@@ -127,11 +127,21 @@ def shown(value: float, error: float | None = None, digits: int = 3) -> str:
     return text if error is None or math.isnan(error) else f'{text} ± {error:.1g}'
 
 
-def distance_table(rows: list[dict]) -> str:
-    """The distances as Markdown: a line per group and way of sampling."""
+def floors(out: str | os.PathLike, detectors: list[str]) -> dict[str, dict]:
+    """{detector: {fid_score, fid_inf, images}} of the training images themselves, where they have been measured."""
+    paths = {name: os.path.join(out, f'train-{name}.fid.json') for name in detectors}
+    found = {name: read_json(path) for name, path in paths.items() if os.path.exists(path)}
+    return {name: {key: result[key] for key in ('fid_score', 'fid_inf', 'num_images')} for name, result in found.items()}
+
+
+def distance_table(rows: list[dict], floor: dict[str, dict]) -> str:
+    """The distances as Markdown: the training images themselves, then a line per group and way of sampling."""
     detectors = list(rows[0]['distances'])
     heads = [head for name in detectors for head in (f'`{name}`', '/ all clean', '/ all clean, `fid_inf`')]
     lines = [f'| training images | sigma | clean | noisy | sampled | {" | ".join(heads)} |', '| --- ' * (5 + len(heads)) + '|']
+    if floor:
+        cells = [cell for name in detectors for cell in (shown(floor[name]['fid_score']), '', '')]
+        lines.append(f'| the training images themselves | | {floor[detectors[0]]["num_images"]} | 0 | | {" | ".join(cells)} |')
     for row in rows:
         cells = []
         for name in detectors:
@@ -234,14 +244,15 @@ def write(out: str | os.PathLike, draws: int = DRAWS) -> dict:
     rows = rows_of(cells)
     found = {name: prices for name in rows[0]['distances'] if (prices := prices_of(cells, name, draws))}
     eigenvalues = eigenvalues_of(out)
-    tables = [distance_table(rows), *([price_table(found, eigenvalues)] if found else [])]
+    floor = floors(out, list(rows[0]['distances']))
+    tables = [distance_table(rows, floor), *([price_table(found, eigenvalues)] if found else [])]
     path = lambda name: os.path.join(out, name)
     with replacing(path('table.md')) as part:
         Path(part).write_text('\n\n'.join(tables) + '\n', encoding='utf-8')
     as_dict = lambda kappa: dict(zip(('value', 'low', 'high'), map(finite, kappa)))
     small = path('small.safetensors')
     result = {'settings': read_json(path('settings.json')), 'detector_sha256': file_digest(small) if os.path.exists(small) else None,
-              'rows': rows, 'versions': versions(), 'prices': {
+              'floor': floor, 'rows': rows, 'versions': versions(), 'prices': {
                   name: {'curve': {key: getattr(joint.curve, key) for key in 'abc'},
                          'kappa': [{'sigma': sigma, 'share': None, **as_dict(kappa)} for sigma, kappa in joint.kappa.items()] +
                                   [{'sigma': sigma, 'share': share, **as_dict(kappa)} for (sigma, share), kappa in apart.items()]}

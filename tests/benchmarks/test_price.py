@@ -106,8 +106,8 @@ def stub(log):
             elif script == 'generate':
                 Path(options['outdir']).mkdir()
             elif script == 'eval_fid' and 'gen-path' in options:
-                assert Path(options['gen-path']).is_dir()
-                Path(options['out-path']).write_text(json.dumps({'fid_score': 2.0 + len(log), 'fid_inf': 1.0}))
+                assert Path(options['gen-path']).exists()
+                Path(options['out-path']).write_text(json.dumps({'fid_score': 2.0 + len(log), 'fid_inf': 1.0, 'num_images': 20}))
             elif script == 'dataset_tool':
                 pictures(options['dest'], 20 if options['part'] == '0/2' else 10)
             else:
