@@ -28,6 +28,8 @@ NOT_RUN = {'pip ': 'tests/test_install.py installs the package; further packages
            'srun ': 'needs Slurm; tests/test_nodes.py starts several nodes',
            '--nnodes=2': 'waits for a second machine; tests/test_nodes.py starts several nodes',
            'benchmarks/networks.py --data': 'trains 45 networks; its other command is run',
+           'benchmarks/price.py': 'trains a grid; tests/benchmarks/test_price.py runs a tiny one',
+           'benchmarks/small_detector.py': 'needs labelled photographs; tests/benchmarks/test_small_detector.py runs it',
            'evaluation.py parity': 'needs the independent implementations; tests/benchmarks/test_parity.py runs it with those at hand'}
 # Pages whose commands begin with a published network for pictures or texts; the tests run them from end to end with a stand-in for it.
 ELSEWHERE = {'latents.md': 'tests/test_latents.py', 'text.md': 'tests/test_text.py'}
@@ -47,7 +49,7 @@ SMALL = {'denoising': ['--num=2', '--samples=2'], 'consistency_bias': ['--points
          'large_data': ['--images=64', '--size=8', '--seconds=1'], 'intervals frechet': ['--repetitions=4'],
          'intervals kernel': ['--repetitions=4'], 'evaluation features': ['--images=2', '--size=8', '--threads=1'],
          'improved_ddpm': ['--kimg=0.256', '--seeds=0-0', '--images=8'], 'outliers': ['--seeds=2', '--data=mixture'],
-         'states': ['--cbase=16'], 'sampling': ['--images=2', '--batch=2', '--steps=2', '--repeats=1']}
+         'states': ['--cbase=16'], 'price_fit': ['--repetitions=2'], 'sampling': ['--images=2', '--batch=2', '--steps=2', '--repeats=1']}
 
 
 def reason(line):
