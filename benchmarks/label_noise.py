@@ -104,7 +104,7 @@ class Judge:
 
 def train(path, images, arm, seed, kimg):
     """Trains one cell in a process of its own; returns its snapshot and its held-out loss."""
-    run = path(f'{images}-{arm.replace(" ", "-")}-{seed}')
+    run = path(f'{images}-{arm.replace(" ", "-")}-{seed}-{kimg:g}')
     if not os.path.exists(os.path.join(run, 'done')):
         shutil.rmtree(run, ignore_errors=True)  # of a training that was stopped
         command = ['train.py', f'--outdir={run}', '--nosubdir', f'--data={path(f"{images}.zip")}', f'--val={path("held-out.zip")}', *TRAIN,
