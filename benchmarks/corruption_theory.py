@@ -136,14 +136,15 @@ def measure_sweep(repetitions: int, rng: np.random.Generator, n: int = 200, d: i
         gains = np.array([gain(mean, cov, mu, g / math.sqrt(n), law) for g in SWEEP])
         entropies = np.array([entropy_rise(mean, cov, g / math.sqrt(n), law).mean() for g in SWEEP])
 
-        def end(arrays):
+        def end(arrays):  # where the last positive gain and the next one are joined; nan for too few repetitions
             curve = arrays[0].mean(1)
-            last = int(np.flatnonzero(curve > 0)[-1])
-            share = curve[last] / (curve[last] - curve[last + 1])
-            return float(SWEEP[last] + share * (SWEEP[last + 1] - SWEEP[last]))
+            last = np.flatnonzero(curve > 0).max(initial=-1)
+            if not 0 <= last < len(curve) - 1:
+                return math.nan
+            return float(SWEEP[last] + curve[last] / (curve[last] - curve[last + 1]) * (SWEEP[last + 1] - SWEEP[last]))
         turn = with_interval(end, [gains], rng, 200)
         best = int(gains.mean(1).argmax())
-        # The gain is a g^2 - b g^4 in expected_gain: it ends at g^2 = a / b.
+        # The closed form is a g^2 - b g^4 to this order: it ends at g^2 = a / b.
         a, b = (np.linalg.solve([[1e-6, -1e-12], [4e-6, -16e-12]], [expected_gain(n, d, 1, g, law) for g in (1e-3, 2e-3)]))
         found.append({'law': law, 'n': n, 'd': d, 'g sqrt(n)': SWEEP.tolist(), 'gain': gains.mean(1).tolist(),
                       'error': (gains.std(1, ddof=1) / math.sqrt(repetitions)).tolist(), 'entropy': entropies.tolist(),
