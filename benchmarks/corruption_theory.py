@@ -187,10 +187,10 @@ def draw(found, path):
         for i, one in enumerate(found['sweep']):
             g = np.array(one['g sqrt(n)'])
             relative = 100 * np.array(one['gain']) / one['W2^2 without']
-            axes[0][0].plot(g, relative, 'o-', color=f'C{i}', markersize=3, label=one['law'])
+            axes[0][0].plot(g[1:], relative[1:], 'o-', color=f'C{i}', markersize=3, label=one['law'])
             axes[0][1].loglog(g[1:], one['entropy'][1:], 'o-', color=f'C{i}', markersize=3, label=one['law'])
         axes[0][0].axhline(0, color='black', linewidth=0.8)
-        axes[0][0].set(xscale='symlog', ylim=(-15, None), xlabel='g sqrt(n)', ylabel='fall of W2^2 to the truth [%]',
+        axes[0][0].set(xscale='log', ylim=(-5, 10), xlabel='g sqrt(n)', ylabel='fall of W2^2 to the truth [%]',
                        title=f'n = {one["n"]}, d = {one["d"]}, |mu| = 1')
         axes[0][1].set(xlabel='g sqrt(n)', ylabel='rise of the entropy [nats]')
         for i, one in enumerate(one for one in found['slopes'] if one['what'] == 'gain' and one['in'].startswith('n')):
@@ -198,6 +198,8 @@ def draw(found, path):
             axes[0][2].loglog(x, one['means'], 'o', color=f'C{i}', markersize=4, label=f'{one["law"]}, {one["in"][3:]}: {one["slope"]:.2f}')
             axes[0][2].loglog(x, one['formula'], '--', color=f'C{i}', linewidth=1)
         axes[0][2].set(xlabel='n', ylabel='fall of W2^2 (dashed: closed form)')
+        axes[0][2].set_xticks(NS, NS, minor=False)
+        axes[0][2].set_xticks([], minor=True)
         for axis in axes[0]:
             axis.grid(alpha=0.3)
             axis.legend(fontsize=7)

@@ -246,6 +246,8 @@ def rate(x, cells, rng):
 
 
 SIZES = np.geomspace(0.02, 1.7, 26)  # the instances: atoms at -size to size
+AROUND_LOST = np.geomspace(0.6, 2, 9)
+SUBSPACE = {'n': [(10.0 ** p, 64) for p in (4, 5, 6, 7, 8)], 'd': [(1e6, 2 ** p) for p in (5, 6, 7, 8, 9)]}  # (n, d)
 LINE = {2: [10.0 ** p for p in range(4, 10)], 3: [10.0 ** p for p in range(6, 13)]}  # numbers of samples
 
 
@@ -254,9 +256,10 @@ def line_cells(k, counts, sizes, repetitions, rng, estimator=denoised_moments):
     return np.array([[line_errors(k, size, [(1.0, n)], repetitions, rng, estimator) for size in sizes] for n in counts])
 
 
-def subspace_cells(settings, sizes, repetitions, rng):
-    """Errors [setting, size, R, 2] for settings (n, d)."""
-    return np.array([[subspace_errors(size, [(1.0, int(n))], int(d), repetitions, rng) for size in sizes] for n, d in settings])
+def subspace_cells(settings, repetitions, rng):
+    """Errors [setting, size, R, 2] for settings (n, d), at sizes around (d/n)^(1/4), within which the worst one lies."""
+    return np.array([[subspace_errors(size, [(1.0, int(n))], int(d), repetitions, rng) for size in AROUND_LOST * (d / n) ** 0.25]
+                     for n, d in settings])
 
 
 def measure_rates(repetitions: int, rng: np.random.Generator) -> list[dict]:
@@ -277,13 +280,14 @@ def measure_rates(repetitions: int, rng: np.random.Generator) -> list[dict]:
     few = max(2, repetitions // 10)
     note('the same, k = 2, maximum likelihood, worst instance', -1 / 6, 'n', LINE[2][::2],
          line_cells(2, LINE[2][::2], SIZES[::2], few, rng, likelihood))
-    by_n, by_d = [(10.0 ** p, 64) for p in (4, 5, 6, 7, 8)], [(1e6, 2 ** p) for p in (4, 5, 6, 7, 8)]
-    for name, settings, column, sign in (('n', by_n, 0, -1), ('d', by_d, 1, 1)):
-        cells, x = subspace_cells(settings, SIZES[2:-2:2], max(2, repetitions // 10), rng), [pair[column] for pair in settings]
+    rng = rng.spawn(1)[0]
+    for name, settings in SUBSPACE.items():
+        x, sign = [pair[0] if name == 'n' else pair[1] for pair in settings], -1 if name == 'n' else 1
+        cells = subspace_cells(settings, few, rng)
         note(f'subspace part of W1, worst instance, in {name}', sign * 0.25, name, x, cells[..., 0])
         note(f'covariance, operator norm, in {name}', sign * 0.5, name, x, cells[:, :1, :, 1])
-        fixed = cells[:, -5:-4, :, 0]
-        note(f'subspace part of W1, atoms {2 * SIZES[2:-2:2][-5]:.2g} s apart, in {name}', sign * 0.5, name, x, fixed)
+        fixed = np.array([[subspace_errors(1.0, [(1.0, int(n))], int(d), few, rng)[:, 0]] for n, d in settings])
+        note(f'subspace part of W1, atoms 2 s apart, in {name}', sign * 0.5, name, x, fixed)
     return found
 
 
