@@ -49,6 +49,8 @@ SMALL = {'denoising': ['--num=2', '--samples=2'], 'consistency_bias': ['--points
          'large_data': ['--images=64', '--size=8', '--seconds=1'], 'intervals frechet': ['--repetitions=4'],
          'intervals kernel': ['--repetitions=4'], 'evaluation features': ['--images=2', '--size=8', '--threads=1'],
          'improved_ddpm': ['--kimg=0.256', '--seeds=0-0', '--images=8'], 'outliers': ['--seeds=2', '--data=mixture'],
+         'mixture_theory': ['--repetitions=2'], 'corruption_theory': ['--repetitions=2'],
+         'label_noise': ['--sets=few', '--arms=none', '--seeds=1', '--kimg=0.256', '--images=200'],
          'states': ['--cbase=16'], 'price_fit': ['--repetitions=2'], 'sampling': ['--images=2', '--batch=2', '--steps=2', '--repeats=1']}
 
 
