@@ -30,6 +30,7 @@ NOT_RUN = {'pip ': 'tests/test_install.py installs the package; further packages
            'benchmarks/networks.py --data': 'trains 45 networks; its other command is run',
            'benchmarks/price.py': 'trains a grid; tests/benchmarks/test_price.py runs a tiny one',
            'benchmarks/small_detector.py': 'needs labelled photographs; tests/benchmarks/test_small_detector.py runs it',
+           'benchmarks/distillation.py': 'needs a grid of benchmarks/price.py; tests/benchmarks/test_distillation.py has its parts',
            'evaluation.py parity': 'needs the independent implementations; tests/benchmarks/test_parity.py runs it with those at hand'}
 # Pages whose commands begin with a published network for pictures or texts; the tests run them from end to end with a stand-in for it.
 ELSEWHERE = {'latents.md': 'tests/test_latents.py', 'text.md': 'tests/test_text.py'}

@@ -34,6 +34,7 @@ def trajectory(make):
     ('adam', torch.optim.Adam, {}),
     ('adam:weight_decay=0.1', torch.optim.Adam, dict(weight_decay=0.1)),
     ('adam:beta1=0.5,beta2=0.99,eps=1e-4', torch.optim.Adam, dict(betas=(0.5, 0.99), eps=1e-4)),
+    ('adam:beta1=0', torch.optim.Adam, dict(betas=(0.0, 0.999))),
     ('adamw', torch.optim.AdamW, dict(weight_decay=0.01)),
     ('adamw:weight_decay=0.3,beta2=0.95', torch.optim.AdamW, dict(weight_decay=0.3, betas=(0.9, 0.95)))])
 def test_steps_are_those_of_pytorch(spec, cls, options):
