@@ -106,7 +106,7 @@ OBJECTIVE = group(
 NETWORK = group(
     'Network',
     slot('--arch', 'training.networks.interface:ARCHS', 'Architecture, such as ddpmpp:cbase=128,cres=1|2|2', 'ddpmpp'),
-    number('--label-dropout', SHARE, 'Probability of dropping a label, or of the empty caption, for classifier-free guidance', 0.0),
+    number('--label-dropout', SHARE, 'Probability of dropping a label or caption, for classifier-free guidance', 0.0),
     slot('--cep', 'training.networks.conditioning:CEP', 'Condition-embedding perturbation  [default: none]'),
     click.option('--transfer', metavar='REF', help='Start from the weights of a network: folder, .pt file, Hugging Face name'),
 )
@@ -171,7 +171,7 @@ OUTPUT = group(
     row(MIRRORS, click.option('--wandb', metavar='PROJECT', help='Log to a project of Weights & Biases as well')),
 )
 
-RECIPE = 'Published recipe (--preset=help), or options.json of a run to repeat; other options override it'
+RECIPE = 'Published recipe (--preset=help); options.json of a run to repeat; others win'
 START = group(
     'Options',
     row(RECIPE, click.option('--preset', metavar='NAME', is_eager=True, expose_value=False, callback=presets.use_preset,

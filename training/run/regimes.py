@@ -16,8 +16,8 @@ AUTO = 'auto'
 
 class Regime(NamedTuple):
     """what: which data it is for. truncated: whether snapshots are sampled down to the lowest sigma_n only, as their "sampling" says.
-    after: commands to go on with, as (what for, command), whose {network} is the last snapshot, {data} the --data of the run and {noise}
-    the options of its noise."""
+    after: commands to go on with, as (what for, command), whose {network} is the last snapshot, {data} the --data of the run, {noise}
+    the options of its noise and {tenth} a tenth of its length in million images."""
 
     what: str
     truncated: bool = False
@@ -64,15 +64,16 @@ def next_steps(config: Config, network: str) -> list[str]:
     """Lines for the console at the end of a run of this Config: what to do with its last snapshot, a path for a command line."""
     c, name = config.corruption, config.run.regime
     noise = f' --sigma={c.sigma:g} --corruption-probability={c.probability:g} --corruption-seed={c.seed}' if c.sigma else ''
+    values = dict(network=network, data=shlex.quote(config.data.path), noise=noise, tenth=config.run.duration_kimg / 1e4)
     lines = []
     for purpose, command in REGIMES[name].after if name else ():
-        lines += [f'{purpose}:', f'  {command.format(network=network, data=shlex.quote(config.data.path), noise=noise)}']
+        lines += [f'{purpose}:', f'  {command.format(**values)}']
     return lines
 
 
 DISTILL = ('To distil it to a generator of one evaluation (docs/distillation.md)',
            'python train.py --outdir=runs --data={data}{noise} --distill=rsd:teacher={network}')
-REFINE = ('To restore the noisy images with it and train on (docs/refinement.md)', 'python refine.py --network={network} --outdir=refined')
+REFINE = ('To restore the noisy images with it and train on (docs/refinement.md)', 'python refine.py --network={network} --duration={tenth:g} --outdir=refined')
 
 REGIMES = {AUTO: Regime('any data: the one of these that fits it'), 'all-clean': Regime('data without noise'),
            'few-clean': Regime('data of which some images are clean', after=(REFINE,)),
