@@ -73,7 +73,8 @@ def next_steps(config: Config, network: str) -> list[str]:
 
 DISTILL = ('To distil it to a generator of one evaluation (docs/distillation.md)',
            'python train.py --outdir=runs --data={data}{noise} --distill=rsd:teacher={network}')
-REFINE = ('To restore the noisy images with it and train on (docs/refinement.md)', 'python refine.py --network={network} --duration={tenth:g} --outdir=refined')
+REFINE = ('To restore the noisy images with it and train on (docs/refinement.md)',
+          'python refine.py --network={network} --duration={tenth:g} --outdir=refined')
 
 REGIMES = {AUTO: Regime('any data: the one of these that fits it'), 'all-clean': Regime('data without noise'),
            'few-clean': Regime('data of which some images are clean', after=(REFINE,)),
