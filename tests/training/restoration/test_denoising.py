@@ -14,8 +14,10 @@ import torch
 
 import denoise
 from dnnlib import UserError
+from tests.support import words
 from tests.support.denoisers import unit
 from tests.support.gaussian import GaussianNet
+from training.data import text
 from training.data.convert.sources import open_source
 from training.restoration import denoising
 
@@ -290,6 +292,26 @@ def test_labels(use, tmp_path, capsys):
         tmp_path / 'by name', {f'{k}/a.png': data for k, data in enumerate(files.values())}), tmp_path)
     assert '--class=3: the network has classes 0 to 2' in with_net(use, net, data, tmp_path, '--class=3')
     assert '--class=1: the network is unconditional' in with_net(use, GaussianNet(), data, tmp_path, '--class=1')
+
+
+def test_captions(use, tmp_path, monkeypatch):
+    """Captions of the set are embedded, or their embeddings in the set are used, if they are of the same encoder."""
+    words.register(monkeypatch)
+    captions = text.open_captions('words:one', None, 'cpu')
+    net = GaussianNet(label_dim=words.DIM, text=captions.record)
+    use(net)
+    files = {f'{k}.png': png(pixels(4, 4)) for k in range(3)}
+    told = {'0.png': 'a cat', '1.png': '', '2.png': 'a cat'}
+    expected = torch.from_numpy(captions(['a cat', '', 'a cat']))
+    expected[1] = 0
+    call(f'--data={folder_of(tmp_path / "in", files, captions=told)}', f'--dest={tmp_path / "a"}', '--sigma=0.5')
+    torch.testing.assert_close(net.labels[-1][:3], expected)
+    meta = dict(labels=dict(zip(files, expected.tolist())), text={**captions.record, 'empty': [0.0] * words.DIM})
+    data = folder_of(tmp_path / 'embedded', files, **meta)
+    call(f'--data={data}', f'--dest={tmp_path / "b"}', '--sigma=0.5')
+    torch.testing.assert_close(net.labels[-1][:3], expected)
+    net.text = text.open_captions('words:two', None, 'cpu').record
+    assert 'its labels are not those of the network: another text encoder' in with_net(use, net, data, tmp_path)
 
 
 def with_net(use, net, data, tmp_path, *more):
