@@ -29,6 +29,7 @@ sys.path.insert(0, str(ROOT))
 from dnnlib.figures import figure  # noqa: E402 (the folder above had to be found first)
 from dnnlib.files import read_json, write_json  # noqa: E402
 from metrics.frechet import frechet_distance  # noqa: E402
+from metrics.manifold import precision_recall  # noqa: E402
 from torch_utils import misc  # noqa: E402
 from torch_utils.command_line import Command, version_option  # noqa: E402
 from training.data.dataset import ImageDataset  # noqa: E402
@@ -80,9 +81,16 @@ class Judge:
         self.held_out, self.classes = pictures(path('held-out.zip'))
         train, classes = pictures(path('all.zip'))
         self.classifier = LogisticRegression(C=0.3, max_iter=1000).fit(self.held_out, self.classes)
-        self.accuracy = float((self.classifier.predict(train) == classes).mean())
+        self.train, self.train_classes = train, classes
         self.mean = train.mean(0)
         self.axes = np.linalg.svd(train - self.mean, full_matrices=False)[2][:COMPONENTS].T
+
+    def real(self):
+        """The figures of the training digits themselves, with their own classes."""
+        statistics = lambda values: (values.mean(0), np.cov(values, rowvar=False))
+        precision, recall = precision_recall(self.held_out, self.train)
+        return {'fid_score': frechet_distance(*statistics(self.train), *statistics(self.held_out)), 'precision': precision,
+                'recall': recall} | self(self.train, self.train_classes)
 
     def parts(self, values, classes):
         """[(mean, covariance)] of each class in the principal components."""
@@ -195,11 +203,13 @@ def main(out, sets, arms, seeds, kimg, samples, dest, png):
         if not os.path.exists(kept):
             write_json(kept, judge(path, judges, network, samples) | {'held_out': held_out})
         results[images][arm][seed] = read_json(kept)
-    click.echo(f'The classifier names {100 * judges.accuracy:.1f} % of the training digits as they are.')
+    real = judges.real()
+    click.echo('The training digits themselves: ' + ', '.join(f'{title} {real[name]:{form}}' for name, (title, form) in FIGURES.items()
+                                                              if name in real))
     for images, cells in results.items():
         print_table(images, cells)
     if dest:
-        write_json(dest, {'train': TRAIN, 'kimg': kimg, 'samples': samples, 'classifier_accuracy': judges.accuracy, 'cells': results})
+        write_json(dest, {'train': TRAIN, 'kimg': kimg, 'samples': samples, 'training_digits': real, 'cells': results})
     if png:
         draw(results, png)
 

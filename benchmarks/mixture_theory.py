@@ -278,7 +278,7 @@ def measure_rates(repetitions: int, rng: np.random.Generator) -> list[dict]:
         note(f'W1 on a line, k = {k}, atoms 1.5 s apart or more', -0.5, 'n', LINE[2][1:],
              line_cells(k, LINE[2][1:], [0.75 if k == 2 else 1.5], repetitions, rng))
     few = max(2, repetitions // 10)
-    note('the same, k = 2, maximum likelihood, worst instance', -1 / 6, 'n', LINE[2][::2],
+    note('W1 on a line, k = 2, maximum likelihood, worst instance', -1 / 6, 'n', LINE[2][::2],
          line_cells(2, LINE[2][::2], SIZES[::2], few, rng, likelihood))
     rng = rng.spawn(1)[0]
     for name, settings in SUBSPACE.items():
@@ -401,8 +401,12 @@ def draw_rates(found, path):
                 axis.loglog(x, y, 'o', color=f'C{i}', markersize=4, label=f'{one["what"]}: {one["slope"]:.3f}')
                 axis.loglog(x, y[-1] * (x / x[-1]) ** one['stated'], '--', color=f'C{i}', linewidth=1)
             axis.set(xlabel=name, ylabel='error (dashed: stated slope)')
+            axis.set_ylim(bottom=axis.get_ylim()[0] / (50 if name == 'n' else 4))  # room for the names
+            axis.xaxis.set_minor_formatter('')
+            if name == 'd':
+                axis.set_xticks(x, [f'{value:g}' for value in x])
             axis.grid(alpha=0.3)
-            axis.legend(fontsize=6)
+            axis.legend(fontsize=6, loc='lower left' if name == 'n' else 'lower right')
 
 
 def draw_price(found, path):

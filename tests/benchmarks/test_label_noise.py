@@ -22,9 +22,9 @@ def judge(tmp_path_factory):
 
 def test_true_digits_are_judged_as_such(judge):
     """The training digits: their classes are recognised, uniform, and their covariance is that of the held-out ones within noise."""
-    judges, values, classes = judge
-    found = judges(values, classes)
-    assert found['accuracy'] == judges.accuracy > 0.95
+    found = judge[0].real()
+    assert found['accuracy'] > 0.95
+    assert found['fid_score'] < 0.4 and found['precision'] > 0.85 and found['recall'] > 0.85
     assert found['marginal'] == pytest.approx(math.log(10), abs=0.01)
     assert abs(found['within']) < 0.5
     assert found['conditional'] < 0.6
