@@ -28,6 +28,7 @@ NOT_RUN = {'pip ': 'tests/test_install.py installs the package; further packages
            'srun ': 'needs Slurm; tests/test_nodes.py starts several nodes',
            '--nnodes=2': 'waits for a second machine; tests/test_nodes.py starts several nodes',
            'benchmarks/networks.py --data': 'trains 45 networks; its other command is run',
+           'refinement.py --scale=cifar8': 'needs the photographs; its other command is run',
            'evaluation.py parity': 'needs the independent implementations; tests/benchmarks/test_parity.py runs it with those at hand'}
 # Pages whose commands begin with a published network for pictures or texts; the tests run them from end to end with a stand-in for it.
 ELSEWHERE = {'latents.md': 'tests/test_latents.py', 'text.md': 'tests/test_text.py'}
@@ -46,6 +47,8 @@ SMALL = {'consistency_bias': ['--points=50', '--samples=4'], 'consistency_toys m
          'large_data': ['--images=64', '--size=8', '--seconds=1'], 'intervals frechet': ['--repetitions=4'],
          'intervals kernel': ['--repetitions=4'], 'evaluation features': ['--images=2', '--size=8', '--threads=1'],
          'improved_ddpm': ['--kimg=0.256', '--seeds=0-0', '--images=8'], 'outliers': ['--seeds=2', '--data=mixture'],
+         'refinement': ['--seeds=1', '--arms=continued,ode', '--rounds=1', '--duration=0.0002', '--mimg=0.0002', '--samples=8',
+                        '--steps=2'],
          'states': ['--cbase=16'], 'sampling': ['--images=2', '--batch=2', '--steps=2', '--repeats=1']}
 
 
