@@ -32,11 +32,10 @@ IN_ONE = ('import importlib, json, sys\nfrom torch_utils import misc\nmisc.CPU_C
 SMALL = 'benchmarks.small_detector.SmallClassifier'  # the detector of benchmarks/price.py
 NETWORK = ['--arch=ddpmpp:cbase=16,cres=1|2,blocks=1,attn=4,dropout=0', '--batch=64', '--lr=4e-3', '--lr-rampup=0.004', '--ema=0.008',
            '--augment=0']
-SCALES = {  # source, options of the training half and of the reference half, of the network, training length in Mimg, samples
-    'digits': ('digits', ['--part=0/2', '--max-images=898'], ['--part=1/2', '--max-images=898'], [*NETWORK, '--sigma-data=0.75'], 0.064,
-               2000),
+SCALES = {  # source, options of the training half and of the reference half, of the network
+    'digits': ('digits', ['--part=0/2', '--max-images=898'], ['--part=1/2', '--max-images=898'], [*NETWORK, '--sigma-data=0.75']),
     'cifar8': (None, ['--resolution=8x8', '--part=0/2', '--max-images=2000', '--sample=spread'], ['--resolution=8x8', '--part=1/2'],
-               NETWORK, 0.064, 2000)}
+               NETWORK)}
 ARMS = {'ode': ['--sampler=heun'], 'sde': ['--sampler=dpmpp_2m_sde'], 'dataloops': ['--sampler=heun', '--schedule=dataloops']}
 CONTINUED, SAMPLE_STEPS = 'continued', 9  # steps of the images of proximal FID
 SAMPLING = dict(steps=12, sigma_min=0.02, sigma_max=20.0)  # of the images that are measured, as in benchmarks/price.py
@@ -67,13 +66,13 @@ def snapshot(folder):
     return max(Path(folder).glob('network-snapshot-*'), default=None)
 
 
-def trained(cells, own, scale, name, sigma, share, seed):
+def trained(cells, own, scale, mimg, name, sigma, share, seed):
     """The network of a cell: "noisy-0.4-s0" or "mix-0.4-0.1-s0"; trained here if it is not there. own: whether the folder is ours."""
     folder = cells / 'runs' / name
     if not own and not (folder / 'cell.json').exists():
         raise UserError(f'--cells={cells}: the cell {name} is not finished there')
     if own and not (folder / 'done').exists():
-        *_, network, mimg, _ = SCALES[scale]
+        *_, network = SCALES[scale]
         script('train', f'--data={cells / "train.zip"}', f'--outdir={folder}', '--nosubdir', '--resume=latest', *network, f'--seed={seed}',
                f'--sigma={sigma}', f'--corruption-probability={1 - share:g}', f'--corruption-seed={seed}', f'--duration={mimg}', '--tick=8',
                '--snap=1000000', '--dump=2', '--samples=0', '--threads=1')
@@ -103,12 +102,12 @@ def run_arm(folder, arm, base, o):
 class Ruler:
     """Distances of networks to the reference half, by each detector; each network is measured once."""
 
-    def __init__(self, out, cells, scale):
+    def __init__(self, out, cells, samples):
         from metrics.detectors import module_detector, pixel_detector
         from metrics.statistics import load_statistics
         from torch_utils import misc
         misc.CPU_CHUNK = ROWS
-        self.out, self.count = out, SCALES[scale][-1]
+        self.out, self.count = out, samples
         self.sides = {'pixels': (pixel_detector('cpu'), load_statistics(cells / 'reference-pixels.npz', detector='pixels'))}
         if (cells / 'small.safetensors').exists() and importlib.util.find_spec('benchmarks.small_detector'):
             self.sides['small'] = (module_detector('cpu', SMALL, str(cells / 'small.safetensors')),
@@ -187,18 +186,20 @@ class Options:
 @click.option('--rounds', metavar='INT', type=int, default=3, show_default=True, help='Rounds of refinement')
 @click.option('--duration', metavar='MIMG', type=float, default=0.012, show_default=True, help='Training length of a round')
 @click.option('--steps', metavar='INT', type=int, default=12, show_default=True, help='Steps of restoring')
+@click.option('--mimg', metavar='MIMG', type=float, default=0.064, show_default=True, help='Training length of the networks')
+@click.option('--samples', metavar='INT', type=int, default=2000, show_default=True, help='Images of each network that are measured')
 @version_option
-def main(outdir, scale, data, cells, sigma, share, seeds, arms, rounds, duration, steps):
+def main(outdir, scale, data, cells, sigma, share, seeds, arms, rounds, duration, steps, mimg, samples):
     """Compare refinement with plain training continued for as many images."""
     out = Path(outdir).absolute()
     out.mkdir(parents=True, exist_ok=True)
     if cells is None:
         prepare(out, scale, data)
     own, cells = cells is None, Path(cells).absolute() if cells else out
-    ruler = Ruler(out, cells, scale)
+    ruler = Ruler(out, cells, samples)
     for seed in range(seeds):
         start = f'mix-{sigma:g}-{share:g}' if share else f'noisy-{sigma:g}'
-        base = trained(cells, own, scale, f'{start}-s{seed}', sigma, share, seed)
+        base = trained(cells, own, scale, mimg, f'{start}-s{seed}', sigma, share, seed)
         for arm in arms.split(','):
             folder = out / 'arms' / f'{start}-s{seed}-{rounds}x{duration:g}-{arm}'
             folder.mkdir(parents=True, exist_ok=True)

@@ -136,6 +136,20 @@ def test_batch_and_ranks_do_not_change_the_set(base, straight, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ['one.npz', 'two.npz']
 
 
+def test_images_that_the_run_did_not_keep(base, tmp_path):
+    """They keep their places, so that a training with the same --dataset-keep-percentage has the same images, labels and held-out ones."""
+    told = json.loads((base.parent / 'options.json').read_text())
+    told['data']['keep'] = 0.5
+    (tmp_path / 'half.json').write_text(json.dumps(told))
+    run('restore', f'--network={base}', f'--config={tmp_path / "half.json"}', f'--dest={tmp_path / "set.npz"}',
+        '--schedule=explicit:levels=0.1', *QUICK)
+    noisy = NoisySet(options_of(str(base), str(tmp_path / 'half.json'))[1])
+    made = ImageDataset(tmp_path / 'set.npz')
+    half = ImageDataset(tmp_path / 'set.npz', keep=0.5)
+    assert len(made) == 64 and np.array_equal(half.raw_idx, noisy.dataset.raw_idx)
+    assert np.array_equal(np.flatnonzero(made.native_sigma), noisy.dataset.raw_idx[noisy.items]) and len(noisy.items) == 22
+
+
 def test_levels_of_dataset_json(tmp_path):
     """A float set whose images bring their own levels, in its own units; of those at their end already nothing changes."""
     rng = np.random.default_rng(0)
@@ -192,10 +206,9 @@ PLACES = {'restoring': (restoring.Restoring, '_write_part', 2, True), 'set': (re
           'chosen': (loop, 'proximal', 2, False)}
 
 
-OFTEN = 'second round', 'training', 'rounds'
 
 
-@pytest.mark.parametrize('place', [*OFTEN, *(pytest.param(place, marks=pytest.mark.slow) for place in PLACES if place not in OFTEN)])
+@pytest.mark.parametrize('place', ['training', *(pytest.param(place, marks=pytest.mark.slow) for place in PLACES)])
 def test_interrupted_and_resumed(base, straight, place, tmp_path, monkeypatch, in_process):
     monkeypatch.setattr(restoring, 'PART', 16)
     args = f'--network={base}', f'--outdir={tmp_path / "loop"}', *LOOP
@@ -306,6 +319,10 @@ def test_refusals(base, tmp_path):
     assert 'no options.json' in refused(*common, f'--network={tmp_path / "alone"}')
     common.append(f'--network={base}')
     assert 'no such file' in refused(*common, '--config=nowhere.json')
+    moved = json.loads((base.parent / 'options.json').read_text())
+    moved['data']['path'] = 'nowhere.zip'
+    (tmp_path / 'moved.json').write_text(json.dumps(moved))
+    assert 'name them with --data' in refused(*common, f'--config={tmp_path / "moved.json"}')
     assert 'no image has a higher level' in refused(*common, '--schedule=explicit:levels=0.5')
     assert 'leave stop_sigma out' in refused(*common, '--sampler=heun:stop_sigma=0.1')
     assert 'alpha' in refused(*common, '--sampler=heun:alpha=2')

@@ -38,6 +38,8 @@ class NoisySet:
     def __init__(self, config: Config, data: str | None = None) -> None:
         o = config.data
         self.path, name = data or o.path, f'--data={data or o.path}'
+        if not data and not os.path.exists(o.path):
+            raise UserError(f'{o.path}: the run was trained on these data, and they are not there; name them with --data')
         self.dataset = ImageDataset(self.path, use_labels=o.use_labels, keep=o.keep, cache_dir=o.cache_dir)
         check_same(name, None if data else o.fingerprint, self.dataset)
         latents = self.dataset.latents
