@@ -24,7 +24,7 @@ from dnnlib import UserError  # noqa: E402 (the checkout need not be installed)
 from dnnlib.files import read_json, write_json  # noqa: E402
 from torch_utils.command_line import Command, version_option  # noqa: E402
 
-TRAIN = '--batch=64 --optimizer=adam:beta1=0 --lr=1e-3 --lr-rampup=0.002 --ema=0.004'
+TRAIN = '--batch=64 --optimizer=adam:beta1=0 --lr=1.5e-3 --lr-schedule=cosine --lr-rampup=0.002 --ema=0.004'
 SMALL = 'benchmarks.small_detector.SmallClassifier'
 # As in benchmarks/price.py: commands one after another in one process, with larger batches on a CPU than the program's own.
 TOGETHER = """
@@ -122,9 +122,9 @@ def table(found: dict, arms: list[str]) -> str:
 @click.option('--out', metavar='DIR', required=True, help='Folder of the distillations and of results.json')
 @click.option('--sigma', metavar='FLOAT', default=0.4, show_default=True, help='Noise level of the teachers\' data')
 @click.option('--seeds', metavar='INT', default=3, show_default=True, help='How many seeds, from 0')
-@click.option('--arm', 'specs', metavar='NAME[:k=v]', multiple=True, default=['rsd'], show_default=True,
+@click.option('--arm', 'specs', metavar='NAME[:k=v]', multiple=True, default=['rsd:sigma_max=5'], show_default=True,
               help='A --distill without its teacher; may be repeated')
-@click.option('--kimg', metavar='FLOAT', default=32.0, show_default=True, help='Length of each distillation in thousand images')
+@click.option('--kimg', metavar='FLOAT', default=48.0, show_default=True, help='Length of each distillation in thousand images')
 @click.option('--options', metavar='TEXT', default=TRAIN, show_default=True, help='Further options of train.py')
 @click.option('--count', metavar='INT', default=2000, show_default=True, help='Samples of each, as in the grid')
 @version_option

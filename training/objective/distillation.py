@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Distillation of a denoiser into a generator of one step, for data of which no clean image exists (Chen et al. 2025: DSD, RSD).
+"""Distillation of a denoiser into a generator of one step, for data of which no clean image exists (DSD and RSD, Chen et al. and Zhang et
+al. 2025, arXiv 2503.07578 and 2505.13377).
 
 The teacher f is a denoiser trained by the ambient loss. Generator G(z) = net(level z, level) and auxiliary denoiser psi ("fake") start
 from its weights and are trained in turns: psi by the ambient loss on G's images with noise of the data's level sigma_n, so that it
@@ -137,7 +138,7 @@ class Distillation(Objective):
 
 
 class RSD(Distillation):
-    """Restoration score distillation, (f - psi) ((f - x) - alpha (f - psi)) (Chen et al. 2025, with the loss of SiD, Zhou et al. 2024).
+    """Restoration score distillation, (f - psi) ((f - x) - alpha (f - psi)) (Zhang et al. 2025, with the loss of SiD, Zhou et al. 2024).
 
     It equals (1 - alpha) (f - psi)^2 + (f - psi) (psi - x); both are estimates of a Fisher divergence, and the gradient goes through x,
     x_t, f and psi. For white noise DSD is the same loss. alpha: 1.2 is published; 1 or less is stable from everywhere."""
