@@ -211,7 +211,7 @@ def coverage(repetitions: int, seed: int = 0, draws: int = 400, **options) -> di
 
 
 @click.command(cls=Command)
-@click.option('--repetitions', default=400, show_default=True, help='Simulated experiments of a row')
+@click.option('--repetitions', default=300, show_default=True, help='Simulated experiments of a row')
 @version_option
 def main(repetitions):
     """Print how often the intervals of simulated Gaussian data hold its known price."""
