@@ -20,9 +20,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from torch_utils.command_line import Command, version_option  # noqa: E402 (the folder above had to be found first)
 
-POWERS = np.geomspace(0.1, 4.0, 80)                           # values of c that are tried
-VALUES = np.concatenate([[0.0], np.geomspace(1e-3, 4, 60)])   # values of 1 / kappa that are tried first,
-FINER = np.geomspace(0.85, 1 / 0.85, 21)                      # and factors of the best of them: steps of 1.6 %
+POWERS = np.geomspace(0.1, 4.0, 80)                             # values of c that are tried
+MOST = 4.0                                                      # the largest value of 1 / kappa that is tried
+VALUES = np.concatenate([[0.0], np.geomspace(1e-3, MOST, 60)])  # values that are tried first,
+FINER = np.geomspace(0.85, 1 / 0.85, 21)                        # and factors of the best of them: steps of 1.6 %
 LEVEL = 0.95
 
 
@@ -83,12 +84,12 @@ def _line(x, y, weights):
 def fit_value(curve: Curve, clean: np.ndarray, noisy: np.ndarray, distances: np.ndarray) -> np.ndarray:
     """1 / kappa of mixtures of clean [M] and noisy [M] images at one sigma with these distances [M], or [B,M] with a curve for each row.
 
-    The value with the least squares of the logarithm, on a grid: 0 where noisy images do not help."""
+    The value from 0 to MOST with the least squares of the logarithm, on a grid: 0 where noisy images do not help."""
     clean, noisy, target = (np.asarray(each, np.float64) for each in (clean, noisy, distances))
     many = Curve(*(np.atleast_1d(each) for each in (curve.a, curve.b, curve.c)))
     best = np.zeros([len(many.a), 1])
     for values in (VALUES, FINER):
-        tried = np.broadcast_to(values, [len(best), len(values)]) if values is VALUES else best * values  # [B,V]
+        tried = np.broadcast_to(values, [len(best), len(values)]) if values is VALUES else np.minimum(best * values, MOST)  # [B,V]
         distance = many(clean + tried[..., None] * noisy)
         error = np.square(np.log(distance) - np.log(np.atleast_2d(target))[:, None, :]).sum(2)
         best = np.take_along_axis(tried, error.argmin(1)[:, None], 1)
@@ -210,7 +211,7 @@ def coverage(repetitions: int, seed: int = 0, draws: int = 400, **options) -> di
 
 
 @click.command(cls=Command)
-@click.option('--repetitions', default=400, show_default=True, help='Simulated experiments of a row')
+@click.option('--repetitions', default=300, show_default=True, help='Simulated experiments of a row')
 @version_option
 def main(repetitions):
     """Print how often the intervals of simulated Gaussian data hold its known price."""

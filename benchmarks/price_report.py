@@ -17,6 +17,7 @@ from training.data.dataset import ImageDataset
 METRIC = 'fid_score'  # what the curves are fitted to, and figures show; fid_inf may be negative
 KINDS = {'clean': 'all clean', 'mix': 'mixture', 'alone': 'clean ones alone', 'noisy': 'noisy only'}
 DRAWS, MARGIN = 2000, 40  # bootstrap draws; points of the curves of marginal value
+HIGHEST = 1e3             # what an infinite price is drawn at
 
 
 def read_cells(out: str | os.PathLike) -> list[dict]:
@@ -75,13 +76,15 @@ def figure_of(found, clean, sampling, detector, metric) -> dict:
 
 def prices_of(cells: list[dict], detector: str, draws: int = DRAWS) -> tuple[price_fit.Prices, dict] | None:
     """(the Prices by sigma, those of each share alone, {(sigma, share): (kappa, low, high)}) from distances by one detector; None where
-    there are too few counts of clean images for a curve, or no mixtures."""
+    there are too few counts of clean images for a curve, no mixtures, or where more clean images do not bring the samples closer."""
     value = lambda cell: cell['distances']['full'][detector][METRIC]
     own = [cell for cell in cells if cell['kind'] in ('clean', 'alone')]
     mixed = [cell for cell in cells if cell['kind'] == 'mix']
     if len({cell['clean'] for cell in own}) < 3 or not mixed:
         return None
     counts, distances = np.array([cell['clean'] for cell in own]), np.array([value(cell) for cell in own])
+    if price_fit.fit_curve(counts, distances).b == 0:
+        return None
     columns = lambda chosen: tuple(np.array(column) for column in zip(*((cell['clean'], cell['noisy'], value(cell)) for cell in chosen)))
     by = lambda key: {name: columns([cell for cell in mixed if key(cell) == name]) for name in sorted({key(cell) for cell in mixed})}
     rng = np.random.default_rng(0)
@@ -159,7 +162,8 @@ def price_table(found: dict[str, tuple], eigenvalues: np.ndarray | None) -> str:
     gaussian = ['Gaussian data, first noisy', 'all noisy'] if eigenvalues is not None else []
     lines = [f'| sigma | share clean | {" | ".join([f"kappa, `{name}`" for name in found] + gaussian)} |',
              '| --- ' * (2 + len(found) + len(gaussian)) + '|']
-    text = lambda kappa: f'{kappa[0]:.3g} [{kappa[1]:.3g}, {kappa[2]:.3g}]'
+    number = lambda value: f'{value:.3g}' if value > 1 / price_fit.MOST else f'below {1 / price_fit.MOST:g}'
+    text = lambda kappa: f'{number(kappa[0])} [{number(kappa[1])}, {number(kappa[2])}]'
     for sigma in dict.fromkeys(sigma for sigma, _ in entries):
         theory = [f'{value:.3g}' for value in gaussian_prices(eigenvalues, sigma)] if gaussian else []
         shares = [share for each, share in entries if each == sigma]
@@ -206,16 +210,16 @@ def draw_prices(path: str, found: dict[str, tuple], eigenvalues: np.ndarray | No
     """kappa against sigma with intervals; and the marginal value of one more image, clean or noisy, against n_eff."""
     with figures.figure(path, 'the figure of prices', 1, 1 + len(found), (4.8 * (1 + len(found)), 4.2)) as (_, axes):
         for k, (name, (joint, _)) in enumerate(found.items()):
-            sigmas = [sigma for sigma in joint.kappa if math.isfinite(joint.kappa[sigma][0])]
-            value, low, high = (np.array(column) for column in zip(*(joint.kappa[sigma] for sigma in sigmas)))
-            ends = [value - low, np.where(np.isfinite(high), high, 1e3) - value]
+            sigmas = list(joint.kappa)
+            value, low, high = np.minimum(np.array(list(joint.kappa.values())).T, HIGHEST)
+            ends = [value - low, high - value]
             axes[0, 0].errorbar(np.array(sigmas) * 1.03 ** k, value, ends, fmt='o', color=f'C{k}', capsize=3, label=name)
             draw_margins(axes[0, 1 + k], name, joint)
         if eigenvalues is not None:
             levels = np.geomspace(min(sigmas) * 0.8, max(sigmas) * 1.25, 30)
             for column, label, style in zip(zip(*(gaussian_prices(eigenvalues, level) for level in levels)),
                                             ('Gaussian data, first noisy image', 'Gaussian data, all noisy'), (':', '--')):
-                axes[0, 0].plot(levels, column, color='grey', linewidth=1, linestyle=style, label=label)
+                axes[0, 0].plot(levels, np.minimum(column, HIGHEST), color='grey', linewidth=1, linestyle=style, label=label)
         axes[0, 0].set(xscale='log', yscale='log', xlabel='sigma of the noisy images', ylabel='noisy images that replace a clean one')
         axes[0, 0].legend(fontsize=8)
 

@@ -265,6 +265,14 @@ def test_the_report_finds_the_prices_of_made_up_cells(tmp_path):
     assert (tmp_path / 'distances.png').stat().st_size > 10_000 and (tmp_path / 'price.png').stat().st_size > 10_000
 
 
+def test_there_is_no_price_where_more_images_do_not_help(tmp_path):
+    """As in docs/price.md with the small detector: the distance rises with the number of clean images."""
+    cells = [cell('alone' if n < 900 else 'clean', seed, 0.5 + n / 900, share=n / 900, clean=int(n)) for n in COUNTS for seed in range(3)]
+    cells += [cell('mix', seed, 1.3, 0.2, 0.1, 90, 810) for seed in range(3)]
+    assert price_report.prices_of(cells, 'pixels', draws=20) is None
+    assert price_report.prices_of(cells[:6] + cells[-3:], 'pixels', draws=20) is None  # and none with two counts
+
+
 # ---- from end to end
 
 
