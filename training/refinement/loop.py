@@ -98,8 +98,8 @@ def open_proximal(o: EasyDict, noisy: NoisySet) -> Proximal:
 def proximal(o: EasyDict, noisy: NoisySet, side: Proximal, net: torch.nn.Module, ref: str) -> dict:
     """The proximal FID of a network, as rounds.json holds it."""
     labels = drawn(noisy.labels(noisy.items)) if net.label_dim else None
-    found = side.distance(net, pieces.sampler_pieces(net, o.sample_steps), num=o.num or min(len(noisy.items), MOST), seed=o.seed,
-                          labels=labels, who=f'--network={ref}')
+    in_full = pieces.sampler_pieces(net, o.sample_steps, stop_sigma=0.0)
+    found = side.distance(net, in_full, num=o.num or min(len(noisy.items), MOST), seed=o.seed, labels=labels, who=f'--network={ref}')
     return {**found, 'seed': o.seed}
 
 

@@ -15,12 +15,12 @@ AUTO = 'auto'
 
 
 class Regime(NamedTuple):
-    """what: which data it is for. truncated: whether snapshots are sampled down to the lowest sigma_n only, as their "sampling" says.
-    after: commands to go on with, as (what for, command), whose {network} is the last snapshot, {data} the --data of the run, {noise}
-    the options of its noise and {tenth} a tenth of its length in million images."""
+    """what: which data it is for. truncated_below: share of clean images below which snapshots are sampled down to the lowest sigma_n only,
+    as their "sampling" says. after: commands to go on with, as (what for, command), whose {network} is the last snapshot, {data} the --data
+    of the run, {noise} the options of its noise, {half} and {tenth} a half and a tenth of its length in million images."""
 
     what: str
-    truncated: bool = False
+    truncated_below: float = 0.0
     after: tuple = ()
 
 
@@ -37,7 +37,7 @@ def choose(o: EasyDict, levels: Levels) -> str | None:
     name, words = fitting(levels), describe(levels)
     if o.regime not in (AUTO, name):
         raise UserError(f'--regime={o.regime} is for {REGIMES[o.regime].what}, and of --data={o.data} {words}; use --regime={name}')
-    how = f'; snapshots are sampled down to sigma {levels.lowest:g}, the lowest sigma_n' if REGIMES[name].truncated else ''
+    how = f'; snapshots are sampled down to sigma {levels.lowest:g}, the lowest sigma_n' if is_truncated(name, levels) else ''
     distributed.print0(f'Regime {name}: {words}{how} (docs/choosing.md)')
     return name
 
@@ -51,9 +51,14 @@ def describe(levels: Levels) -> str:
     return f'{levels.clean or "none"} of {levels.images} images {"is" if levels.clean < 2 else "are"} clean, {who} sigma_n {span}'
 
 
+def is_truncated(name: str, levels: Levels) -> bool:
+    """Whether a regime's snapshots are sampled down to the lowest sigma_n only."""
+    return levels.clean < REGIMES[name].truncated_below * levels.images
+
+
 def sampling(name: str | None, levels: Levels, own: dict | None) -> dict | None:
     """The "sampling" of config.json for a regime, from the network's own; None: EDM's."""
-    if name is None or not REGIMES[name].truncated:
+    if name is None or not is_truncated(name, levels):
         return own
     own = own or {'sampler': 'heun', 'steps': 18}
     sampler, keys = registry.parse(own['sampler'])
@@ -64,7 +69,8 @@ def next_steps(config: Config, network: str) -> list[str]:
     """Lines for the console at the end of a run of this Config: what to do with its last snapshot, a path for a command line."""
     c, name = config.corruption, config.run.regime
     noise = f' --sigma={c.sigma:g} --corruption-probability={c.probability:g} --corruption-seed={c.seed}' if c.sigma else ''
-    values = dict(network=network, data=shlex.quote(config.data.path), noise=noise, tenth=config.run.duration_kimg / 1e4)
+    values = dict(network=network, data=shlex.quote(config.data.path), noise=noise, half=config.run.duration_kimg / 2e3,
+                  tenth=config.run.duration_kimg / 1e4)
     lines = []
     for purpose, command in REGIMES[name].after if name else ():
         lines += [f'{purpose}:', f'  {command.format(**values)}']
@@ -72,10 +78,11 @@ def next_steps(config: Config, network: str) -> list[str]:
 
 
 DISTILL = ('To distil it to a generator of one evaluation (docs/distillation.md)',
-           'python train.py --outdir=runs --data={data}{noise} --distill=rsd:teacher={network}')
+           'python train.py --outdir=runs --data={data}{noise} --distill=rsd:teacher={network} --duration={half:g} --batch=256 --lr=1e-5 '
+           '--optimizer=adam:beta1=0 --lr-rampup=0')
 REFINE = ('To restore the noisy images with it and train on (docs/refinement.md)',
           'python refine.py --network={network} --duration={tenth:g} --outdir=refined')
 
 REGIMES = {AUTO: Regime('any data: the one of these that fits it'), 'all-clean': Regime('data without noise'),
-           'few-clean': Regime('data of which some images are clean', after=(REFINE,)),
-           'noisy-only': Regime('data without a clean image', truncated=True, after=(DISTILL, REFINE))}
+           'few-clean': Regime('data of which some images are clean', truncated_below=0.03),
+           'noisy-only': Regime('data without a clean image', truncated_below=1, after=(DISTILL, REFINE))}

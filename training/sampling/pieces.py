@@ -82,7 +82,8 @@ def prepare(o: EasyDict, seeds: Iterable[int], networks: Networks | None = None)
     guidance = pick_guidance(net, gnet, o.guidance, o.guidance_interval, networks.warn, o.guidance_channels)
     keys = {key: o[key] for key in KEYS}
     pieces = sampler_pieces(net, o.steps, o.sampler, o.levels, o.stop_sigma, o.stop_variance, **keys)
-    o.sampler, o.levels, o.steps = choose(net, o.sampler, o.levels, o.steps, o.rho)  # so that records of the options hold what was used
+    keys['stop_sigma'] = o.stop_variance if o.stop_sigma is None else o.stop_sigma
+    o.sampler, o.levels, o.steps = choose(net, o.sampler, o.levels, o.steps, **keys)  # so that records of the options hold what was used
     return net, {'labels': networks.labels(net, seeds, o), 'guidance': guidance, **pieces}
 
 
@@ -145,7 +146,7 @@ def sampler_pieces(net: torch.nn.Module, steps: int | None = None, sampler: str 
         raise UserError('--stop-sigma and --stop-variance are the same option, given as a level or as its square; give one of them')
     keys['stop_sigma'] = stop_sigma if stop_variance is None else math.sqrt(stop_variance)
     by_config = own_sampling(net) and (steps, sampler, levels) == (None, None, None)
-    sampler, levels, steps = choose(net, sampler, levels, steps, rho)
+    sampler, levels, steps = choose(net, sampler, levels, steps, rho, **keys)
     with _said_by(CONFIG if by_config else None):
         schedule = combine('levels', levels, schedules.SCHEDULES, {'sigma_min': sigma_min, 'sigma_max': sigma_max, 'rho': rho})
         stepper = combine('sampler', sampler, steppers.STEPPERS, keys)
@@ -171,18 +172,25 @@ def default_pieces(net: torch.nn.Module) -> dict:
 
 
 def choose(net: torch.nn.Module, sampler: str | None = None, levels: str | None = None, steps: int | None = None,
-           rho: float | None = None) -> tuple[str, str, int | None]:
+           rho: float | None = None, **keys: Any) -> tuple[str, str, int | None]:
     """(sampler, levels, steps): what is given, else what the network's config.json says, else EDM's.
 
     The levels and steps of config.json belong to its sampler and do not apply to another one; the keys of its sampler are dropped where
-    --sampler is given. rho selects EDM's levels. steps: None where the levels are listed one by one."""
+    --sampler is given, and those among `keys` where they are not None. rho selects EDM's levels. steps: None where the levels are listed
+    one by one."""
     own = own_sampling(net)
     if sampler and own and registry.parse(sampler)[0] != registry.parse(own['sampler'])[0]:
         own = {}
-    sampler = sampler or own.get('sampler', SAMPLER)
+    sampler = sampler or without_keys(own.get('sampler', SAMPLER), keys)
     levels = levels or (own.get('levels') if rho is None else None) or default_levels(net, sampler, rho)
     own_number = 'sigmas' in registry.parameters(schedules.SCHEDULES[registry.parse(levels)[0]])
     return sampler, levels, steps or (None if own_number else own.get('steps', STEPS))
+
+
+def without_keys(spec: str, keys: dict) -> str:
+    """A spec without those of its keys that have a value in `keys`."""
+    name, own = registry.parse(spec)
+    return registry.unparse(name, {key: value for key, value in own.items() if keys.get(key) is None})
 
 
 def own_sampling(net: torch.nn.Module) -> dict:

@@ -14,6 +14,7 @@ from training.run import regimes
 from training.run.config import from_json, to_json
 from training.run.states import changes
 from training.run.summary import closing_lines
+from training.sampling import pieces
 
 
 def test_levels_are_counted():
@@ -47,8 +48,16 @@ def test_snapshots_of_noisy_images_alone_are_sampled_down_to_their_level(tmp_pat
     assert tiny.options(tmp_path, '--regime=auto', *discrete).network.arguments['sampling'] == {
         'sampler': 'ancestral:stop_sigma=0.25', 'steps': 50}
     net = tiny.make_run(tmp_path, '--regime=auto', *flags).net
-    from training.sampling.pieces import default_pieces  # here, because it is all that is asked of sampling
-    assert default_pieces(net)['stepper'].keywords['stop_sigma'] == 0.25
+    assert pieces.default_pieces(net)['stepper'].keywords['stop_sigma'] == 0.25
+    for own in ({'stop_sigma': 0.0}, {'stop_variance': 0.0}):  # an option wins over the network's own key
+        assert pieces.sampler_pieces(net, **own)['stepper'].keywords['stop_sigma'] == 0
+        assert pieces.choose(net, stop_sigma=0.0)[0] == 'heun' and pieces.choose(net)[0] == 'heun:stop_sigma=0.25'
+
+
+@pytest.mark.parametrize(('share', 'truncated'), [(0.95, False), (0.98, True)])
+def test_so_are_those_of_very_few_clean_images(tmp_path, share, truncated):
+    config = tiny.options(tmp_path, '--regime=few-clean', f'--corruption-probability={share}')  # 3 of 64 are clean, and 1
+    assert ('sampling' in config.network.arguments) == truncated
 
 
 def test_a_run_ends_with_commands_to_go_on(tmp_path):
