@@ -66,6 +66,13 @@ def recipe(ref: str | os.PathLike) -> dict | None:
     return found and {key: value if key == 'data' else float(value) for key, value in found.groupdict().items()}
 
 
+def check_denoiser(net: torch.nn.Module, where: str) -> None:
+    """Refuses a generator of one step, as train.py --distill makes, where a denoiser of every level is needed. where: begins the error."""
+    sampling = getattr(net, 'sampling', None)
+    if isinstance(sampling, dict) and sampling.get('steps') == 1:
+        raise UserError(f'{where} is a generator of one step itself; give the denoiser that it was made from')
+
+
 def show_recipe(ref: str | os.PathLike) -> None:
     """Prints the recipe that a name holds, if any."""
     if found := recipe(ref):

@@ -13,7 +13,7 @@ from dnnlib import EasyDict, UserError, text_record
 from dnnlib.files import beside, file_digest, prepare_output, write_json
 from dnnlib.progress import Progress
 from torch_utils import distributed, misc
-from training.checkpoints.load import load_network
+from training.checkpoints.load import check_denoiser, load_network
 from training.data.dataset import ImageDataset
 from training.diffusion import discrete
 from training.likelihood import dequantisation
@@ -35,6 +35,7 @@ def run(o: EasyDict) -> None:
         if path:
             prepare_output(path, option, suffix)
     net = load_network(o.network, device=distributed.pick_device(o.device), weights=o.weights)
+    check_denoiser(net, f'--network={o.network}')
     net.compute_dtype = torch.float32  # in half precision the trace is lost in rounding
     dataset, conditional = open_data(net, o)
     items = choose_items(dataset, o)

@@ -24,7 +24,7 @@ from dnnlib.lock import FolderLock
 from metrics.detectors import DETECTORS
 from torch_utils import distributed, misc, registry
 from torch_utils.monitor import STOPPED
-from training.checkpoints.load import load_network
+from training.checkpoints.load import check_denoiser, load_network
 from training.evaluation.proximal import Proximal
 from training.refinement.noisy import NoisySet, options_of
 from training.refinement.restoring import Restoring
@@ -55,6 +55,7 @@ def open_noisy(o: EasyDict) -> tuple[str, Config, NoisySet]:
 def open_net(ref: str, o: EasyDict, noisy: NoisySet) -> torch.nn.Module:
     """The network on its device, checked to be one of such images."""
     net = load_network(ref, device=distributed.pick_device(o.device))
+    check_denoiser(net, f'--network={ref}')
     noisy.check_fits(net, ref)
     return net
 

@@ -13,6 +13,7 @@ from dnnlib.files import prepare_output
 from dnnlib.fingerprint import digest
 from dnnlib.progress import Progress
 from torch_utils import distributed, misc
+from training.checkpoints.load import check_denoiser
 from training.data import tables
 from training.data.convert import sheet
 from training.restoration import destination, origin
@@ -35,6 +36,7 @@ def run(o: EasyDict) -> None:
     check_options(o)
     device = distributed.pick_device(o.device)
     net = open_network(o.network, o.weights, device, o.precision, o.compile)
+    check_denoiser(net, f'--network={o.network}')
     if net.autoencoder:
         raise UserError(f'--network={o.network}: makes latents of an autoencoder, and noise of pictures is not white in latents; denoise '
                         'with a network that was trained on pictures')

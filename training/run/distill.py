@@ -7,7 +7,7 @@ import torch
 
 from dnnlib import EasyDict, UserError, text_record
 from torch_utils import misc, registry
-from training.checkpoints.load import load_network
+from training.checkpoints.load import check_denoiser, load_network
 from training.data.dataset import Form
 from training.networks.conditioning import Conditioning
 from training.networks.rows import RowLayer
@@ -68,8 +68,7 @@ def open_teacher(spec: str) -> Teacher:
         raise UserError(f'--distill: teacher={err.message}' if err.message.startswith(str(ref)) else f'{where}: {err.message}') from None
     if net.config.get('precond') == 'iddpm':
         raise UserError(f'{where} has discrete timesteps; train one without --objective, with --precond=edm, vp or ve')
-    if isinstance(net.sampling, dict) and net.sampling.get('steps') == 1:
-        raise UserError(f'{where} is a generator of one step itself; give the denoiser that it was made from')
+    check_denoiser(net, where)
     if not net.sigma_min <= own['level'] <= net.sigma_max:
         raise UserError(f'--distill={spec}: level={own["level"]:g} is outside the levels of the teacher, {net.sigma_min:g} to '
                         f'{net.sigma_max:g}')

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """train.py --distill: turns, exact resume, ranks, snapshots that are sampled in one evaluation, and what it refuses."""
 
+import importlib
 import json
 import shutil
 
@@ -188,6 +189,16 @@ def test_generator_starts_another_run_but_is_no_teacher(tmp_path, teacher, snaps
     assert 'Transferred' in capsys.readouterr().out
     with pytest.raises(UserError, match='is a generator of one step itself; give the denoiser'):
         tiny.call(f'--outdir={tmp_path}', *flags((teacher[0], snapshot)))
+
+
+@pytest.mark.parametrize('script', ['denoise', 'eval_nll'])
+def test_generator_is_no_denoiser(tmp_path, teacher, snapshot, script):
+    """It knows one level only, so that scripts that need a denoiser of every level refuse it."""
+    out = {'denoise': [f'--dest={tmp_path / "out.zip"}', '--sigma=0.4'], 'eval_nll': [f'--out-path={tmp_path / "out.json"}']}[script]
+    main = importlib.import_module(script).main
+    done = CliRunner().invoke(main, [f'--network={snapshot}', f'--data={teacher[0]}', *out])
+    assert done.exit_code == 1 and 'is a generator of one step itself; give the denoiser' in done.output
+    assert not list(tmp_path.iterdir())
 
 
 def test_conditional(tmp_path):
