@@ -305,7 +305,7 @@ def test_published_command_lines(here, monkeypatch, name):
             estimator='mean', coeff=1.0, batch_size=8, steps=3, samples=3, weighted=False, stop='no', grad=True))
         assert config['run']['expr_id'] == 'x' and registry.parse(config['optimizer']['kind']) == ('adam', {'weight_decay': 0.01})
     if name == 'edm':
-        assert config['network'] == dict(cep=None, transfer=None, arguments=ARCHS['ncsnpp']() | dict(
+        assert config['network'] == dict(cep=None, transfer=None, teacher=None, arguments=ARCHS['ncsnpp']() | dict(
             img_resolution=8, img_channels=1, label_dim=3, use_fp16=True, precond='ve', dropout=0.1, model_channels=8,
             channel_mult=[1, 2]))
         run, optimizer = config['run'], config['optimizer']
