@@ -7,11 +7,9 @@ python benchmarks/distillation.py --grid=runs/price-digits --out=runs/distill-di
 and clean-sSEED. Each arm of each seed is one train.py in a folder of its own; a finished one is not trained again, and one that was
 interrupted continues. The table is printed after each, and written to results.json (docs/distillation.md)."""
 
-import json
 import os
 import shutil
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 
@@ -20,36 +18,20 @@ import click
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from dnnlib import UserError  # noqa: E402 (the checkout need not be installed)
+from benchmarks.processes import SMALL, call, snapshot  # noqa: E402 (the checkout need not be installed)
+from dnnlib import UserError  # noqa: E402
 from dnnlib.files import read_json, write_json  # noqa: E402
 from torch_utils.command_line import Command, version_option  # noqa: E402
 
 TRAIN = '--batch=64 --optimizer=adam:beta1=0 --lr=1.5e-3 --lr-schedule=cosine --lr-rampup=0.002 --ema=0.004'
-SMALL = 'benchmarks.small_detector.SmallClassifier'
-# As in benchmarks/price.py: commands one after another in one process, with larger batches on a CPU than the program's own.
-TOGETHER = """
-import importlib, json, sys
-from torch_utils import misc
-misc.CPU_CHUNK = 64
-for script, arguments in json.loads(sys.argv[1]):
-    importlib.import_module(script).main(arguments, script, standalone_mode=False)
-"""
 
 
-def call(*commands: tuple[str, list[str]]) -> None:
-    """Runs (script, arguments) one after another in a process of their own. Raises UserError with its last line where one fails."""
-    done = subprocess.run([sys.executable, '-c', TOGETHER, json.dumps(commands)], cwd=ROOT, env={**os.environ, 'OMP_NUM_THREADS': '1'},
-                          capture_output=True, text=True)
-    if done.returncode:
-        raise UserError(f'{" ".join(commands[0][1])}: {((done.stderr or done.stdout).strip().splitlines() or ["no message"])[-1]}')
-
-
-def snapshot(folder: str | os.PathLike) -> str:
+def network_of(folder: str | os.PathLike) -> str:
     """The last network snapshot of a run. Raises UserError where there is none."""
-    found = sorted(Path(folder).glob('network-snapshot-*'))
-    if not found:
+    found = snapshot(folder)
+    if found is None:
         raise UserError(f'{folder}: holds no network snapshot')
-    return str(found[-1])
+    return found
 
 
 def arm_name(spec: str) -> str:
@@ -59,11 +41,11 @@ def arm_name(spec: str) -> str:
 
 def train(teacher: str, folder: str, spec: str, options: list[str], seed: int, kimg: float) -> None:
     """One distillation, with the data and the noise of the teacher's run; continues where it was interrupted."""
-    if list(Path(folder).glob('network-snapshot-*')):
+    if snapshot(folder):
         return
     made = read_json(os.path.join(teacher, 'options.json'))
     noise = made['corruption']
-    spec = f'{spec}{"," if ":" in spec else ":"}teacher={snapshot(teacher)}'
+    spec = f'{spec}{"," if ":" in spec else ":"}teacher={network_of(teacher)}'
     call(('train', [f'--outdir={folder}', '--nosubdir', '--resume=latest', f'--data={made["data"]["path"]}', f'--sigma={noise["sigma"]}',
                     f'--corruption-probability={noise["probability"]}', f'--corruption-seed={noise["seed"]}', f'--distill={spec}',
                     f'--seed={seed}', f'--duration={kimg / 1e3:.9g}', f'--tick={kimg / 8:.9g}', '--snap=1000000', '--dump=4',
@@ -78,7 +60,7 @@ def measure(grid: str, folder: str, count: int) -> dict:
         samples = os.path.join(folder, 'generated')
         shutil.rmtree(samples, ignore_errors=True)
         kinds = {'pixels': 'pixels', 'small': f'module:name={SMALL},weights={os.path.join(grid, "small.safetensors")}'}
-        call(('generate', [f'--network={snapshot(folder)}', f'--outdir={samples}', f'--seeds=0-{count - 1}', '--threads=1']),
+        call(('generate', [f'--network={network_of(folder)}', f'--outdir={samples}', f'--seeds=0-{count - 1}', '--threads=1']),
              *(('eval_fid', [f'--gen-path={samples}', f'--ref-stats={os.path.join(grid, f"reference-{name}.npz")}', f'--num={count}',
                              '--metrics=fid', f'--detector={kinds[name]}', f'--out-path={path}']) for name, path in results.items()))
         shutil.rmtree(samples)

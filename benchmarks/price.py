@@ -14,7 +14,6 @@ import json
 import os
 import queue
 import shutil
-import subprocess
 import sys
 import threading
 import zipfile
@@ -28,22 +27,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import price_report  # noqa: E402 (the folder above had to be found first)
+from benchmarks.processes import SMALL, call, snapshot  # noqa: E402
 from dnnlib import UserError  # noqa: E402
 from dnnlib.files import read_json, replacing, write_json  # noqa: E402
 from torch_utils.command_line import Command, version_option  # noqa: E402
 from training.data.corruption import Corruption  # noqa: E402
 from training.data.dataset import ImageDataset  # noqa: E402
-
-SMALL = 'benchmarks.small_detector.SmallClassifier'
-# Commands of the program one after another in one process. Networks this small are several times as fast on a CPU when they are
-# evaluated on 64 rows at a time; the images change by rounding only.
-TOGETHER = """
-import importlib, json, sys
-from torch_utils import misc
-misc.CPU_CHUNK = 64
-for script, arguments in json.loads(sys.argv[1]):
-    importlib.import_module(script).main(arguments, script, standalone_mode=False)
-"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,26 +117,10 @@ def cells_of(scale: Scale) -> list[Cell]:
     return list(dict.fromkeys(cell for group in groups for cell in group))
 
 
-# ---- commands
-
-
-def call(*commands: tuple[str, list[str]], device: str | None = None) -> str:
-    """Runs (script, arguments) one after another in a process of their own, on this GPU if one is named; returns what they printed.
-
-    Raises UserError with the last line of a command that fails."""
-    environment = {**os.environ, 'OMP_NUM_THREADS': '1', **({'CUDA_VISIBLE_DEVICES': device} if device else {})}
-    done = subprocess.run([sys.executable, '-c', TOGETHER, json.dumps(commands)], cwd=ROOT, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        lines = (done.stderr.strip() or done.stdout.strip()).splitlines() or ['no message']
-        names = ', '.join(f'{script}.py {" ".join(arguments)}' for script, arguments in commands)
-        raise UserError(f'{names}: ended with code {done.returncode}: {lines[-1]}')
-    return done.stdout
-
-
 class Grid:
     """The folder of an experiment: data, reference statistics, and a folder for each cell.
 
-    out: the folder. data: what dataset_tool.py reads. call: runs commands of the program, as call() above does."""
+    out: the folder. data: what dataset_tool.py reads. call: runs commands of the program, as processes.call does."""
 
     def __init__(self, out: str | os.PathLike, scale: Scale, data: str | None = None, call=call):
         self.out, self.scale, self.call = os.path.abspath(out), scale, call
@@ -258,12 +231,6 @@ class Grid:
 def samplings(cell: Cell) -> dict[str, float]:
     """{name: --stop-sigma} of the ways a cell is sampled: noisy-only cells also truncated at sigma_n, as the paper samples them."""
     return {'full': 0.0, 'truncated': cell.sigma} if cell.kind == 'noisy' else {'full': 0.0}
-
-
-def snapshot(folder: str | os.PathLike) -> str | None:
-    """The last network snapshot of a run, which a finished run has."""
-    found = sorted(Path(folder).glob('network-snapshot-*'))
-    return str(found[-1]) if found else None
 
 
 def write_subset(source: str | os.PathLike, dest: str | os.PathLike, rows: np.ndarray) -> None:

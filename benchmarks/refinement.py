@@ -8,11 +8,8 @@ Networks are trained where --cells does not name the folder of benchmarks/price.
 finished is not done again. Prints paired tables, and writes OUT/results.json (docs/refinement.md)."""
 
 import importlib.util
-import json
 import math
-import os
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 
@@ -21,21 +18,12 @@ import click
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from dnnlib import UserError  # noqa: E402 (the folder above had to be found first)
+from benchmarks.price import SCALES  # noqa: E402 (the folder above had to be found first)
+from benchmarks.processes import ROWS, SMALL, call, snapshot  # noqa: E402
+from dnnlib import UserError  # noqa: E402
 from dnnlib.files import read_json, write_json  # noqa: E402
 from torch_utils.command_line import Command, version_option  # noqa: E402
 
-# Networks this small are several times as fast on a CPU when they are evaluated on 64 rows at a time; images change by rounding only.
-ROWS = 64
-IN_ONE = ('import importlib, json, sys\nfrom torch_utils import misc\nmisc.CPU_CHUNK = int(sys.argv[1])\n'
-          'importlib.import_module(sys.argv[2]).main(json.loads(sys.argv[3]), sys.argv[2], standalone_mode=False)')
-SMALL = 'benchmarks.small_detector.SmallClassifier'  # the detector of benchmarks/price.py
-NETWORK = ['--arch=ddpmpp:cbase=16,cres=1|2,blocks=1,attn=4,dropout=0', '--batch=64', '--lr=4e-3', '--lr-rampup=0.004', '--ema=0.008',
-           '--augment=0']
-SCALES = {  # source, options of the training half and of the reference half, of the network
-    'digits': ('digits', ['--part=0/2', '--max-images=898'], ['--part=1/2', '--max-images=898'], [*NETWORK, '--sigma-data=0.75']),
-    'cifar8': (None, ['--resolution=8x8', '--part=0/2', '--max-images=2000', '--sample=spread'], ['--resolution=8x8', '--part=1/2'],
-               NETWORK)}
 ARMS = {'ode': ['--sampler=heun'], 'sde': ['--sampler=dpmpp_2m_sde'], 'dataloops': ['--sampler=heun', '--schedule=dataloops']}
 CONTINUED, SAMPLE_STEPS = 'continued', 9  # steps of the images of proximal FID
 SAMPLING = dict(steps=12, sigma_min=0.02, sigma_max=20.0)  # of the images that are measured, as in benchmarks/price.py
@@ -43,27 +31,20 @@ ANNEALED = ['--lr=2e-3', '--lr-schedule=cosine', '--lr-rampup=0']  # of every ro
 
 
 def script(name, *args):
-    """Runs one of the scripts with ROWS rows at a time; raises UserError where it fails."""
-    env = {**os.environ, 'PYTHONPATH': os.pathsep.join(filter(None, [str(ROOT), os.environ.get('PYTHONPATH')]))}
-    if subprocess.run([sys.executable, '-c', IN_ONE, str(ROWS), name, json.dumps([*map(str, args)])], env=env).returncode:
-        raise UserError(f'{name}.py failed; see its message above')
+    """Runs one of the scripts, which prints to the console."""
+    call((name, [*map(str, args)]), show=True)
 
 
 def prepare(out, scale, data):
     """Makes train.zip, reference.zip and their pixel statistics."""
-    source, train, reference, *_ = SCALES[scale]
-    if (source or data) is None:
+    source = SCALES[scale].source or data
+    if source is None:
         raise UserError(f'--scale={scale}: name its photographs with --data')
-    for name, options in (('train.zip', train), ('reference.zip', reference)):
+    for name, options in (('train.zip', SCALES[scale].train), ('reference.zip', SCALES[scale].reference)):
         if not (out / name).exists():
-            script('dataset_tool', f'--source={source or data}', f'--dest={out / name}', *options)
+            script('dataset_tool', f'--source={source}', f'--dest={out / name}', *options.split())
     if not (out / 'reference-pixels.npz').exists():
         script('eval_fid', 'ref', f'--data={out / "reference.zip"}', f'--dest={out / "reference-pixels.npz"}', '--detector=pixels')
-
-
-def snapshot(folder):
-    """The last snapshot in a run's folder, or None."""
-    return max(Path(folder).glob('network-snapshot-*'), default=None)
 
 
 def trained(cells, own, scale, mimg, name, sigma, share, seed):
@@ -72,12 +53,11 @@ def trained(cells, own, scale, mimg, name, sigma, share, seed):
     if not own and not (folder / 'cell.json').exists():
         raise UserError(f'--cells={cells}: the cell {name} is not finished there')
     if own and not (folder / 'done').exists():
-        *_, network = SCALES[scale]
-        script('train', f'--data={cells / "train.zip"}', f'--outdir={folder}', '--nosubdir', '--resume=latest', *network, f'--seed={seed}',
-               f'--sigma={sigma}', f'--corruption-probability={1 - share:g}', f'--corruption-seed={seed}', f'--duration={mimg}', '--tick=8',
-               '--snap=1000000', '--dump=2', '--samples=0', '--threads=1')
+        script('train', f'--data={cells / "train.zip"}', f'--outdir={folder}', '--nosubdir', '--resume=latest',
+               *SCALES[scale].network.split(), f'--seed={seed}', f'--sigma={sigma}', f'--corruption-probability={1 - share:g}',
+               f'--corruption-seed={seed}', f'--duration={mimg}', '--tick=8', '--snap=1000000', '--dump=2', '--samples=0', '--threads=1')
         (folder / 'done').touch()
-    return snapshot(folder)
+    return Path(snapshot(folder))
 
 
 def run_arm(folder, arm, base, o):
@@ -87,7 +67,7 @@ def run_arm(folder, arm, base, o):
             script('train', f'--config={base.parent / "options.json"}', f'--transfer={base}', f'--outdir={folder / "run"}', '--nosubdir',
                    '--resume=latest', f'--duration={o.rounds * o.duration:g}', f'--seed={1000 + o.seed}', '--snap=1000000', *ANNEALED)
             (folder / 'done').touch()
-        return {'last': snapshot(folder / 'run')}
+        return {'last': Path(snapshot(folder / 'run'))}
     if not (folder / 'done').exists():
         script('refine', 'rounds', f'--network={base}', f'--outdir={folder / "loop"}', f'--rounds={o.rounds}', f'--duration={o.duration:g}',
                *ARMS[arm], f'--steps={o.steps}', f'--seed={o.seed}', '--detector=pixels', f'--sample-steps={SAMPLE_STEPS}', '--batch=256',
@@ -175,7 +155,7 @@ class Options:
 
 
 @click.command(cls=Command)
-@click.option('--scale', type=click.Choice(list(SCALES)), default='digits', show_default=True, help='Images and network')
+@click.option('--scale', type=click.Choice(['digits', 'cifar8']), default='digits', show_default=True, help='Images and network')
 @click.option('--out', 'outdir', metavar='DIR', required=True, help='Folder for everything that is written; the same command resumes')
 @click.option('--data', metavar='PATH', help='Photographs, for scales other than digits')
 @click.option('--cells', metavar='DIR', help='Folder of benchmarks/price.py with data, networks, detectors  [default: OUT, trained here]')

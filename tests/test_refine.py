@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The refine.py command: what a round's set holds, resuming at every point, ranks, and what is refused."""
 
+import functools
 import json
 import shutil
 import signal
@@ -12,10 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
 
 import refine
-from tests.support import ROOT, launch, tiny
+from tests.support import ROOT, commands, launch, tiny
 from training.checkpoints.load import load_network
 from training.data.convert.writers import encode_npy
 from training.data.dataset import ImageDataset
@@ -23,6 +23,7 @@ from training.refinement import loop, restoring
 from training.refinement.noisy import NoisySet, options_of
 from training.sampling.generate import generate_images
 
+run, refused = (functools.partial(call, refine.main) for call in (commands.run, commands.refused))
 NAME, QUICK = 'network-snapshot-000000.320', ['--steps=3', '--threads=1']
 LOOP = ['--rounds=2', '--duration=0.00008', '--sampler=dpmpp_2m_sde', '--schedule=dataloops', '--detector=pixels', '--sample-steps=2',
         *QUICK]
@@ -36,20 +37,6 @@ def base(tmp_path_factory):
     tiny.call(f'--outdir={folder}', f'--data={folder / "data.zip"}', *tiny.FLAGS, '--seed=5', '--duration=0.00032', '--threads=1',
               '--expr-id=run')
     return folder / '00000-run' / NAME
-
-
-def run(*args, code=0):
-    """Runs the command in this process; returns what it prints."""
-    result = CliRunner().invoke(refine.main, [str(arg) for arg in args])
-    assert result.exit_code == code, (result.output, result.exception)
-    return result.output
-
-
-def refused(*args):
-    """The one line of a refusal."""
-    lines = run(*args, code=1).strip().splitlines()
-    assert len(lines) == 1 and lines[0].startswith('Error: '), lines
-    return lines[0]
 
 
 def here(command):
@@ -219,7 +206,7 @@ def test_interrupted_and_resumed(base, straight, place, tmp_path, monkeypatch, i
             owner, name, number, after = PLACES[place]
             patch.setattr(owner, name, nth(getattr(owner, name), number, after))
         with pytest.raises(Killed):
-            CliRunner().invoke(refine.main, list(args))
+            run(*args)
     if place == 'restoring':
         assert not (tmp_path / 'loop' / 'round-01-data.npz').exists()
     (tmp_path / 'loop' / '.round-02-data.npz-left0ver').mkdir()  # of a set that was being written
@@ -233,7 +220,7 @@ def test_finished_parts_are_not_restored_again(base, tmp_path, monkeypatch):
     args = 'restore', f'--network={base}', f'--dest={tmp_path / "set.npz"}', *QUICK
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(restoring.Restoring, '_write_part', nth(restoring.Restoring._write_part, 2, after=True))
-        CliRunner().invoke(refine.main, list(args))
+        run(*args)
     written, write = [], restoring.Restoring._write_part
     monkeypatch.setattr(restoring.Restoring, '_write_part', lambda self, number, *rest: written.append(number) or write(self, number,
                                                                                                                     *rest))

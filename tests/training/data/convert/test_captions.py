@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Captions: where they are read from, how they become the labels of a data set of any kind, and what is refused."""
 
+import functools
 import hashlib
 import io
 import json
@@ -11,12 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
 from PIL import Image
 
 import dataset_tool
 from dnnlib import UserError
-from tests.support import words
+from tests.support import commands, words
 from training.data import cache, text
 from training.data.convert.annotations import read_captions
 from training.data.convert.sources import open_sources
@@ -24,19 +24,8 @@ from training.data.dataset import ImageDataset
 
 TEXTS = ['a red square', 'a blue square', '', 'a red square', 'big, and blue', 'small']
 NAMES = [f'{i}.png' for i in range(6)]
+run, refused = (functools.partial(call, dataset_tool.main) for call in (commands.run, commands.refused))
 ENCODER = '--text-encoder=words:x'
-
-
-def run(*args, code=0):
-    result = CliRunner().invoke(dataset_tool.main, [str(arg) for arg in args])
-    assert result.exit_code == code, (result.output, result.exception)
-    return result.output
-
-
-def refused(*args):
-    lines = run(*args, code=1).strip().splitlines()
-    assert len(lines) == 1 and lines[0].startswith('Error: '), lines
-    return lines[0]
 
 
 @pytest.fixture
