@@ -14,7 +14,7 @@ import torch
 from dnnlib import UserError, hub, one_line
 from dnnlib.files import file_digest
 from metrics import inception, vgg
-from torch_utils import distributed, misc
+from torch_utils import distributed, misc, numerics
 
 PIXELS_MAX_DIM = 4096  # beyond this the covariance of raw pixels is larger than that of Inception's features, and less informative
 DINO_SIDE, DINO_MEAN, DINO_STD = 224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's mean and deviation, of images in [0, 1]
@@ -54,7 +54,7 @@ class Detector:
     def __call__(self, images: torch.Tensor, spatial: bool = False) -> tuple:
         images = images.to(self.device)
         images = images.expand(-1, 3, -1, -1) if self._rgb and images.shape[1] == 1 else images
-        with misc.full_float32():
+        with numerics.full_float32():
             if spatial:
                 return self.net(images, spatial=True)
             found = self.net(images)

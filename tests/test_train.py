@@ -294,6 +294,7 @@ def dry_run(*args):
 @pytest.mark.parametrize('name', PUBLISHED)
 def test_published_command_lines(here, monkeypatch, name):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)  # for --fp16
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device=None: (7, 5))
     before = sorted(Path('.').rglob('*'))
     config, output = dry_run(*PUBLISHED[name])
     assert sorted(Path('.').rglob('*')) == before, 'a dry run writes nothing'
@@ -444,7 +445,8 @@ def test_words_of_the_options_are_those_of_the_program():
     """They are written down twice, so that --help need not import what knows them."""
     choices = {param.name: list(param.type.choices) for param in train.main.params if isinstance(param.type, click.Choice)}
     assert choices == {'corruption_protocol': list(corruption.PROTOCOLS), 'sigma_min_as': list(corruption.SIGMA_MIN_AS),
-                       'ambient_weight': ['none', 'inverse'], 'precision': list(misc.PRECISIONS), 'data_on': list(device.PLACES)}
+                       'ambient_weight': ['none', 'inverse'], 'precision': ['auto', *misc.PRECISIONS], 'data_on': list(device.PLACES),
+                       'checkpoint': ['none', 'blocks', 'auto']}
     assert f'exit with code {STOPPED}' in next(param.help for param in train.main.params if param.name == 'max_hours')
 
 

@@ -318,6 +318,23 @@ class Number(click.ParamType):
         return number
 
 
+class AutoOr(click.ParamType):
+    """The word "auto", or a value of another type."""
+
+    name = 'VALUE'
+
+    def __init__(self, kind: click.ParamType | type):
+        self.kind = click.types.convert_type(kind)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value == 'auto':
+            return value
+        try:
+            return self.kind.convert(value, param, ctx)
+        except click.BadParameter as err:
+            raise click.BadParameter(f'{err.message.rstrip(".")}, nor "auto"', ctx, param) from None
+
+
 def ints(ctx: click.Context, param: click.Parameter, value: str | None) -> list[int] | None:
     """'1,2,2' -> [1, 2, 2]."""
     try:

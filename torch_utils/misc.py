@@ -65,18 +65,6 @@ def seeded(*key: int | str, device: torch.device | str = 'cpu') -> Iterator[None
         source.set_state(before)
 
 
-@contextlib.contextmanager
-def full_float32() -> Iterator[None]:
-    """Inside the context a GPU multiplies float32 in full precision: no TF32 (10-bit mantissa), PyTorch's default for convolutions."""
-    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = cudnn.allow_tf32, matmul.allow_tf32
-    cudnn.allow_tf32 = matmul.allow_tf32 = False
-    try:
-        yield
-    finally:
-        cudnn.allow_tf32, matmul.allow_tf32 = before
-
-
 def device_name(device: torch.device | str) -> str:
     """The name of a device in results: the GPU's model, or "cpu"."""
     device = torch.device(device)

@@ -11,7 +11,7 @@ from metrics.detectors import DETECTORS, Detector
 from metrics.evaluate import Settings, check_detector, check_reference, check_shape, evaluate_batches, needs_features
 from metrics.image_files import ImageFiles
 from metrics.statistics import Statistics, save_statistics
-from torch_utils import distributed, registry
+from torch_utils import distributed, numerics, registry
 from torch_utils.command_line import ranges
 from training.evaluation.images import NetworkImages, RecordedImages
 from training.evaluation.sweep import Sweep
@@ -21,6 +21,7 @@ from training.sampling import record
 def evaluate(o: EasyDict) -> None:
     """The main command: reads or generates images, computes the metrics, prints them, and writes the JSON. o: the options."""
     distributed.init()
+    numerics.set_numerics()
     if o.out_path:
         prepare_output(o.out_path, '--out-path')
     source = NetworkImages(o) if o.network else RecordedImages(o)
@@ -79,6 +80,7 @@ def run_sweep(o: EasyDict) -> None:
     """The `sweep` command: all options are checked before the first cell. Features of reference images are computed only if a cell is
     unfinished."""
     distributed.init()
+    numerics.set_numerics()
     cells = Sweep(o)
     reference, detector, digest = open_comparison(o, cells.shape)
     facts = {'metrics': metrics_facts(o), **common_facts(o, detector), 'reference': {
@@ -94,6 +96,7 @@ def run_sweep(o: EasyDict) -> None:
 def write_reference(o: EasyDict) -> None:
     """The `ref` command."""
     distributed.init()
+    numerics.set_numerics()
     prepare_output(o.dest, '--dest')
     stats = references.statistics_of(ImageFiles(o.data, '--data'), make_detector(o), o.batch_size, o.keep_features)
     if distributed.rank() == 0:

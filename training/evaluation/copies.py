@@ -10,7 +10,7 @@ from dnnlib.files import beside, file_digest, prepare_output, write_json
 from metrics import memorisation, references, report
 from metrics.detectors import Detector
 from metrics.image_files import ImageFiles
-from torch_utils import distributed
+from torch_utils import distributed, numerics
 from training.evaluation.comparison import common_facts, make_detector
 from training.sampling.writers import write_grid
 
@@ -18,6 +18,7 @@ from training.sampling.writers import write_grid
 def find_nearest(o: EasyDict) -> None:
     """The `nearest` command."""
     distributed.init()
+    numerics.set_numerics()
     out_path, picture = (given or beside(o.gen_path, f'.nearest.{suffix}')
                          for given, suffix in ((o.out_path, 'json'), (o.picture, 'png')))
     prepare_output(out_path, '--out-path')

@@ -12,7 +12,7 @@ import dnnlib
 from dnnlib import EasyDict, UserError, text_record
 from dnnlib.files import beside, file_digest, prepare_output, write_json
 from dnnlib.progress import Progress
-from torch_utils import distributed, misc
+from torch_utils import distributed, misc, numerics
 from training.checkpoints.load import check_denoiser, load_network
 from training.data.dataset import ImageDataset
 from training.diffusion import discrete
@@ -30,6 +30,7 @@ def run(o: EasyDict) -> None:
     if o.threads:
         torch.set_num_threads(o.threads)
     distributed.init()
+    numerics.set_numerics()
     out_path = o.out_path or beside(o.network, f'.{o.method}{"-gaussian" if o.dequantise == "gaussian" else ""}.json')
     for path, option, suffix in ((out_path, '--out-path', '.json'), (o.npz_path, '--npz-path', '.npz'), (o.plot, '--plot', '.png')):
         if path:

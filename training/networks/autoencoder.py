@@ -12,7 +12,7 @@ import torch
 
 from dnnlib import UserError, hub, one_line
 from dnnlib.files import file_digest, read_json
-from torch_utils import distributed, misc
+from torch_utils import distributed, misc, numerics
 
 # What an autoencoder takes and gives: factor and offset from [0, 1] to its pixels. "0..1" is that of EDM2, whose latents therefore have
 # other statistics than those of Stable Diffusion's own programs, "-1..1".
@@ -155,7 +155,7 @@ class Coder:
         """run(x) in chunks of equal size, which depends on the size of a picture only: on the CPU results depend on it."""
         on_cpu = self.autoencoder.device.type == 'cpu'
         rows = min(max(1, PIXELS['cpu' if on_cpu else 'cuda'] // pixels), misc.CPU_CHUNK if on_cpu else len(x))
-        with misc.full_float32():
+        with numerics.full_float32():
             return torch.cat([run(x[part])[:count] for part, count in misc.chunks(len(x), x.device, rows)])
 
 

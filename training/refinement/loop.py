@@ -22,7 +22,7 @@ from dnnlib.files import read_json, write_json
 from dnnlib.fingerprint import data_differences
 from dnnlib.lock import FolderLock
 from metrics.detectors import DETECTORS
-from torch_utils import distributed, misc, registry
+from torch_utils import distributed, misc, numerics, registry
 from torch_utils.monitor import STOPPED
 from training.checkpoints.load import check_denoiser, load_network
 from training.evaluation.proximal import Proximal
@@ -142,6 +142,7 @@ def _begin(o):
     if o.threads:
         torch.set_num_threads(o.threads)
     distributed.init()
+    numerics.set_numerics()
 
 
 def run_rounds(o: EasyDict) -> None:

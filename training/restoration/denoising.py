@@ -12,7 +12,7 @@ from dnnlib import EasyDict, UserError
 from dnnlib.files import prepare_output
 from dnnlib.fingerprint import digest
 from dnnlib.progress import Progress
-from torch_utils import distributed, misc
+from torch_utils import distributed, misc, numerics
 from training.checkpoints.load import check_denoiser
 from training.data import tables
 from training.data.convert import sheet
@@ -33,6 +33,7 @@ def run(o: EasyDict) -> None:
     if o.threads:
         torch.set_num_threads(o.threads)
     distributed.init()
+    numerics.set_numerics()
     check_options(o)
     device = distributed.pick_device(o.device)
     net = open_network(o.network, o.weights, device, o.precision, o.compile)

@@ -7,7 +7,7 @@ import os
 import torch
 
 from dnnlib import EasyDict, UserError
-from torch_utils import distributed, misc, registry
+from torch_utils import distributed, misc, numerics, registry
 from training.data.corruption import Corruption, LabelCorruption
 from training.data.dataset import Form, ImageDataset, Levels
 from training.data.identity import open_everywhere
@@ -17,7 +17,7 @@ from training.networks.interface import ARCHS, network_class
 from training.networks.preconditioning import PREDICTIONS
 from training.objective.loss import TERMS
 from training.objective.variational import terms_of
-from training.run import config, distill, published, regimes
+from training.run import config, distill, memory, published, regimes
 from training.run.build import build_cep, build_corruption, build_optimizer, probe
 from training.run.optimizer import LearningRate
 from training.run.options import DIFFUSION, PREDICTION
@@ -25,6 +25,8 @@ from training.sampling.pixels import is_picture
 
 # Sampler of networks with a discrete-time objective, in fewer steps where the schedule has fewer. With eps it has to be one that clips D.
 SAMPLING = {name: {'sampler': 'dpmpp_2m', 'steps': 18} for name in PREDICTIONS} | {'eps': {'sampler': 'ancestral', 'steps': 50}}
+
+FP16_SCALE = 2.0 ** 16  # first loss scale of fp16: at 1 most gradients of activations round to 0
 
 # Noise distribution and weight that each preconditioning was published with.
 PUBLISHED = {'edm': ('lognormal', 'edm'), 'iddpm': ('iddpm_levels', 'snr'), 've': ('loguniform', 'snr'), 'vp': ('vp_uniform', 'snr')}
@@ -47,19 +49,25 @@ def configure(o: EasyDict) -> config.Config:
     if dataset.text and corruption.labels and corruption.labels.groups is not None:
         raise UserError(f'--label-corruption-groups={corruption.labels.groups}: groups are of classes, and the labels of --data are '
                         'captions; leave it out')
-    return config.Config(
+    precision, compiled = choose_precision(o), choose_compile(o)
+    found = config.Config(
         data=data,
         corruption=corruption,
         network=network(o, dataset, teacher, regime),
         objective=objective(o, dataset, teacher),
-        optimizer=optimizer(o),
+        optimizer=optimizer(o, precision),
         run=config.RunConfig(
             seed=distributed.broadcast(o.seed if o.seed is not None else misc.seed_of(os.urandom(8).hex()) % 2**31),
-            batch=o.batch, batch_gpu=o.batch_gpu or o.batch // distributed.size(), duration_kimg=o.duration * 1e3, tick_kimg=o.tick,
+            batch=o.batch, batch_gpu=part_of(o), duration_kimg=o.duration * 1e3, tick_kimg=o.tick,
             snapshot_ticks=o.snap, state_ticks=o.dump, state_minutes=o.dump_minutes, keep_states=o.keep_states,
             max_hours=o.max_hours, samples=o.samples, metrics=metrics(o, dataset), gns=o.gns,
-            precision=choose_precision(o), bench=o.bench, compile=o.compile_net, checkpointing=o.checkpointing, expr_id=o.expr_id,
+            precision=precision, bench=o.bench, compile=compiled, checkpointing=published.checkpoint(o) == 'blocks', expr_id=o.expr_id,
             desc=o.desc, regime=regime, ranks=distributed.size(), versions=misc.versions(), command=o.get('command') or {}))
+    unknown = o.batch_gpu == 'auto', published.checkpoint(o) == 'auto'
+    if any(unknown):
+        found = memory.resolve(found, *unknown, distributed.device())
+        check_batch(EasyDict(o, batch_gpu=found.run.batch_gpu))
+    return found
 
 
 def check_corruption(o: EasyDict) -> None:
@@ -79,6 +87,8 @@ def check_batch(o: EasyDict) -> None:
         raise UserError(f'--batch={o.batch} is smaller than the {world} ranks; use at least --batch={world}, or fewer ranks')
     if o.batch % world:
         raise UserError(f'--batch={o.batch} is not divisible by the {world} ranks; try --batch={o.batch // world * world}')
+    if o.batch_gpu == 'auto':
+        return
     part = o.batch // world
     if o.gns and world == 1 and (o.batch_gpu or part) == part:
         raise UserError('--gns=1 compares the gradients of parts of a batch: use several ranks, or a --batch-gpu smaller than --batch')
@@ -86,6 +96,11 @@ def check_batch(o: EasyDict) -> None:
         good = max(n for n in range(1, min(o.batch_gpu, part) + 1) if part % n == 0)
         raise UserError(f'--batch={o.batch} is not divisible by {world} ranks x --batch-gpu={o.batch_gpu}; '
                         f'try --batch-gpu={good}')
+
+
+def part_of(o: EasyDict) -> int:
+    """Images per forward pass; of --batch-gpu=auto, the most that it may become."""
+    return o.batch // distributed.size() if o.batch_gpu in (None, 'auto') else o.batch_gpu
 
 
 def open_data(o: EasyDict, corruption: Corruption) -> tuple[config.DataConfig, Form]:
@@ -238,10 +253,11 @@ def takes(arguments: dict, name: str) -> bool:
 # ---- optimizer, averages, run
 
 
-def optimizer(o: EasyDict) -> config.OptimizerConfig:
+def optimizer(o: EasyDict, precision: str) -> config.OptimizerConfig:
     """The OptimizerConfig."""
+    scale = (FP16_SCALE if precision == 'fp16' else 1.0) if o.ls == 'auto' else o.ls
     found = config.OptimizerConfig(kind=published.optimizer(o), lr=o.lr, schedule=lr_schedule(o), rampup_kimg=o.lr_rampup * 1e3,
-                                   clip=o.clip, loss_scale=o.ls, ema_halflife_kimg=o.ema * 1e3, power_ema=o.power_ema)
+                                   clip=o.clip, loss_scale=scale, ema_halflife_kimg=o.ema * 1e3, power_ema=o.power_ema)
     build_optimizer(found, [torch.nn.Parameter(torch.zeros(1))])  # refuses values out of range, as the next line does
     probe('--lr-schedule', o.lr_schedule, lambda: LearningRate(found)(0, o.batch))
     return found
@@ -268,13 +284,24 @@ def label_corruption(o: EasyDict) -> config.LabelConfig | None:
 
 
 def choose_precision(o: EasyDict) -> str:
-    """The precision, by default fp32; fp16 needs a GPU, except to print the configuration."""
-    if o.fp16 and o.precision not in (None, 'fp16'):
+    """The precision. auto: bf16 where all ranks have GPUs that compute in it natively, fp32 elsewhere.
+
+    fp16 needs a GPU, except to print the configuration."""
+    if o.fp16 and o.precision not in ('auto', 'fp16'):
         raise UserError(f'--fp16=1 and --precision={o.precision} exclude each other; give one of them')
-    precision = 'fp16' if o.fp16 else o.precision or 'fp32'
+    precision = 'fp16' if o.fp16 else o.precision
     if precision == 'fp16' and not torch.cuda.is_available() and not o.dry_run:
         raise UserError('--precision=fp16 needs a GPU, and none is available; use fp32 or bf16')
-    return precision
+    if precision != numerics.AUTO:
+        return precision
+    return numerics.FAST if all(distributed.all_values(numerics.is_native(numerics.FAST, distributed.device()))) else 'fp32'
+
+
+def choose_compile(o: EasyDict) -> bool:
+    """Whether to compile. auto: where all ranks can and it pays."""
+    if o.compile_net != numerics.AUTO:
+        return o.compile_net
+    return all(distributed.all_values(numerics.can_compile(distributed.device())))
 
 
 def validation(o: EasyDict) -> config.ValidationConfig | None:

@@ -14,7 +14,7 @@ import torch
 from dnnlib import EasyDict, Logger, UserError, format_time
 from torch_utils import checkpoint, distributed, registry
 from training.networks.preconditioning import build_network
-from training.run import folder, states
+from training.run import folder, memory, states
 from training.run.build import build_objective
 from training.run.config import Config, from_json, to_json
 from training.run.configure import configure
@@ -47,8 +47,20 @@ def print_config(config: Config, o: EasyDict) -> None:
     params = sum(p.numel() for p in (*net.parameters(), *objective.parameters()))
     if o.dry_run:
         distributed.print0(json.dumps(to_json(config), indent=2))
+    distributed.print0(arithmetic(config, o))
     distributed.print0(f'{type(net.model).__name__} with {params / 1e6:.2f} M parameters, {type(net).__name__}; '
                        f'{objective.evaluations:.3g} network evaluations per image and step; seed {config.run.seed}')
+
+
+def arithmetic(config: Config, o: EasyDict) -> str:
+    """One line: how the network is computed, and which options chose that."""
+    run = config.run
+    words = [f'Precision {run.precision}', 'compiled' if run.compile else '', 'blocks computed again' if run.checkpointing else '']
+    by = [option for option, value in (('--precision=auto', '' if o.fp16 else o.precision), ('--compile=auto', o.compile_net))
+          if value == 'auto']
+    exact = '' if (run.precision, run.compile) == ('fp32', False) else '--precision=fp32 --compile=0 gives the exact published arithmetic'
+    note = '; '.join(filter(None, [by and f'chosen by {" and ".join(by)}', exact]))
+    return ', '.join(filter(None, words)) + (f' ({note})' if note else '')
 
 
 def find_run(config: Config, o: EasyDict) -> tuple[Config, tuple[str, str] | None]:
@@ -65,7 +77,8 @@ def find_run(config: Config, o: EasyDict) -> tuple[Config, tuple[str, str] | Non
         found = states.find(o.outdir, config, folder_name(config, o), o.free)
         return (('latest', found[0]), to_json(found[1])) if found else (None, None)
 
-    o.free = [key for key, given in (('run.seed', o.seed), ('network.arguments.prediction', o.prediction)) if given is None]
+    o.free = [key for key, given in (('run.seed', o.seed), ('network.arguments.prediction', o.prediction),
+                                     ('optimizer.loss_scale', None if o.ls == 'auto' else o.ls)) if given is None]
     place, stored = distributed.from_rank0(look)
     return (states.adopt(config, from_json(stored)), place) if stored else (config, None)
 
@@ -79,7 +92,7 @@ def launch(config: Config, o: EasyDict, place: tuple[str, str] | None, open_mirr
     distributed.on_abort(functools.partial(note, shown=False))
     requests = Requests(Signals(note), config.run.max_hours, config.run.state_minutes, o.start)
     try:
-        with requests.signals:
+        with requests.signals, memory.explained(config):
             train_in(run_dir, config, o, state, state_path, requests, open_mirrors)
     except Stop as stop:
         if lock:

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from torch_utils.command_line import Names, Number, Spec, group, groups, row
+from torch_utils.command_line import AutoOr, Names, Number, Spec, group, groups, row
 from torch_utils.monitor import STOPPED
 from training.run import presets, published
 
@@ -115,7 +115,8 @@ TRAINING = group(
     'Training',
     number('--duration', POSITIVE, 'Training length in million images', 200, 'MIMG'),
     count('--batch', 'Global batch size', 512),
-    count('--batch-gpu', 'Images per forward pass on each rank; smaller ones accumulate gradients  [default: all]'),
+    click.option('--batch-gpu', metavar='auto|INT', type=AutoOr(COUNT),
+                 help='Images per forward pass on each rank; auto: as many as fit in memory  [default: all]'),
     number('--lr', POSITIVE, 'Learning rate', 1e-3),
     number('--lr-rampup', NOT_NEGATIVE, 'Learning-rate warm-up, in million images', 10, 'MIMG'),
     slot('--lr-schedule', 'training.run.optimizer:LR_SCHEDULES', 'Learning-rate schedule after the warm-up', 'constant'),
@@ -128,14 +129,16 @@ TRAINING = group(
     count('--seed', 'Random seed  [default: a random one, printed]', kind=WHOLE),
 )
 
-COMPILE = 'torch.compile; compute blocks again in the backward pass, to save memory'
+COMPILE = 'torch.compile [auto: on GPUs]; recompute blocks to save memory [none]'
 SPEED = group(
     'Speed and memory',
-    word('--precision', ['fp32', 'tf32', 'bf16', 'fp16'], 'Arithmetic of the network  [default: fp32]'),
-    number('--ls', POSITIVE, 'Loss scaling; gradients are divided by it again', 1),
+    word('--precision', ['auto', 'fp32', 'tf32', 'bf16', 'fp16'], 'auto: bf16 on GPUs that have it, else fp32', 'auto'),
+    number('--ls', AutoOr(POSITIVE), 'Loss scaling, divided out again; auto: 65536 at first in fp16, else 1', 'auto', 'auto|FLOAT'),
     switch('--bench', 'Let cuDNN time its algorithms and use the fastest', True),
-    row(COMPILE, switch(('--compile', 'compile_net'), 'Compile the network with torch.compile')),
-    row(COMPILE, switch('--checkpointing', 'Compute each block again in the backward pass, to save memory')),
+    row(COMPILE, click.option('--compile', 'compile_net', metavar='auto|BOOL', type=AutoOr(bool), default='auto', show_default=True,
+                              help='Compile with torch.compile; auto: on GPUs where it works')),
+    row(COMPILE, word('--checkpoint', ['none', 'blocks', 'auto'], 'Compute each block again in the backward pass, to save memory; '
+                      'auto: if the batch does not fit otherwise', 'none')),
     number('--cache-gib', NOT_NEGATIVE, 'Memory per node for noisy images, in GiB; the rest are recomputed at each use', 8),
     click.option('--cache-dir', metavar='DIR', type=click.Path(file_okay=False),
                  help='Folder of the decoded copy of the data  [default: beside the data, else the user\'s cache]'),

@@ -10,7 +10,7 @@ from torch_utils.command_line import Number, group, ints, row
 COUNT, NOT_NEGATIVE = click.IntRange(min=1), Number(least=0)
 KEYS = 'Keys of --arch, as EDM names them: --cbase=128 --cres=1,2,2'
 CHAIN = 'Keys of --consistency=euler, as ambient-laws names them (docs/consistency.md)'
-OTHERS = 'Key of --optimizer; --precision=fp16, saved in config.json; --cache-gib=0 if False'
+OTHERS = 'Older forms of --optimizer, --precision, --cache-gib, --checkpoint'
 
 
 def _option(name, kind, metavar, text, **more):
@@ -33,6 +33,7 @@ OPTIONS = group(
     row(OTHERS, _option('--weight-decay', NOT_NEGATIVE, 'FLOAT', 'Key of --optimizer  [default: 0 for adam]')),
     row(OTHERS, _option('--fp16', bool, 'BOOL', '--precision=fp16, saved in config.json', default=False, show_default=True)),
     row(OTHERS, _option('--cache', bool, 'BOOL', 'False: --cache-gib=0', default=True, show_default=True)),
+    row(OTHERS, _option('--checkpointing', bool, 'BOOL', 'True: --checkpoint=blocks')),
 )
 
 
@@ -60,6 +61,15 @@ def architecture(o: EasyDict) -> str:
         if key in given:
             raise UserError(f'--{key}={value} and --arch={o.arch}: "{key}" is given twice; give one of them')
     return registry.unparse(name, given | keys)
+
+
+def checkpoint(o: EasyDict) -> str:
+    """--checkpoint, also where --checkpointing gives it."""
+    if o.checkpointing is None:
+        return o.checkpoint
+    if o.checkpoint != 'none' and o.checkpointing != (o.checkpoint == 'blocks'):
+        raise UserError(f'--checkpointing={int(o.checkpointing)} and --checkpoint={o.checkpoint} exclude each other; give one of them')
+    return 'blocks' if o.checkpointing else 'none'
 
 
 def optimizer(o: EasyDict) -> str:

@@ -15,7 +15,7 @@ import torch
 
 from dnnlib import EasyDict, UserError, format_time
 from dnnlib.files import finite
-from torch_utils import distributed, misc, training_stats
+from torch_utils import distributed, misc, numerics, training_stats
 from training.checkpoints import posthoc
 from training.checkpoints.card import model_card
 from training.checkpoints.load import load_weights
@@ -82,11 +82,7 @@ class Run:
     # ---- setup
 
     def _setup_numerics(self):
-        tf32 = self.config.run.precision == 'tf32'
-        torch.backends.cudnn.benchmark = self.config.run.bench
-        torch.backends.cudnn.allow_tf32 = tf32
-        torch.backends.cuda.matmul.allow_tf32 = tf32
-        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+        numerics.set_numerics(self.config.run.precision, self.config.run.bench)
 
     def _setup_network(self, resuming):
         config = self.config

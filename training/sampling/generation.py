@@ -9,7 +9,7 @@ import torch
 from dnnlib import EasyDict, UserError
 from dnnlib.files import check_writable, prepare_output
 from dnnlib.progress import Progress
-from torch_utils import distributed
+from torch_utils import distributed, numerics
 from training.sampling import guidance
 from training.sampling import pieces as sampling
 from training.sampling.channels import Channels
@@ -26,6 +26,7 @@ def run(o: EasyDict) -> None:
     if o.threads:
         torch.set_num_threads(o.threads)
     distributed.init()
+    numerics.set_numerics()
     seeds = list(dict.fromkeys(o.seeds))  # a seed that was named twice is one image
     check_writable(o.outdir)
     prepare_output(record_path(o.outdir), '--outdir')

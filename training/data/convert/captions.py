@@ -16,6 +16,7 @@ from dnnlib import UserError, text_record
 from dnnlib.archive import JSON_BASE, JSON_PER_MEMBER, Archive
 from dnnlib.files import MAX_JSON, new_folder, replacing, write_json
 from dnnlib.progress import Progress
+from torch_utils import numerics
 from training.data import packed
 from training.data.contents import Pictures
 from training.data.convert.annotations import read_captions
@@ -27,6 +28,7 @@ BYTES = 11  # of a number in JSON, about
 
 def embed(options: dict) -> list[str]:
     """Writes the labels for the options of the command line, a dict; returns lines of text to print. Raises UserError."""
+    numerics.set_numerics()
     path, dest = options['source'], options['dest'] or options['source']
     contents = packed.Packed(path) if packed.is_packed(path) else Pictures(path)
     names = [contents.name(index) for index in range(contents.count)]

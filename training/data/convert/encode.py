@@ -14,6 +14,7 @@ import torch
 from dnnlib import UserError
 from dnnlib.cpus import cpu_count
 from dnnlib.progress import Progress
+from torch_utils import numerics
 from training.data import tables
 from training.data.convert.annotations import lower_limits, read_levels
 from training.data.convert.statistics import Summary, facts_of_dataset, lines, measure
@@ -36,6 +37,7 @@ NOT_WHITE = ('--source={}: its images carry white noise ("sigmas"), which the au
 def encode(o: dict, open_coder: Callable) -> Iterator[str]:
     """Writes --dest for the options of the command line, a dict; yields lines of text to print. open_coder(description, device): of
     networks/autoencoder.py. Raises UserError."""
+    numerics.set_numerics()
     dest = packed_dest(o['dest'])
     dataset = open_pictures(o)
     range, units = choose_units(o)
