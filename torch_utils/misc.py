@@ -29,17 +29,26 @@ def generator(*key: int | str, device: torch.device | str = 'cpu') -> torch.Gene
     return torch.Generator(device).manual_seed(seed_of(*key))
 
 
+WORD = 63  # bits of a seed in one number of a key
+
+
 class Draws:
     """randn(name, shape): this rank's rows of the global batch's standard normal draw with key (seed, step, name).
 
     first_row: global index of this rank's first row. The draw does not depend on how the rows are divided among ranks: the global batch is
-    drawn in blocks of BLOCK_ROWS rows, each from its own generator, so that a rank draws only what it needs."""
+    drawn in blocks of BLOCK_ROWS rows, each from its own generator, so that a rank draws only what it needs.
+    Attributes key: int64 [4] on the CPU (seed in two words, step, first row), which compiled code takes as an input; a graph that read the
+    numbers themselves would be compiled again in every step. now: the step as a 0-dim float64 tensor on the device, for formulas."""
 
     def __init__(self, seed: int, step: int, first_row: int = 0, device: torch.device | str = 'cpu'):
         self.seed, self.step, self.first_row, self.device = seed, step, first_row, torch.device(device)
+        self.key = torch.tensor([seed % 2 ** WORD, seed >> WORD, step, first_row], device='cpu')
+        self.now = torch.full([], step, dtype=torch.float64, device=self.device)  # filled there, because a copy would wait for the device
 
     def __call__(self, name: str, shape: Sequence[int]) -> torch.Tensor:
         """float32 tensor of the shape; shape[0] counts this rank's rows."""
+        if torch.compiler.is_compiling():
+            return draw_operator(self.key, name, list(shape), self.device)
         first, last = self.first_row, self.first_row + shape[0]
         blocks = [self._block(name, b, shape[1:]) for b in range(first // BLOCK_ROWS, -(-last // BLOCK_ROWS))]
         skip = first % BLOCK_ROWS
@@ -48,6 +57,17 @@ class Draws:
     def _block(self, name, index, shape):
         source = generator(self.seed, self.step, name, index, device=self.device)
         return torch.randn([BLOCK_ROWS, *shape], generator=source, device=self.device)
+
+
+def draw(key: torch.Tensor, name: str, shape: list[int], device: torch.device) -> torch.Tensor:
+    """The draw of Draws with this key, as a function of its arguments alone."""
+    low, high, step, first_row = key.tolist()
+    return Draws((high << WORD) + low, step, first_row, device)(name, shape).clone()  # of its own memory, as compiled code expects it
+
+
+# A custom operator, which hides the draw from the compiler.
+draw_operator = torch.library.custom_op('ambient::draw_normal', draw, mutates_args=())
+draw_operator.register_fake(lambda key, name, shape, device: torch.empty(shape, device=device))
 
 
 @contextlib.contextmanager

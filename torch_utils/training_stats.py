@@ -8,6 +8,19 @@ import torch
 from torch_utils import distributed
 
 
+def moments(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What Collector.add_groups() needs of values [N]: (is finite, x, x^2) of each, float64 [N,3], and how many there are, the sum and the
+    sum of squares of the flags of those that are not finite, float64 [3]. Non-finite values count as 0 in the first."""
+    x = values.detach().flatten().double()
+    finite = torch.isfinite(x)
+    x = torch.where(finite, x, 0.0)
+    return torch.stack([finite.double(), x, x * x], dim=1), _sums((~finite).double(), torch.ones_like(finite))
+
+
+def _sums(x, chosen):
+    return torch.stack([chosen.double(), x * chosen, x * x * chosen]).sum(dim=1)
+
+
 class Collector:
     """Accumulates named values until flush(). Every rank must report the same names."""
 
@@ -30,14 +43,14 @@ class Collector:
         """Adds values under `name` and under "name/label", label = labels[group]; the label "a/b" counts under "a" too.
 
         values: [N]; group: int64 [N], below len(labels). One pass over the values, whatever the number of groups."""
-        x = torch.as_tensor(values, device=self.device).detach().flatten().double()
-        finite = torch.isfinite(x)
-        x = torch.where(finite, x, 0.0)
-        moments = torch.stack([finite.double(), x, x * x], dim=1)  # [N,3]
+        self.add_groups(name, moments(torch.as_tensor(values, device=self.device)), group, labels)
+
+    def add_groups(self, name: str, found: tuple[torch.Tensor, torch.Tensor], group: torch.Tensor, labels: Sequence[str]) -> None:
+        """As report_groups(), for values of which moments() are `found`."""
         if name not in self._tables:
             self._tables[name] = labels, torch.zeros([len(labels), 3], dtype=torch.float64, device=self.device)
-        self._tables[name][1].index_add_(0, group, moments)
-        self._add(f'{name}/nonfinite', (~finite).double(), torch.ones_like(finite))
+        self._tables[name][1].index_add_(0, group, found[0])
+        self._accumulate(f'{name}/nonfinite', found[1])
 
     def _unfold(self):
         """Adds each group of the tables to all names that it counts under."""
@@ -52,7 +65,7 @@ class Collector:
         self._sums[name] = self._sums[name] + moments if name in self._sums else moments
 
     def _add(self, name, x, chosen):
-        self._accumulate(name, torch.stack([chosen.double(), x * chosen, x * x * chosen]).sum(dim=1))
+        self._accumulate(name, _sums(x, chosen))
 
     def state(self) -> dict:
         """The sums of this rank since the last flush, copied to host memory."""

@@ -4,7 +4,6 @@
 Moves that resample are applied to clean images only: interpolation correlates and shrinks noise, and the ambient loss assumes white
 noise of std sigma_n."""
 
-import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -22,6 +21,7 @@ SYM6 = [0.015404109327027373, 0.0034907120842174702, -0.11799011114819057, -0.04
         0.787641141030194, 0.3379294217276218, -0.07263752278646252, -0.021060292512300564, 0.04472490177066578,
         0.0017677118642428036, -0.007800708325034148]
 CENTRE = sum(k * tap for k, tap in enumerate(SYM6)) / sum(SYM6)  # its centre, in half pixels from its first tap
+FILTERS = {}  # (size, device): see _filters
 MARGIN = 7  # pixels beyond the edge that are filtered too: half for positions just outside, half for the width of the filter
 
 
@@ -112,7 +112,7 @@ def apply(images: torch.Tensor, moves: Moves, noisy: torch.Tensor) -> torch.Tens
 
 
 def _resample_rows(rows, images, inverse):
-    if images.device.type != 'cpu':
+    if images.device.type != 'cpu' or torch.compiler.is_compiling():
         return _where(rows, resample(images, inverse), images)
     images = images.clone()  # the rows are known on the host without a synchronisation, and only those are processed
     images[rows] = resample(images[rows], inverse[rows])
@@ -155,8 +155,14 @@ def resample(images: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
     return halve_y @ moved @ halve_x.T
 
 
-@functools.cache
 def _filters(size, device):
+    """_make_filters(), made once: a dict, because the compiler looks through functools.cache, and would make them in every step."""
+    if (size, device) not in FILTERS:
+        FILTERS[size, device] = _make_filters(size, device)
+    return FILTERS[size, device]
+
+
+def _make_filters(size, device):
     """For one axis: the matrix that reflects and doubles, the one that halves, and where the doubled pixels lie.
 
     [2 (size + 2 MARGIN) + 10, size], [size, 2 size + 10] and [2 size + 10], the last in pixels from the image's centre. Matrices,

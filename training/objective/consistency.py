@@ -74,9 +74,8 @@ class ConsistencyTerm(Term):
     def forward(self, net: torch.nn.Module, batch: Batch, randn: Callable, seen: Evaluation | None = None) -> dict[str, torch.Tensor]:
         """{'consistency': [N]}, zero on the rows that are not used.
 
-        randn.step: number of global batches before this one. seen: the Evaluation, if there is one already."""
-        coeff = self._coeff(randn.step)
-        if coeff == 0:
+        randn.now: number of global batches before this one. seen: the Evaluation, if there is one already."""
+        if self.coeff == 0:
             return {'consistency': batch.images.new_zeros(len(batch.images))}
         x, D, _ = seen or evaluate(net, batch)
         rows = self._rows(len(x), x.device)
@@ -90,12 +89,16 @@ class ConsistencyTerm(Term):
             # Detached: this term adds no u of its own, so a learned weight would just grow to shrink it.
             value = self.weight(sigma).detach() * value
         # The number of rows is rounded: the factor keeps the meaning of coeff for every size of micro-batch.
-        scale = coeff * self.fraction * len(x) / len(rows)
+        scale = self._coeff(randn) * self.fraction * len(x) / len(rows)
         return {'consistency': value.new_zeros(len(x)).index_put((rows,), scale * value.flatten(1).sum(1))}
 
-    def _coeff(self, step):
-        """The factor at this step, which compensates for skipped steps."""
-        ramp = min(step * self.batch / (self.rampup * 1e3), 1) if self.rampup else 1
+    def due(self, step: int) -> bool:
+        """As Term.due; not in the first step of a ramp, where the factor is 0."""
+        return super().due(step) and not (self.rampup and step == 0)
+
+    def _coeff(self, randn):
+        """The factor at this step, which compensates for skipped steps: a number, or with a ramp a 0-dim float64 tensor."""
+        ramp = (randn.now * self.batch / (self.rampup * 1e3)).clamp(max=1) if self.rampup else 1
         return self.coeff * self.every * ramp
 
     def _rows(self, n, device):

@@ -51,9 +51,7 @@ class Turns(Uniform):
         return step % (self.fake_steps + 1) < self.fake_steps
 
     def redraw(self, batch: Batch, randn: Callable) -> Batch:
-        """The batch, in the generator's steps with the levels of its loss."""
-        if self.is_fakes(randn.step):
-            return batch
+        """The batch with the levels of the generator's loss."""
         u = normal_cdf(randn('distill_level', batch.sigma.shape)).to(batch.sigma)
         least = (batch.sigma_n * self.buffer).clamp(min=SMALLEST)
         least = torch.full_like(least, self.sigma_min) if self.sigma_min else least
@@ -100,12 +98,18 @@ class Distillation(Objective):
     def set_teacher(self, net: torch.nn.Module) -> None:
         """Nothing: the teacher here is not the averaged network."""
 
-    def forward(self, net: torch.nn.Module, batch: Batch, randn: Callable) -> dict[str, torch.Tensor]:
+    def due(self, step: int) -> tuple[str, ...]:
+        return ('fake',) if self.timesteps.is_fakes(step) else ('generator',)
+
+    def redraw(self, batch: Batch, randn: Callable, due: tuple[str, ...]) -> Batch:
+        return batch if 'fake' in due else self.timesteps.redraw(batch, randn)
+
+    def values(self, net: torch.nn.Module, batch: Batch, randn: Callable, due: tuple[str, ...]) -> dict[str, torch.Tensor]:
         """{'fake': [N]} in psi's steps, {'generator': [N]} in the others; of `batch`, the images are not used."""
         labels = dict(class_labels=batch.class_labels)
         z = self.level * randn('distill_latents', batch.images.shape).to(batch.images)
         generate = lambda: net(z, torch.full_like(batch.sigma, self.level), **labels)
-        if self.timesteps.is_fakes(randn.step):
+        if 'fake' in due:
             with torch.no_grad():
                 x = generate()
             y = ambient.add_noise(x, 0.0, batch.sigma_n, randn('distill_corruption', x.shape).to(x))
@@ -113,7 +117,6 @@ class Distillation(Objective):
             values = {'fake' if name == self.first.name else name: value for name, value in values.items()}
         else:
             values = {'generator': self.generator_loss(generate(), batch, labels)}
-        name, value = next(iter(values.items()))
         # Every rank must have gradients of all parameters in every step, those of the network that rests and those for augmentation labels
         # too; resting() keeps the optimizer from using them.
         name, value = next(iter(values.items()))

@@ -42,8 +42,13 @@ class Term(torch.nn.Module):
     name = ''              # name of its values, logged as Loss/NAME
     needs_outputs = False  # whether it needs the network's further channels, Evaluation.rest
     needs_teacher = False  # whether it needs the averaged network, by set_teacher(net) before the first step
-    every = 1              # it is evaluated only in every n-th step, and is 0 in the others
+    every = 1              # it is evaluated only in every n-th step, and is 0 in the others, see due()
     evaluations = 0.0      # network evaluations per image and step, on average, in addition to the shared one
+
+    def due(self, step: int) -> bool:
+        """Whether it is evaluated in this step. Whatever else depends on the step has to be computed from the tensor randn.now: randn.step is
+        a constant of a compiled graph, which would be compiled again in every step."""
+        return step % self.every == 0
 
     def set_teacher(self, net: torch.nn.Module) -> None:
         """Stores the averaged network, for needs_teacher, in a tuple, so that it is not trained, moved or saved with this module."""
@@ -86,7 +91,7 @@ class Objective(torch.nn.Module):
     """Terms that share one evaluation of the denoiser; parameters of the terms are parameters of the objective.
 
     The first term is evaluated in every step, and is the one used for validation. timesteps: a piece of timesteps.TIMESTEPS over its
-    levels; the caller calls its redraw() for each batch before, and its update() after the last micro-batch of a step.
+    levels; the caller calls redraw() for each batch before, and the timesteps' update() after the last micro-batch of a step.
     Raises ValueError for two terms with the same name."""
 
     def __init__(self, terms: list[Term], timesteps: Uniform | None = None) -> None:
@@ -122,14 +127,27 @@ class Objective(torch.nn.Module):
         """Parameters that this step must leave alone, although they have gradients (which are 0)."""
         return []
 
+    def due(self, step: int) -> tuple[str, ...]:
+        """Names of the terms that are evaluated in this step; a compiled step has one graph for each choice."""
+        return tuple(name for name, term in self.terms.items() if term.due(step))
+
+    def redraw(self, batch: Batch, randn: Callable, due: tuple[str, ...]) -> Batch:
+        """The batch with the levels to train at. due: as due() says."""
+        return self.timesteps.redraw(batch, randn)
+
     def forward(self, net: torch.nn.Module, batch: Batch, randn: Callable) -> dict[str, torch.Tensor]:
-        """{term name: [N]} of all terms; they are not summed, so that each can be reported separately."""
-        due = {name: randn.step % term.every == 0 for name, term in self.terms.items()}
-        seen = evaluate(net, batch, outputs=any(term.needs_outputs for name, term in self.terms.items() if due[name]))
+        """{term name: [N]} of all terms, weighted by the timesteps; they are not summed, so that each can be reported separately."""
+        terms, found = self.timesteps.weigh(self.values(net, batch, randn, self.due(randn.step)), batch)
+        self.timesteps.note(*found)
+        return terms
+
+    def values(self, net: torch.nn.Module, batch: Batch, randn: Callable, due: tuple[str, ...]) -> dict[str, torch.Tensor]:
+        """{term name: [N]} without the weights of the timesteps. due: as due() says. It does not read randn.step."""
+        seen = evaluate(net, batch, outputs=any(term.needs_outputs for name, term in self.terms.items() if name in due))
         values = {}
         for name, term in self.terms.items():
-            values |= term(net, batch, randn, seen) if due[name] else {name: self._nothing(term, seen)}
-        return self.timesteps.weigh(values, batch)
+            values |= term(net, batch, randn, seen) if name in due else {name: self._nothing(term, seen)}
+        return values
 
     def _nothing(self, term, seen):
         """Zeros that depend on the term's own parameters: every rank must have gradients of all of them in every step."""

@@ -21,9 +21,13 @@ class Uniform(torch.nn.Module):
         """The batch, with the levels to train at."""
         return batch
 
-    def weigh(self, terms: dict[str, torch.Tensor], batch: Batch) -> dict[str, torch.Tensor]:
-        """The terms {name: [N]}, weighted so that their mean is that over uniform timesteps."""
-        return terms
+    def weigh(self, terms: dict[str, torch.Tensor], batch: Batch) -> tuple[dict[str, torch.Tensor], tuple]:
+        """The terms {name: [N]}, weighted so that their mean is that over uniform timesteps; and what note() is to be called with. Keeps
+        nothing, because a compiled graph must be a function of its inputs."""
+        return terms, ()
+
+    def note(self, *found: torch.Tensor) -> None:
+        """Called with what weigh() found in a micro-batch."""
 
     def update(self) -> None:
         """Called after each step, to update the estimates."""
@@ -63,11 +67,11 @@ class SecondMoment(Uniform):
         sigma = self.levels[t].where(clean, batch.sigma.flatten()).reshape(batch.sigma.shape)
         return batch._replace(sigma=sigma, factor=weight.float().where(clean, 1))
 
-    def weigh(self, terms: dict[str, torch.Tensor], batch: Batch) -> dict[str, torch.Tensor]:
-        """Multiplies by the importance weights; records the unweighted losses of the clean images for update()."""
+    def weigh(self, terms: dict[str, torch.Tensor], batch: Batch) -> tuple[dict[str, torch.Tensor], tuple]:
+        """Multiplies by the importance weights; the unweighted losses of the clean images are what is noted."""
         t = torch.searchsorted(self.levels, batch.sigma.flatten())
-        self.note(t, sum(terms.values()), batch.sigma_n.flatten() == 0)
-        return {name: values * batch.factor for name, values in terms.items()}
+        found = t, sum(terms.values()).detach(), batch.sigma_n.flatten() == 0
+        return {name: values * batch.factor for name, values in terms.items()}, found
 
     def probabilities(self) -> torch.Tensor:
         """p_t, float64 [T]."""

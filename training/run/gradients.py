@@ -42,6 +42,14 @@ class LossScale:
             self._good.fill_(state[1])
 
 
+def bad_rows(values: torch.Tensor, batch: Batch, step: torch.Tensor) -> torch.Tensor:
+    """A table of up to ROWS rows of a term's values [N], those that are not finite first: is not finite, sigma, raw_idx, step; float64.
+
+    step: 0-dim, float64."""
+    flag, row = (~torch.isfinite(values.detach())).double().topk(min(ROWS, len(values)))
+    return torch.stack([flag, batch.sigma.flatten()[row].double(), batch.raw_idx[row].double(), step.expand_as(flag)], dim=1)
+
+
 class Guard:
     """Counts updates that are skipped because of non-finite gradients, and records where the last non-finite loss came from.
 
@@ -50,18 +58,13 @@ class Guard:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.in_row = torch.zeros([], device=device)
-        self._seen = {}  # term -> float64 [ROWS, 4]: is non-finite, sigma, raw_idx, step
+        self._seen = {}  # term -> bad_rows()
 
-    def note_terms(self, terms: dict[str, torch.Tensor], batch: Batch, step: int) -> None:
-        """Records values that are not finite among the terms of a micro-batch, {name: [N]}."""
-        for name, values in terms.items():
-            bad = ~torch.isfinite(values.detach())
-            flag, row = bad.double().topk(min(ROWS, len(values)))
-            found = [flag, batch.sigma.flatten()[row].double(), batch.raw_idx[row].double(), torch.full_like(flag, step)]
-            found = torch.stack(found, dim=1)
-            before = self._seen.get(name)
-            usable = before is not None and before.shape == found.shape
-            self._seen[name] = torch.where(bad.any(), found, before if usable else torch.zeros_like(found))
+    def note(self, name: str, found: torch.Tensor) -> None:
+        """Records bad_rows() of a term of a micro-batch, if there are any."""
+        before = self._seen.get(name)
+        usable = before is not None and before.shape == found.shape
+        self._seen[name] = torch.where(found[0, 0] > 0, found, before if usable else torch.zeros_like(found))
 
     def note_update(self, norm: torch.Tensor) -> torch.Tensor:
         """1.0 if the gradient norm is not finite, so that the update must be skipped, else 0.0: a 0-dim tensor for found_inf."""

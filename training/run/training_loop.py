@@ -3,12 +3,9 @@
 batch."""
 
 import contextlib
-import inspect
 import os
 import re
 import time
-import warnings
-from collections.abc import Callable
 
 import psutil
 import torch
@@ -21,7 +18,7 @@ from training.checkpoints.card import model_card
 from training.checkpoints.load import load_weights
 from training.checkpoints.save import save_network
 from training.data.augment import AugmentPipe
-from training.data.batches import Batch, micro_batches
+from training.data.batches import micro_batches
 from training.networks.rows import attach_row_draws
 from training.run import alarms, distill, gradients, schema
 from training.run.build import build_averages, build_net, build_objective, build_optimizer, load_data, transfer_weights
@@ -31,25 +28,14 @@ from training.run.metrics import PeriodicMetrics, output_of
 from training.run.mirrors import Mirrors
 from training.run.optimizer import LearningRate
 from training.run.states import StateWriter, on_host
+from training.run.step import GROUPS, CompiledStep, Outcome, TrainStep, data_parallel
 from training.run.stopping import Requests, Signals, Stop
 from training.sampling import pieces as sampling
 from training.sampling.generate import sample_grid
 
-GROUPS = [f'{kind}/q{quartile}' for kind in ('clean', 'noisy') for quartile in (1, 2, 3, 4)]  # losses are reported by these
 SHOWN = r'Loss/[^/]+|Loss/{first}/(clean|noisy)'  # losses shown on the console; stats.jsonl has them all
 HEARTBEAT_SEC = 60     # print a line at least this often, to show that the run is alive
 RETRY_SEC = 60         # between attempts to write a state after a failure
-
-
-class TrainStep(torch.nn.Module):
-    """The module that DistributedDataParallel wraps: network and objective, one forward pass per micro-batch."""
-
-    def __init__(self, net: torch.nn.Module, objective: torch.nn.Module) -> None:
-        super().__init__()
-        self.net, self.objective = net, objective
-
-    def forward(self, batch: Batch, randn: Callable) -> dict[str, torch.Tensor]:
-        return self.objective(self.net, batch, randn)
 
 
 class Run:
@@ -102,17 +88,9 @@ class Run:
         return PeriodicMetrics(m.num, m.ref, m.names, m.detector, self.output, device=self.device)
 
     def _setup_step(self):
-        if self.config.run.compile:
-            self.net.model.compile()  # in place: every call of the network uses it
-        self.train_step = TrainStep(self.net, self.objective)
-        if torch.distributed.is_initialized():
-            ids = [self.device] if self.device.type == 'cuda' else None
-            ddp = torch.nn.parallel.DistributedDataParallel
-            # Buffers are constants. PyTorch 2.13 renamed the argument.
-            known = inspect.signature(ddp).parameters
-            switch = 'forward_sync_buffers' if 'forward_sync_buffers' in known else 'broadcast_buffers'
-            self.train_step = ddp(self.train_step, device_ids=ids, **{switch: False})
-            warnings.filterwarnings('ignore', 'Grad strides do not match')  # 1x1 kernels have several equivalent layouts
+        step = TrainStep(self.net, self.objective, self.augment, self.quartiles, self.rank_batch)
+        self.compiled = CompiledStep(step, self.config.run.batch_gpu) if self.config.run.compile else None
+        self.train_step = self._wrap(step)
         self.beginners = [module for module in self.train_step.modules() if hasattr(module, 'begin_step')]
         self.noise_scale = self._noise_scale() if self.config.run.gns else None
         groups = self.objective.groups(self.net)
@@ -123,6 +101,10 @@ class Run:
         self.ema = self.averages['halflife']
         self.alarms = alarms.Alarms(self.data.inspection, self.ema.module)
         self.objective.set_teacher(self.ema.module)
+
+    def _wrap(self, step):
+        """The TrainStep as it is called: on several ranks inside of what averages its gradients over them."""
+        return data_parallel(step, self.device) if torch.distributed.is_initialized() else step
 
     def _noise_scale(self):
         """Compares the ranks where there are several, otherwise the first micro-batch of a step with the whole batch."""
@@ -165,34 +147,41 @@ class Run:
     def step(self) -> None:
         """One update on one global batch. Nothing here waits for the device."""
         p, run = self.progress, self.config.run
-        host = self.data.feed.next()
-        draws_of = lambda row: misc.Draws(run.seed, p.step, self.first_row + row, self.device)
+        host, due = self.data.feed.next(), self.objective.due(p.step)
         rounds = -(-self.rank_batch // run.batch_gpu)
+        if self.compiled is not None:
+            self.compiling += self.compiled.prepare(p.step, lambda: self._parts(host), self._backward, self.scale.value)
         self.optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
             for module in self.beginners:
                 module.begin_step()
-        for i, (batch, draws) in enumerate(micro_batches(host, run.batch_gpu, self.device, draws_of, self.net.label_dim,
-                                                          self.net.img_channels)):
-            if self.augment is not None:
-                images, augment_labels = self.augment(batch.images, batch.sigma_n, draws)
-                batch = batch._replace(images=images, augment_labels=augment_labels)
-            batch = self.objective.timesteps.redraw(batch, draws)
-            self.row_draws.begin(draws, len(batch.images))
-            # seeded: for layers that do not use row_draws, such as nn.Dropout in other people's networks.
-            with self._sync(i == rounds - 1), misc.seeded(run.seed, p.step, 'dropout', distributed.rank(), i, device=self.device):
-                terms = self.train_step(batch, draws)
-                total = sum(term.sum() for term in terms.values())
-                (total * (self.scale.value / self.rank_batch)).backward()
+        for i, part in enumerate(self._parts(host)):
+            outcome = self._backward(*part, due, i, last=i == rounds - 1)
             if i == 0 and self.noise_scale is not None and distributed.size() == 1:
-                part = self.rank_batch / run.batch_gpu  # makes it the gradient of the micro-batch's own mean
-                self.noise_scale.note_part([p.grad for p in self.params if p.grad is not None], part)
-            self._report_terms(terms, batch)
+                share = self.rank_batch / run.batch_gpu  # makes it the gradient of the micro-batch's own mean
+                self.noise_scale.note_part([p.grad for p in self.params if p.grad is not None], share)
+            self._report_terms(outcome)
         self.objective.timesteps.update()
         self._update()
         p.nimg += run.batch
         p.step += 1
         p.stream = host.stream_state
+
+    def _parts(self, host):
+        """The micro-batches of a HostBatch on the device, each with its Draws."""
+        draws_of = lambda row: misc.Draws(self.config.run.seed, self.progress.step, self.first_row + row, self.device)
+        return micro_batches(host, self.config.run.batch_gpu, self.device, draws_of, self.net.label_dim, self.net.img_channels)
+
+    def _backward(self, batch, draws, due, number=0, last=False) -> Outcome:
+        """Adds the gradients of a micro-batch, the last one or another of this step."""
+        run, step = self.config.run, self.progress.step
+        self.row_draws.begin(draws, len(batch.images))
+        # seeded: for layers that do not use row_draws, such as nn.Dropout in other people's networks.
+        with self._sync(last), misc.seeded(run.seed, step, 'dropout', distributed.rank(), number, device=self.device):
+            with self.compiled.watch(step) if self.compiled else contextlib.nullcontext():
+                outcome = self.train_step(batch, draws, self.scale.value, due)
+            outcome.loss.backward()
+        return outcome
 
     def _sync(self, last):
         """Context in which gradients are summed over the ranks only once per step, with the last micro-batch."""
@@ -230,12 +219,12 @@ class Run:
         """Reports a number of the whole step, known to all ranks, only once, so that a mean is over steps on any number of ranks."""
         self.stats.report(name, value if distributed.rank() == 0 else value.new_zeros(0))
 
-    def _report_terms(self, terms, batch):
+    def _report_terms(self, outcome):
         """Reports each term by its name, separately for clean and noisy rows, and by quartile of p(sigma). Sums over C, H, W."""
-        self.guard.note_terms(terms, batch, self.progress.step)
-        group = torch.bucketize(batch.sigma.flatten(), self.quartiles) + 4 * (batch.sigma_n.flatten() > 0)
-        for name, values in terms.items():
-            self.stats.report_groups(f'Loss/{name}', values, group, GROUPS)
+        self.objective.timesteps.note(*outcome.noted)
+        for name, (moments, bad) in outcome.reports.items():
+            self.guard.note(name, bad)
+            self.stats.add_groups(f'Loss/{name}', moments, outcome.group, GROUPS)
 
     def stop_if_spoiled(self) -> None:
         """Ends a run after too many skipped updates: saves the state, and says where the non-finite values come from."""
@@ -255,11 +244,11 @@ class Run:
 
     def _start_clock(self):
         """Starts the tick's clock; in a continued run it covers only the part after the restart."""
-        self.clock_nimg, self.clock = self.progress.nimg, time.time()
+        self.clock_nimg, self.clock, self.compiling = self.progress.nimg, time.time(), 0.0
 
     def rate(self) -> float:
-        """Images per second since the clock was started."""
-        return (self.progress.nimg - self.clock_nimg) / max(time.time() - self.clock, 1e-9)
+        """Images per second since the clock was started, without the time of compilation."""
+        return (self.progress.nimg - self.clock_nimg) / max(time.time() - self.clock - self.compiling, 1e-9)
 
     def seconds(self) -> float:
         """Training time of the whole run, in seconds, including earlier processes."""
