@@ -128,7 +128,7 @@ TRAINING = group(
     count('--seed', 'Random seed  [default: a random one, printed]', kind=WHOLE),
 )
 
-COMPILE = 'torch.compile; compute blocks again in the backward pass, to save memory'
+COMPILE = 'torch.compile; to save memory: compute blocks twice, divide all among ranks'
 SPEED = group(
     'Speed and memory',
     word('--precision', ['fp32', 'tf32', 'bf16', 'fp16'], 'Arithmetic of the network  [default: fp32]'),
@@ -136,6 +136,7 @@ SPEED = group(
     switch('--bench', 'Let cuDNN time its algorithms and use the fastest', True),
     row(COMPILE, switch(('--compile', 'compile_net'), 'Compile the network with torch.compile')),
     row(COMPILE, switch('--checkpointing', 'Compute each block again in the backward pass, to save memory')),
+    row(COMPILE, switch('--shard', 'Divide weights, gradients, moments and averages among the ranks (FSDP)')),
     number('--cache-gib', NOT_NEGATIVE, 'Memory per node for noisy images, in GiB; the rest are recomputed at each use', 8),
     click.option('--cache-dir', metavar='DIR', type=click.Path(file_okay=False),
                  help='Folder of the decoded copy of the data  [default: beside the data, else the user\'s cache]'),
