@@ -111,6 +111,11 @@ def chunks(count: int, device: torch.device | str, size: int | None = None) -> I
         yield torch.arange(first, first + size, device=device).clamp(max=count - 1), min(size, count - first)
 
 
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a tensor that is divided among the ranks (a DTensor), sharing its memory; any other tensor itself."""
+    return tensor.to_local() if hasattr(tensor, 'to_local') else tensor
+
+
 def batched(values: torch.Tensor) -> torch.Tensor:
     """A tensor of shape [], [N] or [N,1,1,1] as [N,1,1,1] (or [1,1,1,1])."""
     return values.reshape(-1, 1, 1, 1)

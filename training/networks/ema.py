@@ -3,19 +3,22 @@
 
 import copy
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
+
+from torch_utils import misc
 
 
 class Average:
     """Base class of the averages: a frozen copy of the network that update() moves towards the weights, by 1 - beta().
 
+    copy: makes the copy; that of a network which is divided among the ranks is divided, too (training/run/sharding.py).
     Attribute module: the averaged network, in eval mode and without gradients."""
 
-    def __init__(self, net: torch.nn.Module) -> None:
-        self.module = copy.deepcopy(net).eval().requires_grad_(False)
+    def __init__(self, net: torch.nn.Module, copy: Callable[[torch.nn.Module], torch.nn.Module] = copy.deepcopy) -> None:
+        self.module = copy(net).eval().requires_grad_(False)
 
     def beta(self, nimg: int, batch: int) -> float:
         """The factor by which an update with `batch` images, after nimg images, multiplies the average."""
@@ -26,7 +29,7 @@ class Average:
         """Moves the average towards net, of the same structure; nimg: images before this batch. Does not wait for the device.
 
         Buffers are copied: running statistics are averages already, and constants stay constant."""
-        mine, theirs = list(self.module.parameters()), list(net.parameters())
+        mine, theirs = ([misc.local(p) for p in module.parameters()] for module in (self.module, net))
         torch._foreach_lerp_(mine, theirs, 1 - self.beta(nimg, batch))
         for own, new in zip(self.module.buffers(), net.buffers(), strict=True):
             own.copy_(new)
@@ -45,12 +48,13 @@ class HalfLifeEMA(Average):
 
     rampup_ratio: the half-life is at most this fraction of the images so far, so that the initial weights soon fade; None: no ramp."""
 
-    def __init__(self, net: torch.nn.Module, halflife_kimg: float = 500, rampup_ratio: float | None = 0.05) -> None:
+    def __init__(self, net: torch.nn.Module, halflife_kimg: float = 500, rampup_ratio: float | None = 0.05,
+                 copy: Callable[[torch.nn.Module], torch.nn.Module] = copy.deepcopy) -> None:
         if not halflife_kimg >= 0:
             raise ValueError(f'halflife_kimg={halflife_kimg} must be 0 or more')
         if rampup_ratio is not None and not rampup_ratio > 0:
             raise ValueError(f'rampup_ratio={rampup_ratio} must be positive, or None for no ramp')
-        super().__init__(net)
+        super().__init__(net, copy)
         self.halflife_kimg, self.rampup_ratio = halflife_kimg, rampup_ratio
 
     def beta(self, nimg: int, batch: int) -> float:
@@ -67,9 +71,10 @@ class PowerFunctionEMA(Average):
 
     sigma_rel: the width of that profile relative to the run; others can be reconstructed from 0.05 and 0.10 afterwards."""
 
-    def __init__(self, net: torch.nn.Module, sigma_rel: float = 0.05) -> None:
+    def __init__(self, net: torch.nn.Module, sigma_rel: float = 0.05,
+                 copy: Callable[[torch.nn.Module], torch.nn.Module] = copy.deepcopy) -> None:
         self.sigma_rel, self.gamma = sigma_rel, exponent(sigma_rel)
-        super().__init__(net)
+        super().__init__(net, copy)
 
     def beta(self, nimg: int, batch: int) -> float:
         """As Average.beta: (1 - batch / (nimg + batch))^(gamma + 1), so that the first update copies the network."""

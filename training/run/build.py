@@ -106,10 +106,12 @@ def build_optimizer(config: OptimizerConfig, params: Iterable[torch.nn.Parameter
     return made
 
 
-def build_averages(config: OptimizerConfig, net: torch.nn.Module) -> dict:
-    """{name: average} of the network's weights: "halflife", which snapshots hold, and one "power_..." for each length of --power-ema."""
-    lengths = {f'power_{sigma_rel:.3f}': PowerFunctionEMA(net, sigma_rel) for sigma_rel in config.power_ema}
-    return {'halflife': HalfLifeEMA(net, config.ema_halflife_kimg, config.ema_rampup_ratio), **lengths}
+def build_averages(config: OptimizerConfig, net: torch.nn.Module, copy: Callable = copy.deepcopy) -> dict:
+    """{name: average} of the network's weights: "halflife", which snapshots hold, and one "power_..." for each length of --power-ema.
+
+    copy: as in ema.Average."""
+    lengths = {f'power_{sigma_rel:.3f}': PowerFunctionEMA(net, sigma_rel, copy) for sigma_rel in config.power_ema}
+    return {'halflife': HalfLifeEMA(net, config.ema_halflife_kimg, config.ema_rampup_ratio, copy), **lengths}
 
 
 def transfer_weights(ref: str, net: torch.nn.Module) -> None:

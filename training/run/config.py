@@ -135,6 +135,7 @@ class RunConfig:
     bench: bool = True
     compile: bool = False
     checkpointing: bool = False
+    shard: bool = False
     expr_id: str | None = None
     desc: str | None = None
     regime: str | None = None  # of regimes.REGIMES

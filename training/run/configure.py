@@ -61,8 +61,9 @@ def configure(o: EasyDict) -> config.Config:
             batch=o.batch, batch_gpu=part_of(o), duration_kimg=o.duration * 1e3, tick_kimg=o.tick,
             snapshot_ticks=o.snap, state_ticks=o.dump, state_minutes=o.dump_minutes, keep_states=o.keep_states,
             max_hours=o.max_hours, samples=o.samples, metrics=metrics(o, dataset), gns=o.gns,
-            precision=precision, bench=o.bench, compile=compiled, checkpointing=published.checkpoint(o) == 'blocks', expr_id=o.expr_id,
-            desc=o.desc, regime=regime, ranks=distributed.size(), versions=misc.versions(), command=o.get('command') or {}))
+            precision=precision, bench=o.bench, compile=compiled, checkpointing=published.checkpoint(o) == 'blocks', shard=o.shard,
+            expr_id=o.expr_id, desc=o.desc, regime=regime, ranks=distributed.size(), versions=misc.versions(),
+            command=o.get('command') or {}))
     unknown = o.batch_gpu == 'auto', published.checkpoint(o) == 'auto'
     if any(unknown):
         found = memory.resolve(found, *unknown, distributed.device())
@@ -90,6 +91,8 @@ def check_batch(o: EasyDict) -> None:
     if o.batch_gpu == 'auto':
         return
     part = o.batch // world
+    if o.shard and o.gns:
+        raise UserError('--gns=1 compares the gradients of whole ranks, which --shard=1 never has; leave one of them out')
     if o.gns and world == 1 and (o.batch_gpu or part) == part:
         raise UserError('--gns=1 compares the gradients of parts of a batch: use several ranks, or a --batch-gpu smaller than --batch')
     if o.batch_gpu and part % o.batch_gpu:

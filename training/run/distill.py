@@ -21,7 +21,7 @@ REFUSED = {
     'val': 'it is the loss of a denoiser on held-out images, and a generator is none; use --metrics-every',
     'gns': 'two networks take turns, and their gradients have no common noise', 'cep': 'a generator needs the labels themselves',
     'label_dropout': 'a generator needs the labels themselves', 'regime': 'it is for training a denoiser',
-    'augment': 'no image of --data is seen'}
+    'augment': 'no image of --data is seen', 'shard': 'its networks are used whole on each rank'}
 # What config.json says beside the network's own arguments.
 COMMON = ('img_resolution', 'img_channels', 'label_dim', 'use_fp16', 'sigma_data', 'augment_dim', 'label_dropout', 'precond', 'units',
           'sampling', 'autoencoder', 'text', 'sigma_min', 'sigma_max', 'clip_dim', 'num_clip_token')

@@ -129,7 +129,7 @@ TRAINING = group(
     count('--seed', 'Random seed  [default: a random one, printed]', kind=WHOLE),
 )
 
-COMPILE = 'torch.compile [auto: on GPUs]; recompute blocks to save memory [none]'
+COMPILE = 'torch.compile [auto: on GPUs]; memory: compute blocks twice, divide among ranks'
 SPEED = group(
     'Speed and memory',
     word('--precision', ['auto', 'fp32', 'tf32', 'bf16', 'fp16'], 'auto: bf16 on GPUs that have it, else fp32', 'auto'),
@@ -139,6 +139,7 @@ SPEED = group(
                               help='Compile with torch.compile; auto: on GPUs where it works')),
     row(COMPILE, word('--checkpoint', ['none', 'blocks', 'auto'], 'Compute each block again in the backward pass, to save memory; '
                       'auto: if the batch does not fit otherwise', 'none')),
+    row(COMPILE, switch('--shard', 'Divide weights, gradients, moments and averages among the ranks (FSDP)')),
     number('--cache-gib', NOT_NEGATIVE, 'Memory per node for noisy images, in GiB; the rest are recomputed at each use', 8),
     click.option('--cache-dir', metavar='DIR', type=click.Path(file_okay=False),
                  help='Folder of the decoded copy of the data  [default: beside the data, else the user\'s cache]'),

@@ -88,7 +88,7 @@ def check_optimizer(found: object, run: Any) -> None:
         raise UserError(f'"optimizer.param_groups" must be a list of objects, got {_shown(groups)}')
     if [group.get('params') for group in groups] != [group['params'] for group in own]:
         raise UserError('"optimizer.param_groups" are those of another network')
-    params = [param for group in run.optimizer.param_groups for param in group['params']]
+    params = run.sharding.params
     expected, probe = example(run.config.optimizer)
     for index, entry in found['state'].items():
         where = f'optimizer.state.{_shown(index)}'

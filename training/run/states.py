@@ -17,9 +17,9 @@ from training.run.folder import OPTIONS, name_of, runs
 
 # What may change when a run is continued; any other difference is refused by name.
 MAY_CHANGE = ('run.duration_kimg', 'run.tick_kimg', 'run.snapshot_ticks', 'run.state_ticks', 'run.state_minutes', 'run.keep_states',
-              'run.max_hours', 'run.batch_gpu', 'run.precision', 'run.compile', 'run.checkpointing', 'run.bench', 'run.samples', 'run.gns',
-              'run.versions', 'run.command', 'run.ranks', 'run.desc', 'run.regime', 'run.metrics', 'data.workers', 'data.cache_gib',
-              'data.cache_dir', 'data.on', 'network.transfer', 'network.teacher', 'network.arguments.sampling')
+              'run.max_hours', 'run.batch_gpu', 'run.precision', 'run.compile', 'run.checkpointing', 'run.shard', 'run.bench',
+              'run.samples', 'run.gns', 'run.versions', 'run.command', 'run.ranks', 'run.desc', 'run.regime', 'run.metrics', 'data.workers',
+              'data.cache_gib', 'data.cache_dir', 'data.on', 'network.transfer', 'network.teacher', 'network.arguments.sampling')
 SAME = 'give the same options, or start a new run from its weights with --transfer'
 
 # ----------------------------------------------------------------------------------------------------
@@ -158,12 +158,18 @@ def adopt(config: Config, stored: Config) -> Config:
 
 
 def on_host(value: object) -> object:
-    """A nested structure with copies of its tensors in host memory."""
+    """A nested structure with copies of its tensors in host memory; a Copied is taken as it is."""
+    if isinstance(value, Copied):
+        return dict(value)
     if isinstance(value, torch.Tensor):
         return value.detach().to('cpu', copy=True)
     if isinstance(value, dict):
         return {key: on_host(item) for key, item in value.items()}
     return type(value)(map(on_host, value)) if isinstance(value, (list, tuple)) else value
+
+
+class Copied(dict):
+    """A part of a state whose tensors are copies in host memory, which nothing else changes."""
 
 
 class StateWriter:

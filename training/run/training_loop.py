@@ -15,12 +15,11 @@ from dnnlib.files import finite
 from torch_utils import distributed, misc, numerics, training_stats
 from training.checkpoints import posthoc
 from training.checkpoints.card import model_card
-from training.checkpoints.load import load_weights
 from training.checkpoints.save import save_network
 from training.data.augment import AugmentPipe
 from training.data.batches import micro_batches
 from training.networks.rows import attach_row_draws
-from training.run import alarms, distill, gradients, schema
+from training.run import alarms, distill, gradients, schema, sharding
 from training.run.build import build_averages, build_net, build_objective, build_optimizer, load_data, transfer_weights
 from training.run.config import Config, to_json
 from training.run.folder import RunFolder, cannot_write, stop_if_orphan
@@ -72,7 +71,8 @@ class Run:
 
     def _setup_network(self, resuming):
         config = self.config
-        self.net = build_net(config.network, self.device, seed=config.run.seed, precision=config.run.precision)
+        place = 'cpu' if sharding.wanted(config.run) else self.device
+        self.net = build_net(config.network, place, seed=config.run.seed, precision=config.run.precision)
         teacher = distill.open_for(config, self.net)
         if config.network.transfer and not resuming:
             transfer_weights(config.network.transfer, self.net)
@@ -89,22 +89,26 @@ class Run:
 
     def _setup_step(self):
         step = TrainStep(self.net, self.objective, self.augment, self.quartiles, self.rank_batch)
-        self.compiled = CompiledStep(step, self.config.run.batch_gpu) if self.config.run.compile else None
+        self.sharding = sharding.choose(self.config.run, self.net, self.device)
+        whole = self.config.run.compile and not self.sharding.divides
+        self.compiled = CompiledStep(step, self.config.run.batch_gpu) if whole else None
+        if self.config.run.compile and self.sharding.divides:
+            self.sharding.compile(self.net)  # block by block, because each is gathered before it is computed
         self.train_step = self._wrap(step)
         self.beginners = [module for module in self.train_step.modules() if hasattr(module, 'begin_step')]
         self.noise_scale = self._noise_scale() if self.config.run.gns else None
-        groups = self.objective.groups(self.net)
+        groups = self.sharding.groups(self.objective.groups(self.net))
         self.params = [p for group in groups for p in group['params']]
         self.optimizer = build_optimizer(self.config.optimizer, groups)
         self.learning_rate = LearningRate(self.config.optimizer)
-        self.averages = build_averages(self.config.optimizer, self.net)
+        self.averages = build_averages(self.config.optimizer, self.net, self.sharding.copy)
         self.ema = self.averages['halflife']
         self.alarms = alarms.Alarms(self.data.inspection, self.ema.module)
         self.objective.set_teacher(self.ema.module)
 
     def _wrap(self, step):
         """The TrainStep as it is called: on several ranks inside of what averages its gradients over them."""
-        return data_parallel(step, self.device) if torch.distributed.is_initialized() else step
+        return data_parallel(step, self.device) if torch.distributed.is_initialized() and not self.sharding.divides else step
 
     def _noise_scale(self):
         """Compares the ranks where there are several, otherwise the first micro-batch of a step with the whole batch."""
@@ -124,13 +128,8 @@ class Run:
         found = {}
         distributed.from_rank0(lambda: found.update(schema.checked(state, self, path)))
         part = lambda name: distributed.share(found.pop(name, None), what='reading the state')
-        load_weights(self.net, part('net'), path)
-        averages = part('ema')
-        for name, average in self.averages.items():
-            load_weights(average.module, averages[name], path)
-        del averages
+        self.sharding.restore(found, self.net, self.averages, self.optimizer, path)
         self.objective.load_state_dict(part('objective'))
-        self.optimizer.load_state_dict(on_host(part('optimizer')))  # a copy, because the optimizer keeps the tensors it is given
         self.stats.restore(part('stats') or [])
         progress = part('progress')
         self.progress = EasyDict({'tick_nimg': progress['nimg'], 'pending': [], **progress})
@@ -195,11 +194,11 @@ class Run:
             group['lr'] = self.learning_rate(p.nimg, batch) * group.get('factor', 1)
         for param in self.objective.resting(self.net, p.step):
             param.grad = None  # a gradient of 0 would let the optimizer's momentum move it
-        grads = [param.grad for param in self.params if param.grad is not None]
+        grads = self.sharding.gradients(self.params)
         factor = 1 / self.scale.value
         if self.scale.dynamic or self.config.optimizer.loss_scale != 1:
             torch._foreach_mul_(grads, factor)
-        norm = torch.nn.utils.get_total_norm(grads)
+        norm = self.sharding.norm(grads)
         bad = self.guard.note_update(norm)
         if self.noise_scale is not None:
             signal, spread = self.noise_scale.estimates(norm / factor)
@@ -320,7 +319,7 @@ class Run:
 
     def validate(self) -> None:
         """Held-out loss of the EMA into stats.jsonl."""
-        fields = self.data.validation(self.ema.module, self.objective.first, self.device, stop=self.requests.asked)
+        fields = self.data.validation(self.sharding.whole(self.ema).module, self.objective.first, self.device, stop=self.requests.asked)
         self.requests.now()
         self._log(fields)
         means = '  '.join(f'{name} {fields[name]:.5g}' for name in ('Val/clean', 'Val/noisy') if fields.get(name) is not None)
@@ -328,8 +327,8 @@ class Run:
 
     def measure(self) -> None:
         """Writes metrics of samples of the EMA to stats.jsonl."""
-        fields = self.metrics(self.ema.module, stop=self.requests.asked, labels=self.data.labels,
-                              **sampling.default_pieces(self.ema.module))
+        net = self.sharding.whole(self.ema).module
+        fields = self.metrics(net, stop=self.requests.asked, labels=self.data.labels, **sampling.default_pieces(net))
         self.requests.now()
         if fields:
             self._log(fields)
@@ -338,33 +337,32 @@ class Run:
 
     def snapshot(self) -> None:
         """Writes the EMA's network folder and a sample grid; if that fails, it is tried again at the next tick."""
-        found = {}
-        failed = distributed.share(distributed.rank() == 0 and not self._save_snapshot(found), what='writing the snapshot')
+        found, averages = {}, self.sharding.for_snapshot(self.averages)
+        failed = distributed.share(distributed.rank() == 0 and not self._save_snapshot(averages, found), what='writing the snapshot')
         self.requests.now()
         if found:
             self._log(found)
         if failed:
             self.missed.add('snapshot')
 
-    def _save_snapshot(self, found):
+    def _save_snapshot(self, averages, found):
         """False where it cannot be written. Non-finite weights are not saved, and the training continues. found: gets what the alarms
         measure."""
         stop_if_orphan()
         kimg = self.progress.nimg / 1e3
-        for name, words in alarms.broken(self.averages).items():
+        for name, words in alarms.broken(averages).items():
             print(f'Warning: no snapshot is written at kimg {kimg:.3f}: the average "{name}" is not finite in {words}', flush=True)
             return True
-        path = self.folder.numbered('network-snapshot', kimg)
+        path, net = self.folder.numbered('network-snapshot', kimg), averages['halflife'].module
         try:
-            card = model_card(self.ema.module.config, to_json(self.config), kimg)
-            save_network(self.ema.module, path, card=card)
-            for average in list(self.averages.values())[1:]:
+            save_network(net, path, card=model_card(net.config, to_json(self.config), kimg))
+            for average in list(averages.values())[1:]:
                 path = self.folder.numbered('ema-snapshot', kimg, f'-{average.sigma_rel:.3f}.safetensors')
                 posthoc.write_average(path, average, self.progress.nimg)
             if self.config.run.samples:
                 path = self.folder.numbered('samples', kimg, '.png')
-                drawn = sample_grid(self.ema.module, self.config.run.samples, path, stop=self.requests.asked, output=self.output,
-                                    labels=self.data.labels, **sampling.default_pieces(self.ema.module))
+                drawn = sample_grid(net, self.config.run.samples, path, stop=self.requests.asked, output=self.output,
+                                    labels=self.data.labels, **sampling.default_pieces(net))
                 if drawn is not None:
                     self.mirrors.picture(path, self.progress.nimg)
                     self.alarms.look(drawn, found)
@@ -376,15 +374,14 @@ class Run:
     # ---- states
 
     def state(self) -> dict | None:
-        """Everything needed to continue, on rank 0; None on the others, which contribute their part. Copies nothing."""
+        """Everything needed to continue, on rank 0; None on the others, which contribute their part. Copies only what --shard divides."""
         stats = distributed.all_values(self.stats.state(), what='writing the state')
+        weights = self.sharding.state(self.net, self.averages, self.optimizer)
         if distributed.rank() != 0:
             return None
         p = self.progress
         progress = dict(p, pending=list(p.pending), seconds=self.seconds(), log_bytes=self.folder.log_bytes, loss_scale=self.scale.state())
-        state = dict(options=to_json(self.config), progress=progress, net=self.net.state_dict(),
-                     ema={name: average.state_dict() for name, average in self.averages.items()}, optimizer=self.optimizer.state_dict(),
-                     objective=self.objective.state_dict())
+        state = dict(options=to_json(self.config), progress=progress, **weights, objective=self.objective.state_dict())
         return state if p.nimg == p.tick_nimg else state | {'stats': stats}
 
     def save_state(self) -> None:
