@@ -60,9 +60,16 @@ class MPConv(nn.Module):
     def __init__(self, weight: torch.Tensor) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight)
+        self.register_buffer('held_rows', None, persistent=False)
+
+    def hold(self, dtype: torch.dtype | None) -> None:
+        """Keeps unit_rows of the weight in this type, to be used in evaluation with gain 1 in place of computing them in every call;
+        None: not."""
+        self.held_rows = None if dtype is None else unit_rows(self.weight.detach(), dtype)
 
     def forward(self, x: torch.Tensor, gain: torch.Tensor | float = 1.0) -> torch.Tensor:
-        rows = unit_rows(self.weight, x.dtype, gain)
+        held = self.held_rows is not None and self.held_rows.dtype == x.dtype and not self.training and isinstance(gain, float)
+        rows = self.held_rows if held else unit_rows(self.weight, x.dtype, gain)
         return F.linear(x, rows) if rows.ndim == 2 else F.conv2d(x, rows, padding=rows.shape[-1] // 2)
 
 

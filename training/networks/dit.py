@@ -2,7 +2,7 @@
 """DiT with adaLN-Zero blocks (Peebles & Xie 2023), under the published layer names."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from training.networks import transformer
 from training.networks.conditioning import LabelTable
 from training.networks.interface import ARCHS, Arch, Network
-from training.networks.layers import Linear, PositionalEmbedding
+from training.networks.layers import Castable, Linear, PositionalEmbedding
 from training.networks.transformer import MLP, Attention, PatchEmbed, normal_linear
 
 SIZES = {'S': (384, 12, 6), 'B': (768, 12, 12), 'L': (1024, 24, 16), 'XL': (1152, 28, 16)}  # width, depth, heads
@@ -80,6 +80,7 @@ class DiT(Network):
     dropout; a network without classes has this row alone. Positions are whole numbers of patches, for images of any sides."""
 
     takes_times = True
+    float32_ends = True
     short_names = transformer.SHORT_NAMES | {'hidden_size': 'width'}
 
     def __init__(self, img_resolution: int | Sequence[int], in_channels: int, out_channels: int, label_dim: int = 0, augment_dim: int = 0,
@@ -115,10 +116,15 @@ class DiT(Network):
             c = c + self.y_embedder['embedding_table'](class_labels if self.label_dim else none)
         if self.map_augment is not None and augment_labels is not None:
             c = c + self.map_augment(augment_labels)
-        x = self.x_embedder(x) + self.pos_embed.to(x.dtype)
+        image, dtype = self.enter(x)
+        tokens = (self.x_embedder(image) + self.pos_embed.to(image.dtype)).to(dtype)
         for block in self.blocks:
-            x = self.run(block, x, c)
-        return transformer.unpatchify(self.final_layer(x, c), self.grid, self.patch_size)
+            tokens = self.run(block, tokens, c)
+        return transformer.unpatchify(self.final_layer(tokens.to(image.dtype), c), self.grid, self.patch_size).to(x.dtype)
+
+    def inner_layers(self) -> Iterator[Castable]:
+        """As Network.inner_layers."""
+        return transformer.inner_layers(self.blocks)
 
     @classmethod
     def published(cls, state: dict[str, torch.Tensor]) -> dict | None:

@@ -3,7 +3,7 @@
 
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -149,6 +149,7 @@ class EDM2UNet(Network):
     residual branch and attention in their mp_sum or mp_cat. clip_act: largest activation between blocks; 0: any."""
 
     short_names = {'model_channels': 'cbase', 'channel_mult': 'cres', 'num_blocks': 'blocks', 'attn_resolutions': 'attn'}
+    float32_ends = True
     takes_levels = True  # its Fourier features vary within 0.2 of a label: they suit ln(sigma) / 4, and not times up to 1000
 
     def __init__(self, img_resolution: int | Sequence[int], in_channels: int, out_channels: int, label_dim: int = 0, augment_dim: int = 0,
@@ -220,14 +221,22 @@ class EDM2UNet(Network):
     def forward(self, x: torch.Tensor, noise_labels: torch.Tensor, class_labels: torch.Tensor | None,
                 augment_labels: torch.Tensor | None = None) -> torch.Tensor:
         emb = self._embed(noise_labels, class_labels, augment_labels)
-        x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)  # takes the place of biases
-        skips = []
-        for layer in self.enc.values():
-            x = self.run(layer, x, emb) if isinstance(layer, Block) else layer(x)
-            skips.append(x)
+        image, dtype = self.enter(x)
+        ones = torch.ones_like(image[:, :1])  # take the place of biases
+        first, *blocks = self.enc.values()
+        skips = [first(torch.cat([image, ones], dim=1)).to(dtype)]
+        for block in blocks:
+            skips.append(self.run(block, skips[-1], emb))
+        features = skips[-1]
         for name, block in self.dec.items():
-            x = self.run(block, x, emb, skips.pop()) if '_block' in name else self.run(block, x, emb)
-        return self.out_conv(x, self.out_gain)
+            features = self.run(block, features, emb, *([skips.pop()] if '_block' in name else []))
+        return self.out_conv(features.to(image.dtype), self.out_gain).to(x.dtype)
+
+    def inner_layers(self) -> Iterator[nn.Module]:
+        """As Network.inner_layers: the convolutions of the blocks."""
+        for block in self.modules():
+            if isinstance(block, Block):
+                yield from (layer for layer in block.children() if isinstance(layer, MPConv) and layer is not block.emb_linear)
 
     def _embed(self, noise_labels, class_labels, augment_labels):
         """[N or 1, emb_channels]."""

@@ -14,14 +14,19 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from dnnlib import UserError
+from torch_utils.magnitude import at_least_float32
 
 
 class Network(nn.Module):
     """F of a preconditioner: (x [N,C,H,W], noise_labels [N], class_labels, augment_labels) -> [N,out_channels,H,W] in x.dtype.
 
+    Arithmetic: with float32_ends, x is float32 (float64); the first and the last layer, embeddings and statistics of norms are
+    computed in it, and the layers between in inner_dtype(x). forward() then begins with enter(). Without, x comes in inner_dtype(), in
+    which everything is computed.
+
     class_labels: [N or 1, label_dim], or None where label_dim is 0; an all-zero row means "no label". augment_labels:
-    [N, augment_dim] or None, "not augmented". F does not depend on sigma, loss or sampler; it casts its parameters to x.dtype where it
-    uses them.
+    [N, augment_dim] or None, "not augmented". F does not depend on sigma, loss or sampler; parameters are float32, and cast where they
+    are used.
 
     Constructor: the preconditioner gives img_resolution (int or [H, W]), in_channels, out_channels and label_dim; all other arguments
     have defaults and are keys of --arch and of config.json, of JSON types. It raises ValueError, in one line, for impossible values.
@@ -36,6 +41,9 @@ class Network(nn.Module):
     takes_levels = False    # whether noise_labels are ln(sigma) / 4 under every preconditioner, in place of its c_noise
     checkpointing = False   # whether run() recomputes blocks in the backward pass (train.py --checkpointing); set from outside
     row_draws = None        # in a training run: see rows.attach_row_draws()
+    compute_dtype = torch.float32  # of the layers between the ends; float16 on a GPU only. Precond.compute_dtype sets it
+    float32_ends = False    # whether it takes float32 images whatever compute_dtype is; see above
+    channels_last = False   # whether weights and images lie in memory as [N,H,W,C]; see set_channels_last()
 
     @classmethod
     def published(cls, state: dict[str, torch.Tensor]) -> dict | None:
@@ -44,6 +52,42 @@ class Network(nn.Module):
         state: a plain state dict of F, as its authors publish it. The result may hold everything that build_network() takes: "precond" and
         its options, "sampling" for the published sampler. Raises UserError for weights of this layout that this class cannot hold."""
         return None
+
+    def inner_dtype(self, x: torch.Tensor) -> torch.dtype:
+        """The type of the layers between the ends, for images x: compute_dtype for float32 images, and that of images of any other."""
+        if x.dtype != torch.float32:
+            return x.dtype
+        return torch.float32 if self.compute_dtype == torch.float16 and x.device.type != 'cuda' else self.compute_dtype
+
+    def enter(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.dtype]:
+        """(images as the first layer takes them, inner_dtype)."""
+        dtype, x = self.inner_dtype(x), x.to(at_least_float32(x.dtype))
+        return x.contiguous(memory_format=torch.channels_last) if self.channels_last else x, dtype
+
+    def set_channels_last(self, on: bool = True) -> None:
+        """Lays weights of convolutions, and images within the network, out in memory as [N,H,W,C], which the fast convolutions of GPUs in
+        half precision want; on=False: as [N,C,H,W] again.
+
+        Values, shapes and names stay the same. It is for compiled networks: torch's own GroupNorm for GPUs copies such input to
+        [N,C,H,W]. To be called before the optimizer is made, which takes the layout of its moments from the parameters."""
+        self.channels_last = on
+        layout = torch.channels_last if on else torch.contiguous_format
+        for value in (*self.parameters(), *self.buffers()):
+            if value.ndim == 4:
+                value.data = value.data.contiguous(memory_format=layout)
+
+    def inner_layers(self) -> Iterable[nn.Module]:
+        """The layers with hold(dtype), as layers.Castable has, whose parameters are used in inner_dtype() alone; none by default."""
+        return ()
+
+    def hold_weights(self, dtype: torch.dtype | None) -> None:
+        """Keeps a copy of the weights between the ends in this type, so that evaluation does not cast them in every call; None or float32:
+        no copy.
+
+        Results are the same bits. The state dict stays that of float32; training ignores the copies. For a network whose weights do not
+        change any more, and after it was moved to its device."""
+        for layer in self.inner_layers():
+            layer.hold(None if dtype == torch.float32 else dtype)
 
     def run(self, block: Callable, *inputs: torch.Tensor) -> torch.Tensor:
         """block(*inputs); in training with `checkpointing` the block's activations are not kept, but computed again in the backward pass

@@ -8,6 +8,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from torch_utils.magnitude import at_least_float32
+
+HALF = (torch.bfloat16, torch.float16)
+
 
 def initial(shape: list[int], mode: str, fan_in: int, fan_out: int, gain: float = 1.0) -> nn.Parameter:
     """A parameter of the given shape, drawn by one of the published initialisers (the caller sets the random state).
@@ -18,7 +22,37 @@ def initial(shape: list[int], mode: str, fan_in: int, fan_out: int, gain: float 
     return nn.Parameter(values * (gain * math.sqrt(variance)))
 
 
-class Linear(nn.Module):
+class Castable(nn.Module):
+    """A layer that uses its parameters in the type of its input.
+
+    In evaluation a half-precision copy of them can be held, so that they are not cast in every call: see hold(). The copies are buffers
+    that belong neither to the state dict nor to a layer in training."""
+
+    HELD = ('weight', 'bias')
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in self.HELD:
+            self.register_buffer(f'held_{name}', None, persistent=False)
+
+    def hold(self, dtype: torch.dtype | None) -> None:
+        """Keeps a copy of the parameters in this type for evaluation; None: no copy, as at first. Parameters that change later, other
+        than by training, need another call."""
+        for name in self.HELD:
+            value = getattr(self, name, None)
+            wanted = dtype is not None and value is not None and value.dtype != dtype
+            setattr(self, f'held_{name}', value.detach().to(dtype) if wanted else None)
+
+    def cast(self, name: str, dtype: torch.dtype) -> torch.Tensor | None:
+        """The parameter in this type; None where there is none."""
+        held = getattr(self, f'held_{name}')
+        if held is not None and held.dtype == dtype and not self.training:
+            return held
+        value = getattr(self, name)
+        return None if value is None else value.to(dtype)
+
+
+class Linear(Castable):
     """x [..., in_features] -> [..., out_features], computed in x.dtype.
 
     init_mode, init_weight, init_bias: the initialiser's name, and gains for weight and bias."""
@@ -32,7 +66,7 @@ class Linear(nn.Module):
         self.bias = initial([out_features], gain=init_bias, **fans) if bias else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        return F.linear(x, self.cast('weight', x.dtype), self.cast('bias', x.dtype))
 
 
 class PositionalEmbedding(nn.Module):
@@ -66,7 +100,7 @@ def _circle(x, frequencies):
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
-class Conv2d(nn.Module):
+class Conv2d(Castable):
     """Convolution with zero padding that may double (up) or halve (down) the resolution; kernel=0 only resamples.
 
     resample_filter: 1-D taps of the separable resampling filter. fused_resample: filter after the convolution when going down,
@@ -104,7 +138,7 @@ class Conv2d(nn.Module):
         return self._convolve(self._enlarge(x, self.margin - shared), edge - shared)
 
     def _convolve(self, x, padding):
-        return F.conv2d(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype), padding=padding)
+        return F.conv2d(x, self.cast('weight', x.dtype), self.cast('bias', x.dtype), padding=padding)
 
     def _enlarge(self, x, crop):
         if self.is_box:
@@ -121,7 +155,10 @@ class Conv2d(nn.Module):
 
 
 class GroupNorm(nn.Module):
-    """Group normalisation with statistics in float32 whatever x.dtype is."""
+    """Group normalisation with statistics in float32 whatever x.dtype is.
+
+    Compiled in half precision or channels-last it is written out, because the decomposition of torch's operator copies channels-last
+    input, and so that the compiler joins it with what comes before and after it."""
 
     def __init__(self, num_channels: int, num_groups: int = 32, min_channels_per_group: int = 4, eps: float = 1e-5) -> None:
         super().__init__()
@@ -133,7 +170,28 @@ class GroupNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(num_channels))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.group_norm(x.float(), self.num_groups, self.weight.float(), self.bias.float(), self.eps).to(x.dtype)
+        if torch.compiler.is_compiling() and (x.dtype in HALF or is_channels_last(x)):
+            return self._written_out(x)
+        # The kernels accumulate in float32. The CPU's takes parameters of float32 beside half-precision input; CUDA's does not.
+        dtype = x.dtype if x.is_cuda else at_least_float32(x.dtype)
+        return F.group_norm(x, self.num_groups, self.weight.to(dtype), self.bias.to(dtype), self.eps)
+
+    def _written_out(self, x):
+        # Statistics of channels, then of groups: sums over pixels alone read channels-last memory in order, and the backward pass has the
+        # sums for the parameters from the same reading as those for x. The variance of a group is the mean of its channels' variances
+        # plus the variance of their means.
+        wide = x.to(at_least_float32(x.dtype))
+        variance, mean = (value.unflatten(1, (self.num_groups, -1)) for value in torch.var_mean(wide, (2, 3), correction=0))
+        spread, centre = torch.var_mean(mean, 2, correction=0, keepdim=True)
+        scale = (variance.mean(2, keepdim=True) + spread + self.eps).rsqrt()  # [N, groups, 1]
+        of_channel = lambda value: value.expand_as(mean).flatten(1)[:, :, None, None]
+        weight, bias = (value.to(wide.dtype)[:, None, None] for value in (self.weight, self.bias))
+        return ((wide - of_channel(centre)) * (of_channel(scale) * weight) + bias).to(x.dtype)
+
+
+def is_channels_last(x: torch.Tensor) -> bool:
+    """Whether [N,C,H,W] lies in memory as [N,H,W,C], and not also as [N,C,H,W]."""
+    return x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
 def by_row(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, training: bool) -> torch.Tensor:

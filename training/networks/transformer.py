@@ -5,7 +5,7 @@ Tokens are [N, T, width], patches row by row. Parameters are cast to the type of
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from dnnlib import UserError
 from torch_utils import misc
 from training.networks.interface import check_choice
-from training.networks.layers import Linear, by_row, initial
+from training.networks.layers import Castable, Linear, by_row, initial
 
 SHORT_NAMES = {'patch_size': 'patch', 'num_heads': 'heads'}  # Network.short_names, beside that of the width
 CONV_INIT = {'init_mode': 'kaiming_uniform', 'init_weight': math.sqrt(1 / 3), 'init_bias': math.sqrt(1 / 3)}  # torch's own
@@ -67,7 +67,7 @@ class PatchEmbed(nn.Module):
         self.proj.weight = nn.Parameter(self.proj.weight.detach().unflatten(1, (in_channels, patch_size, patch_size)))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        tokens = F.conv2d(x, self.proj.weight.to(x.dtype), self.proj.bias.to(x.dtype), stride=self.patch_size)
+        tokens = F.conv2d(x, self.proj.cast('weight', x.dtype), self.proj.cast('bias', x.dtype), stride=self.patch_size)
         return tokens.flatten(2).transpose(1, 2)
 
 
@@ -127,6 +127,13 @@ class MLP(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.fc2(by_row(self.gelu, self.fc1(x), self.training))
+
+
+def inner_layers(blocks: Iterable[nn.Module]) -> Iterator[Castable]:
+    """As Network.inner_layers: the linear maps of attention and MLP, and of skips, in these blocks."""
+    for block in blocks:
+        for part in (block, block.attn, block.mlp):
+            yield from (layer for layer in part.children() if isinstance(layer, Castable))
 
 
 # What published weights tell about themselves.

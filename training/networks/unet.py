@@ -2,16 +2,18 @@
 """U-Nets with the published layer names: SongUNet (DDPM++, NCSN++; Song et al. 2021), DhariwalUNet (ADM; Dhariwal & Nichol 2021).
 
 A network maps x [N,C,H,W], noise labels [N], class labels [N or 1, label_dim] or None and augmentation labels [N, augment_dim] or
-None to [N,out_channels,H,W] in x.dtype; it knows nothing of sigma, loss or sampler. Parameters are cast where they are used."""
+None to [N,out_channels,H,W] in x.dtype; it knows nothing of sigma, loss or sampler. Parameters are cast where they are used.
+Convolutions of the image and to the image are computed in float32 (Network.float32_ends)."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from torch_utils import misc
+from torch_utils.magnitude import at_least_float32
 from training.networks.conditioning import LabelEmbedding
 from training.networks.interface import ARCHS, Arch, Network, check_choice
 from training.networks.layers import Conv2d, FourierEmbedding, GroupNorm, Linear, PositionalEmbedding, silu
@@ -83,6 +85,7 @@ class UNet(Network):
     Layers are named after their level's size: enc.HxW_conv, _down, _block0, ...; dec.HxW_in0, _in1, _up, _block0, ..."""
 
     short_names = {'model_channels': 'cbase', 'channel_mult': 'cres', 'num_blocks': 'blocks', 'attn_resolutions': 'attn'}
+    float32_ends = True
 
     def __init__(self, img_resolution: int | Sequence[int], channels: list[int], num_blocks: int, attn_resolutions: Sequence[int],
                  attend_always: bool, block: dict) -> None:
@@ -132,9 +135,15 @@ class UNet(Network):
             self._build_side_output(level, width)
         return width
 
-    def _encode(self, image, emb):
-        """image [N,C,H,W], emb [N or 1, K] -> the skips, finest first; the last one is the bottom of the U."""
-        x = self.enc[self._name(0, 'conv')](image)
+    def inner_layers(self) -> Iterator[nn.Module]:
+        """As Network.inner_layers: the convolutions of the blocks."""
+        for block in self.modules():
+            if isinstance(block, UNetBlock):
+                yield from (layer for layer in block.children() if isinstance(layer, Conv2d))
+
+    def _encode(self, image, emb, dtype):
+        """image [N,C,H,W], emb [N or 1, K] -> the skips in dtype, finest first; the last one is the bottom of the U."""
+        x = self.enc[self._name(0, 'conv')](image).to(dtype)
         skips, side = [x], image
         for level in range(len(self.sizes)):
             if level:
@@ -238,8 +247,8 @@ class SongUNet(UNet):
         if self.map_augment is not None and augment_labels is not None:
             emb = emb + self.map_augment(augment_labels)
         emb = F.silu(self.map_layer1(F.silu(self.map_layer0(emb))))
-        _, image = self._decode(self._encode(x, emb), emb)
-        return image
+        image, dtype = self.enter(x)
+        return self._decode(self._encode(image, emb, dtype), emb)[1].to(x.dtype)
 
     def _build_side_input(self, level, width):
         resample = {'down': True, 'resample_filter': self.block['resample_filter']}
@@ -254,9 +263,9 @@ class SongUNet(UNet):
     def _side_input(self, level, x, side):
         if self.encoder_type == 'skip':
             side = self.enc[self._name(level, 'aux_down')](side)
-            return x + self.enc[self._name(level, 'aux_skip')](side), side
+            return x + self.enc[self._name(level, 'aux_skip')](side).to(x.dtype), side
         if self.encoder_type == 'residual':
-            x = (x + self.enc[self._name(level, 'aux_residual')](side)) * math.sqrt(0.5)
+            x = (x + self.enc[self._name(level, 'aux_residual')](side).to(x.dtype)) * math.sqrt(0.5)
             return x, x
         return x, side
 
@@ -272,6 +281,7 @@ class SongUNet(UNet):
     def _side_output(self, level, x, side):
         if level and self.decoder_type != 'skip':
             return side
+        x = x.to(at_least_float32(x.dtype))
         image = self.dec[self._name(level, 'aux_conv')](silu(self.dec[self._name(level, 'aux_norm')](x), self.training))
         return image if side is None else image + self.dec[self._name(level, 'aux_up')](side)
 
@@ -312,8 +322,9 @@ class DhariwalUNet(UNet):
         if self.map_label is not None:
             emb = emb + self.map_label(class_labels)
         emb = F.silu(emb)
-        x, _ = self._decode(self._encode(x, emb), emb)
-        return self.out_conv(silu(self.out_norm(x), self.training))
+        image, dtype = self.enter(x)
+        features, _ = self._decode(self._encode(image, emb, dtype), emb)
+        return self.out_conv(silu(self.out_norm(features.to(image.dtype)), self.training)).to(x.dtype)
 
 
 # What --arch selects; --cbase and --cres are keys of it.

@@ -2,7 +2,7 @@
 """U-ViT (Bao et al. 2023): a transformer with long skips, in which time and class or text are tokens, under the published layer names."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
@@ -11,7 +11,7 @@ from dnnlib import UserError
 from training.networks import transformer
 from training.networks.conditioning import Conditioning, LabelEmbedding, LabelTable
 from training.networks.interface import ARCHS, Arch, Network
-from training.networks.layers import Conv2d, PositionalEmbedding
+from training.networks.layers import Castable, Conv2d, PositionalEmbedding
 from training.networks.transformer import CONV_INIT, MLP, Attention, LayerNorm, PatchEmbed, normal_linear
 
 SIZES = {'S': (512, 12, 8), 'S-deep': (512, 16, 8), 'M': (768, 16, 12), 'L': (1024, 20, 16), 'H': (1152, 28, 16)}  # width, depth, heads
@@ -63,6 +63,7 @@ class UViT(Network):
     the other in a row."""
 
     takes_times = True
+    float32_ends = True
     short_names = transformer.SHORT_NAMES | {'embed_dim': 'width'}
 
     def __init__(self, img_resolution: int | Sequence[int], in_channels: int, out_channels: int, label_dim: int = 0, augment_dim: int = 0,
@@ -110,16 +111,22 @@ class UViT(Network):
             tokens.insert(0, self.label_emb(class_labels)[:, None])  # classes come before the time, texts after it, as published
         elif self.context_embed is not None:
             tokens.append(self.context_embed(class_labels).unflatten(1, (self.extra - 1, -1)))
-        x = transformer.with_tokens(tokens, self.patch_embed(x)) + self.pos_embed.to(x.dtype)
+        image, dtype = self.enter(x)
+        h = (transformer.with_tokens(tokens, self.patch_embed(image)) + self.pos_embed.to(image.dtype)).to(dtype)
         skips = []
         for block in self.in_blocks:
-            x = self.run(block, x)
-            skips.append(x)
-        x = self.run(self.mid_block, x)
+            h = self.run(block, h)
+            skips.append(h)
+        h = self.run(self.mid_block, h)
         for block in self.out_blocks:
-            x = self.run(block, x, skips.pop())
-        image = transformer.unpatchify(self.decoder_pred(self.norm(x))[:, self.extra:], self.grid, self.patch_size)
-        return image if self.final_layer is None else self.final_layer(image)
+            h = self.run(block, h, skips.pop())
+        pixels = self.decoder_pred(self.norm(h.to(image.dtype)))[:, self.extra:]
+        image = transformer.unpatchify(pixels, self.grid, self.patch_size)
+        return (image if self.final_layer is None else self.final_layer(image)).to(x.dtype)
+
+    def inner_layers(self) -> Iterator[Castable]:
+        """As Network.inner_layers."""
+        return transformer.inner_layers([*self.in_blocks, self.mid_block, *self.out_blocks])
 
     @classmethod
     def published(cls, state: dict[str, torch.Tensor]) -> dict | None:

@@ -2,7 +2,7 @@
 """The vision transformer of Min-SNR (Hang et al. 2023), in which time and class are tokens, under the published layer names."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from training.networks import transformer
 from training.networks.conditioning import LabelTable
 from training.networks.interface import ARCHS, Arch, Network
-from training.networks.layers import Conv2d, initial
+from training.networks.layers import Castable, Conv2d, initial
 from training.networks.transformer import CONV_INIT, MLP, Attention, LayerNorm, PatchEmbed, normal_linear
 
 SIZES = {'S': (512, 13, 8), 'B': (768, 12, 12), 'L': (1024, 21, 16), 'XL': (1152, 28, 16)}  # width, depth, heads
@@ -88,7 +88,7 @@ class BiasedAttention(Attention):
 
     def _qkv(self, x):
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        return F.linear(x, self.qkv.weight.to(x.dtype), bias.to(x.dtype))
+        return F.linear(x, self.qkv.cast('weight', x.dtype), bias.to(x.dtype))
 
 
 class ViTBlock(nn.Module):
@@ -128,6 +128,7 @@ class VisionTransformer(Network):
     init_scale: factor of the last layer's initial weights."""
 
     takes_times = True
+    float32_ends = True
     short_names = transformer.SHORT_NAMES | {'embed_dim': 'width'}
 
     def __init__(self, img_resolution: int | Sequence[int], in_channels: int, out_channels: int, label_dim: int = 0, augment_dim: int = 0,
@@ -169,16 +170,22 @@ class VisionTransformer(Network):
         if self.map_augment is not None and augment_labels is not None:
             time = time + self.map_augment(augment_labels)
         conditions = [time] if self.class_embedding is None else [time, self.class_embedding(class_labels)]
-        x = transformer.with_tokens([vector[:, None] for vector in conditions], self.patch_embed(x))
+        image, dtype = self.enter(x)
+        h = transformer.with_tokens([vector[:, None] for vector in conditions], self.patch_embed(image))
         if self.pos_embed is not None:
-            x = x + self.pos_embed.to(x.dtype)
+            h = h + self.pos_embed.to(image.dtype)
+        h = h.to(dtype)
         bias = None if self.rel_pos_bias is None else relative_bias(self.rel_pos_bias)
         for block in self.blocks:
-            x = self.run(block, x, bias)
-        x = x[:, self.extra:]
-        x = self.linear_projection(x if self.norm is None else self.norm(x))
-        image = transformer.unpatchify(x, self.grid, self.patch_size)
-        return image if self.to_pixel is None else self.to_pixel(image)
+            h = self.run(block, h, bias)
+        h = h[:, self.extra:].to(image.dtype)
+        h = self.linear_projection(h if self.norm is None else self.norm(h))
+        image = transformer.unpatchify(h, self.grid, self.patch_size)
+        return (image if self.to_pixel is None else self.to_pixel(image)).to(x.dtype)
+
+    def inner_layers(self) -> Iterator[Castable]:
+        """As Network.inner_layers."""
+        return transformer.inner_layers(self.blocks)
 
     @classmethod
     def published(cls, state: dict[str, torch.Tensor]) -> dict | None:
