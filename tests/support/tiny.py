@@ -59,6 +59,18 @@ def make_run(folder, *flags):
     return training_loop.Run(options(folder, *flags), RunFolder(str(folder), fractional=True), torch.device('cpu'))
 
 
+def recorded(run):
+    """A list that gets (batch, {name: values}) of each micro-batch from here on: after augmentation, and before the terms are summed."""
+    found, inner = [], run.objective.values
+
+    def values(net, batch, randn, due):
+        found.append((batch, inner(net, batch, randn, due)))
+        return found[-1][1]
+
+    run.objective.values = values
+    return found
+
+
 def start(args, log, ranks=1, script=ROOT / 'train.py', torchrun=False):
     """Starts a script as the leader of a process group of its own, its output in the file `log`. torchrun: by torchrun itself."""
     if not torchrun:

@@ -97,11 +97,13 @@ class CompiledStep:
         config = _dynamo().config
         config.recompile_limit = max(config.recompile_limit, len(self._ready) + 8)
         distributed.print0('Compiling the training step ... ', end='')
+        told, self._told = self._told, True
         for size, due in missing:
             # Without the compiler first: what pieces make once and keep, such as tables on the device, would be made in every graph.
             with torch.no_grad(), misc.seeded('rehearsal', device=scale.device):
                 self.step.forward(*samples[size], scale, due)
             self._compile(lambda part=samples[size], due=due: backward(*part, due))
+        self._told = told
         took, count = time.time() - start, graphs() - before
         distributed.print0(f'done in {took:.0f} s ({count} graph{"s" * (count != 1)})')
         return took

@@ -59,7 +59,7 @@ def make_batch(rows, draws, sigma_n=SIGMA_N, sigma=None):
 
 def loss_of(objective, net, step, rows=256, seed=0, **batch):
     draws = misc.Draws(seed, step)
-    batch = objective.timesteps.redraw(make_batch(rows, draws, **batch), draws)
+    batch = objective.redraw(make_batch(rows, draws, **batch), draws, objective.due(step))
     return objective(net, batch, draws)
 
 
@@ -234,7 +234,7 @@ def test_turns():
     assert list(objective.state_dict()) == ['fake.w']  # the teacher is no part of it
     draws = misc.Draws(0, 0)
     batch = make_batch(8, draws)
-    assert torch.equal(objective.timesteps.redraw(batch, draws).sigma, batch.sigma)  # psi has the levels of the pairs
+    assert torch.equal(objective.redraw(batch, draws, objective.due(0)).sigma, batch.sigma)  # psi has the levels of the pairs
 
 
 def test_every_parameter_has_a_gradient_in_every_step():

@@ -189,8 +189,7 @@ def test_a_new_weight_is_a_function_and_a_registry_line(tmp_path, monkeypatch):
 
     # The losses are those of the weight: the batch of the first step, by hand.
     run = tiny.make_run(tmp_path, '--weight=cubic:power=2', '--dropout=0', '--augment=0')
-    record, inner = [], run.train_step
-    run.train_step = lambda batch, draws: record.append((batch, inner(batch, draws))) or record[-1][1]
+    record = tiny.recorded(run)
     start = {name: value.clone() for name, value in run.net.state_dict().items()}
     run.step()
     (batch, terms), = record

@@ -204,8 +204,9 @@ def test_terms_are_weighed_and_losses_noted_without_weights():
     t = torch.tensor([3, 7, 9])
     batch = Batch(torch.zeros(3, 1, 1, 1), torch.tensor([0, 0, 0.1]).reshape(-1, 1, 1, 1), d.levels[t].float().reshape(-1, 1, 1, 1),
                   torch.zeros(3, 1, 1, 1), factor=torch.tensor([0.5, 2, 1]))
-    terms = resampler.weigh({'a': torch.tensor([1.0, 2, 3]), 'b': torch.tensor([10.0, 20, 30])}, batch)
+    terms, found = resampler.weigh({'a': torch.tensor([1.0, 2, 3]), 'b': torch.tensor([10.0, 20, 30])}, batch)
     assert terms['a'].tolist() == [0.5, 4, 3] and terms['b'].tolist() == [5, 40, 30]
+    resampler.note(*found)
     resampler.update()
     assert resampler.counts.nonzero().flatten().tolist() == [3, 7]
     assert resampler.losses[3].item() == 11 and resampler.losses[7].item() == 22

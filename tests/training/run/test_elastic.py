@@ -14,16 +14,16 @@ EVERYTHING = ['--augment=0.5', '--dropout=0.3', '--xflip=1', '--cond=1', '--labe
 TELLING = """
 import hashlib, os, train
 from torch_utils import distributed
-from training.run import training_loop
-forward = training_loop.TrainStep.forward
-def told(self, batch, randn):
+from training.run.step import TrainStep
+forward = TrainStep.forward
+def told(self, batch, randn, *rest):
     sha = lambda row: hashlib.sha256(row.numpy().tobytes()).hexdigest()[:16]
     for i in range(len(batch.images)):
         row = randn.first_row + i
         line = f'row {randn.step} {row} {int(batch.raw_idx[i])} {float(batch.sigma[i]).hex()} {sha(batch.noise[i])}\\n'
         os.write(1, line.encode())  # whole, whatever other ranks write
-    return forward(self, batch, randn)
-training_loop.TrainStep.forward = told
+    return forward(self, batch, randn, *rest)
+TrainStep.forward = told
 train.main()
 """
 

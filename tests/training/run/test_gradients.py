@@ -22,15 +22,15 @@ PLAIN = ['--dropout=0', '--augment=0']
 
 def poison(monkeypatch, steps, terms=('denoise',), rows=slice(None)):
     """From here on the loss is nan in these steps of any run in this process; the program itself has no such hook."""
-    step, forward = training_loop.Run.step, Objective.forward
+    step, values_of = training_loop.Run.step, Objective.values
     now = {}
 
     def follow(run):
         now['step'] = run.progress.step
         return step(run)
 
-    def spoil(self, net, batch, randn):
-        values = forward(self, net, batch, randn)
+    def spoil(self, net, batch, randn, due):
+        values = values_of(self, net, batch, randn, due)
         if now['step'] in steps:
             for name in terms:
                 factor = torch.ones_like(values[name])
@@ -39,7 +39,7 @@ def poison(monkeypatch, steps, terms=('denoise',), rows=slice(None)):
         return values
 
     monkeypatch.setattr(training_loop.Run, 'step', follow)
-    monkeypatch.setattr(Objective, 'forward', spoil)
+    monkeypatch.setattr(Objective, 'values', spoil)
 
 
 def make_batch(n, seed=0, sigma_n=0.0):
@@ -109,20 +109,23 @@ def test_clip_through_the_step(tmp_path):
 # --- Guard
 
 def test_guard_names_the_last_bad_losses():
+    def note(values, step, batch=make_batch(12)):
+        for name, found in values.items():
+            guard.note(name, gradients.bad_rows(found, batch, torch.tensor(float(step), dtype=torch.float64)))
+
     guard = gradients.Guard(CPU)
-    batch = make_batch(12)
-    guard.note_terms({'denoise': torch.ones(12), 'other': torch.ones(12)}, batch, 3)
+    note({'denoise': torch.ones(12), 'other': torch.ones(12)}, 3)
     assert guard.culprits() == {}
     values = torch.ones(12)
     values[[2, 5]] = torch.tensor([float('nan'), -float('inf')])
-    guard.note_terms({'denoise': values, 'other': torch.ones(12)}, batch, 4)
-    guard.note_terms({'denoise': torch.ones(12), 'other': torch.ones(12)}, batch, 5)  # a good one does not wipe it out
+    note({'denoise': values, 'other': torch.ones(12)}, 4)
+    note({'denoise': torch.ones(12), 'other': torch.ones(12)}, 5)  # a good one does not wipe it out
     found = guard.culprits()
     assert list(found) == ['denoise'] and found['denoise'].startswith('step 4, images ')
     assert {'102 at sigma 3', '105 at sigma 6'} == set(found['denoise'].removeprefix('step 4, images ').split(', '))
-    guard.note_terms({'denoise': torch.full([12], float('nan'))}, batch, 6)  # no more than ROWS are named
+    note({'denoise': torch.full([12], float('nan'))}, 6)  # no more than ROWS are named
     assert guard.culprits()['denoise'].count(' at sigma ') == gradients.ROWS
-    guard.note_terms({'denoise': torch.full([3], float('nan'))}, make_batch(3), 7)  # a smaller micro-batch
+    note({'denoise': torch.full([3], float('nan'))}, 7, make_batch(3))  # a smaller micro-batch
     assert guard.culprits()['denoise'] == 'step 7, images 100 at sigma 1, 101 at sigma 2, 102 at sigma 3'
 
 
@@ -279,7 +282,7 @@ def test_noise_scale_of_accumulated_rounds_by_hand(tmp_path):
     for size, count in [(4, 1), (4, 4)]:
         run.net.zero_grad()
         for (batch, draws), _ in zip(micro_batches(host, size, CPU, draws_of), range(count)):
-            (run.train_step(batch, draws)['denoise'].sum() / (size * count)).backward()
+            (run.objective(run.net, batch, draws)['denoise'].sum() / (size * count)).backward()
         squares.append(float(sum(p.grad.square().sum() for p in run.params if p.grad is not None)))
     run.step()
     stats = run.stats.flush()
@@ -295,15 +298,13 @@ sys.path.insert(0, sys.argv[1])
 from tests.support import tiny
 from torch_utils import distributed, misc
 from training.data.batches import micro_batches
-from training.run import training_loop
 folder = Path(sys.argv[2])
 torch.set_num_threads(1)
 distributed.init()
 run = tiny.make_run(folder, '--dropout=0', '--augment=0', '--gns=1', '--batch-gpu=4')
 host = tiny.make_run(folder, '--dropout=0', '--augment=0').data.feed.next()
-step = training_loop.TrainStep(run.net, run.objective)
 for batch, draws in micro_batches(host, 4, run.device, lambda row: misc.Draws(5, 0, run.first_row + row)):
-    (step(batch, draws)['denoise'].sum() / 8).backward()
+    (run.objective(run.net, batch, draws)['denoise'].sum() / 8).backward()
 own = torch.cat([p.grad.flatten() for p in run.params if p.grad is not None])
 run.step()
 whole = torch.cat([p.grad.flatten() for p in run.params if p.grad is not None])
@@ -364,8 +365,7 @@ def test_quartiles_add_up_and_are_those_of_the_law(tmp_path):
     """Each pair is in the quartile of p(sigma) that its level lies in; the eight groups make up the totals."""
     run = tiny.make_run(tmp_path, *PLAIN, '--consistency-coeff=1', '--consistency-batch-size=16', '--num-primes=1',
                         '--num-consistency-steps=2')
-    record, inner = [], run.train_step
-    run.train_step = lambda batch, draws: record.append((batch, inner(batch, draws))) or record[-1][1]
+    record = tiny.recorded(run)
     for _ in range(4):
         run.step()
     stats = run.stats.flush()
