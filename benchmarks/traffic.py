@@ -22,7 +22,6 @@ GPU is needed. From it follow kernels and their traffic, under these assumptions
 
 import argparse
 import dataclasses
-import json
 import math
 import operator
 import platform
@@ -58,9 +57,9 @@ PRODUCTS = {aten.convolution, aten.convolution_backward, aten.mm, aten.addmm, at
 REDUCTIONS = {aten.sum, aten.mean, aten.var_mean, aten.var, aten.amax, aten.amin, aten.linalg_vector_norm}
 ALONE = {aten.cat, aten.index_put, aten._unsafe_index_put, aten.scatter_add, aten._index_put_impl_}
 # What a kernel is for, from the lines of the program that its operations come from.
-KINDS = {'norm': r'_written_out|group_norm|layer_norm|normalize\(|in _size', 'SiLU, GELU': r'\bsilu\(|F\.silu|gelu',
-         'dropout': r'in keep|kept|F\.dropout', 'resampling': r'repeat_pixels|_shrink|_enlarge|avg_pool2d', 'concatenation': r'torch\.cat|mp_cat',
-         'attention': r'in _attend', 'cast': r'\.to\(dtype\)|\.to\(x\.dtype\)'}
+KINDS = {'norm': r'_written_out|group_norm|layer_norm|normalize\(|in _size|fused\.', 'SiLU': r'silu\(|AffineSiLU|sigmoid', 'GELU': r'gelu',
+         'dropout': r'in keep|kept|F\.dropout', 'resampling': r'in repeat_pixels|in _shrink|in _enlarge',
+         'concatenation': r'torch\.cat|mp_cat', 'attention': r'in _attend', 'cast': r'\.to\(dtype\)'}
 
 
 class Captured(Exception):
@@ -254,21 +253,22 @@ class Plan:
 
 def purpose(kernel: Kernel, plan: Plan) -> str:
     """What a kernel is for, in the words of KINDS."""
-    seen, left, texts = set(), list(kernel.nodes), []
+    first = kind_of(kernel.nodes[0])
+    if 'draw' in str(first):
+        return 'draws of dropout'
+    if first is aten.convolution_backward:
+        return 'gradients of biases'
+    seen, left, found = set(), list(kernel.nodes), set()
     while left:
         node = left.pop()
-        if node in seen:
+        if node in seen or value_of(node) is None or value_of(node).numel() * 2 < kernel.values:  # only what is done at full size
             continue
         seen.add(node)
-        texts.append(node.meta.get('stack_trace') or '')
+        lines = [line for line in (node.meta.get('stack_trace') or '').splitlines() if line.strip()][-6:]
+        found |= {kind for kind, pattern in KINDS.items() if re.search(pattern, '\n'.join(lines))}
         left += [used for used in node.all_input_nodes if used not in plan.made_by and used.op == 'call_function']
-    text = '\n'.join(trace[-700:] for trace in texts)
-    if 'draw' in str(kind_of(kernel.nodes[0])):
-        return 'dropout (draw)'
-    if kind_of(kernel.nodes[0]) is aten.convolution_backward:
-        return 'bias gradients'
-    found = [kind for kind, pattern in KINDS.items() if re.search(pattern, text)]
-    return ' + '.join(found[:3]) or ('sums' if kernel.reduced else 'add')
+    words = [kind for kind in KINDS if kind in found]
+    return ' + '.join(words) + (' (sums)' if kernel.reduced else '') if words else 'sums' if kernel.reduced else 'add'
 
 
 def tally(graphs: dict[str, fx.GraphModule], options: dict = COMPILE_OPTIONS) -> dict:
@@ -293,3 +293,111 @@ def tally(graphs: dict[str, fx.GraphModule], options: dict = COMPILE_OPTIONS) ->
                     target['kernels'] += 1
     found['total'] = found['read'] + found['written']
     return found
+
+
+class Dispatched(TorchDispatchMode):
+    """Counts what each operation of an eager program reads and writes, in bytes: {what it is for: bytes}."""
+
+    NAMES = {'norm': 'norm', 'SiLU, GELU': 'silu|gelu', 'dropout': 'dropout|bernoulli|rand', 'convolutions': 'convolution',
+             'matrix products': r'\.mm|\.addmm|\.bmm|attention', 'cast': '_to_copy', 'resampling': 'upsample|avg_pool',
+             'concatenation': 'cat', 'add': 'add|mul|sub', 'copy': 'clone|copy'}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes, self.kernels = Counter(), 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        tensors = lambda tree: [leaf for leaf in torch.utils._pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+        given, made = tensors((args, kwargs)), tensors(out)
+        if not func.is_view and kind_of_function(func) not in VIEWS and any(value.numel() % IMAGES == 0 for value in given + made):
+            kind = next((kind for kind, pattern in self.NAMES.items() if re.search(pattern, str(func))), 'rest')
+            self.bytes[kind] += sum(size_of(value) for value in {id(value): value for value in given + made}.values()
+                                    if value.numel() % IMAGES == 0)
+            self.kernels += 1
+        return out
+
+
+def kind_of_function(function: Any) -> Any:
+    """The operator of an overload."""
+    return getattr(function, 'overloadpacket', function)
+
+
+def make_step(config: dict, channels_last: bool) -> tuple[Callable, tuple]:
+    """(loss, its inputs) of a network in training in bfloat16: EDM's weighted squared error, summed."""
+    with misc.seeded('network'):
+        net = build_network(config).train()
+    net.compute_dtype = torch.bfloat16
+    if channels_last:
+        net.model.set_channels_last()
+    attach_row_draws(net)
+    height, width = misc.height_width(config['img_resolution'])
+
+    def loss(images, noise, sigma, labels, augment):
+        sigma = sigma.reshape(-1, 1, 1, 1)
+        weight = (sigma ** 2 + net.sigma_data ** 2) / (sigma * net.sigma_data) ** 2
+        denoised = net(images + sigma * noise, sigma, labels, augment)
+        return (weight * (denoised - images) ** 2).sum()
+
+    images = torch.zeros(IMAGES, config['img_channels'], height, width)
+    optional = [torch.zeros(IMAGES, width) if width else None for width in (net.label_dim, net.augment_dim)]
+    return loss, (images, images.clone(), torch.ones(IMAGES), *optional)
+
+
+def network_config(arch: str, size: int) -> dict:
+    """A network of --arch for photographs, with its published arguments where the size has any."""
+    config = {'img_resolution': size, 'img_channels': 3, **registry.build(arch, ARCHS)()}
+    if arch == 'adm':
+        return config | {'label_dim': 1000}
+    config |= {'channel_mult': [1, 2, 2, 2], 'dropout': 0.05} if arch in ('ddpmpp', 'ncsnpp') and size == 64 else {}
+    return config | ({'augment_dim': 9} if arch in ('ddpmpp', 'ncsnpp') else {})
+
+
+def compiled_traffic(config: dict, channels_last: bool = True, options: dict = COMPILE_OPTIONS) -> dict:
+    """tally() of a network's training step."""
+    loss, inputs = make_step(config, channels_last)
+    return tally(capture(loss, *inputs), options)
+
+
+def eager_traffic(config: dict) -> dict:
+    """{"kinds": {what for: bytes per image}, "total" without convolutions and matrix products, "kernels"} of the step without compiler."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    with FakeTensorMode():
+        loss, inputs = make_step(config, channels_last=False)
+        for module in loss.__closure__[0].cell_contents.modules():
+            module.rows = None  # draws without a key, which need no content
+        with Dispatched() as counted:
+            loss(*inputs).backward()
+    kinds = {kind: size / IMAGES for kind, size in counted.bytes.most_common()}
+    outside = sum(size for kind, size in kinds.items() if kind not in ('convolutions', 'matrix products'))
+    return {'kinds': kinds, 'total': outside, 'kernels': counted.kernels}
+
+
+def show(found: dict) -> None:
+    """Prints a table in MB per image."""
+    print(f'{found["total"] / 1e6:.1f} MB per image outside convolutions and matrix products, {found["kernels"]} kernels')
+    size = lambda value: sum(value[key] for key in ('read', 'written')) if isinstance(value, dict) else value
+    for kind, value in sorted(found['kinds'].items(), key=lambda pair: -size(pair[1])):
+        if size(value) > 5e4:
+            print(f'{size(value) / 1e6:9.1f}  {kind}')
+    if 'per_step' in found:
+        print(f'{found["per_step"] / 1e6:.0f} MB per step that do not depend on the number of images (casts of weights and the like)')
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+    parser.add_argument('--arch', default='ddpmpp', help='network, as train.py --arch takes it')
+    parser.add_argument('--size', type=int, default=32, help='height and width of the images')
+    parser.add_argument('--eager', action='store_true', help='count the operations of the program without compiler')
+    parser.add_argument('--defaults', action='store_true', help="inductor's own options in place of those of the networks")
+    parser.add_argument('--json', help='write the result into this file')
+    args = parser.parse_args()
+    config = network_config(args.arch, args.size)
+    found = eager_traffic(config) if args.eager else compiled_traffic(config, options=INDUCTOR if args.defaults else COMPILE_OPTIONS)
+    show(found)
+    if args.json:
+        write_json(args.json, {'network': config, 'torch': torch.__version__, 'python': platform.python_version(), **found})
+
+
+if __name__ == '__main__':
+    main()

@@ -145,7 +145,7 @@ class UNet(Network):
         """As Network.inner_layers: the convolutions of the blocks."""
         for block in self.modules():
             if isinstance(block, UNetBlock):
-                yield from (layer for layer in block.children() if isinstance(layer, Conv2d))
+                yield from (layer for layer in block.children() if isinstance(layer, Conv2d) and layer.kernel)
 
     def _encode(self, image, emb, dtype):
         """image [N,C,H,W], emb [N or 1, K] -> the skips in dtype, finest first; the last one is the bottom of the U."""
