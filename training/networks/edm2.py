@@ -15,7 +15,7 @@ from torch_utils import distributed
 from torch_utils.magnitude import MPConv, MPFourier, force_unit_rows, normalize, unit_rows
 from training.networks.conditioning import Conditioning
 from training.networks.interface import ARCHS, Arch, Network
-from training.networks.layers import initial, silu
+from training.networks.layers import initial, repeat_pixels, silu
 from training.networks.rows import Dropout
 from training.networks.unet import check_sizes, level_sizes
 
@@ -71,7 +71,7 @@ class Resample(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.is_box:
-            return F.interpolate(x, scale_factor=2, mode='nearest') if self.up else F.avg_pool2d(x, 2)
+            return repeat_pixels(x) if self.up else F.avg_pool2d(x, 2)
         convolve = F.conv_transpose2d if self.up else F.conv2d
         return convolve(x, self.kernel.to(x.dtype).expand(x.shape[1], -1, -1, -1), stride=2, padding=self.margin, groups=x.shape[1])
 

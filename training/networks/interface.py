@@ -16,6 +16,10 @@ from torch.utils.checkpoint import checkpoint
 from dnnlib import UserError
 from torch_utils.magnitude import at_least_float32
 
+# Options of torch.compile for networks: results that depend on up to six tensors are computed where they are used, so that those of
+# normalisation and SiLU do not reach memory in float32 (by default, up to four tensors and 30 operations).
+COMPILE_OPTIONS = {'realize_reads_threshold': 6, 'realize_opcount_threshold': 100}
+
 
 class Network(nn.Module):
     """F of a preconditioner: (x [N,C,H,W], noise_labels [N], class_labels, augment_labels) -> [N,out_channels,H,W] in x.dtype.

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from torch_utils.magnitude import at_least_float32
+from training.networks import fused
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -121,28 +122,30 @@ class Conv2d(Castable):
         self.is_box = len(taps) == 2 and resample_filter[0] == resample_filter[1]
         self.margin = (len(taps) - 1) // 2  # how far the filter extends beyond the edge of the image
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, add_bias: bool = True) -> torch.Tensor:
+        """add_bias: False where the caller adds the bias itself (not for fused_resample, which filters it)."""
+        bias = self.cast('bias', x.dtype) if add_bias else None
         if not self.kernel:
             return self._enlarge(x, self.margin) if self.up else self._shrink(x, self.margin) if self.down else x
         edge = self.kernel // 2
         if self.up:
-            return self._forward_up(x, edge)
+            return self._forward_up(x, edge, bias)
         if self.down and self.fused_resample:
-            return self._shrink(self._convolve(x, edge + self.margin), 0)
-        return self._convolve(self._shrink(x, self.margin) if self.down else x, edge)
+            return self._shrink(self._convolve(x, edge + self.margin, bias), 0)
+        return self._convolve(self._shrink(x, self.margin) if self.down else x, edge, bias)
 
-    def _forward_up(self, x, edge):
+    def _forward_up(self, x, edge, bias):
         if self.is_box and self.kernel == 1:
-            return self._enlarge(self._convolve(x, 0), 0)  # a 1x1 convolution commutes with repetition, at a quarter of the work
+            return self._enlarge(self._convolve(x, 0, bias), 0)  # a 1x1 convolution commutes with repetition, at a quarter of the work
         shared = min(edge, self.margin) if self.fused_resample else 0
-        return self._convolve(self._enlarge(x, self.margin - shared), edge - shared)
+        return self._convolve(self._enlarge(x, self.margin - shared), edge - shared, bias)
 
-    def _convolve(self, x, padding):
-        return F.conv2d(x, self.cast('weight', x.dtype), self.cast('bias', x.dtype), padding=padding)
+    def _convolve(self, x, padding, bias):
+        return F.conv2d(x, self.cast('weight', x.dtype), bias, padding=padding)
 
     def _enlarge(self, x, crop):
         if self.is_box:
-            return F.interpolate(x, scale_factor=2, mode='nearest')
+            return repeat_pixels(x)
         # The factor 4 compensates for the zeros between the pixels.
         kernel = (4 * self.resample_filter).to(x.dtype).expand(x.shape[1], -1, -1, -1)
         return F.conv_transpose2d(x, kernel, stride=2, padding=crop, groups=x.shape[1])
@@ -155,10 +158,11 @@ class Conv2d(Castable):
 
 
 class GroupNorm(nn.Module):
-    """Group normalisation with statistics in float32 whatever x.dtype is.
+    """Group normalisation of [N,C,H,W], times weight, plus bias, with statistics in float32 whatever x.dtype is.
 
-    Compiled in half precision or channels-last it is written out, because the decomposition of torch's operator copies channels-last
-    input, and so that the compiler joins it with what comes before and after it."""
+    offset [N or 1, C] is added to x before; scale and shift [N or 1, C] give result (1 + scale) + shift; activate: SiLU of that.
+    Where is_fused(x) it is written out, because the decomposition of torch's operator copies channels-last input, and so that the compiler
+    joins it with what comes before and after it."""
 
     def __init__(self, num_channels: int, num_groups: int = 32, min_channels_per_group: int = 4, eps: float = 1e-5) -> None:
         super().__init__()
@@ -169,24 +173,53 @@ class GroupNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(num_channels))
         self.bias = nn.Parameter(torch.zeros(num_channels))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if torch.compiler.is_compiling() and (x.dtype in HALF or is_channels_last(x)):
-            return self._written_out(x)
+    def forward(self, x: torch.Tensor, offset: torch.Tensor | None = None, scale: torch.Tensor | None = None,
+                shift: torch.Tensor | None = None, activate: bool = False) -> torch.Tensor:
+        if is_fused(x):
+            return self._written_out(x, offset, scale, shift, activate)
+        pixels = lambda value: value[:, :, None, None].to(x.dtype)
         # The kernels accumulate in float32. The CPU's takes parameters of float32 beside half-precision input; CUDA's does not.
         dtype = x.dtype if x.is_cuda else at_least_float32(x.dtype)
-        return F.group_norm(x, self.num_groups, self.weight.to(dtype), self.bias.to(dtype), self.eps)
+        x = F.group_norm(x if offset is None else x + pixels(offset), self.num_groups, self.weight.to(dtype), self.bias.to(dtype), self.eps)
+        x = x if scale is None else torch.addcmul(pixels(shift), x, 1 + pixels(scale))
+        return silu(x, self.training) if activate else x
 
-    def _written_out(self, x):
-        # Statistics of channels, then of groups: sums over pixels alone read channels-last memory in order, and the backward pass has the
-        # sums for the parameters from the same reading as those for x. The variance of a group is the mean of its channels' variances
+    def _written_out(self, x, offset, scale, shift, activate):
+        # All but the two passes over x is done with numbers of channels. The variance of a group is the mean of its channels' variances
         # plus the variance of their means.
         wide = x.to(at_least_float32(x.dtype))
-        variance, mean = (value.unflatten(1, (self.num_groups, -1)) for value in torch.var_mean(wide, (2, 3), correction=0))
-        spread, centre = torch.var_mean(mean, 2, correction=0, keepdim=True)
-        scale = (variance.mean(2, keepdim=True) + spread + self.eps).rsqrt()  # [N, groups, 1]
-        of_channel = lambda value: value.expand_as(mean).flatten(1)[:, :, None, None]
-        weight, bias = (value.to(wide.dtype)[:, None, None] for value in (self.weight, self.bias))
-        return ((wide - of_channel(centre)) * (of_channel(scale) * weight) + bias).to(x.dtype)
+        variance, mean = fused.packed(*fused.ChannelStatistics.apply(wide))  # [N,C]
+        mean = mean if offset is None else mean + offset.to(wide.dtype)
+        groups = (self.num_groups, -1)
+        spread, centre = torch.var_mean(mean.unflatten(1, groups), 2, correction=0, keepdim=True)  # [N, groups, 1]
+        factor = (variance.unflatten(1, groups).mean(2, keepdim=True) + spread + self.eps).rsqrt()
+        factor, centre = (value.expand_as(mean.unflatten(1, groups)).flatten(1) for value in (factor, centre))
+        factor = factor * self.weight.to(wide.dtype)
+        term = self.bias.to(wide.dtype) + factor * ((0 if offset is None else offset.to(wide.dtype)) - centre)
+        if scale is not None:
+            factor, term = factor * (1 + scale), term * (1 + scale) + shift
+        factor, term = fused.packed(factor, term)
+        return (fused.AffineSiLU if activate else fused.Affine).apply(wide, factor, term).to(x.dtype)
+
+
+def is_fused(x: torch.Tensor) -> bool:
+    """Whether operations on x [N,C,H,W] are written for a compiler that joins them: in compiled code, in half precision or channels-last.
+
+    Elsewhere they are those of the published networks, bit for bit."""
+    return torch.compiler.is_compiling() and (x.dtype in HALF or is_channels_last(x))
+
+
+def repeat_pixels(x: torch.Tensor) -> torch.Tensor:
+    """[N,C,H,W] -> [N,C,2H,2W], each pixel four times.
+
+    Compiled it is the copy of a view, whose gradient is a sum; that of F.interpolate would be added up in no certain order."""
+    if not torch.compiler.is_compiling():
+        return F.interpolate(x, scale_factor=2, mode='nearest')
+    n, c, h, w = x.shape
+    if is_channels_last(x):
+        pixels = x.permute(0, 2, 3, 1)[:, :, None, :, None].expand(-1, -1, 2, -1, 2, -1)
+        return pixels.reshape(n, 2 * h, 2 * w, c).permute(0, 3, 1, 2)
+    return x[:, :, :, None, :, None].expand(-1, -1, -1, 2, -1, 2).reshape(n, c, 2 * h, 2 * w)
 
 
 def is_channels_last(x: torch.Tensor) -> bool:

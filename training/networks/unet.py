@@ -16,7 +16,7 @@ from torch_utils import misc
 from torch_utils.magnitude import at_least_float32
 from training.networks.conditioning import LabelEmbedding
 from training.networks.interface import ARCHS, Arch, Network, check_choice
-from training.networks.layers import Conv2d, FourierEmbedding, GroupNorm, Linear, PositionalEmbedding, silu
+from training.networks.layers import Conv2d, FourierEmbedding, GroupNorm, Linear, PositionalEmbedding, is_channels_last, is_fused
 from training.networks.rows import Dropout
 
 
@@ -58,21 +58,27 @@ class UNetBlock(nn.Module):
             self.proj = Conv2d(out_channels, out_channels, 1, **init_zero)
 
     def forward(self, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
-        h = self.conv0(silu(self.norm0(x), self.training))
-        params = self.affine(emb)[:, :, None, None].to(h.dtype)  # [N or 1, C or 2C, 1, 1]
-        if self.adaptive_scale:
-            scale, shift = params.chunk(2, dim=1)
-            h = silu(torch.addcmul(shift, self.norm1(h), 1 + scale), self.training)
-        else:
-            h = silu(self.norm1(h + params), self.training)
-        h = self.conv1(self.dropout(h))
+        fused = is_fused(x)
+        h = self.conv0(self.norm0(x, activate=True), add_bias=not fused)
+        params = self.affine(emb)  # [N or 1, C or 2C]
+        offset, scale, shift = (None, *params.chunk(2, dim=1)) if self.adaptive_scale else (params, None, None)
+        if fused and self.conv0.bias is not None:  # as a part of the offset its gradient needs no sum over pixels
+            offset = self.conv0.bias[None] if offset is None else offset + self.conv0.bias
+        h = self.conv1(self.dropout(self.norm1(h, offset, scale, shift, activate=True)))
         x = (h + (x if self.skip is None else self.skip(x))) * self.skip_scale
         return (x + self._attend(x)) * self.skip_scale if self.num_heads else x
 
     def _attend(self, x):
         # The published layout of the 3C channels is (head, channel within the head, one of query, key, value).
-        qkv = self.qkv(self.norm2(x)).unflatten(1, (self.num_heads, -1, 3)).flatten(4)  # [N, heads, d, 3, H*W]
-        query, key, value = qkv.permute(3, 0, 1, 4, 2).contiguous().unbind(0)  # [N, heads, H*W, d] each, as fast kernels want it
+        normalised, split = self.norm2(x), (self.num_heads, -1, 3)
+        if is_fused(normalised) and is_channels_last(normalised):
+            # With the rows of the weight in the order (query, key, value; head; channel) the three are views that fast kernels take.
+            rows = (self.qkv.cast(name, x.dtype).unflatten(0, split).movedim(2, 0).flatten(0, 2) for name in ('weight', 'bias'))
+            qkv = F.conv2d(normalised, *rows).permute(0, 2, 3, 1).unflatten(3, (3, self.num_heads, -1))  # [N, H, W, 3, heads, d]
+            query, key, value = (part.flatten(1, 2).transpose(1, 2) for part in qkv.unbind(3))
+        else:
+            qkv = self.qkv(normalised).unflatten(1, split).flatten(4)  # [N, heads, d, 3, H*W]
+            query, key, value = qkv.permute(3, 0, 1, 4, 2).contiguous().unbind(0)  # [N, heads, H*W, d] each, as fast kernels want it
         return self.proj(F.scaled_dot_product_attention(query, key, value).transpose(2, 3).reshape(x.shape))
 
 
@@ -139,7 +145,7 @@ class UNet(Network):
         """As Network.inner_layers: the convolutions of the blocks."""
         for block in self.modules():
             if isinstance(block, UNetBlock):
-                yield from (layer for layer in block.children() if isinstance(layer, Conv2d))
+                yield from (layer for layer in block.children() if isinstance(layer, Conv2d) and layer.kernel)
 
     def _encode(self, image, emb, dtype):
         """image [N,C,H,W], emb [N or 1, K] -> the skips in dtype, finest first; the last one is the bottom of the U."""
@@ -282,7 +288,7 @@ class SongUNet(UNet):
         if level and self.decoder_type != 'skip':
             return side
         x = x.to(at_least_float32(x.dtype))
-        image = self.dec[self._name(level, 'aux_conv')](silu(self.dec[self._name(level, 'aux_norm')](x), self.training))
+        image = self.dec[self._name(level, 'aux_conv')](self.dec[self._name(level, 'aux_norm')](x, activate=True))
         return image if side is None else image + self.dec[self._name(level, 'aux_up')](side)
 
 
@@ -324,7 +330,7 @@ class DhariwalUNet(UNet):
         emb = F.silu(emb)
         image, dtype = self.enter(x)
         features, _ = self._decode(self._encode(image, emb, dtype), emb)
-        return self.out_conv(silu(self.out_norm(features.to(image.dtype)), self.training)).to(x.dtype)
+        return self.out_conv(self.out_norm(features.to(image.dtype), activate=True)).to(x.dtype)
 
 
 # What --arch selects; --cbase and --cres are keys of it.
