@@ -12,7 +12,15 @@ from torch_utils import misc
 
 def column(level: torch.Tensor | float, like: torch.Tensor) -> torch.Tensor:
     """A level as [N,1,1,1] (or [1,1,1,1]) with the images' dtype and device, so that each level scales its own image only."""
-    return misc.batched(torch.as_tensor(level, dtype=like.dtype, device=like.device))
+    return misc.batched(level_on(like.device, level, like.dtype))
+
+
+def level_on(device: torch.device, level: torch.Tensor | float, dtype: torch.dtype) -> torch.Tensor:
+    """A level as a tensor on a device. A number of the host is written there by a kernel, because a copy would make the host wait."""
+    on_host = not torch.is_tensor(level) or not level.ndim and level.is_cpu
+    if on_host and device.type != 'cpu':
+        return torch.full([], float(level), dtype=dtype, device=device)
+    return torch.as_tensor(level, dtype=dtype, device=device)
 
 
 def add_noise(y: torch.Tensor, sigma_n: torch.Tensor | float, sigma: torch.Tensor | float, noise: torch.Tensor) -> torch.Tensor:

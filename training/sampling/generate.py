@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """From seeds to images: one random generator per seed, so that an image depends on its seed and not on the rest of the batch."""
 
+import copy
 import functools
 import math
 import os
@@ -11,7 +12,7 @@ import torch
 
 from dnnlib import UserError
 from torch_utils import misc, registry
-from training.diffusion import schedules
+from training.diffusion import ambient, schedules
 from training.sampling import steppers
 from training.sampling.guidance import Guidance, Guided, check
 from training.sampling.labels import default
@@ -105,6 +106,7 @@ class ConditionedDenoiser:
     def __init__(self, net: Callable, labels: torch.Tensor | None = None, rows: int = misc.CPU_CHUNK,
                  report: Callable[[int], None] | None = None) -> None:
         self.net, self.rows, self.calls, self.report = net, rows, 0, report
+        self.elsewhere, self._rounder = network_device(net).type != 'cpu', None
         classes = labels is not None and labels.ndim == 1
         self.labels = torch.nn.functional.one_hot(labels, net.label_dim).to(torch.float32) if classes else labels  # [N, label_dim]
 
@@ -123,23 +125,37 @@ class ConditionedDenoiser:
         return getattr(self.net, 'gives_variance', False)
 
     def round_sigma(self, sigma: torch.Tensor) -> torch.Tensor:
-        """The network's nearest level, for networks that know discrete levels only; sigma on the CPU in and out."""
+        """The network's nearest level, for networks that know discrete levels only; sigma on the CPU in and out.
+
+        Where the network is on another device, its own levels are copied once."""
         if not hasattr(self.net, 'round_sigma'):
             return sigma
-        return self.net.round_sigma(sigma.to(network_device(self.net))).to(sigma)
+        if not (self.elsewhere and sigma.is_cpu):
+            return self.net.round_sigma(sigma.to(network_device(self.net))).to(sigma)
+        self._rounder = self._rounder or _on_host(self.net)
+        return self._rounder.round_sigma(sigma).to(sigma)
 
     def _in_chunks(self, function, x, sigma):
         """The tensors that function(x, sigma, labels) gives, put together from calls of equal size."""
         self.calls += 1
-        sigma = sigma.to(x.device, torch.float32)
-        parts = []
+        sigma = ambient.level_on(x.device, sigma, torch.float32)
+        replays, parts = getattr(self.net, 'replays', False), []
         for rows, count in misc.chunks(len(x), x.device, self.rows):
+            if replays:
+                torch.compiler.cudagraph_mark_step_begin()
             found = function(x[rows], sigma[rows] if sigma.ndim else sigma, None if self.labels is None else self.labels[rows])
             found = found if isinstance(found, tuple) else (found,)
-            parts.append([tensor[:count] for tensor in found])
+            parts.append([tensor[:count].clone() if replays else tensor[:count] for tensor in found])  # the next call overwrites it
         if self.report:
             self.report(len(x))
         return [torch.cat(pieces) for pieces in zip(*parts)]
+
+
+def _on_host(net):
+    """A preconditioner that shares everything with another but has its own buffers, which hold its levels, on the CPU."""
+    found = copy.copy(net)
+    found._buffers = {name: value if value is None else value.cpu() for name, value in getattr(net, '_buffers', {}).items()}
+    return found
 
 
 def noise_levels(net: Callable, schedule: Callable, num_steps: int | None) -> torch.Tensor:
