@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch._dynamo
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
@@ -29,9 +30,10 @@ from torch.distributed.tensor import DTensor, Shard
 from torch_utils import distributed, misc
 from training.checkpoints.load import load_weights
 from training.run.config import RunConfig
-from training.run.states import Copied, on_host
+from training.run.states import on_host
 
 PART_BYTES = 256 << 20  # of tensors that are sent together; larger ones are sent alone
+GRAPHS = 16  # upper limit of compiled graphs for a block: of its shapes of batches, with and without gradients
 
 
 class Unsharded:
@@ -70,6 +72,10 @@ class Unsharded:
         """"net", "ema" and "optimizer" of a state, on rank 0; on the others {} or parts of them. Every rank calls this."""
         return dict(net=net.state_dict(), ema={name: average.state_dict() for name, average in averages.items()},
                     optimizer=optimizer.state_dict())
+
+    def copied(self, state: dict) -> dict:
+        """Run.state(), with copies of its tensors in host memory, which may be written while the training continues."""
+        return on_host(state)
 
     def restore(self, found: dict, net: torch.nn.Module, averages: dict, optimizer: torch.optim.Optimizer, path: str) -> None:
         """Loads "net", "ema" and "optimizer" of a state that rank 0 has in `found` and has checked; takes them out of it. Every rank
@@ -122,6 +128,9 @@ class Sharding(Unsharded):
 
     def compile(self, net: torch.nn.Module) -> None:
         """Compiles in place the computation of each block, which begins when the block is gathered."""
+        limits = torch._dynamo.config  # of the graphs of one function, here those of all blocks and shapes; beyond it nothing is compiled
+        for name in ('recompile_limit', 'accumulated_recompile_limit'):
+            setattr(limits, name, max(getattr(limits, name), GRAPHS * len(self.blocks)))
         for name in self.blocks:
             block = net.model.get_submodule(name)
             block.forward = torch.compile(block.forward, dynamic=False)
@@ -224,7 +233,11 @@ class Sharding(Unsharded):
         moments = found['optimizer']['state']
         found['optimizer']['state'] = {index: {name: self._divided(value, self.params[index]) for name, value in entry.items()}
                                        for index, entry in moments.items()}
-        return {name: Copied(gather(part)) for name, part in found.items()}
+        return gather(found)
+
+    def copied(self, state: dict) -> dict:
+        """As Unsharded.copied; what state() gathered is a copy already."""
+        return {**state, 'objective': on_host(state['objective'])}
 
     def _divided(self, value, param):
         """A moment as a divided tensor, which gather() makes whole."""

@@ -158,18 +158,12 @@ def adopt(config: Config, stored: Config) -> Config:
 
 
 def on_host(value: object) -> object:
-    """A nested structure with copies of its tensors in host memory; a Copied is taken as it is."""
-    if isinstance(value, Copied):
-        return dict(value)
+    """A nested structure with copies of its tensors in host memory."""
     if isinstance(value, torch.Tensor):
         return value.detach().to('cpu', copy=True)
     if isinstance(value, dict):
         return {key: on_host(item) for key, item in value.items()}
     return type(value)(map(on_host, value)) if isinstance(value, (list, tuple)) else value
-
-
-class Copied(dict):
-    """A part of a state whose tensors are copies in host memory, which nothing else changes."""
 
 
 class StateWriter:

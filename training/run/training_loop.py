@@ -26,7 +26,7 @@ from training.run.folder import RunFolder, cannot_write, stop_if_orphan
 from training.run.metrics import PeriodicMetrics, output_of
 from training.run.mirrors import Mirrors
 from training.run.optimizer import LearningRate
-from training.run.states import StateWriter, on_host
+from training.run.states import StateWriter
 from training.run.step import GROUPS, CompiledStep, Outcome, TrainStep, data_parallel
 from training.run.stopping import Requests, Signals, Stop
 from training.sampling import pieces as sampling
@@ -398,7 +398,7 @@ class Run:
         except OSError as err:
             self.states.failed(path, err)
         else:
-            self.states.write(path, on_host(state))
+            self.states.write(path, self.sharding.copied(state))
 
     def look_at_states(self) -> None:
         """Reports where the last state could not be written, and schedules another attempt; does not wait for a state in progress."""
