@@ -27,6 +27,7 @@ from training.run.configure import configure
 from training.run.folder import RunFolder
 
 IMAGES = 1024  # random pictures of the data set
+DDP = 'denoising_diffusion_pytorch'
 PUBLISHED = ['--precision=fp32', '--compile=0']  # settings of EDM's published program, with NCHW tensors
 
 
@@ -94,13 +95,23 @@ def layout_of(net: torch.nn.Module) -> str:
     return 'nhwc' if any(last) else 'nchw'
 
 
+def set_layout(net: torch.nn.Module, layout: str | None) -> None:
+    """Puts the weights of a network of this program channels last ("nhwc") or not ("nchw"); None leaves them."""
+    if layout in (None, layout_of(net)):
+        return
+    if hasattr(net.model, 'set_channels_last'):  # which sees to the images, too
+        net.model.set_channels_last(layout == 'nhwc')
+    else:
+        net.to(memory_format=torch.channels_last if layout == 'nhwc' else torch.contiguous_format)
+
+
 # ---- this program
 
 
 @contextlib.contextmanager
 def our_trainer(name: str, shape: Shape, batch: int, device: torch.device, flags: list[str],
                 layout: str | None = None) -> Iterator[Trainer]:
-    """train.py's own step on 90 % noisy images. flags: its options; layout: nchw or nhwc, by default as the program chooses."""
+    """train.py's own step on 90 % noisy images. flags: its options; layout: see set_layout()."""
     with tempfile.TemporaryDirectory() as folder:
         data = os.path.join(folder, 'data')
         large_data.make(data, IMAGES, shape.side, shape.classes or 1)
@@ -109,8 +120,7 @@ def our_trainer(name: str, shape: Shape, batch: int, device: torch.device, flags
             f'--batch={batch}', '--sigma=0.2', '--corruption-probability=0.9', *flags])
         config = configure(EasyDict(context.params, command=presets.given(context)))
         run = training_loop.Run(config, RunFolder(folder, fractional=True), device)
-        if layout:
-            run.net.to(memory_format=torch.channels_last if layout == 'nhwc' else torch.contiguous_format)
+        set_layout(run.net, layout)
         parameters, _, flops = count_network(config.network.arguments)
         facts = {'precision': config.run.precision, 'compile': bool(config.run.compile), 'layout': layout_of(run.net)}
         try:
@@ -245,11 +255,69 @@ def ddp_trainer(shape: Shape, batch: int, device: torch.device, precision: str =
 
 def peer_trainers(shape: Shape, batch: int, device: torch.device, precision: str = 'fp32', compile: bool = False) -> list[Trainer]:
     """The peers that are installed and have a network of this shape."""
-    found, ddp = [], 'denoising_diffusion_pytorch'
-    for module, arguments, make in (('diffusers', shape.diffusers, diffusers_trainer), (ddp, shape.ddp, ddp_trainer)):
-        if arguments and importlib.util.find_spec(module):
+    return _installed(shape, {'diffusers': diffusers_trainer, DDP: ddp_trainer}, shape, batch, device, precision, compile)
+
+
+# ---- the peers' samplers
+
+
+class Sampler(NamedTuple):
+    """A peer's sampler. flops: of one evaluation of one image. sample(count, evaluations) -> uint8 [N,H,W,3], with so many for each."""
+
+    name: str
+    flops: int
+    net: torch.nn.Module
+    sample: Callable
+
+
+def diffusers_sampler(shape: Shape, device: torch.device, precision: str = 'fp32', compile: bool = False) -> Sampler:
+    """DDIMPipeline of an untrained UNet2DModel."""
+    from diffusers import DDIMPipeline, DDIMScheduler
+    _, flops, _ = count_of(lambda: diffusers_network(shape), lambda net: net(*inputs(network_config(shape))[:2]).sample)
+    with misc.seeded('diffusers'):
+        model = diffusers_network(shape).to(device).eval()
+    if compile:
+        model.compile()
+    pipeline = DDIMPipeline(model, DDIMScheduler(num_train_timesteps=1000, beta_schedule='linear'))
+    pipeline.set_progress_bar_config(disable=True)
+    draws = misc.generator('draws', device=device)
+
+    def sample(count, evaluations):
+        with half(precision, device):
+            found = pipeline(batch_size=count, num_inference_steps=evaluations, generator=draws, output_type='np').images
+        return (found * 255).round().astype('uint8')
+    return Sampler('diffusers', flops, model, sample)
+
+
+def ddp_sampler(shape: Shape, device: torch.device, precision: str = 'fp32', compile: bool = False) -> Sampler:
+    """GaussianDiffusion.sample of an untrained Unet, by its DDIM sampler."""
+    library = ddp_library()
+    _, flops, _ = count_of(lambda: library.Unet(**shape.ddp), lambda net: net(*inputs(network_config(shape))[:2]))
+    with misc.seeded('ddp'):
+        diffusion = ddp_diffusion(shape).to(device).eval()
+    if compile:
+        diffusion.model.compile()
+
+    def sample(count, evaluations):
+        diffusion.sampling_timesteps, diffusion.is_ddim_sampling = evaluations, True
+        with half(precision, device):
+            found = diffusion.sample(batch_size=count)
+        return found.float().mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    return Sampler('denoising-diffusion-pytorch', flops, diffusion.model, sample)
+
+
+def peer_samplers(shape: Shape, device: torch.device, precision: str = 'fp32', compile: bool = False) -> list[Sampler]:
+    """The samplers of the peers that are installed and have a network of this shape."""
+    return _installed(shape, {'diffusers': diffusers_sampler, DDP: ddp_sampler}, shape, device, precision, compile)
+
+
+def _installed(shape, makers, *arguments):
+    """What makers {module: function} make of the arguments, of the modules that are installed and have a network of the shape."""
+    found = []
+    for module, make in makers.items():
+        if getattr(shape, 'diffusers' if module == 'diffusers' else 'ddp') and importlib.util.find_spec(module):
             try:
-                found.append(make(shape, batch, device, precision, compile))
+                found.append(make(*arguments))
             except ImportError as err:
-                raise UserError(f'{module}: {err}; install what it needs, or leave the peers out with --no-peers') from None
+                raise UserError(f'{module}: {err}; install what it needs, or leave the peers out') from None
     return found

@@ -102,6 +102,21 @@ def write(path: str | None, device: torch.device, **facts: object) -> None:
         write_json(path, {'command': [Path(sys.argv[0]).name, *sys.argv[1:]], 'machine': machine(device), 'versions': versions(), **facts})
 
 
+def ratio(first: dict, other: dict, key: str) -> float:
+    """Median over the rounds of the first contestant's rate over the other's."""
+    return statistics.median(a / b for a, b in zip(first[key], other[key]))
+
+
+def compare(rows: list[dict]) -> list[dict]:
+    """The first of some rows against each other one: by FLOP, by FLOP and CPU time, and by image.
+
+    A row: {"network", "contestant", "batch", and of each round "images_per_second", "flops_per_second", "flops_per_cpu_second"}."""
+    first, *others = rows
+    keys = {'per_flop': 'flops_per_second', 'per_flop_cpu': 'flops_per_cpu_second', 'per_image': 'images_per_second'}
+    return [{'network': first['network'], 'batch': first['batch'], 'first': first['contestant'], 'other': other['contestant'],
+             **{name: ratio(first, other, key) for name, key in keys.items()}} for other in others]
+
+
 def spread(values: Sequence[float], digits: str = '.4g') -> str:
     """"median (least to most)"."""
     middle = f'{statistics.median(values):{digits}}'
