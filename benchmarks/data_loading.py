@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Images per second that data loading supplies on one core: first pass, clean batches, noisy batches.
 
-python benchmarks/data_loading.py [--images=20000] [--size=32] [--batch=512]"""
+python benchmarks/data_loading.py [--images=20000] [--size=32] [--batch=512] [--json=FILE]"""
 
 import argparse
 import os
@@ -16,7 +16,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from training.data.cache import decode  # noqa: E402 (the folder above had to be found first)
+from benchmarks import measure  # noqa: E402 (the folder above had to be found first)
+from training.data.cache import decode  # noqa: E402
 from training.data.convert.writers import encode_png  # noqa: E402
 from training.data.corruption import Corruption  # noqa: E402
 from training.data.dataset import ImageDataset  # noqa: E402
@@ -32,7 +33,7 @@ def make_archive(path, images, size):
             archive.writestr(f'{i:08}.png', encode_png(np.clip(steps + 128, 0, 255).astype(np.uint8)))
 
 
-def rate(store, count, batch, seconds=3.0):
+def rate(store, count, batch, seconds):
     """Images per (second, CPU second) of gather() over shuffled batches, after a warm-up of one pass."""
     order = torch.from_numpy(np.random.default_rng(1).permutation(count))
     batches = [order[i:i + batch] for i in range(0, count - batch + 1, batch)]
@@ -51,6 +52,8 @@ def main():
     parser.add_argument('--images', type=int, default=20000)
     parser.add_argument('--size', type=int, default=32)
     parser.add_argument('--batch', type=int, default=512)
+    parser.add_argument('--seconds', type=float, default=3.0, help='time for each kind of item')
+    parser.add_argument('--json', help='also write the numbers to this file')
     args = parser.parse_args()
     torch.set_num_threads(1)
     if hasattr(os, 'sched_setaffinity'):
@@ -60,11 +63,12 @@ def main():
         make_archive(path, args.images, args.size)
         start = time.perf_counter()
         copy = decode(path, folder)
-        print(f'decoding into {"a packed folder" if copy else "memory, when the store is made"}: '
-              f'{args.images / (time.perf_counter() - start):,.0f} images per second')
+        decoded = args.images / (time.perf_counter() - start)
+        print(f'decoding into {"a packed folder" if copy else "memory, when the store is made"}: {decoded:,.0f} images per second')
         dataset = ImageDataset(path, cache_dir=folder)
         print(f'{args.images} images of 3x{args.size}x{args.size}, batches of {args.batch}, one core, images per second:')
         cases = (('clean', 0.0, 8), ('90 % noisy, cached', 0.9, 8), ('all noisy, cached', 1.0, 8), ('all noisy, made at each use', 1.0, 0))
+        found = {}
         for title, probability, gib in cases:
             corruption = Corruption(0.2, probability)
             sigma_n = corruption.levels(dataset.raw_idx, dataset.native_sigma, dataset.image_shape)
@@ -73,8 +77,10 @@ def main():
             for indices in torch.arange(args.images).split(args.batch):
                 store.gather(indices)
             first = args.images / (time.perf_counter() - start)
-            wall, cpu = rate(store, args.images, args.batch)
+            wall, cpu = rate(store, args.images, args.batch, args.seconds)
+            found[title] = {'first_pass': first, 'per_second': wall, 'per_cpu_second': cpu}
             print(f'  {title:24} first pass {first:8,.0f}   then {wall:9,.0f}   ({cpu:9,.0f} per CPU second)')
+        measure.write(args.json, torch.device('cpu'), options=vars(args), decoding=decoded, images_per_second=found)
 
 
 if __name__ == '__main__':

@@ -2,7 +2,7 @@
 """Speed and accuracy of the metrics, compared with other programs: Fréchet distance, Inception features, distances between features.
 
 python benchmarks/evaluation.py frechet
-python benchmarks/evaluation.py features [--data=PATH] [--threads=1] [--half] [--compile]   (and torch-fidelity, if installed)
+python benchmarks/evaluation.py features [--data=PATH] [--threads=1] [--half] [--compile] [--json=FILE]   (and torch-fidelity)
 python benchmarks/evaluation.py distances [--images=50000] [--dim=2048]
 python benchmarks/evaluation.py parity --data=PATH [--images=500]   (with torch-fidelity, clean-fid, prdc, transformers: parity.py)"""
 
@@ -26,6 +26,7 @@ import tests  # noqa: E402 (the folder above had to be found first)
 
 tests.__path__ = [str(ROOT / 'tests'), *tests.__path__]  # prdc and others install a package of this name
 
+from benchmarks import measure  # noqa: E402
 from benchmarks.parity import parity  # noqa: E402
 from metrics import detectors, manifold  # noqa: E402
 from metrics.frechet import frechet_distance  # noqa: E402
@@ -95,11 +96,13 @@ def features(args):
             nets['torch-fidelity'] = torch_fidelity_network(path)
         seconds, found = time_in_turns(nets, images)
     plain = found['inception']
-    rows = [('', 'seconds', 'images/s', 'features', 'FID', 'mixed FID')]
+    rows, facts = [('', 'seconds', 'images/s', 'features', 'FID', 'mixed FID')], {}
     for name, spent in seconds.items():
         error = float((found[name] - plain).abs().max() / plain.abs().max())
-        rows.append((name, f'{spent:.1f}', f'{args.images / spent:.1f}', f'{error:.1e}',
-                     f'{fid_of_halves(found[name], found[name]):.5f}', f'{fid_of_halves(found[name], plain):.5f}'))
+        own, mixed = fid_of_halves(found[name], found[name]), fid_of_halves(found[name], plain)
+        rows.append((name, f'{spent:.1f}', f'{args.images / spent:.1f}', f'{error:.1e}', f'{own:.5f}', f'{mixed:.5f}'))
+        facts[name] = {'images_per_second': args.images / spent, 'difference': error, 'fid': own, 'mixed_fid': mixed}
+    measure.write(args.json, torch.device('cpu'), images=args.images, size=list(images.shape[2:]), detectors=facts)
     table(f'Features of {args.images} images of {images.shape[3]} x {images.shape[2]}, batches of {BATCH}, '
           f'{torch.get_num_threads()} threads; largest relative difference of features; FID between the two halves of the images, '
           'the second half by the same network (FID) or by plain inception (mixed FID)', rows)
@@ -163,6 +166,7 @@ def main():
     parser.add_argument('--threads', type=int, help='CPU threads; with one, CPU time is measured instead of elapsed time')
     parser.add_argument('--half', action='store_true', help='also time bfloat16')
     parser.add_argument('--compile', action='store_true', help='also time the compiled network')
+    parser.add_argument('--json', help='features: also write the numbers to this file')
     args = parser.parse_args()
     torch.set_num_threads(args.threads or torch.get_num_threads())
     args.images = args.images or {'features': 1000, 'distances': 50000, 'parity': 500}.get(args.what)

@@ -18,12 +18,12 @@ from pathlib import Path
 
 import click
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from dnnlib.files import read_json  # noqa: E402 (the folder above had to be found first)
+from benchmarks import contestants  # noqa: E402 (the folder above had to be found first)
+from dnnlib.files import read_json  # noqa: E402
 from torch_utils import misc, registry  # noqa: E402
 from training.networks.interface import ARCHS  # noqa: E402
 from training.networks.preconditioning import build_network  # noqa: E402
@@ -104,11 +104,8 @@ def rate(arm, batch=64, rounds=12):
 
 def multiply_adds(arm):
     """(millions of parameters, millions of multiply-accumulates of an evaluation)."""
-    with torch.device('meta'), misc.seeded('shapes'):
-        net = build_network(config_of(arm))
-        with FlopCounterMode(display=False) as counter:
-            net(torch.zeros(1, 3, SIDE, SIDE), torch.ones(1), torch.zeros(1, 10))
-    return sum(p.numel() for p in net.parameters()) / 1e6, counter.get_total_flops() / 2e6
+    parameters, flops, _ = contestants.count_network(config_of(arm))
+    return parameters / 1e6, flops / 2e6
 
 
 def mean(values, digits=4):

@@ -1,24 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images per second of generation with writer threads, compared with a plain loop that saves each batch before the next.
+"""Images per second of generation with writer threads, compared with a plain loop that saves each batch before the next, and with peers.
 
-python benchmarks/sampling.py [--device=cuda --arch=cifar --images=4096 --batch=512 --precision=bf16 --compile --peak-tflops=989]"""
+python benchmarks/sampling.py [--peers] [--device=cuda --arch=cifar --images=4096 --batch=512 --precision=bf16 --compile]"""
 
 import argparse
 import os
-import platform
 import statistics
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import torch
 from PIL import Image
-from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from dnnlib.files import write_json  # noqa: E402 (the folder above had to be found first)
+from benchmarks import contestants, measure  # noqa: E402 (the folder above had to be found first)
+from benchmarks.contestants import SHAPES, Sampler  # noqa: E402
 from torch_utils import misc  # noqa: E402
 from training.diffusion import schedules  # noqa: E402
 from training.networks import preconditioning  # noqa: E402
@@ -26,22 +24,19 @@ from training.sampling.generate import generate_images, network_device, resoluti
 from training.sampling.pixels import to_uint8  # noqa: E402
 from training.sampling.writers import Files, Writers  # noqa: E402
 
-ARCHS = {
-    'small': dict(img_resolution=16, img_channels=3, model_type='SongUNet', model_channels=32, channel_mult=[1, 2], num_blocks=1,
-                  attn_resolutions=[8]),
-    'cifar': dict(img_resolution=32, img_channels=3, model_type='SongUNet', model_channels=128, channel_mult=[2, 2, 2]),  # EDM's
-}
+WRITERS = 4
 
 
-def make_network(arch, device, precision, compile):
+def make_network(arch, device, precision, compile, layout=None):
     """A network with random weights of unit gain, whose images look like noise, which PNG cannot compress."""
     with misc.seeded('weights to be overwritten'):
-        net = preconditioning.build_network(ARCHS[arch])
+        net = preconditioning.build_network(contestants.network_config(SHAPES[arch]))
     source = misc.generator('weights')
     for p in net.parameters():
         p.data = torch.randn(p.shape, generator=source) * (p[0].numel() ** -0.5 if p.ndim > 1 else 0.1)
     net = net.to(device).eval().requires_grad_(False)
     net.compute_dtype = misc.DTYPES[precision]
+    contestants.set_layout(net, layout)
     if compile:
         net.model.compile(dynamic=False)
     return net
@@ -67,7 +62,7 @@ def plain_loop(net, count, batch, steps, outdir):
             Image.fromarray(image).save(os.path.join(outdir, f'{seed:06d}.png'))
 
 
-def ours(net, count, batch, steps, outdir, threads=4):
+def ours(net, count, batch, steps, outdir, threads=WRITERS):
     """generate_images, with writer threads, or writing each batch before the next one is sampled."""
     files = Files(outdir, 'png')
     parts = generate_images(net, range(count), num_steps=steps, batch=batch)
@@ -83,77 +78,98 @@ def ours(net, count, batch, steps, outdir, threads=4):
                 writers.submit(files.write, seed, array)
 
 
-def rates(arms, args):
-    """{arm: images per second of each repeat}: the arms alternate, after one untimed batch each."""
-    found = {name: [] for name in arms}
-    for repeat in range(args.repeats + 1):
-        for name, arm in arms.items():
-            count = args.images if repeat else args.batch
-            with tempfile.TemporaryDirectory() as folder:
-                start = time.perf_counter()
-                arm(count, args.batch, args.steps, folder)
-                seconds = time.perf_counter() - start
-                assert len(os.listdir(folder)) == count
-            if repeat:
-                found[name].append(count / seconds)
-    return found
+def peer(sampler: Sampler, count, batch, steps, outdir):
+    """A peer's sampler with as many evaluations of each image as `steps` Heun steps take, which saves as it goes."""
+    for first in range(0, count, batch):
+        pixels = sampler.sample(min(batch, count - first), 2 * steps - 1)
+        for seed, image in enumerate(pixels, first):
+            Image.fromarray(image).save(os.path.join(outdir, f'{seed:06d}.png'))
+
+
+def rates(arms, args, device):
+    """{arm: Spent of each repeat}: the arms alternate, after one untimed batch each."""
+    def work(arm, count):
+        with tempfile.TemporaryDirectory() as folder:
+            arm(count, args.batch, args.steps, folder)
+            assert len(os.listdir(folder)) == count
+    for arm in arms.values():
+        work(arm, args.batch)
+    return measure.in_turns({name: lambda arm=arm: work(arm, args.images) for name, arm in arms.items()}, args.repeats, device, warmup=0)
 
 
 def flops_per_image(net, steps):
     """Floating-point operations of matrix products and convolutions in all 2N - 1 network evaluations of one image."""
     x = torch.zeros([1, net.img_channels, *resolution(net)], device=network_device(net))
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        net(x, torch.tensor(1.0))
-    return counter.get_total_flops() * (2 * steps - 1)
-
-
-def machine(device):
-    """What the numbers were measured on."""
-    names = [line.split(':')[1].strip() for line in _lines('/proc/cpuinfo') if line.startswith('model name')]
-    gpu = f'{torch.cuda.get_device_name(device)}, ' if device.type == 'cuda' else ''
-    cpu = names[0] if names else platform.machine()
-    return f'{gpu}{cpu}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}'
-
-
-def _lines(path):
-    return Path(path).read_text().splitlines() if os.path.exists(path) else []
+    labels = torch.zeros(1, net.label_dim, device=x.device) if net.label_dim else None
+    with torch.no_grad():
+        return measure.count_flops(lambda: net(x, torch.tensor(1.0), labels)) * (2 * steps - 1)
 
 
 def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--device', default='cpu')
-    parser.add_argument('--arch', choices=sorted(ARCHS), default='small')
+    parser.add_argument('--arch', choices=sorted(SHAPES), default='small')
     parser.add_argument('--images', type=int, default=96)
     parser.add_argument('--batch', type=int, default=32)
     parser.add_argument('--steps', type=int, default=18)
     parser.add_argument('--repeats', type=int, default=3)
     parser.add_argument('--precision', choices=sorted(misc.DTYPES), default='fp32')
-    parser.add_argument('--compile', action='store_true', help='compile the U-Net, for all arms')
-    parser.add_argument('--peak-tflops', type=float, help='peak speed of the device at this precision, from its data sheet')
+    parser.add_argument('--compile', action='store_true', help='compile the U-Net of this program')
+    parser.add_argument('--layout', choices=['nchw', 'nhwc'], help='layout of its weights; by default its own')
+    parser.add_argument('--peers', action='store_true', help='also the installed peers, and the published settings')
+    parser.add_argument('--peer-precision', choices=['fp32', 'bf16'], default='fp32')
+    parser.add_argument('--peer-compile', action='store_true', help='compile the peers\' networks, too')
+    parser.add_argument('--threads', type=int, help='CPU threads')
+    parser.add_argument('--peak-tflops', type=float, help='peak of the device at this precision; by default measured')
     parser.add_argument('--json', help='also write the numbers to this file')
     return parser.parse_args(argv)
+
+
+def entrants(args, device):
+    """({arm: function(count, batch, steps, folder)}, {arm: FLOPs of an image})."""
+    flops = flops_per_image(make_network(args.arch, device, 'fp32', False), args.steps)  # compiled calls are not counted
+    net = make_network(args.arch, device, args.precision, args.compile, args.layout)
+    arms = {f'generate_images, {WRITERS} writer threads': lambda *work: ours(net, *work),
+            'generate_images, saves as it goes': lambda *work: ours(net, *work, threads=0),
+            'plain loop, saves as it goes': lambda *work: plain_loop(net, *work)}
+    work = dict.fromkeys(arms, flops)
+    if args.peers:
+        plain = make_network(args.arch, device, 'fp32', False, 'nchw')
+        arms['published settings'], work['published settings'] = lambda *work: ours(plain, *work), flops
+        for found in contestants.peer_samplers(SHAPES[args.arch], device, args.peer_precision, args.peer_compile):
+            arms[found.name] = lambda *work, found=found: peer(found, *work)
+            work[found.name] = found.flops * (2 * args.steps - 1)
+    return arms, work
+
+
+def rows_of(spent, work, args):
+    """The figures of each arm, as measure.compare() takes them. work: {arm: FLOPs of an image}."""
+    return [{'network': args.arch, 'contestant': name, 'batch': args.batch, 'flops_per_image': work[name],
+             'images_per_second': [args.images / one.wall for one in found],
+             'flops_per_second': [args.images * work[name] / one.wall for one in found],
+             'flops_per_cpu_second': [args.images * work[name] / one.cpu for one in found]} for name, found in spent.items()]
 
 
 def main(argv=None):
     args = parse(argv)
     device = torch.device(args.device)
-    flops = flops_per_image(make_network(args.arch, device, 'fp32', False), args.steps)  # compiled calls are not counted
-    net = make_network(args.arch, device, args.precision, args.compile)
-    arms = {'plain loop, saves as it goes': lambda *work: plain_loop(net, *work),
-            'generate_images, saves as it goes': lambda *work: ours(net, *work, threads=0),
-            'generate_images, 4 writer threads': lambda *work: ours(net, *work)}
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    arms, work = entrants(args, device)
+    peak = args.peak_tflops * 1e12 if args.peak_tflops else measure.matrix_peak(device, misc.DTYPES[args.precision])
     print(f'{args.arch} network, {args.images} images, batch {args.batch}, {args.steps} Heun steps, {args.precision}'
-          f'{", compiled" if args.compile else ""}; {machine(device)}')
-    found = rates(arms, args)
-    for name, values in found.items():
-        rate = statistics.median(values)
-        share = f'   {rate * flops / args.peak_tflops / 1e12:6.1%} of the limit' if args.peak_tflops else ''
-        print(f'  {name:34} {rate:9,.1f} images/s  ({min(values):,.1f} to {max(values):,.1f}){share}')
-    print(f'  {flops / 1e9:,.2f} GFLOP per image' + (f'; the limit at {args.peak_tflops:g} TFLOP/s is '
-          f'{args.peak_tflops * 1e12 / flops:,.0f} images/s' if args.peak_tflops else ''))
-    if args.json:
-        facts = {'machine': machine(device), 'options': vars(args), 'flops_per_image': flops, 'images_per_second': found}
-        write_json(args.json, facts)
+          f'{", compiled" if args.compile else ""}; {measure.machine(device)}', *(contestants.missing() if args.peers else []), sep='\n')
+    rows = rows_of(rates(arms, args, device), work, args)
+    for row in rows:
+        rate, share = row['images_per_second'], statistics.median(row['flops_per_second']) / peak
+        print(f'  {row["contestant"]:38} {statistics.median(rate):9,.1f} images/s  ({min(rate):,.1f} to {max(rate):,.1f})   '
+              f'{share:6.1%} of the limit')
+    compared, most = measure.compare(rows), work[rows[0]['contestant']]
+    print(f'  {most / 1e9:,.2f} GFLOP per image; the limit at {peak / 1e12:.4g} TFLOP/s is {peak / most:,.0f} images/s')
+    for found in compared:
+        print(f'  {found["first"]} / {found["other"]}: {found["per_flop"]:.2f} per FLOP, {found["per_flop_cpu"]:.2f} by CPU time, '
+              f'{found["per_image"]:.2f} per image')
+    measure.write(args.json, device, options=vars(args), peak_flops=peak, rows=rows, comparisons=compared)
 
 
 if __name__ == '__main__':
