@@ -8,9 +8,9 @@ import numpy as np
 CHUNK = 256  # images per batch
 
 
-def batches(images: np.ndarray | Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+def batches(images: np.ndarray | Iterable[np.ndarray], size: int = CHUNK) -> Iterator[np.ndarray]:
     """Parts [n,C,H,W] of an array of images, or the arrays that an iterable gives. Raises ValueError for other shapes."""
-    parts = ([images[first:first + CHUNK] for first in range(0, len(images), CHUNK)] if isinstance(images, np.ndarray) else images)
+    parts = ([images[first:first + size] for first in range(0, len(images), size)] if isinstance(images, np.ndarray) else images)
     for part in parts:
         if part.ndim != 4:
             raise ValueError(f'images must be [N,C,H,W], got the shape {list(part.shape)}')
