@@ -109,8 +109,8 @@ ANNOTATIONS = group(
     click.option('--captions', metavar='FILE', type=click.Path(exists=True, dir_okay=False),
                  help='Captions of the images: .csv (file,caption), .json, or .txt with one per line; the command captions makes labels of '
                  'them'),
-    click.option('--sigmas', metavar='FILE|NUMBER', help='Noise std that the images already have: CSV, JSON, .npy, or one number; '
-                 'in the units of the source, for 8-bit images in those of [-1,1]'),
+    click.option('--sigmas', metavar='FILE|NUMBER|auto', help='Noise std that the images already have: CSV, JSON, .npy, or one number; '
+                 'in the units of the source, for 8-bit images in those of [-1,1]; "auto" measures one level for all of them'),
     click.option('--sigma-min', metavar='FILE|NUMBER', help='Lowest noise level to train each image at, for images that are wrong below it '
                  '(blurred ones, for example); given like --sigmas; null in JSON: no limit'),
     click.option('--sigma-max', metavar='FILE|NUMBER', help='Highest noise level to train each image at; given like --sigmas; '

@@ -75,9 +75,10 @@ def test(frequency: np.ndarray, power: np.ndarray, errors: np.ndarray, tolerance
     return Whiteness(frequency, power, errors, p, tolerance, correlation, correlation_p)
 
 
-def of_flat_patches(images: np.ndarray | Iterable[np.ndarray]) -> Whiteness | None:
+def of_flat_patches(images: np.ndarray | Iterable[np.ndarray], ends: tuple[float, float] | None = None) -> Whiteness | None:
     """The Whiteness of the noise of images [N,C,H,W], an array or arrays of such, in the upper part of the frequencies: from flat
-    patches, those with little power in the lower part. None where there are too few patches.
+    patches, those with little power in the lower part. None where there are too few patches. ends: values at which images are clipped;
+    patches within 2.5 std of one are left out.
 
     What it cannot see: noise whose spectrum is flat in the upper part, and colours that texture could make."""
     total = frequencies(SIDE)
@@ -90,7 +91,10 @@ def of_flat_patches(images: np.ndarray | Iterable[np.ndarray]) -> Whiteness | No
         count += len(found[-1])
         if count > MOST:
             break
-    dct = np.square(np.concatenate(found)) if found else np.zeros([0, SIDE ** 2])
+    dct = np.concatenate(found) if found else np.zeros([0, SIDE ** 2])
+    means, dct = dct[:, 0] / SIDE, np.square(dct)
+    if ends is not None:
+        dct = dct[np.minimum(means - ends[0], ends[1] - means) > 2.5 * np.sqrt(dct[:, high].mean(1))]
     if len(dct) < FEWEST:
         return None
     texture, rest = dct[:, low].mean(1), dct[:, high].mean(1)

@@ -314,9 +314,9 @@ def examine(data: ImageDataset, noisy: np.ndarray, clipped: float) -> tuple:
     if not len(noisy):
         return None, None
     chosen = noisy[::-(-len(noisy) // EXAMINED)]
-    white, signal = whiteness.of_flat_patches(images for _, images in read(data, chosen)), None
+    ends = (-1.0, 1.0) if clipped > clipping.SHARE else None
+    white, signal = whiteness.of_flat_patches((images for _, images in read(data, chosen)), ends), None
     try:
-        ends = (-1.0, 1.0) if clipped > clipping.SHARE else None
         signal = fit_poisson_gaussian((images for _, images in read(data, chosen)), ends)
     except ValueError:
         pass  # too few flat patches

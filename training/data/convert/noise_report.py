@@ -119,7 +119,8 @@ def warnings(found: Found) -> Iterator[str]:
                'images, looks like that')
     if white is not None and white.coloured:
         yield (f'the noise is not white, and the ambient loss relies on that; with more noise of the spectrum max S - S(f) (in --json) it is '
-               f'white, of the level {white.largest:.4g}')
+               f'white, of the level {white.largest:.4g}' + (' or more: flat patches do not show the low frequencies, which --clean, --pairs '
+                                                            'or --dark do' if found.white_from == 'flat patches' else ''))
     if white is not None and white.correlated:
         yield 'the noise of the channels is correlated, and the ambient loss relies on independent noise'
     if found.signal is not None and found.signal.depends and len(noisy):
