@@ -5,6 +5,7 @@ python dataset_tool.py --source=images/ --dest=images.zip --transform=center-cro
 python dataset_tool.py encode --source=images.zip --vae=stabilityai/sd-vae-ft-mse --dest=latents
 python dataset_tool.py stats images.zip
 python dataset_tool.py check images.zip
+python dataset_tool.py noise images.zip
 python dataset_tool.py captions --source=images.zip --text-encoder=openai/clip-vit-large-patch14"""
 
 import math
@@ -108,8 +109,8 @@ ANNOTATIONS = group(
     click.option('--captions', metavar='FILE', type=click.Path(exists=True, dir_okay=False),
                  help='Captions of the images: .csv (file,caption), .json, or .txt with one per line; the command captions makes labels of '
                  'them'),
-    click.option('--sigmas', metavar='FILE|NUMBER', help='Noise std that the images already have: CSV, JSON, .npy, or one number; '
-                 'in the units of the source, for 8-bit images in those of [-1,1]'),
+    click.option('--sigmas', metavar='FILE|NUMBER|auto', help='Noise std that the images already have: CSV, JSON, .npy, or one number; '
+                 'in the units of the source, for 8-bit images in those of [-1,1]; "auto" measures one level for all of them'),
     click.option('--sigma-min', metavar='FILE|NUMBER', help='Lowest noise level to train each image at, for images that are wrong below it '
                  '(blurred ones, for example); given like --sigmas; null in JSON: no limit'),
     click.option('--sigma-max', metavar='FILE|NUMBER', help='Highest noise level to train each image at; given like --sigmas; '
@@ -221,6 +222,47 @@ def captions(**options):
     """Embed the captions of a data set with a text encoder, and store the embeddings as its labels (docs/text.md)."""
     from training.data.convert.captions import embed
     for line in embed(options):
+        click.echo(line)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Noise levels
+
+
+def noise_methods(ctx: click.Context, param: click.Parameter, value: str) -> str:
+    """--method: one of the METHODS of the estimators, which are listed where they are."""
+    from training.data.convert.noise import METHODS
+    if value not in METHODS:
+        raise click.BadParameter(f'"{value}" is not one of {", ".join(METHODS)}')
+    return value
+
+
+NOISE = group(
+    'Noise levels',
+    click.option('--method', metavar='NAME', default='auto', show_default=True, callback=noise_methods,
+                 help='pooled (images that share a level); immerkaer, mad or weak (single images); spectral, pairs or dark (with the '
+                 'option of that purpose); auto: what fits the other options'),
+    click.option('--group', metavar='set|class|image|sigmas|FILE', default='set', show_default=True,
+                 help='Which images share a level: all, those of a class, none, those with the same "sigmas"; or a CSV, JSON or .npy file '
+                 'with the group of each image'),
+    click.option('--clean', metavar='DATA', help='Clean images of the same kind, to compare spectra with'),
+    click.option('--pairs', metavar='DATA', help='A second exposure of each image, in the same order'),
+    click.option('--dark', metavar='DATA', help='Dark frames of the same camera'),
+    click.option('--plot', metavar='FILE.png', help='Picture of levels, variance against intensity, spectrum, and the most and least '
+                 'noisy images'),
+    click.option('--json', is_flag=True, help='Print everything as JSON'),
+    click.option('--write', is_flag=True, help='Write the levels into the data set, as "sigmas"'),
+    click.option('--overwrite', is_flag=True, help='Replace the levels that it has'),
+)
+
+
+@main.command(cls=Command)
+@click.argument('data', metavar='DATA')
+@NOISE
+def noise(**options):
+    """Estimate how noisy the images of a data set are, and whether their noise is white (docs/noise.md)."""
+    from training.data.convert.noise import noise as measure_noise
+    for line in measure_noise(options):
         click.echo(line)
 
 

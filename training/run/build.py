@@ -29,7 +29,7 @@ from training.objective.loss import Objective, build_terms
 from training.objective.penalty import PENALTIES
 from training.objective.timesteps import TIMESTEPS
 from training.objective.weighting import WEIGHTS
-from training.run import alarms, validation
+from training.run import alarms, levels, validation
 from training.run.config import Config, CorruptionConfig, LabelConfig, NetworkConfig, ObjectiveConfig, OptimizerConfig
 from training.run.optimizer import OPTIMIZERS
 from training.sampling.labels import drawn
@@ -183,6 +183,8 @@ def load_data(config: Config, net: torch.nn.Module, noise: NoiseDistribution, ro
     copy = distributed.from_node(cache.decode, data.path, data.cache_dir)
     dataset = check_same(f'--data={data.path}', data.fingerprint,
                          ImageDataset(data.path, use_labels=data.use_labels, keep=data.keep, xflip=data.xflip, copy=copy))
+    if distributed.rank() == 0 and (told := levels.warning(dataset, run.seed)):
+        print(told, flush=True)
     sigma_n = corruption.levels(dataset.raw_idx, dataset.native_sigma, dataset.image_shape)
     sigma_n, sigma_min = corruption.beyond_sigma_min(sigma_n, dataset.sigma_min, dataset.sigma_max)
     store = ImageStore(dataset, corruption, sigma_n, cache_gib=data.cache_gib, workers=data.workers)

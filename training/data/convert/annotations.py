@@ -15,6 +15,7 @@ from torch_utils import registry
 from training.data import tables
 
 MAX_TOLD = 100  # classes whose numbers are printed
+AUTO = 'auto'  # --sigmas: measure them
 PROPOSE_CHANNELS = 'channel'  # --units: estimate one offset and scale per channel
 LEVELS = {'sigmas': '--sigmas', 'sigma_min': '--sigma-min', 'sigma_max': '--sigma-max'}
 
@@ -27,7 +28,7 @@ def annotate(source, options: dict) -> None:
     if options.get('captions'):
         source.captions = read_captions(options['captions'], source.names)
     for key, option in LEVELS.items():
-        if options[key]:
+        if options[key] and (key, options[key]) != ('sigmas', AUTO):  # which is measured once the images are chosen
             setattr(source, key, read_levels(options[key], option, key, source.names))
     if source.labels is not None:
         told, source.labels = source.labels, as_classes(source.labels)

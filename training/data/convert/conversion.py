@@ -18,7 +18,8 @@ from dnnlib.progress import Progress
 from torch_utils import registry
 from training.data import tables
 from training.data.convert import sheet, transforms, writers
-from training.data.convert.annotations import LEVELS, PROPOSE_CHANNELS, annotate
+from training.data.convert.annotations import AUTO, LEVELS, PROPOSE_CHANNELS, annotate
+from training.data.convert.measured import measure_source
 from training.data.convert.selection import select
 from training.data.convert.sources import open_sources
 from training.data.convert.statistics import Facts, Summary, facts_of, lines
@@ -47,15 +48,19 @@ def convert(options: dict) -> list[str]:
     picture = sheet.place(options['sheet'], options['dest'])
     source = open_sources(options['source'], not options['labels'], not options['units'], layout=options['layout'], split=options['split'])
     annotate(source, options)
+    automatic, measured = options['sigmas'] == AUTO, []
     if options['tile']:
+        measured = measure_source(source, range(len(source.names)), options) if automatic else []
         source = Tiled(source, *options['tile'], options['overlap'])
     indices = select(source, options)
+    if automatic and not options['tile']:
+        measured = measure_source(source, indices, options)
     job = plan(source, indices, options)
     # The processes start before the progress bar, whose thread would not survive a fork.
     with multiprocessing.Pool(options['workers'] or cpu_count(), _prepare, (source, job)) as pool, writer:
         rows = sheet.choose(source.labels, source.sigmas, indices) if picture else []
         found = write(pool, source, job, indices, writer, options, {index for row in rows for index in row})
-    told = [*lines(found.summary, found.facts)]
+    told = [*measured, *lines(found.summary, found.facts)]
     if picture and draw_sheet(picture, rows, found, options):
         told.append(f'{picture}: contact sheet with {len(found.cells)} of them')
     return [*told, f'{options["dest"]}: {found.summary.count} images']
