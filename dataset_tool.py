@@ -5,14 +5,15 @@ python dataset_tool.py --source=images/ --dest=images.zip --transform=center-cro
 python dataset_tool.py encode --source=images.zip --vae=stabilityai/sd-vae-ft-mse --dest=latents
 python dataset_tool.py stats images.zip
 python dataset_tool.py check images.zip
-python dataset_tool.py captions --source=images.zip --text-encoder=openai/clip-vit-large-patch14"""
+python dataset_tool.py captions --source=images.zip --text-encoder=openai/clip-vit-large-patch14
+python dataset_tool.py annotate --clean=clean.zip --data=blurred.zip"""
 
 import math
 import re
 
 import click
 
-from torch_utils.command_line import HELP, Command, Group, Spec, group, show_choices, version_option
+from torch_utils.command_line import HELP, Command, Group, Number, Spec, group, show_choices, version_option
 
 LAYOUTS, CHANNELWISE = ('nhw', 'nhwc', 'nchw'), 'channel'
 
@@ -221,6 +222,50 @@ def captions(**options):
     """Embed the captions of a data set with a text encoder, and store the embeddings as its labels (docs/text.md)."""
     from training.data.convert.captions import embed
     for line in embed(options):
+        click.echo(line)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Levels at which imperfect images may be used
+
+IMPERFECT = group(
+    'Sets',
+    click.option('--clean', metavar='DATA', required=True, help='Clean images: a data set that this tool has written'),
+    click.option('--data', metavar='DATA', required=True, help='Imperfect images of the same kind and size: blurred, compressed, foreign'),
+    click.option('--dest', metavar='DATA', help='Where to write an annotated copy  [default: --data itself is changed]'),
+)
+LIMITS = group(
+    'Limits',
+    click.option('--method', type=click.Choice(['spectral', 'classifier']), metavar='spectral|classifier', default='spectral',
+                 show_default=True, help='Compare means and covariances, in seconds; or train a classifier of noisy images'),
+    click.option('--threshold', type=Number(above=0, most=0.499), default=0.45, show_default=True,
+                 help='Mean P(clean) of imperfect images from which they count as alike'),
+    click.option('--per', type=click.Choice(['set', 'class', 'image']), metavar='set|class|image', default='set', show_default=True,
+                 help='One limit for the set, for each class, or for each image (classifier)'),
+    click.option('--levels', type=click.IntRange(min=8, max=1024), metavar='INT', default=64, show_default=True,
+                 help='Noise levels at which images are compared'),
+    click.option('--noise', type=Spec('training.diffusion.noise:NOISE'), default='lognormal', show_default=True,
+                 help='Distribution of noise levels in training, of train.py --noise'),
+    click.option('--white-noise', type=click.Choice(['auto', 'ignore']), metavar='auto|ignore', default='auto', show_default=True,
+                 help='auto: where white noise alone tells the images from clean ones, write it as sigmas, in place of a sigma_min'),
+    click.option('--seed', type=click.IntRange(min=0), metavar='INT', default=0, show_default=True, help='Random seed'),
+)
+REPORTS = group(
+    'Results',
+    click.option('--report', metavar='FILE', help='JSON of everything found, or "none"  [default: NAME-annotation.json beside the data]'),
+    click.option('--sheet', metavar='FILE', help='Images at their limits, a .png, or "none"  [default: NAME-annotation.png beside the data]'),
+    click.option('--plot', metavar='FILE', help='P(clean) over sigma, a .png (needs matplotlib)'),
+)
+
+
+@main.command(cls=Command)
+@IMPERFECT
+@LIMITS
+@REPORTS
+def annotate(**options):
+    """Find the noise level from which imperfect images are as good as clean ones, and write it as their sigma_min (docs/annotate.md)."""
+    from training.annotation.annotate import annotate as annotate_images
+    for line in annotate_images(options):
         click.echo(line)
 
 
