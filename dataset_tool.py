@@ -250,6 +250,19 @@ LIMITS = group(
                  help='auto: where white noise alone tells the images from clean ones, write it as sigmas, in place of a sigma_min'),
     click.option('--seed', type=click.IntRange(min=0), metavar='INT', default=0, show_default=True, help='Random seed'),
 )
+CLASSIFIER = group(
+    'Classifier',
+    click.option('--folds', type=click.IntRange(min=2, max=100), metavar='INT', default=2, show_default=True,
+                 help='Classifiers, each of which labels a part of the images that it was not trained on'),
+    click.option('--arch', type=Spec('training.annotation.classifier:ENCODERS'), default='half_unet', show_default=True,
+                 help='Network; --arch=help lists its keys'),
+    click.option('--kimg', type=Number(above=0), default=5000, show_default=True, help='Length of each training in thousand noisy images'),
+    click.option('--batch', type=click.IntRange(min=2), metavar='INT', default=256, show_default=True, help='Images per training step'),
+    click.option('--lr', type=Number(above=0), default=1e-3, show_default=True, help='Highest learning rate'),
+    click.option('--batch-gpu', type=click.IntRange(min=1), metavar='INT', default=1024, show_default=True,
+                 help='Noisy images that a GPU labels together'),
+    click.option('--device', metavar='DEVICE', help='Device, such as cuda or cpu  [default: the GPU, if there is one]'),
+)
 REPORTS = group(
     'Results',
     click.option('--report', metavar='FILE', help='JSON of everything found, or "none"  [default: NAME-annotation.json beside the data]'),
@@ -261,6 +274,7 @@ REPORTS = group(
 @main.command(cls=Command)
 @IMPERFECT
 @LIMITS
+@CLASSIFIER
 @REPORTS
 def annotate(**options):
     """Find the noise level from which imperfect images are as good as clean ones, and write it as their sigma_min (docs/annotate.md)."""

@@ -49,7 +49,7 @@ def annotate(options: dict) -> list[str]:
         found = _spectral(sets, levels, options)
     else:
         from training.annotation.labelling import classify
-        found = Found(*classify(sets, levels, noise, options))
+        found = Found(*classify(sets, levels, options))
     limits = np.float64([f'{limit:.{DIGITS}g}' for limit in found.limits])
     std = white.noise if white is not None else None
     result = _result(sets, options, found._replace(limits=limits), noise, std)
