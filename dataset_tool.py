@@ -236,6 +236,9 @@ IMPERFECT = group(
 )
 LIMITS = group(
     'Limits',
+    click.option('--limit', type=click.Choice(['sigma_min', 'sigma_max']), metavar='sigma_min|sigma_max', default='sigma_min',
+                 show_default=True, help='What to find: the level above which images that are wrong in their details may be used, or up to '
+                 'which images that are right in their details only, such as crops'),
     click.option('--method', type=click.Choice(['spectral', 'classifier']), metavar='spectral|classifier', default='spectral',
                  show_default=True, help='Compare means and covariances, in seconds; or train a classifier of noisy images'),
     click.option('--threshold', type=Number(above=0, most=0.499), default=0.45, show_default=True,
@@ -266,7 +269,7 @@ CLASSIFIER = group(
 REPORTS = group(
     'Results',
     click.option('--report', metavar='FILE', help='JSON of everything found, or "none"  [default: NAME-annotation.json beside the data]'),
-    click.option('--sheet', metavar='FILE', help='Images at their limits, a .png, or "none"  [default: NAME-annotation.png beside the data]'),
+    click.option('--sheet', metavar='FILE', help='Images at their limits, .png, or "none"  [default: NAME-annotation.png beside the data]'),
     click.option('--plot', metavar='FILE', help='P(clean) over sigma, a .png (needs matplotlib)'),
 )
 
@@ -277,7 +280,7 @@ REPORTS = group(
 @CLASSIFIER
 @REPORTS
 def annotate(**options):
-    """Find the noise level from which imperfect images are as good as clean ones, and write it as their sigma_min (docs/annotate.md)."""
+    """Find the noise levels at which imperfect images are as good as clean ones, and write their sigma_min (docs/annotate.md)."""
     from training.annotation.annotate import annotate as annotate_images
     for line in annotate_images(options):
         click.echo(line)

@@ -28,8 +28,9 @@ TRAIN = ['--arch=ddpmpp:cbase=16,cres=1|2,blocks=1,attn=4,dropout=0', '--sigma-d
          '--ema=0.008', '--augment=0', '--pairing=sigma_first', '--snap=1000000', '--dump=1000000', '--samples=0', '--threads=1']
 SAMPLING = ['--steps=12', '--sigma-min=0.02', '--sigma-max=20', '--threads=1']
 DETECTORS = {'pixels': 'pixels', 'features': 'module:name=benchmarks.small_detector.SmallClassifier,weights={folder}/small.safetensors'}
-ARMS = {'blurred': 'the blurred images themselves', 'alone': 'trained on the clean tenth alone', 'mixed': 'trained on all as if they were clean',
-        'annotated': 'trained on all, the blurred ones annotated', 'clean': 'trained on all, all of them clean'}
+ARMS = {'blurred': 'the blurred images themselves', 'alone': 'trained on the clean tenth alone',
+        'mixed': 'trained on all as if they were clean', 'annotated': 'trained on all, the blurred ones annotated',
+        'clean': 'trained on all, all of them clean'}
 
 
 class Example:
@@ -73,7 +74,8 @@ class Example:
                                                            '--sheet=none'])
         np.savez(place('clean.npz'), images=clean)
         np.savez(place('blurred.npz'), images=blurred)
-        print(call(convert('clean.zip', 'clean.npz'), convert('blurred.zip', 'blurred.npz'), convert('mixed.zip', 'clean.zip', 'blurred.zip'),
+        print(call(convert('clean.zip', 'clean.npz'), convert('blurred.zip', 'blurred.npz'),
+                   convert('mixed.zip', 'clean.zip', 'blurred.zip'),
                    ('dataset_tool', ['annotate', f'--clean={place("clean.zip")}', f'--data={place("blurred.zip")}', *self.method,
                                      f'--dest={place("measured.zip")}', f'--seed={seed}']),
                    convert('annotated.zip', 'clean.zip', 'measured.zip')), flush=True)

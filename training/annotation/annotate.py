@@ -12,8 +12,8 @@ from dnnlib import UserError
 from dnnlib.files import prepare_output, write_json
 from dnnlib.versions import versions
 from torch_utils import registry
-from training.annotation import report, spectral, thresholds
-from training.annotation.sets import CHUNK, Sets, images_of, in_chunks, open_sets
+from training.annotation import patches, report, spectral, thresholds
+from training.annotation.sets import CHUNK, images_of, in_chunks, open_sets
 from training.data import tables
 from training.data.convert.rewrite import check_place, replace_levels
 from training.diffusion.noise import NOISE
@@ -24,8 +24,9 @@ DIGITS = 4  # significant digits of the limits that are written
 
 
 class Found(NamedTuple):
-    """limits: of the images, [N] in network units, 0 for none and inf for images that are never alike; groups: facts for the report;
-    held_out: further lines of the report."""
+    """limits: of the images, [N] in network units; groups: facts for the report; held_out: further lines of the report.
+
+    A sigma_min of 0 is no limit, and inf leaves an image out; a sigma_max of inf is no limit, and 0 leaves it out."""
 
     limits: np.ndarray
     groups: list[dict]
@@ -45,6 +46,8 @@ def annotate(options: dict) -> list[str]:
     white = _white_noise(sets, levels, options)
     if white is not None:
         found = Found(np.zeros(len(sets.data)), [_facts('all', sets, white)])
+    elif options['limit'] == 'sigma_max':
+        found = _details(sets, levels, options)
     elif options['method'] == 'spectral':
         found = _spectral(sets, levels, options)
     else:
@@ -57,7 +60,7 @@ def annotate(options: dict) -> list[str]:
         report.draw_examples(outputs['sheet'], sets, np.full(len(limits), std) if std else limits, options['seed'])
     if outputs['plot']:
         report.draw_curves(outputs['plot'], result)
-    _write(sets, data, dest, limits, std)
+    _write(sets, data, dest, options['limit'], limits, std)
     if outputs['report']:
         write_json(outputs['report'], result, null=True)
     return [*report.lines(result), *_next_steps(options, dest, outputs)]
@@ -105,7 +108,7 @@ def _comparisons(sets, clean_rows, rows):
 
 def _white_noise(sets, levels, options):
     """The Curve of a set that differs from the clean one by white noise alone, which it is not known to carry; otherwise None."""
-    if options['white_noise'] == 'ignore' or sets.data.native_sigma.any():
+    if options['white_noise'] == 'ignore' or options['limit'] == 'sigma_max' or sets.data.native_sigma.any():
         return None
     whole = _comparisons(sets, np.arange(len(sets.clean)), np.arange(len(sets.data)))
     return spectral.only_noise(whole, levels, options['threshold'])
@@ -114,19 +117,42 @@ def _white_noise(sets, levels, options):
 def _spectral(sets, levels, options):
     if options['per'] == 'image':
         raise UserError('--per=image: --method=spectral compares sets, not single images; use --per=class, or --method=classifier')
-    everything = np.arange(len(sets.clean)), np.arange(len(sets.data))
-    parts = {'all': everything}
-    if options['per'] == 'class':
-        own = {label: tuple(np.flatnonzero(classes == label) for classes in (sets.clean_classes, sets.classes))
-               for label in np.unique(sets.classes)}
-        parts |= {f'class {label}': rows for label, rows in own.items() if min(map(len, rows)) >= LEAST_IMAGES}
     limits, groups = np.zeros(len(sets.data)), []
-    for name, (clean_rows, rows) in parts.items():
-        carried = float(np.sqrt(np.square(sets.data.native_sigma[rows]).mean()))
-        found = spectral.curve(_comparisons(sets, clean_rows, rows), levels, options['threshold'], carried)
+    for name, clean_rows, rows in _parts(sets, options):
+        found = spectral.curve(_comparisons(sets, clean_rows, rows), levels, options['threshold'], _carried(sets, rows))
         limits[rows] = found.limit  # of all images first, then of classes that have enough images
         groups.append(_facts(name, sets, found, len(clean_rows), len(rows)))
     return Found(limits, groups)
+
+
+def _details(sets, levels, options):
+    if options['method'] != 'spectral' or options['per'] == 'image':
+        raise UserError('--limit=sigma_max: patches are compared by their covariances, of a set or a class; leave out '
+                        '--method=classifier and --per=image')
+    limits, groups = np.zeros(len(sets.data)), []
+    sides = patches.sides_of(sets.data.image_shape)
+    for name, clean_rows, rows in _parts(sets, options):
+        found = [patches.moments_of(dataset, chosen, sides, options['seed'], f'Reading {title}')
+                 for dataset, chosen, title in ((sets.clean, clean_rows, 'clean images'), (sets.data, rows, 'images'))]
+        details = patches.details(*found, sets.data.image_shape, levels, options['threshold'], _carried(sets, rows))
+        limits[rows] = details.limit
+        groups += [{**_facts(f'{name}, {side}x{side}', sets, curve, len(clean_rows), len(rows)), 'side': side}
+                   for side, curve in zip(details.sides, details.curves)]
+    return Found(limits, groups)
+
+
+def _parts(sets, options):
+    """(name, rows of clean images, rows of others): all images first, then those of each class with enough images, if --per=class."""
+    yield 'all', np.arange(len(sets.clean)), np.arange(len(sets.data))
+    for label in np.unique(sets.classes) if options['per'] == 'class' else ():
+        rows = [np.flatnonzero(classes == label) for classes in (sets.clean_classes, sets.classes)]
+        if min(map(len, rows)) >= LEAST_IMAGES:
+            yield f'class {label}', *rows
+
+
+def _carried(sets, rows):
+    """The std of the white noise that these images are known to carry: the root of its mean variance."""
+    return float(np.sqrt(np.square(sets.data.native_sigma[rows]).mean()))
 
 
 def _facts(name, sets, found, clean=None, images=None):
@@ -142,20 +168,33 @@ def _facts(name, sets, found, clean=None, images=None):
 
 def _result(sets, options, found, noise, std):
     """What --report holds."""
+    key, limits = options['limit'], found.limits
     sigmas = sets.data.native_sigma if std is None else np.full(len(sets.data), std)
+    low, high = _both(sets, key, limits)
     told = lambda dataset: {'path': dataset.path, 'images': len(dataset), 'fingerprint': dataset.fingerprint()}
-    return {'limit': 'sigma_min', 'method': options['method'], 'per': options['per'], 'threshold': options['threshold'],
+    return {'limit': key, 'method': options['method'], 'per': options['per'], 'threshold': options['threshold'],
             'kl': thresholds.kl_of_threshold(options['threshold']), 'clean': told(sets.clean), 'data': told(sets.data), 'noise': std,
-            'found': report.summary_of(found.limits, 0), 'by_class': report.by_class(found.limits, sets.classes),
-            'usable': report.usable_shares(noise, sigmas, found.limits, sets.data.sigma_max), 'held_out': found.held_out,
+            'found': report.summary_of(limits, 0 if key == 'sigma_min' else np.inf), 'by_class': report.by_class(limits, sets.classes),
+            'usable': report.usable_shares(noise, sigmas, low, high), 'held_out': found.held_out,
             'groups': found.groups, 'options': {key: options[key] for key in sorted(options)}, 'versions': versions()}
 
 
-def _write(sets, data, dest, limits, std):
+def _both(sets, key, limits):
+    """(sigma_min, sigma_max) of the images, [N] each: the new ones, and those that stay. Images without a usable level have sigma_min inf
+    and no sigma_max."""
+    if key == 'sigma_min':
+        return limits, sets.data.sigma_max
+    return np.where(limits == 0, np.inf, sets.data.sigma_min), np.where(limits == 0, np.inf, limits)
+
+
+def _write(sets, data, dest, key, limits, std):
     """Writes the tables that changed into the data set; std: of the white noise that the images carry, if only that was found."""
     scale = tables.level_scale(sets.data.units)
-    stored = [min(limit * scale, tables.LARGEST) or None for limit in limits.tolist()]  # JSON has no infinity
-    columns = {'sigma_min': stored if limits.any() else None}
+    low, high = _both(sets, key, limits)
+    stored = {'sigma_min': [min(limit * scale, tables.LARGEST) or None for limit in low.tolist()],  # JSON has no infinity
+              'sigma_max': [limit * scale if limit < np.inf else None for limit in high.tolist()]}
+    changed = ['sigma_min'] if key == 'sigma_min' else ['sigma_min', 'sigma_max'] if not limits.all() else ['sigma_max']
+    columns = {name: stored[name] if any(value is not None for value in stored[name]) else None for name in changed}
     if std is not None:
         columns['sigmas'] = [float(f'{std * scale:.{DIGITS}g}')] * len(limits)
     replace_levels(data, dest, columns, [sets.data.image_name(row) for row in sets.data.raw_idx])

@@ -30,8 +30,9 @@ HELD = 2 ** 32  # bytes of images, at most, that are kept decoded
 class HalfUNet(SongUNet):
     """Encoder of DDPM++: (x [N,C,H,W], noise_labels [N]) -> logits [N] of P(clean)."""
 
-    def __init__(self, img_resolution: int | Sequence[int], in_channels: int, model_channels: int = 64, channel_mult: Sequence[int] = (1, 2),
-                 num_blocks: int = 2, attn_resolutions: Sequence[int] = (16,), dropout: float = 0.1) -> None:
+    def __init__(self, img_resolution: int | Sequence[int], in_channels: int, model_channels: int = 64,
+                 channel_mult: Sequence[int] = (1, 2), num_blocks: int = 2, attn_resolutions: Sequence[int] = (16,),
+                 dropout: float = 0.1) -> None:
         super().__init__(img_resolution, in_channels, in_channels, model_channels=model_channels, channel_mult=channel_mult,
                          num_blocks=num_blocks, attn_resolutions=attn_resolutions, dropout=dropout)
         del self.dec
@@ -46,8 +47,8 @@ ENCODERS = {'half_unet': Arch(HalfUNet)}
 
 
 class Recipe(NamedTuple):
-    """How a classifier is trained. arch: of ENCODERS; kimg: thousand images, of both kinds; batch; lr: the highest, reached after a tenth of
-    the training and then lowered to 0; seed; device."""
+    """How a classifier is trained. arch: of ENCODERS; kimg: thousand images, of both kinds; batch; lr: the highest, reached after a tenth
+    of the training and then lowered to 0; seed; device."""
 
     arch: str
     kimg: float

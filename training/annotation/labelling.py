@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Limits by classifiers: in folds, so that no image is labelled by a classifier that was trained on it, at few levels with an isotonic fit."""
+"""Limits by classifiers, at few levels with an isotonic fit; in folds, so that no image is labelled by a classifier that was trained on
+it."""
 
 import numpy as np
 import scipy.special
@@ -19,7 +20,8 @@ def classify(sets: Sets, levels: np.ndarray, options: dict) -> tuple[np.ndarray,
     """(limits [N], groups, held_out) as annotate.Found for the options of the command line. Raises UserError."""
     folds, per = options['folds'], options['per']
     if min(len(sets.clean), len(sets.data)) < folds:
-        raise UserError(f'--folds={folds}: there are {len(sets.clean)} clean images and {len(sets.data)} others; each fold needs some of both')
+        raise UserError(f'--folds={folds}: there are {len(sets.clean)} clean images and {len(sets.data)} others; each fold needs some of '
+                        'both')
     chosen = _chosen(sets, per)
     clean_rows = _spread(np.arange(len(sets.clean)), MOST)
     clean, data, areas = _scores(sets, clean_rows, chosen, levels, DRAWS if per == 'image' else 1, options)

@@ -35,7 +35,8 @@ def summary_of(limits: np.ndarray, none: float) -> dict:
     found = limits[(limits > 0) & np.isfinite(limits)]
     statistics = {name: float(f(found)) for name, f in (('min', np.min), ('median', np.median), ('mean', np.mean), ('max', np.max))}\
         if len(found) else {}
-    return {'images': len(limits), 'limited': len(found), 'unlimited': int((limits == none).sum()), 'left_out': int(out.sum()), **statistics}
+    return {'images': len(limits), 'limited': len(found), 'unlimited': int((limits == none).sum()), 'left_out': int(out.sum()),
+            **statistics}
 
 
 def by_class(limits: np.ndarray, classes: np.ndarray | None) -> dict[str, float]:
@@ -53,8 +54,8 @@ def lines(result: dict) -> Iterator[str]:
         values = np.interp(np.log(levels), np.log(group['levels']), group['probability'])
         yield f'P(clean)    {group["name"]}: ' + ', '.join(f'{value:.2f} at {level:g}' for level, value in zip(levels, values))
     if result['noise']:
-        yield (f'sigmas      white noise of std {result["noise"]:.4g} is all that tells the images from clean ones: they may be used above it, '
-               'as noisy images, which is lower than any sigma_min')
+        yield (f'sigmas      white noise of std {result["noise"]:.4g} is all that tells the images from clean ones: they are used above '
+               'it, as noisy images')
     yield (f'{key}   {found["limited"]} of {found["images"]} images have this limit'
            + (f'; min {found["min"]:.4g}, median {found["median"]:.4g}, mean {found["mean"]:.4g}, max {found["max"]:.4g} in network units'
               if found['limited'] else ''))
@@ -63,7 +64,7 @@ def lines(result: dict) -> Iterator[str]:
     if found['left_out']:
         yield f'            {found["left_out"]} are told from clean images at all levels and left out of training'
     shown = list(result['by_class'].items())
-    if shown:
+    if len(set(result['by_class'].values())) > 1:
         yield ('            median by class: ' + ', '.join(f'{label}: {_level(limit)}' for label, limit in shown[:CLASSES])
                + f', ... ({len(shown)} in all)' * (len(shown) > CLASSES))
     for name, told in (result.get('held_out') or {}).items():
@@ -73,7 +74,7 @@ def lines(result: dict) -> Iterator[str]:
 
 
 def _level(limit):
-    return 'none' if limit == 0 else 'left out' if np.isinf(limit) else f'{limit:.4g}'
+    return '0' if limit == 0 else 'inf' if np.isinf(limit) else f'{limit:.4g}'
 
 
 def draw_curves(path: str, result: dict) -> None:
@@ -96,7 +97,7 @@ def draw_curves(path: str, result: dict) -> None:
 def draw_examples(path: str, sets: Sets, limits: np.ndarray, seed: int = 0) -> None:
     """Writes a sheet: clean and imperfect images, and both with noise at the limits of the imperfect ones.
 
-    limits: of the imperfect images, [N]; those with one come first. With noise, images are shown times 1 / sqrt(1 + sigma^2)."""
+    limits: of the imperfect images, [N]; those with one come first. With noise, images are shown times 1 / (1 + sigma)."""
     rows = np.argsort(~((limits > 0) & np.isfinite(limits)), kind='stable')
     rows = rows[:max(int(((limits > 0) & np.isfinite(limits)).sum()), 1)]
     rows = rows[np.linspace(0, len(rows) - 1, min(EXAMPLES, len(rows))).round().astype(int)]
@@ -104,7 +105,7 @@ def draw_examples(path: str, sets: Sets, limits: np.ndarray, seed: int = 0) -> N
     sigma = torch.from_numpy(np.where(np.isfinite(limits), limits, 0)[rows]).float()[:, None, None, None]
     clean, data = images_of(sets.clean, others), images_of(sets.data, rows)
     noise = torch.randn(data.shape, generator=misc.generator(seed, 'annotate', 'examples'))
-    noisy = [(images + sigma * noise) / (1 + sigma.square()).sqrt() for images in (clean, data)]
+    noisy = [(images + sigma * noise) / (1 + sigma) for images in (clean, data)]
     notes = [_level(limit) for limit in limits[rows]]
     cells = lambda images, notes: [('image.npy', _as_npy(image), note) for image, note in zip(images, notes)]
     blank = [''] * len(rows)

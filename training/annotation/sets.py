@@ -36,7 +36,8 @@ def open_sets(clean: str, data: str) -> Sets:
             raise UserError(f'{option}={dataset.path}: holds {len(dataset)} image; two sets are compared by many of each')
     if first.image_shape != second.image_shape:
         told = ['x'.join(map(str, dataset.image_shape)) for dataset in (first, second)]
-        raise UserError(f'--data={data}: its images are {told[1]}, those of --clean={clean} are {told[0]}; convert both with one --resolution')
+        raise UserError(f'--data={data}: its images are {told[1]}, those of --clean={clean} are {told[0]}; give both one '
+                        '--resolution')
     if first.is_float != second.is_float or first.units != second.units:
         raise UserError(f'--data={data}: its values have other units than those of --clean={clean}; convert both with the same --units')
     if first.native_sigma.any():

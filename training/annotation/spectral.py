@@ -20,13 +20,22 @@ import torch
 
 from training.annotation import thresholds
 
-GROUPS = 10       # of the delete-a-group jackknife
+GROUPS = 10       # of the jackknife
 FULL = 512        # numbers per image up to which whole covariances are compared, given as many images in each set
 FLOOR = (2 / 255) ** 2 / 12  # variance by rounding to 8 bits: differences below are not looked at
 SURE = 2.0        # standard errors by which a difference must exceed the threshold somewhere to count
 SURE_NOISE = 3.0  # and by which an estimate of white noise must exceed 0
 LEAST_NOISE = 0.01  # white noise below is not looked for: it is little more than a grey level
 LEAST = 1e-9      # nats: smaller divergences count as this, since their logarithm is taken
+
+
+def _extrapolation():
+    """Weights of estimates from all, all but one group, and half of the images, which cancel terms in 1 / n and 1 / n^2 (Lagrange)."""
+    x = np.array([1, GROUPS / (GROUPS - 1), 2])  # of 1 / n
+    return [np.prod([other / (other - one) for other in x if other != one]) for one in x]
+
+
+WEIGHTS = _extrapolation()
 
 
 class Basis(NamedTuple):
@@ -64,21 +73,21 @@ class Moments:
         self.basis, self.count = basis, np.zeros(GROUPS)
         self._sum, self._products = np.zeros([GROUPS, size]), np.zeros([GROUPS, size, size] if basis.full else [GROUPS, size])
 
-    def add(self, images: torch.Tensor, first: int = 0) -> None:
-        """Adds images [N,C,H,W]; first: number of those added before. Image i belongs to group i mod GROUPS."""
+    def add(self, images: torch.Tensor, first: int = 0, each: int = 1) -> None:
+        """Adds images [N,C,H,W], of which `each` in a row belong together; first: number of such sets added before. Set i belongs to group
+        i mod GROUPS."""
         found = self.basis(images)
-        group = (np.arange(len(found)) + first) % GROUPS
+        group = (np.arange(len(found)) // each + first) % GROUPS
         for k in range(GROUPS):
             part = found[group == k]
             self.count[k] += len(part)
             self._sum[k] += part.sum(0)
             self._products[k] += part.T @ part if self.basis.full else np.square(part).sum(0)
 
-    def without(self, group: int | None) -> tuple[np.ndarray, np.ndarray]:
-        """(mean [D], covariance [D, D] or variances [D]) of the images of all groups but one; None: of all images."""
-        kept = np.arange(GROUPS) != (-1 if group is None else group)
-        count = self.count[kept].sum()
-        mean, products = self._sum[kept].sum(0) / count, self._products[kept].sum(0) / count
+    def of(self, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(mean [D], covariance [D, D] or variances [D]) of the images of these groups; bool [GROUPS]."""
+        count = self.count[groups].sum()
+        mean, products = self._sum[groups].sum(0) / count, self._products[groups].sum(0) / count
         return mean, (products - (np.outer(mean, mean) if self.basis.full else np.square(mean))) * (count / (count - 1))
 
 
@@ -116,15 +125,22 @@ def spectra(clean: tuple[np.ndarray, np.ndarray], data: tuple[np.ndarray, np.nda
     return Spectra(values.clip(min=0), np.linalg.eigvalsh(q).clip(min=0), power, np.square(vectors.T @ shift))
 
 
+def _parts():
+    """Groups bool [GROUPS] to estimate from: all; all but one, for each; halves."""
+    place = np.arange(GROUPS)
+    halves = [place % 2 == 0, place % 2 == 1, place < GROUPS // 2, place >= GROUPS // 2]
+    return [place >= 0], [place != k for k in place], halves
+
+
 class Comparison:
     """Two sets of images compared at all levels. clean, data: their Moments, in one Basis.
 
-    An estimate from few images is too large, since the two covariances also differ by chance. The delete-a-group jackknife corrects it,
-    G f - (G - 1) mean_k f_(without group k), and gives its standard error (Quenouille 1956, Tukey 1958)."""
+    An estimate from n images is too large, f + a / n + b / n^2 on average, since the two covariances also differ by chance. Estimates from
+    all images, from all but a group, and from half of them give f (the jackknife of second order; Quenouille 1956, Schucany et al. 1971).
+    The standard error is that of the jackknife, and how much the second order changes is added to it."""
 
     def __init__(self, clean: Moments, data: Moments):
-        self._all = spectra(clean.without(None), data.without(None))
-        self._parts = [spectra(clean.without(k), data.without(k)) for k in range(GROUPS)]
+        self._spectra = [[spectra(clean.of(groups), data.of(groups)) for groups in kind] for kind in _parts()]
 
     def kl(self, sigma: np.ndarray, noise: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
         """(KL(q || p) in nats per image, its standard error) at levels sigma [S]; [S] each."""
@@ -136,9 +152,12 @@ class Comparison:
         return float(found), float(error)
 
     def _corrected(self, estimate):
-        whole, parts = estimate(self._all), np.stack([estimate(part) for part in self._parts])
-        error = np.sqrt((GROUPS - 1) * np.square(parts - parts.mean(0)).mean(0))
-        return GROUPS * whole - (GROUPS - 1) * parts.mean(0), error
+        whole, parts, halves = (np.stack([estimate(one) for one in kind]) for kind in self._spectra)
+        means = [whole[0], parts.mean(0), halves.mean(0)]
+        second = sum(weight * mean for weight, mean in zip(WEIGHTS, means))
+        first = GROUPS * means[0] - (GROUPS - 1) * means[1]
+        error = np.sqrt((GROUPS - 1) * np.square(parts - means[1]).mean(0))
+        return second, np.hypot(error, second - first)
 
 
 class Curve(NamedTuple):
