@@ -6,14 +6,15 @@ python dataset_tool.py encode --source=images.zip --vae=stabilityai/sd-vae-ft-ms
 python dataset_tool.py stats images.zip
 python dataset_tool.py check images.zip
 python dataset_tool.py noise images.zip
-python dataset_tool.py captions --source=images.zip --text-encoder=openai/clip-vit-large-patch14"""
+python dataset_tool.py captions --source=images.zip --text-encoder=openai/clip-vit-large-patch14
+python dataset_tool.py annotate --clean=clean.zip --data=blurred.zip"""
 
 import math
 import re
 
 import click
 
-from torch_utils.command_line import HELP, Command, Group, Spec, group, show_choices, version_option
+from torch_utils.command_line import HELP, Command, Group, Number, Spec, group, show_choices, version_option
 
 LAYOUTS, CHANNELWISE = ('nhw', 'nhwc', 'nchw'), 'channel'
 
@@ -263,6 +264,67 @@ def noise(**options):
     """Estimate how noisy the images of a data set are, and whether their noise is white (docs/noise.md)."""
     from training.data.convert.noise import noise as measure_noise
     for line in measure_noise(options):
+        click.echo(line)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Levels at which imperfect images may be used
+
+IMPERFECT = group(
+    'Sets',
+    click.option('--clean', metavar='DATA', required=True, help='Clean images: a data set that this tool has written'),
+    click.option('--data', metavar='DATA', required=True, help='Imperfect images of the same kind and size: blurred, compressed, foreign'),
+    click.option('--dest', metavar='DATA', help='Where to write an annotated copy  [default: --data itself is changed]'),
+)
+LIMITS = group(
+    'Limits',
+    click.option('--limit', type=click.Choice(['sigma_min', 'sigma_max']), metavar='sigma_min|sigma_max', default='sigma_min',
+                 show_default=True, help='What to find: the level above which images that are wrong in their details may be used, or up to '
+                 'which images that are right in their details only, such as crops'),
+    click.option('--method', type=click.Choice(['spectral', 'classifier']), metavar='spectral|classifier', default='spectral',
+                 show_default=True, help='Compare means and covariances, in seconds; or train a classifier of noisy images'),
+    click.option('--threshold', type=Number(above=0, most=0.499), default=0.45, show_default=True,
+                 help='Mean P(clean) of imperfect images from which they count as alike'),
+    click.option('--per', type=click.Choice(['set', 'class', 'image']), metavar='set|class|image', default='set', show_default=True,
+                 help='One limit for the set, for each class, or for each image (classifier)'),
+    click.option('--levels', type=click.IntRange(min=8, max=1024), metavar='INT', default=64, show_default=True,
+                 help='Noise levels at which images are compared'),
+    click.option('--noise', type=Spec('training.diffusion.noise:NOISE'), default='lognormal', show_default=True,
+                 help='Distribution of noise levels in training, of train.py --noise'),
+    click.option('--white-noise', type=click.Choice(['auto', 'ignore']), metavar='auto|ignore', default='auto', show_default=True,
+                 help='auto: where white noise alone tells the images from clean ones, write it as sigmas, in place of a sigma_min'),
+    click.option('--seed', type=click.IntRange(min=0), metavar='INT', default=0, show_default=True, help='Random seed'),
+)
+CLASSIFIER = group(
+    'Classifier',
+    click.option('--folds', type=click.IntRange(min=2, max=100), metavar='INT', default=2, show_default=True,
+                 help='Classifiers, each of which labels a part of the images that it was not trained on'),
+    click.option('--arch', type=Spec('training.annotation.classifier:ENCODERS'), default='half_unet', show_default=True,
+                 help='Network; --arch=help lists its keys'),
+    click.option('--kimg', type=Number(above=0), default=5000, show_default=True, help='Length of each training in thousand noisy images'),
+    click.option('--batch', type=click.IntRange(min=2), metavar='INT', default=256, show_default=True, help='Images per training step'),
+    click.option('--lr', type=Number(above=0), default=1e-3, show_default=True, help='Highest learning rate'),
+    click.option('--batch-gpu', type=click.IntRange(min=1), metavar='INT', default=1024, show_default=True,
+                 help='Noisy images that a GPU labels together'),
+    click.option('--device', metavar='DEVICE', help='Device, such as cuda or cpu  [default: the GPU, if there is one]'),
+)
+REPORTS = group(
+    'Results',
+    click.option('--report', metavar='FILE', help='JSON of everything found, or "none"  [default: NAME-annotation.json beside the data]'),
+    click.option('--sheet', metavar='FILE', help='Images at their limits, .png, or "none"  [default: NAME-annotation.png beside the data]'),
+    click.option('--plot', metavar='FILE', help='P(clean) over sigma, a .png (needs matplotlib)'),
+)
+
+
+@main.command(cls=Command)
+@IMPERFECT
+@LIMITS
+@CLASSIFIER
+@REPORTS
+def annotate(**options):
+    """Find the noise levels at which imperfect images are as good as clean ones, and write their sigma_min (docs/annotate.md)."""
+    from training.annotation.annotate import annotate as annotate_images
+    for line in annotate_images(options):
         click.echo(line)
 
 
