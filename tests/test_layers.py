@@ -9,7 +9,7 @@ import pytest
 from tests.support import ROOT
 
 # A package imports from the layers below its own. Its own files may import each other, but not in a circle.
-LAYERS = [['dnnlib'], ['torch_utils'], ['metrics', 'training.diffusion'], ['training.data', 'training.networks'],
+LAYERS = [['dnnlib'], ['torch_utils'], ['metrics', 'training.diffusion', 'training.estimation'], ['training.data', 'training.networks'],
           ['training.objective', 'training.checkpoints'], ['training.sampling', 'training.likelihood'], ['training.restoration'],
           ['training.evaluation'], ['training.run'], ['training.refinement'], ['scripts']]
 LAYER = {package: layer for layer, packages in enumerate(LAYERS) for package in packages}
