@@ -159,8 +159,8 @@ def lower_limits(values: Sequence | np.ndarray, names: Sequence[str], scale: flo
 
 
 def units(value: Any) -> dict:
-    """{offset, scale} of float data: floats, or lists of floats with one per channel; both must be valid as float32. With "stabilise" if the
-    values are stabilised counts (training.estimation.stabilise).
+    """{offset, scale} of float data: floats, or lists of floats with one per channel; both must be valid as float32. With "stabilise" if
+    the values are stabilised counts (training.estimation.stabilise).
 
     Raises ValueError, or KeyError if one is missing or not a number."""
     if not isinstance(value, dict):

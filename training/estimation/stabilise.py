@@ -74,15 +74,14 @@ class Stabiliser:
         return self.a * (_closed(z.clip(min=LEAST)) - self.read).clip(min=0) + self.offset
 
     def slope(self, z: Any) -> Any:
-        """Derivative of inverse(): a std of z times this is one of y, where it is small."""
-        z = z.clip(min=LEAST)
-        return self.a * _slope(z) * (_closed(z) >= self.read)
+        """Derivative of inverse(), without its lower limit: a std of z times this is one of y, where it is small."""
+        return self.a * _slope(z.clip(min=LEAST))
 
     def curvature(self, z: Any) -> Any:
         """Second derivative of inverse(): half of it times the variance of z is what inverse(mean of z) lacks of the mean of inverse(z)."""
-        z = z.clip(min=LEAST)
+        counted, z = z > LEAST, z.clip(min=LEAST)
         found = 0.5 + LEAST / (2 * z ** 3) - 33 / (4 * z ** 4) + 7.5 * LEAST / z ** 5
-        return self.a * found * (_closed(z) >= self.read)
+        return self.a * found * (counted & (_closed(z) >= self.read))
 
     def expected(self, values: Any) -> Any:
         """Clean values E[y] -> E[z]: the inverse of inverse(), by Newton's method. Values below the offset count as the offset."""
@@ -96,7 +95,8 @@ class Stabiliser:
         """What it is, in one line."""
         if self.record() == Stabiliser(1.0).record():
             return 'Anscombe, z = 2 sqrt(y + 3/8)'
-        return f'generalised Anscombe, gain a={self.a:g}, read noise of variance b={self.b:g}' + f', offset {self.offset:g}' * bool(self.offset)
+        offset = f', offset {self.offset:g}' if self.offset else ''
+        return f'generalised Anscombe, gain a={self.a:g}, read noise of variance b={self.b:g}{offset}'
 
 
 class Anscombe(Stabiliser):

@@ -232,5 +232,6 @@ def finish(o: EasyDict, net: torch.nn.Module, images: ImageSet, reference: Refer
     if kept:
         told.append(f'{destination.places(o.dest, 0, True)[-1]}: {method.samples} samples of each image')
     if forms.renamed:
-        told.append(f'{len(forms.renamed)} JPEG or WebP files have become PNG, such as {next(iter(forms.renamed.values()))}')
+        what = 'files of whole counts have become float32 .npy' if forms.floats else 'JPEG or WebP files have become PNG'
+        told.append(f'{len(forms.renamed)} {what}, such as {next(iter(forms.renamed.values()))}')
     return [*told, f'{o.dest}: {len(images)} images']

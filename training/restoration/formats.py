@@ -52,9 +52,10 @@ class Forms:
             return form
         if form.ending in ('.npy', '.tif', '.tiff'):
             return form._replace(dtype=np.dtype(np.float32), top=None)
-        found = float_form(form)
-        self.renamed[self.source.names[index]] = found.name
-        return found
+        name = self.source.names[index]
+        wanted = f'{os.path.splitext(name)[0]}.npy'
+        self.renamed[name] = f'{name}.npy' if wanted in self.source.names else wanted
+        return Form(self.renamed[name], np.dtype(np.float32))
 
     def _own(self, index, image):
         """The Form with the type of the values in the image's file."""

@@ -55,8 +55,8 @@ class ImageSet:
         own, transforms = self.source.units if not self.is_8bit else None, (self.source.stabilise, (net.units or {}).get('stabilise'))
         if not told and transforms[0] not in (None, transforms[1]):
             known = [from_record(record).words() if record else 'none' for record in transforms]
-            raise UserError(f'{self.option}={self.spec}: its values are stabilised counts ({known[0]}), and the transform of the network is '
-                            f'another ({known[1]}); give the counts themselves')
+            raise UserError(f'{self.option}={self.spec}: its values are stabilised counts ({known[0]}), and the transform of the network '
+                            f'is another ({known[1]}); give the counts themselves')
         units = told or net.units or (UNITS_8BIT if self.is_8bit else own)
         if units is None:
             raise UserError(f'{self.option}={self.spec}: its values are not 8-bit and have no units, and the network was trained on 8-bit '
@@ -91,8 +91,8 @@ class ImageSet:
         """A noisy image in network units, float64 [C,H,W]. Raises UserError for counts below 0."""
         image = self.read(index)
         if self.counts == Anscombe() and image.min() < 0:
-            raise UserError(f'{self.option}={self.spec}: {self.names[index]} has values below 0 (least {image.min():g}), and the network was '
-                            'trained on counts')
+            raise UserError(f'{self.option}={self.spec}: {self.names[index]} has values below 0 (least {image.min():g}), and the network '
+                            'was trained on counts')
         return self.scaled(image)
 
     def scaled(self, image: np.ndarray, clean: bool = False) -> np.ndarray:
@@ -173,12 +173,12 @@ class ImageSet:
         """1 / scale for all images, since the stabilised noise has std 1; 0 for those that the set says to be clean."""
         told = np.float64([level or 0 for level in self.source.sigmas or [math.nan] * len(self)])
         if (told > 0).any():
-            raise UserError(f'{self.option}={self.spec}: has levels above 0, and the noise of counts is that of their number; leave them out, or '
-                            'give --sigma=STD in network units')
+            raise UserError(f'{self.option}={self.spec}: has levels above 0, and the noise of counts is that of their number; leave them '
+                            'out, or give --sigma=STD in network units')
         scale = tables.common_scale(self.units)
         if scale is None:
-            raise UserError(f'{self.option}={self.spec}: the channels of the network have different scales, and stabilised noise is not white '
-                            'then; give --sigma=STD in network units')
+            raise UserError(f'{self.option}={self.spec}: the channels of the network have different scales, and stabilised noise is not '
+                            'white then; give --sigma=STD in network units')
         return np.where(np.isnan(told), 1 / scale, 0.0)
 
 

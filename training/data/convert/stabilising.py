@@ -30,8 +30,8 @@ def requested(options: dict) -> Stabiliser | None:
         return None
     found = registry.build(spec, STABILISERS, '--stabilise')
     if options['sigmas']:
-        raise UserError(f'--sigmas={options["sigmas"]}: --stabilise sets the levels itself, 1 in stored units; leave it out, and mark clean '
-                        'images with --source=PATH:sigma=0')
+        raise UserError(f'--sigmas={options["sigmas"]}: --stabilise sets the levels itself, 1 in stored units; leave it out, and mark '
+                        'clean images with --source=PATH:sigma=0')
     if options['channels']:
         raise UserError(f'--channels={options["channels"]}: sums of channels are no counts of one law; leave it out, or convert the counts '
                         'first')
@@ -78,8 +78,8 @@ def refuse_pictures(source, indices, paths, where):
     except DAMAGE:
         return  # plan() will tell
     if is_8bit:
-        raise UserError(f'{where}: {odd[0]} is an 8-bit picture, whose values are no counts; give the counts themselves, as .npy, '
-                        'TIFF, FITS or HDF5')
+        raise UserError(f'{where}: {odd[0]} is an 8-bit picture, whose values are no counts; give the counts themselves, as '
+                        '.npy, TIFF, FITS or HDF5')
 
 
 def fitted(source, indices, spec: str) -> Stabiliser:
@@ -87,7 +87,7 @@ def fitted(source, indices, spec: str) -> Stabiliser:
     try:
         from training.estimation.signal_dependent import fit_poisson_gaussian
     except ImportError:
-        raise UserError(f'--stabilise={spec}: give the gain and the variance of the read noise, --stabilise=generalised:a=..,b=..') from None
+        raise UserError(f'--stabilise={spec}: give the gain and the variance of the read noise, generalised:a=..,b=..') from None
     noisy = [index for index in indices if source.sigmas[index]]
     some = noisy[::-(-len(noisy) // FIT_IMAGES)] if noisy else []
     if not some:
@@ -101,8 +101,8 @@ def fitted(source, indices, spec: str) -> Stabiliser:
 def from_line(a: float, b: float, spec: str) -> Stabiliser:
     """The transform for variances a mean + b; a negative b means an offset, at which the variance is 0. Raises UserError."""
     if not (a > 0 and np.isfinite([a, b]).all()):
-        raise UserError(f'--stabilise={spec}: the noise of these images does not grow with their intensity (variance {a:.3g} mean + {b:.3g}); '
-                        'give a and b, or --sigmas for noise of one level')
+        raise UserError(f'--stabilise={spec}: the noise of these images does not grow with their intensity (variance {a:.3g} mean + '
+                        f'{b:.3g}); give a and b, or --sigmas for noise of one level')
     return Generalised(a, b) if b >= 0 else Generalised(a, 0.0, -b / a)
 
 
@@ -140,13 +140,13 @@ def warnings(stabiliser: Stabiliser, tally: np.ndarray) -> list[str]:
         variances = moments(stabiliser, means)[1]
         if np.abs(variances - 1).max() > OFF:
             table = ', '.join(f'{variance:.2f} at {mean:.2g}' for mean, variance in zip(means, variances))
-            found.append(f'Warning: --stabilise: the mean count is below {LOW:g} in {low:.0%} of the area ({SIDE}x{SIDE} pixels at a time, half '
-                         f'of them below {middle:.2g}), where the variance of the noise is not 1 but {table}; such regions come '
+            found.append(f'Warning: --stabilise: the mean count is below {LOW:g} in {low:.0%} of the area ({SIDE}x{SIDE} pixels at a '
+                         f'time, half of them below {middle:.2g}), where the variance of the noise is not 1 but {table}; such regions come '
                          'back too smooth where it is less, and with noise left where it is more; add up pixels or exposures')
     if isinstance(stabiliser, Anscombe) and fractions > FRACTIONS * size:
-        found.append(f'Warning: --stabilise=anscombe: {fractions / size:.0%} of the values are no whole numbers, and counts are; where they were '
-                     'multiplied by a gain, give --stabilise=generalised:a=GAIN')
+        found.append(f'Warning: --stabilise=anscombe: {fractions / size:.0%} of the values are no whole numbers, and counts are; where '
+                     'they were multiplied by a gain, give --stabilise=generalised:a=GAIN')
     if below > FRACTIONS * size:
-        found.append(f'Warning: --stabilise: {below / size:.1%} of the values are so far below the offset that they are set to it; the offset or '
-                     'the read noise is not that of these images')
+        found.append(f'Warning: --stabilise: {below / size:.1%} of the values are so far below the offset that they are set to it; the '
+                     'offset or the read noise is not that of these images')
     return found
