@@ -4,6 +4,7 @@
 Images are stored as the z of training.estimation.stabilise, whose noise has std 1: that is the level of each, or 0 for clean ones, which
 are stored as the mean of z at their intensity. dataset.json's units name the transform."""
 
+import contextlib
 import os
 
 import numpy as np
@@ -92,10 +93,22 @@ def fitted(source, indices, spec: str) -> Stabiliser:
     some = noisy[::-(-len(noisy) // FIT_IMAGES)] if noisy else []
     if not some:
         raise UserError(f'--stabilise={spec}: no image is noisy, and the gain cannot be estimated; give a and b')
-    fit = fit_poisson_gaussian([np.float64(source.read(index)) for index in some])
-    found = from_line(float(fit[0]), float(fit[1]), spec)
-    print(f'Estimated: {found.words()}, from {len(some)} images')
+    try:
+        fit = fit_poisson_gaussian(readable(source, some))
+    except ValueError as err:
+        raise UserError(f'--stabilise={spec}: the gain cannot be estimated from these images ({err}); give a and b') from None
+    found = from_line(fit.a, fit.b, spec)
+    print(f'Estimated from {len(some)} images: variance = {fit.a:.4g} (+- {fit.uncertainties[0]:.2g}) mean + {fit.b:.4g} '
+          f'(+- {fit.uncertainties[1]:.2g}); --stabilise=generalised:a={found.a:.5g},b={found.b:.5g}'
+          + (f',offset={found.offset:.5g}' if found.offset else ''))
     return found
+
+
+def readable(source, indices):
+    """Yields images as float64 [1,C,H,W]; damaged ones are left to the conversion."""
+    for index in indices:
+        with contextlib.suppress(*DAMAGE):
+            yield np.float64(source.read(index))[None]
 
 
 def from_line(a: float, b: float, spec: str) -> Stabiliser:

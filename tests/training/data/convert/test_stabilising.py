@@ -2,6 +2,7 @@
 """dataset_tool.py --stabilise: what is stored, levels and units, clean images, warnings, and what is refused."""
 
 import json
+import sys
 import zipfile
 
 import numpy as np
@@ -144,6 +145,27 @@ def test_a_fitted_line():
     assert from_line(2.0, 5.0, 'generalised') == Generalised(2.0, 5.0) and from_line(2.0, -5.0, 'generalised') == Generalised(2.0, 0.0, 2.5)
     with pytest.raises(Exception, match='does not grow with their intensity'):
         from_line(-0.1, 5.0, 'generalised')
+
+
+def test_gain_and_read_noise_are_estimated(tmp_path):
+    """A camera with gain 2.5, read noise of std 6 and an offset of 100, on smooth images: the line is var = 2.5 mean + 36 - 250."""
+    pytest.importorskip('training.estimation.signal_dependent')
+    x, rng = np.linspace(-0.5, 0.5, 64), np.random.default_rng(1)
+    clean = 60 + 40 * np.sin(3 * x[:, None] + rng.uniform(0, 6, (24, 1, 1))) * np.cos(2 * x)
+    values = 2.5 * rng.poisson(clean) + 100 + rng.normal(0, 6, clean.shape)
+    source = save(tmp_path / 'x.npy', np.rint(values).astype(np.int32))
+    said = convert(source, tmp_path / 'x.npz', '--stabilise=generalised', '--sheet=none')
+    found = ImageDataset(tmp_path / 'x.npz').units['stabilise']
+    assert 'Estimated from 24 images: variance = 2.' in said and found['a'] == pytest.approx(2.5, rel=0.12)
+    line = found['b'] - found['a'] * found['offset']
+    assert line + found['a'] * 250 == pytest.approx(36 - 250 + 2.5 * 250, rel=0.12), 'the variance at the middle intensity'
+
+
+def test_without_an_estimate_the_gain_is_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'training.estimation.signal_dependent', None)
+    values = save(tmp_path / 'x.npy', counts())
+    told = refusal(f'--source={values}', f'--dest={tmp_path / "y.zip"}', '--stabilise=generalised')
+    assert told.endswith('give the gain and the variance of the read noise, generalised:a=..,b=..')
 
 
 def test_refusals_are_one_line(tmp_path):
