@@ -102,6 +102,9 @@ PIXELS = group(
     click.option('--units', metavar='OFFSET,SCALE|channel', callback=parse_units,
                  help='For float data: network = (value - OFFSET) / SCALE. One pair per channel: OFFSET,SCALE/OFFSET,SCALE/...; where '
                  'their scales differ, --sigmas are in network units. "channel": mean and 2 std of each channel  [default: mean, 2 std]'),
+    click.option('--stabilise', type=Spec('training.estimation.stabilise:STABILISERS'),
+                 help='For counts of photons or other events: store their square roots as --stabilise=help says, whose noise has the same '
+                 'level everywhere; generate.py and denoise.py give back counts (docs/counts.md)'),
 )
 ANNOTATIONS = group(
     'Labels and noise levels',

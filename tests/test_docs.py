@@ -45,7 +45,8 @@ REFUSED = {'--arch=': ('--cbase', '--cres', '--blocks', '--attn', '--dropout'),
            '--preset=edm2': ('--cbase', '--cres', '--blocks', '--attn'), '--method=vlb': ('--rtol', '--atol', '--sigma-min'),
            '--dequantise': ('--sigma-min',)}
 # Benchmarks, at a size that shows that they run.
-SMALL = {'denoising': ['--num=2', '--samples=2'], 'consistency_bias': ['--points=50', '--samples=4'],
+SMALL = {'counts': ['--duration=0.0002', '--num=2'],
+         'denoising': ['--num=2', '--samples=2'], 'consistency_bias': ['--points=50', '--samples=4'],
          'consistency_toys mixture': ['--arms=none', '--seeds=1', '--steps=3'],
          'consistency_toys digits': ['--arms=none', '--seeds=1', '--kimg=0.256', '--images=8'],
          'large_data': ['--images=64', '--size=8', '--seconds=1'], 'intervals frechet': ['--repetitions=4'],
@@ -69,6 +70,9 @@ def prepare(folder, page):
     if page == 'data.md':
         for make in (stand_ins.published_sets, stand_ins.containers, stand_ins.scientific):
             make(folder)
+    if page == 'counts.md':
+        for name in ('counts', 'clean', 'test'):
+            np.save(folder / f'{name}.npy', stand_ins.RNG.poisson(20, (4, 16, 16)))
     discrete = ['--precond=iddpm', '--objective=hybrid', '--diffusion=cosine:steps=8'] if page == 'improved_ddpm.md' else []
     for name in ('00000-mix', '00001-edm'):
         args = [f'--outdir=runs/{name}', '--nosubdir', '--data=cifar.zip', '--power-ema=0.05,0.1', *discrete]

@@ -17,6 +17,7 @@ from dnnlib.download import is_url, open_url
 from dnnlib.files import read_json
 from torch_utils import distributed, legacy_pickle, misc, registry, tensor_file
 from training.checkpoints import edm2, published
+from training.estimation import stabilise
 from training.networks import preconditioning
 from training.networks.interface import network_class
 
@@ -168,10 +169,14 @@ def _check_kinds(config):
         if not (_fits(value, default) or key == 'img_resolution' and _fits(value, [1])):
             raise UserError(f'network configuration: "{key}" must be {_words(default)}, got {json.dumps(value)[:100]}')
     units = config.get('units')
-    if units is not None and not (isinstance(units, dict) and units.keys() == {'offset', 'scale'}
-                                  and all(_fits(value, 1) or _fits(value, [1]) for value in units.values())):
+    if units is not None and not (isinstance(units, dict) and units.keys() - {'stabilise'} == {'offset', 'scale'}
+                                  and all(_fits(units[key], 1) or _fits(units[key], [1]) for key in ('offset', 'scale'))):
         raise UserError(f'network configuration: "units" must be {{"offset": ..., "scale": ...}}, each a number or one per channel, '
                         f'got {json.dumps(units)[:100]}')
+    try:
+        stabilise.of_units(units)
+    except ValueError as err:
+        raise UserError(f'network configuration: has {err}') from None
 
 
 def _fits(value, default):

@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from training.estimation import stabilise
+
 MAX_CLASSES = 2 ** 17  # limited because networks take classes as one-hot vectors
 MAX_SHOWN = 8  # numbers of a list that are shown
 NUMBERS = {int, float, bool}
@@ -157,7 +159,8 @@ def lower_limits(values: Sequence | np.ndarray, names: Sequence[str], scale: flo
 
 
 def units(value: Any) -> dict:
-    """{offset, scale} of float data: floats, or lists of floats with one per channel; both must be valid as float32.
+    """{offset, scale} of float data: floats, or lists of floats with one per channel; both must be valid as float32. With "stabilise" if
+    the values are stabilised counts (training.estimation.stabilise).
 
     Raises ValueError, or KeyError if one is missing or not a number."""
     if not isinstance(value, dict):
@@ -176,7 +179,8 @@ def units(value: Any) -> dict:
     if not usable:
         raise ValueError(f'units {{{told}}}; both must be finite, the scale above 0')
     single = not any(isinstance(one, list) for one in found.values())
-    return {'offset': offset.item() if single else offset.tolist(), 'scale': scale.item() if single else scale.tolist()}
+    stabilised = {} if value.get('stabilise') is None else {'stabilise': stabilise.from_record(value['stabilise']).record()}
+    return {'offset': offset.item() if single else offset.tolist(), 'scale': scale.item() if single else scale.tolist(), **stabilised}
 
 
 def per_channel(values: float | Sequence[float]) -> np.ndarray:

@@ -16,6 +16,7 @@ from torch_utils import distributed, misc, numerics
 from training.checkpoints.load import check_denoiser
 from training.data import tables
 from training.data.convert import sheet
+from training.estimation.stabilise import of_units
 from training.restoration import destination, origin
 from training.restoration.formats import Forms
 from training.restoration.images import ImageSet, data_state, labels_of
@@ -84,7 +85,7 @@ def check_options(o: EasyDict) -> None:
 
 def check_dest(o: EasyDict, images: ImageSet) -> None:
     """Refuses a --dest that the images do not fit, before the work."""
-    destination.open_dest(o.dest, images, Forms(images.source, images.path))
+    destination.open_dest(o.dest, images, Forms(images.source, images.path, bool(images.counts)))
     sheet.place(o.sheet, o.dest)
 
 
@@ -114,6 +115,7 @@ class Reference(ImageSet):
         super().__init__('--reference', spec, net, told)
         if told and self.is_8bit != images.is_8bit:  # the option is about --data
             self.units = self._units(net, None)
+            self.counts = None if self.source.stabilise else of_units(self.units)
         stem = lambda name: os.path.splitext(name)[0]
         places = {name: place for known in (stem, str) for place, name in enumerate(map(known, self.names))}
         found = [places.get(name, places.get(stem(name))) for name in images.names]
@@ -126,7 +128,7 @@ class Reference(ImageSet):
     def of(self, index: int) -> np.ndarray:
         """The clean image of a noisy one, network units, float64 [C,H,W]. Raises UserError where its size differs."""
         place = self._places[index]
-        found, kind = self.network(place), self._images.kind(index)
+        found, kind = self.scaled(self.read(place), clean=True), self._images.kind(index)
         if found.shape != kind[:3]:
             raise UserError(f'--reference={self.spec}: {self.names[place]} is {self.kind(place)}, and the image of --data {kind}')
         return found
@@ -148,7 +150,9 @@ def announce(o: EasyDict, images: ImageSet, method: Method, todo: list[int], mis
     noisy, clean = sigmas[todo], len(images) - len(todo)
     levels = f'{noisy.min():g}' if noisy.min() == noisy.max() else f'{noisy.min():g} to {noisy.max():g}'
     scale = tables.common_scale(images.units)
-    if scale not in (None, 1) and not images.is_8bit:
+    if images.counts:
+        levels += f' (counts, {images.counts.words()})'
+    elif scale not in (None, 1) and not images.is_8bit:
         physical = f'{noisy.min() * scale:g}' if noisy.min() == noisy.max() else f'{noisy.min() * scale:g} to {noisy.max() * scale:g}'
         levels += f' ({physical} in the units of the values)'
     how = (f'{method.samples} posterior samples of {method.steps} steps' if method.samples else 'E[x_0 | y] in one evaluation')
@@ -196,7 +200,7 @@ def groups(net: torch.nn.Module, images: ImageSet, indices: Iterable[int], sigma
 def finish(o: EasyDict, net: torch.nn.Module, images: ImageSet, reference: Reference | None, method: Method, sigmas: np.ndarray,
            work: Work) -> list[str]:
     """Writes the images, the report and the picture from the finished work, which is removed; returns lines to print."""
-    forms = Forms(images.source, images.path)
+    forms = Forms(images.source, images.path, bool(images.counts))
     report = Report(images, reference, method, sigmas)
     main = destination.open_dest(o.dest, images, forms)
     spread = destination.open_spread(o.dest, images, forms) if method.samples > 1 else None
@@ -211,9 +215,9 @@ def finish(o: EasyDict, net: torch.nn.Module, images: ImageSet, reference: Refer
                     writer.keep(index)
                 continue
             found = work.read(index)
-            report.add(found, main.write(index, images.stored(found.mean)))
+            report.add(found, main.write(index, images.stored(found.mean, found.std)))
             if spread:
-                spread.write(index, images.spread(found.std))
+                spread.write(index, images.spread(found.std, found.mean))
             if kept:
                 kept.write(index, images.stored(found.samples))
     work.remove()
@@ -229,5 +233,6 @@ def finish(o: EasyDict, net: torch.nn.Module, images: ImageSet, reference: Refer
     if kept:
         told.append(f'{destination.places(o.dest, 0, True)[-1]}: {method.samples} samples of each image')
     if forms.renamed:
-        told.append(f'{len(forms.renamed)} JPEG or WebP files have become PNG, such as {next(iter(forms.renamed.values()))}')
+        what = 'files of whole counts have become float32 .npy' if forms.floats else 'JPEG or WebP files have become PNG'
+        told.append(f'{len(forms.renamed)} {what}, such as {next(iter(forms.renamed.values()))}')
     return [*told, f'{o.dest}: {len(images)} images']

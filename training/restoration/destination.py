@@ -46,7 +46,7 @@ class Members:
     def _form(self, index, image):
         """The Form of an image, whose name no other has."""
         if self.packed:
-            return member_form(self.images.names[index], image if image.dtype == np.uint8 else np.float32(image))
+            return member_form(self.images.names[index], image if image.dtype == np.uint8 and not self.forms.floats else np.float32(image))
         form = self.forms(index, image)
         if self.floats:
             form = float_form(form)
@@ -109,7 +109,10 @@ class Members:
             told.pop('labels')  # the folders have the names of the classes
         meta = {key: [[name, values[index]] for name, index in self.written.items()] for key, values in told.items()}
         text = {'text': source.text} if source.text and 'labels' in meta else {}
-        return meta | text | ({} if self.images.is_8bit or not (meta or self.packed) else {'units': self.images.units})
+        return meta | text | ({} if self._as_pictures() or not (meta or self.packed) else {'units': self.images.own_units()})
+
+    def _as_pictures(self):
+        return self.images.is_8bit and not self.forms.floats
 
 
 class Array:
@@ -123,7 +126,8 @@ class Array:
         if len(kinds) > 1:
             raise UserError(f'--dest={dest}: is one array, and the images have several sizes; name a folder or a .zip')
         first = images.read(0)
-        self.dtype = first.dtype if not floats and first.dtype.kind in 'uif' else np.dtype(np.float32)
+        keep = not floats and first.dtype.kind in ('f' if images.counts else 'uif')
+        self.dtype = first.dtype if keep else np.dtype(np.float32)
         self.axes, self.flat, self.others, self.key = (0, 1, 2), False, {}, 'images'
         if isinstance(source, NumpySource):
             self._like(images.path, source)
@@ -198,6 +202,8 @@ class Stack:
         if len(kinds) > 1 or kind.channels not in (1, 3):
             raise UserError(f'--dest={dest}: the pages of a TIFF file must have one size, and 1 or 3 channels; name a folder or a .zip')
         self.dtype = np.dtype(kind.mode) if isinstance(images.source, TiffSource) else images.read(0).dtype
+        if images.counts and self.dtype.kind != 'f':
+            self.dtype = np.dtype(np.float32)
         self.tifffile = needs('tifffile', dest)
 
     def __enter__(self):

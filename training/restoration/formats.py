@@ -33,10 +33,11 @@ class Form(NamedTuple):
 
 
 class Forms:
-    """The Form of each image of a source, by index. path: of the source."""
+    """The Form of each image of a source, by index. path: of the source. floats: whether whole numbers become float32, as restored counts
+    do, which are means."""
 
-    def __init__(self, source: Any, path: str) -> None:
-        self.source = source
+    def __init__(self, source: Any, path: str, floats: bool = False) -> None:
+        self.source, self.floats = source, floats
         self.archive = Archive(path) if isinstance(source, FileSource) else None
         self.renamed = {}  # names of files whose format changes -> their new names
 
@@ -46,6 +47,18 @@ class Forms:
 
     def __call__(self, index: int, image: np.ndarray) -> Form:
         """The Form of an image; image: as stored, [C,H,W]."""
+        form = self._own(index, image)
+        if not self.floats or form.dtype.kind == 'f':
+            return form
+        if form.ending in ('.npy', '.tif', '.tiff'):
+            return form._replace(dtype=np.dtype(np.float32), top=None)
+        name = self.source.names[index]
+        wanted = f'{os.path.splitext(name)[0]}.npy'
+        self.renamed[name] = f'{name}.npy' if wanted in self.source.names else wanted
+        return Form(self.renamed[name], np.dtype(np.float32))
+
+    def _own(self, index, image):
+        """The Form with the type of the values in the image's file."""
         name = self.source.names[index]
         if self.archive is None:
             return member_form(name, image)

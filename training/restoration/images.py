@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The images to denoise: any set that dataset_tool.py reads, in network units, with the level and label of each."""
 
+import math
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -15,8 +16,10 @@ from torch_utils import distributed
 from training.data import tables
 from training.data.convert.annotations import as_classes, check
 from training.data.convert.sources import open_source, parse_source
+from training.data.convert.stabilising import refuse_pictures
 from training.data.convert.tiles import MAX_TILES
 from training.data.dataset import UNITS_8BIT
+from training.estimation.stabilise import Anscombe, from_record, of_units
 from training.sampling import prompts
 from training.sampling.generate import resolution
 
@@ -28,7 +31,8 @@ class ImageSet:
 
     option, spec: the option and its value, as --source of dataset_tool.py. net: the network. told: units of --units, or None. Units are
     these, else the network's; images of a network of 8-bit pictures have those of their dataset.json where they are not 8-bit.
-    Attributes source, path, is_8bit (of the first image), units {offset, scale}. Raises UserError."""
+    Attributes source, path, is_8bit (of the first image), units {offset, scale}; counts: the Stabiliser of a network of counts, which
+    the images are, or None. Raises UserError."""
 
     def __init__(self, option: str, spec: str, net: torch.nn.Module, told: dict | None = None) -> None:
         self.option, self.spec, self.path = option, spec, parse_source(spec)[0]
@@ -40,12 +44,19 @@ class ImageSet:
         self.names, self.channels = self.source.names, net.img_channels
         self.is_8bit = self.kind(0).is_8bit
         self.units = self._units(net, told)
+        self.counts = None if told or self.source.stabilise else of_units(self.units)
+        if self.counts:
+            refuse_pictures(self.source, range(len(self)), [self.path], f'{option}={spec}')
 
     def __len__(self) -> int:
         return len(self.names)
 
     def _units(self, net, told):
-        own = self.source.units if not self.is_8bit else None
+        own, transforms = self.source.units if not self.is_8bit else None, (self.source.stabilise, (net.units or {}).get('stabilise'))
+        if not told and transforms[0] not in (None, transforms[1]):
+            known = [from_record(record).words() if record else 'none' for record in transforms]
+            raise UserError(f'{self.option}={self.spec}: its values are stabilised counts ({known[0]}), and the transform of the network '
+                            f'is another ({known[1]}); give the counts themselves')
         units = told or net.units or (UNITS_8BIT if self.is_8bit else own)
         if units is None:
             raise UserError(f'{self.option}={self.spec}: its values are not 8-bit and have no units, and the network was trained on 8-bit '
@@ -77,20 +88,43 @@ class ImageSet:
         return image
 
     def network(self, index: int) -> np.ndarray:
-        """An image in network units, float64 [C,H,W]."""
-        return self.scaled(self.read(index))
+        """A noisy image in network units, float64 [C,H,W]. Raises UserError for counts below 0."""
+        image = self.read(index)
+        if self.counts == Anscombe() and image.min() < 0:
+            raise UserError(f'{self.option}={self.spec}: {self.names[index]} has values below 0 (least {image.min():g}), and the network '
+                            'was trained on counts')
+        return self.scaled(image)
 
-    def scaled(self, image: np.ndarray) -> np.ndarray:
-        """Values as stored, [C,H,W] -> network units, float64."""
-        return (np.float64(image) - tables.per_channel(self.units['offset'])) / tables.per_channel(self.units['scale'])
+    def scaled(self, image: np.ndarray, clean: bool = False) -> np.ndarray:
+        """Values as stored, [C,H,W] -> network units, float64. clean: whether counts are means, such as restored images, and not noisy."""
+        image = np.float64(image)
+        if self.counts:
+            image = self.counts.expected(image) if clean else self.counts.forward(image)
+        return (image - tables.per_channel(self.units['offset'])) / tables.per_channel(self.units['scale'])
 
-    def stored(self, image: np.ndarray) -> np.ndarray:
-        """Network units -> those of the values as stored, float64; the inverse of scaled()."""
-        return np.float64(image) * tables.per_channel(self.units['scale']) + tables.per_channel(self.units['offset'])
+    def stored(self, image: np.ndarray, std: np.ndarray | None = None) -> np.ndarray:
+        """Clean images in network units -> values as stored, float64; the inverse of scaled(clean=True).
 
-    def spread(self, std: np.ndarray) -> np.ndarray:
-        """A standard deviation in network units -> in those of the values as stored, float64."""
-        return np.float64(std) * tables.per_channel(self.units['scale'])
+        std: that of the samples whose mean the image is: the mean of their counts is above the counts of their mean."""
+        found = np.float64(image) * tables.per_channel(self.units['scale']) + tables.per_channel(self.units['offset'])
+        if not self.counts:
+            return found
+        variance = 0.0 if std is None else np.square(np.float64(std) * tables.per_channel(self.units['scale']))
+        return self.counts.inverse(found) + self.counts.curvature(found) / 2 * variance
+
+    def spread(self, std: np.ndarray, mean: np.ndarray) -> np.ndarray:
+        """A standard deviation in network units -> in those of the values as stored, float64; of counts to first order, at their mean."""
+        scale, offset = (tables.per_channel(self.units[key]) for key in ('scale', 'offset'))
+        found = np.float64(std) * scale
+        return found * self.counts.slope(np.float64(mean) * scale + offset) if self.counts else found
+
+    def own_units(self) -> dict:
+        """Units of the values as stored: those of the network, or for counts the nearest linear ones around its 0."""
+        if not self.counts:
+            return self.units
+        middle, scale = (np.float64(np.ravel(self.units[key])) for key in ('offset', 'scale'))
+        found = self.counts.inverse(middle), scale * self.counts.slope(middle)
+        return {key: value.tolist() if len(value) > 1 else value.item() for key, value in zip(('offset', 'scale'), found)}
 
     def check_shapes(self, net: torch.nn.Module, overlap: int) -> int:
         """Refuses images with other channels than the network's, or smaller ones; returns how many are larger, and tiled."""
@@ -116,6 +150,8 @@ class ImageSet:
         """The level of each image in network units, float64 [N]. sigma: one for all, in place of those of the set."""
         if sigma is not None:
             return np.full(len(self), sigma)
+        if self.counts:
+            return self._levels_of_counts()
         if self.source.sigmas is None:
             raise UserError(f'{self.option}={self.spec}: says no noise levels; give --sigma=STD in network units, or '
                             f'{self.option}={self.spec}:sigma=STD (or a table of them) in the units of the values')
@@ -131,6 +167,19 @@ class ImageSet:
                             f'({tables.shown_all(own["scale"])}) than those of the network '
                             f'({tables.shown_all(self.units["scale"])}); give --sigma=STD')
         return found / tables.level_scale(self.units)
+
+
+    def _levels_of_counts(self):
+        """1 / scale for all images, since the stabilised noise has std 1; 0 for those that the set says to be clean."""
+        told = np.float64([level or 0 for level in self.source.sigmas or [math.nan] * len(self)])
+        if (told > 0).any():
+            raise UserError(f'{self.option}={self.spec}: has levels above 0, and the noise of counts is that of their number; leave them '
+                            'out, or give --sigma=STD in network units')
+        scale = tables.common_scale(self.units)
+        if scale is None:
+            raise UserError(f'{self.option}={self.spec}: the channels of the network have different scales, and stabilised noise is not '
+                            'white then; give --sigma=STD in network units')
+        return np.where(np.isnan(told), 1 / scale, 0.0)
 
 
 def labels_of(images: ImageSet, net: torch.nn.Module, class_idx: int | None, encoder: str | None,

@@ -40,7 +40,7 @@ class Report:
         row |= {key: value for key, value in (('noise', found.noise), ('apart', found.apart)) if value is not None}
         shown, clean = len(self.cells) < SHOWN, None
         before = images.network(index) if shown or self.reference else None
-        after = images.scaled(written) if shown or self.reference else None
+        after = images.scaled(written, clean=True) if shown or self.reference else None
         if self.reference:
             clean = self.reference.of(index)
             for name, measure in (('psnr', quality.psnr), ('ssim', quality.ssim)):

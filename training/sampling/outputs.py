@@ -2,8 +2,8 @@
 """What becomes of sampled images [N,C,H,W] in network units: they stay as they are, or are latents and decoded to pictures.
 
 Both kinds: call(images) -> images as the other methods take them; shape [C,H,W] and units of these; is_picture, whether they can be PNGs;
-uint8(images), for PNGs and detectors; numbers(images), float32 as .npy files hold them; pictures(images), NumPy uint8 to look at;
-read(array), of a file of one image, its inverse; facts(), for records."""
+uint8(images), for PNGs and detectors; numbers(images), float32 as .npy files hold them, counts where the data is stabilised counts;
+pictures(images), NumPy uint8 to look at; read(array), of a file of one image, its inverse; facts(), for records."""
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ class Plain:
         return pixels.to_uint8(images)
 
     def numbers(self, images: torch.Tensor) -> torch.Tensor:
-        return pixels.to_physical(images, self.units).float()
+        return pixels.to_values(images, self.units).float()
 
     def pictures(self, images: torch.Tensor) -> np.ndarray:
         return pixels.pictures(images, self.units)

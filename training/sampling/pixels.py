@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Conversions between network units, 8-bit pictures and physical units, and grids of images."""
+"""Conversions between network units, 8-bit pictures, physical units and counts, and grids of images."""
 
 import math
 
@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from training.data.dataset import UNITS_8BIT
+from training.estimation.stabilise import of_units
 
 GRID_CELL = 64  # grids enlarge images smaller than this by a whole factor, so that single pixels can be seen
 GRID_GAP = 2  # pixels between the images of a grid
@@ -57,12 +58,22 @@ def to_physical(images: torch.Tensor, units: dict | None) -> torch.Tensor:
     return images * scale + offset
 
 
+def to_values(images: torch.Tensor, units: dict | None) -> torch.Tensor:
+    """Clean images in network units -> the data's own values: to_physical, and of stabilised counts the counts, by the unbiased inverse.
+
+    images, units: as for to_physical; "stabilise" in the units names the transform."""
+    stabiliser, images = of_units(units), to_physical(images, units)
+    return stabiliser.inverse(images) if stabiliser else images
+
+
 def to_network(image: np.ndarray, units: dict | None) -> torch.Tensor:
-    """The image of a file in network units, float64 [C,H,W]: inverts to_uint8 and to_physical, up to rounding.
+    """The image of a file in network units, float64 [C,H,W]: inverts to_uint8 and to_values, up to rounding, and values at the end of
+    their range.
 
     image: an array [C,H,W]; uint8 for pictures."""
     image = torch.as_tensor(image, dtype=torch.float64)
-    units = units or UNITS_8BIT
+    stabiliser, units = of_units(units), units or UNITS_8BIT
+    image = stabiliser.expected(image) if stabiliser else image
     scale, offset = (torch.as_tensor(units[key], dtype=torch.float64).reshape(-1, 1, 1) for key in ('scale', 'offset'))
     return (image - offset) / scale
 

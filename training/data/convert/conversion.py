@@ -17,11 +17,11 @@ from dnnlib.cpus import cpu_count
 from dnnlib.progress import Progress
 from torch_utils import registry
 from training.data import tables
-from training.data.convert import sheet, transforms, writers
+from training.data.convert import sheet, stabilising, transforms, writers
 from training.data.convert.annotations import AUTO, LEVELS, PROPOSE_CHANNELS, annotate
 from training.data.convert.measured import measure_source
 from training.data.convert.selection import select
-from training.data.convert.sources import open_sources
+from training.data.convert.sources import open_sources, parse_source
 from training.data.convert.statistics import Facts, Summary, facts_of, lines
 from training.data.convert.tiles import Tiled
 from training.data.dataset import UNITS_8BIT
@@ -44,9 +44,11 @@ def convert(options: dict) -> list[str]:
     """Writes the archive for the options of the command line, a dict, and the contact sheet; returns lines of text to print. Raises
     UserError."""
     check_options(options)
+    stabiliser = stabilising.requested(options)
     writer = writers.open_writer(options['dest'], options['packed'])
     picture = sheet.place(options['sheet'], options['dest'])
-    source = open_sources(options['source'], not options['labels'], not options['units'], layout=options['layout'], split=options['split'])
+    source = open_sources(options['source'], not options['labels'], not options['units'], stabilising.mark if stabiliser else None,
+                          layout=options['layout'], split=options['split'])
     annotate(source, options)
     automatic, measured = options['sigmas'] == AUTO, []
     if options['tile']:
@@ -55,7 +57,10 @@ def convert(options: dict) -> list[str]:
     indices = select(source, options)
     if automatic and not options['tile']:
         measured = measure_source(source, indices, options)
-    job = plan(source, indices, options)
+    if stabiliser:
+        specs = [options['source']] if isinstance(options['source'], str) else options['source']
+        stabiliser = stabilising.settle(stabiliser, source, indices, [parse_source(spec)[0] for spec in specs], options['stabilise'])
+    job = plan(source, indices, options, stabiliser)
     # The processes start before the progress bar, whose thread would not survive a fork.
     with multiprocessing.Pool(options['workers'] or cpu_count(), _prepare, (source, job)) as pool, writer:
         rows = sheet.choose(source.labels, source.sigmas, indices) if picture else []
@@ -115,8 +120,8 @@ def _convert(index):
     return _job.convert(_source, index)
 
 
-def plan(source, indices, options):
-    """The Job that fits most images of a sample; images that differ from it count as bad."""
+def plan(source, indices, options, stabiliser=None):
+    """The Job that fits most images of a sample; images that differ from it count as bad. stabiliser: of --stabilise."""
     sample = indices[::-(-len(indices) // SAMPLE)]
     kinds, bad = _kinds(source, sample)
     if not kinds:
@@ -131,16 +136,16 @@ def plan(source, indices, options):
     is_8bit, channels, shape = usual = collections.Counter(traits).most_common(1)[0][0]
     if is_8bit and channels == 3:  # a few grey photographs among others, as in ImageNet, are no reason to stop
         usual, target = (is_8bit, None, shape), 3
-    as_png = is_8bit and (target or channels) in writers.PNG_COLOURS
+    as_png = is_8bit and not stabiliser and (target or channels) in writers.PNG_COLOURS
     if as_png and options['units']:
         raise UserError('--units is for float data; these images are 8-bit, with offset and scale 127.5')
     per_channel = options['units'] == PROPOSE_CHANNELS
-    if is_8bit and not (as_png or per_channel):
+    if is_8bit and not (as_png or per_channel or stabiliser):
         store_as_float(source, options['units'] or UNITS_8BIT)
     told = np.size(source.units['scale']) if source.units else 1
     if not as_png and isinstance(source.units and source.units['scale'], list) and told != (target or channels):
         raise UserError(f'--units, or those of the source, are for {told} channels, and the images have {target or channels}')
-    job = transforms.Job(usual, transform_of(options, as_png), size, target, as_png, per_channel)
+    job = transforms.Job(usual, transform_of(options, as_png), size, target, as_png, per_channel, stabiliser)
     objections = {index: job.objection(kind, source.sigmas[index] if source.sigmas else 0) for index, kind in kinds.items()}
     bad = dict(sorted((bad | {index: text for index, text in objections.items() if text}).items()))
     if bad and len(sample) < len(indices) and options['on_bad'] == 'fail':
@@ -209,11 +214,13 @@ def tell_channels(changed, count, options):
 def write(pool, source, job, indices, writer, options, wanted=frozenset()):
     """Converts and writes the images and dataset.json; returns the Written. wanted: indices of images for the contact sheet."""
     bad, written, small, sums, values, changed = {}, [], 0, [0.0, 0.0], 0, collections.Counter()
-    summary, cells, shape = Summary(), {}, None
+    summary, cells, shape, tally = Summary(), {}, None, 0
     extension = 'png' if job.as_png else 'npy'
     members = Progress(len(indices), 'Converting').over(pool.imap(_convert, indices, CHUNK))
     for number, (index, member) in enumerate(zip(indices, members)):
         if member.problem:
+            if job.stabilise and options['on_bad'] == 'fail' and member.tally is not None:
+                raise UserError(f'--stabilise={options["stabilise"]}: {source.names[index]} has {member.problem}')
             bad[index] = member.problem
         elif member.data is None:
             small += 1
@@ -225,6 +232,7 @@ def write(pool, source, job, indices, writer, options, wanted=frozenset()):
             summary.add(member.measured)
             shape = member.shape
             sums = [sums[0] + member.total, sums[1] + member.squares]
+            tally = tally if member.tally is None else tally + member.tally
             values += int(np.prod(member.shape[1:] if job.per_channel else member.shape))
             if source.sigmas and source.sigmas[index]:
                 source.sigmas[index] *= member.gain
@@ -234,6 +242,8 @@ def write(pool, source, job, indices, writer, options, wanted=frozenset()):
                 cells[index] = name, member.data
     report(source, bad, len(indices), options)
     tell_channels(changed, len(indices), options)
+    for line in stabilising.warnings(job.stabilise, tally) if job.stabilise and written else ():
+        print(line, file=sys.stderr)
     if small:
         print(f'Left out {small} of {len(indices)} images, too small for --transform={options["transform"]}', file=sys.stderr)
     if not written:
@@ -256,5 +266,5 @@ def metadata(source, written, sums):
     if source.labels and source.text:
         meta['text'] = source.text
     if sums is not None:
-        meta['units'] = source.units or transforms.propose_units(*sums)
+        meta['units'] = (source.units or transforms.propose_units(*sums)) | ({'stabilise': source.stabilise} if source.stabilise else {})
     return meta

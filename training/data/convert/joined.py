@@ -14,6 +14,7 @@ from dnnlib import UserError
 from dnnlib.archive import DAMAGE
 from training.data import tables
 from training.data.convert.readers.source import Kind, Source
+from training.estimation.stabilise import from_record
 
 ABSENT = {'sigmas': 0.0, 'sigma_min': None, 'sigma_max': None}  # values for images of a source without levels, if others have some
 
@@ -36,6 +37,7 @@ class Joined(Source):
             self.captions = [text for source in self._sources for text in source.captions or [''] * len(source.names)]
         for key, absent in ABSENT.items():
             setattr(self, key, _levels(self._sources, key, absent))
+        self.stabilise = _stabilised(sources)
         self.units = _units(sources) if keep_units else _units_of_levels(sources)
 
     def _find(self, index):
@@ -108,6 +110,17 @@ def _levels(sources, key, absent):
     if all(getattr(source, key) is None for source in sources):
         return None
     return [level for source in sources for level in (getattr(source, key) or itertools.repeat(absent, len(source.names)))]
+
+
+def _stabilised(sources):
+    """The record of the transform of stabilised counts, which must be the same for all, whatever their units."""
+    (first, source), *others = sources
+    for path, other in others:
+        if other.stabilise != source.stabilise:
+            told = ', '.join(f'{where} {from_record(record).words() if record else "not at all"}'
+                             for where, record in ((first, source.stabilise), (path, other.stabilise)))
+            raise UserError(f'--source: their values are not stabilised alike ({told}); convert the counts again with one --stabilise')
+    return source.stabilise
 
 
 def _units(sources):

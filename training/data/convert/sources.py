@@ -26,6 +26,7 @@ from training.data.convert.readers.mnist import MnistSource
 from training.data.convert.readers.packed import PackedSource
 from training.data.convert.readers.scientific import DicomSource, FitsSource, NiftiSource
 from training.data.convert.readers.tiff import TiffSource
+from training.data.convert.stabilising import record_of
 
 TOLD = ('label', 'sigma', 'sigma_min', 'sigma_max')  # the keys for annotations.tell()
 MISSING = 'no such file or folder (nor is it the word "digits")'
@@ -54,15 +55,19 @@ def open_source(spec, **defaults):
     if not source.names:
         raise UserError(f'{where}: no images in it')
     tell(source, told, where)
+    source.stabilise = record_of(source, where)
     return source
 
 
-def open_sources(specs, keep_labels=True, keep_units=True, **defaults):
-    """One Source for all the specs, in their order; the other arguments as for Joined and open_source().
+def open_sources(specs, keep_labels=True, keep_units=True, each=None, **defaults):
+    """One Source for all the specs, in their order; the other arguments as for Joined and open_source(). each(source, where): called with
+    every one of them before they are joined.
 
     A default that none of the sources accepts is refused. Raises UserError."""
     specs = [specs] if isinstance(specs, str) else specs
     found = [(parse_source(spec)[0], open_source(spec, **defaults)) for spec in specs]
+    for spec, (_, source) in zip(specs, found) if each else ():
+        each(source, f'--source={spec}')
     for key, value in defaults.items():
         if value is not None and not any(key in registry.parameters(type(source)) for _, source in found):
             takes = [name for name, piece in SOURCES.items() if key in registry.parameters(piece)]

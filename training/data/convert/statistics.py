@@ -18,6 +18,7 @@ from training.data.dataset import UNITS_8BIT, ImageDataset
 from training.data.latents import Latents
 from training.data.limits import usable_levels
 from training.diffusion.ambient import snr_db
+from training.estimation.stabilise import of_units
 
 CHUNK = 256  # images per task of a thread
 DIGEST = 8  # bytes of an image's digest; among 1.28 million different images, two share one with probability 1 in 20 million
@@ -167,6 +168,10 @@ def lines(summary: Summary, facts: Facts, sigma: float | None = None) -> Iterato
         yield f'latents     {facts.latents.words()}'
     told = [tables.shown_all(units[key]) for key in ('offset', 'scale')]
     yield f'dtype       {"float32" if facts.is_float else "uint8"}, network = (stored - {told[0]}) / {told[1]}'
+    if stabiliser := of_units(facts.units if facts.is_float else None):
+        clean = stabiliser.inverse(np.array([low, high])).round(3)
+        yield f'stabilised  {stabiliser.words()}; noise of std 1, which is {1 / tables.level_scale(units):.4g} in network units'
+        yield f'            stored values stand for {clean[0]:.4g} to {clean[1]:.4g} before the transform'
     yield (f'range       {low:g} to {high:g} stored, {((summary.low - offset) / scale).min():.4g} to '
            f'{((summary.high - offset) / scale).max():.4g} in network units')
     yield f'mean        {means.mean():.4f} in network units'

@@ -21,6 +21,7 @@ class Tiled(Source):
 
     def __init__(self, source, width: int, height: int, overlap: int = 0):
         self._source, self._shape, self.units, self.text = source, (height, width), source.units, source.text
+        self.stabilise = source.stabilise
         self._kinds, self._places, self._last, small = {}, [], (None, None), 0
         for index in range(len(source.names)):
             try:

@@ -10,8 +10,10 @@ from PIL import Image
 
 from dnnlib.archive import DAMAGE, damage
 from training.data.convert.readers.source import Kind
+from training.data.convert.stabilising import stabilised
 from training.data.convert.statistics import Measured, measure
 from training.data.convert.writers import encode_npy, encode_png
+from training.estimation.stabilise import Stabiliser
 
 LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R 601, as Pillow's conversion to grey
 FILLS = ('edge', 'reflect', 'constant')
@@ -29,6 +31,7 @@ class Member(NamedTuple):
     gain: float = 1.0  # factor by which the conversion changed the std of white noise
     channels: int = 0  # of the original image
     measured: Measured | None = None
+    tally: np.ndarray | None = None  # of counts, see stabilising.stabilised()
 
 
 class Job(NamedTuple):
@@ -36,7 +39,8 @@ class Job(NamedTuple):
 
     traits: (is_8bit, channels, (height, width)) that every image must have, None for those that may differ.
     transform: (image, width, height) -> [C,H,W], or None for an image that is too small; of TRANSFORMS. size: (width, height) or None.
-    as_png: 8-bit members; otherwise float32 .npy. per_channel: whether a Member's sums are those of each channel."""
+    as_png: 8-bit members; otherwise float32 .npy. per_channel: whether a Member's sums are those of each channel. stabilise: the
+    transform of counts; clean images are those of level 0."""
 
     traits: tuple
     transform: Callable | None = None
@@ -44,6 +48,7 @@ class Job(NamedTuple):
     channels: int | None = None
     as_png: bool = True
     per_channel: bool = False
+    stabilise: Stabiliser | None = None
 
     def convert(self, source, index: int) -> Member:
         """Image number `index` of a source as a Member. Never raises for a bad image."""
@@ -56,12 +61,18 @@ class Job(NamedTuple):
                 image, problem = as_float(image)
                 if problem:
                     return Member(problem=f'{source.kind(index)}, with {problem}')
+            tally = None
+            if self.stabilise:
+                image, problem, tally = stabilised(image, sigma, self.stabilise)
+                if problem:
+                    return Member(problem=problem, tally=tally)
             image = self._resized(to_channels(image, self.channels))
         except DAMAGE as err:
             return Member(problem=f'cannot be read ({damage(err)})')
         if image is None:
             return Member()
-        told = {'shape': image.shape, 'gain': noise_gain(kind.channels, len(image)), 'channels': kind.channels, 'measured': measure(image)}
+        told = {'shape': image.shape, 'gain': noise_gain(kind.channels, len(image)), 'channels': kind.channels, 'measured': measure(image),
+                'tally': tally}
         if self.as_png:
             return Member(encode_png(image), **told)
         values = image.astype(np.float64)

@@ -30,13 +30,14 @@ class Source:
     names: one per image, all different, with slashes between folders; tables of the command line refer to them.
     labels: a class number (int), the name of a class (str; the names are numbered in the order of the alphabet), or a vector (list) an
     image; None without. sigmas, sigma_min, sigma_max: a level an image, in the units of the values as stored (8-bit: of [-1,1]); None
-    within a limit: none. captions: a text an image. units: {offset, scale} of float data. text: of labels that were made of captions, their
+    within a limit: none. captions: a text an image. units: {offset, scale} of float data. stabilise: the record of the transform that
+    counts have been through, of units. text: of labels that were made of captions, their
     record with "empty", the label of the empty caption, as in dataset.json. Each is None if the source has none.
 
     A source goes to other processes: it can be pickled, and opens its files when they are first read there."""
 
     what = ''  # what it is called where sources are listed
-    labels = sigmas = sigma_min = sigma_max = captions = units = text = None
+    labels = sigmas = sigma_min = sigma_max = captions = units = text = stabilise = None
     class_names = None  # {class: name}, once the names have been numbered
 
     @staticmethod
