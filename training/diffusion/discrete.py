@@ -53,7 +53,9 @@ class Diffusion:
 
     def timestep(self, sigma: torch.Tensor) -> torch.Tensor:
         """The t whose level is nearest to sigma: any shape -> int64 of that shape."""
-        middles = self._copies.setdefault(('middles', sigma.device), ((self.levels[1:] + self.levels[:-1]) / 2).to(sigma.device))
+        if ('middles', sigma.device) not in self._copies:
+            self._copies['middles', sigma.device] = ((self.levels[1:] + self.levels[:-1]) / 2).to(sigma.device)
+        middles = self._copies['middles', sigma.device]
         return torch.searchsorted(middles, sigma.to(middles.dtype).contiguous())
 
     def network_time(self, t: torch.Tensor) -> torch.Tensor:

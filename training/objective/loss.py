@@ -46,8 +46,8 @@ class Term(torch.nn.Module):
     evaluations = 0.0      # network evaluations per image and step, on average, in addition to the shared one
 
     def due(self, step: int) -> bool:
-        """Whether it is evaluated in this step. Whatever else depends on the step has to be computed from the tensor randn.now: randn.step is
-        a constant of a compiled graph, which would be compiled again in every step."""
+        """Whether it is evaluated in this step. What else depends on the step has to be computed from the tensor randn.now: randn.step is a
+        constant of a compiled graph, which then is compiled again in every step."""
         return step % self.every == 0
 
     def set_teacher(self, net: torch.nn.Module) -> None:

@@ -20,7 +20,7 @@ class LossScale:
 
     def __init__(self, initial: float, dynamic: bool, device: torch.device) -> None:
         self.dynamic = dynamic
-        self.value = torch.tensor(float(initial), device=device)
+        self.value = torch.full([], float(initial), device=device)
         self._good = torch.zeros([], device=device)
 
     def update(self, bad: torch.Tensor) -> None:

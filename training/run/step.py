@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The part of a training step from a micro-batch on the device to the loss that backward() is called on, and its compilation as one graph."""
+"""The part of a training step from a micro-batch on the device to the loss, on which backward() is called; and its compilation."""
 
 import contextlib
 import inspect
@@ -32,8 +32,8 @@ class Outcome(NamedTuple):
 class TrainStep(torch.nn.Module):
     """The module that torch.compile and DistributedDataParallel wrap: augmentation, levels, network, terms, and what is reported of them.
 
-    It changes nothing but the parameters' gradients: what it finds is returned, and added up outside, so that a compiled graph is a function
-    of its inputs. augment: an AugmentPipe or None. quartiles: float32 [3], of p(sigma). images: of this rank in a step."""
+    It changes nothing: what it finds is returned, and added up outside, so that a compiled graph is a function of its inputs.
+    augment: an AugmentPipe or None. quartiles: float32 [3], of p(sigma). images: of this rank in a step."""
 
     def __init__(self, net: torch.nn.Module, objective: torch.nn.Module, augment: Callable | None, quartiles: torch.Tensor,
                  images: int) -> None:
@@ -118,7 +118,7 @@ class CompiledStep:
                     raise
                 words, why = self.mode, ' '.join(str(err).split())[:200]
                 self._next_mode()
-                distributed.print0(f'\nWarning: the training step cannot be compiled {words}, and is compiled {self.mode}: {why} ... ', end='')
+                distributed.print0(f'\nWarning: the training step cannot be compiled {words}, and is compiled {self.mode}: {why}')
 
     @contextlib.contextmanager
     def watch(self, step: int) -> Iterator[None]:
@@ -127,8 +127,8 @@ class CompiledStep:
         try:
             yield
         except _dynamo().exc.FailOnRecompileLimitHit:
-            raise UserError(f'--compile=1: the training step is compiled again and again, at step {step} once too often; a network or term of '
-                            'your own depends on a number that changes (see docs/extending.md). Use --compile=0') from None
+            raise UserError(f'--compile=1: the training step is compiled again and again, at step {step} once too often; a network or term '
+                            'of your own depends on a number that changes (see docs/extending.md). Use --compile=0') from None
         if graphs() > before and not self._told:
             self._told = True
             distributed.print0(f'Warning: the training step was compiled again at step {step}, which takes time; TORCH_LOGS=recompiles in '
