@@ -21,7 +21,7 @@ def loss(net, images, key):
 
 def held_out_loss(digits, seed, dtype):
     """Of a network after 1,000 steps, evaluated in its own precision at the same noise for all."""
-    arch = registry.build('ddpmpp:cbase=32,cres=1|1,blocks=1,attn=4,dropout=0', ARCHS)()
+    arch = registry.build('ddpmpp:cbase=16,cres=1|1,blocks=1,attn=4,dropout=0', ARCHS)()
     with misc.seeded(seed):
         net = build_network({'img_resolution': 8, 'img_channels': 1, **arch}).train()
     net.compute_dtype = dtype
