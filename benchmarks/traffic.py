@@ -310,7 +310,8 @@ class Dispatched(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         tensors = lambda tree: [leaf for leaf in torch.utils._pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
         given, made = tensors((args, kwargs)), tensors(out)
-        if not func.is_view and kind_of_function(func) not in VIEWS and any(value.numel() % IMAGES == 0 for value in given + made):
+        works = made and not func.is_view and kind_of_function(func) not in VIEWS and 'empty' not in str(func)
+        if works and any(value.numel() % IMAGES == 0 for value in given + made):
             kind = next((kind for kind, pattern in self.NAMES.items() if re.search(pattern, str(func))), 'rest')
             self.bytes[kind] += sum(size_of(value) for value in {id(value): value for value in given + made}.values()
                                     if value.numel() % IMAGES == 0)

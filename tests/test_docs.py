@@ -56,7 +56,8 @@ SMALL = {'counts': ['--duration=0.0002', '--num=2'],
          'label_noise': ['--sets=few', '--arms=none', '--seeds=1', '--kimg=0.256', '--images=200'],
          'refinement': ['--seeds=1', '--arms=continued,ode', '--rounds=1', '--duration=0.0002', '--mimg=0.0002', '--samples=8',
                         '--steps=2'],
-         'states': ['--cbase=16'], 'price_fit': ['--repetitions=2'], 'sampling': ['--images=2', '--batch=2', '--steps=2', '--repeats=1']}
+         'states': ['--cbase=16'], 'traffic': ['--arch=ddpmpp:cbase=32,cres=1|1,blocks=1,attn=4', '--size=8'],
+         'price_fit': ['--repetitions=2'], 'sampling': ['--images=2', '--batch=2', '--steps=2', '--repeats=1']}
 
 
 def reason(line):

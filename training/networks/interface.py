@@ -104,6 +104,16 @@ class Network(nn.Module):
         return checkpoint(block, *inputs, use_reentrant=False, **({'context_fn': lambda: contexts} if contexts else {}))
 
 
+def match_layout(optimizer: torch.optim.Optimizer) -> None:
+    """Gives the moments of an optimizer the layout of their parameters in memory, which fused optimizers require.
+
+    To be called after load_state_dict() where parameters lie channels-last: files hold all tensors row by row."""
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if isinstance(value, torch.Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
+                state[name] = torch.empty_like(parameter, dtype=value.dtype, memory_format=torch.preserve_format).copy_(value)
+
+
 class Arch:
     """A choice of --arch: a Network class, and the constructor arguments that differ from the defaults of the class.
 

@@ -158,9 +158,9 @@ def adopt(config: Config, stored: Config) -> Config:
 
 
 def on_host(value: object) -> object:
-    """A nested structure with copies of its tensors in host memory."""
+    """A nested structure with copies of its tensors in host memory, row by row there whatever their layout was."""
     if isinstance(value, torch.Tensor):
-        return value.detach().to('cpu', copy=True)
+        return value.detach().to('cpu', copy=True, memory_format=torch.contiguous_format)
     if isinstance(value, dict):
         return {key: on_host(item) for key, item in value.items()}
     return type(value)(map(on_host, value)) if isinstance(value, (list, tuple)) else value

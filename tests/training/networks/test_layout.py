@@ -14,7 +14,8 @@ from tests.support import archs, tiny
 from torch_utils import misc
 from training.checkpoints.save import save_network
 from training.networks import edm2, fused, layers, rows, unet
-from training.networks.interface import COMPILE_OPTIONS
+from training.networks.interface import COMPILE_OPTIONS, match_layout
+from training.run.states import on_host
 
 UNETS = {'ddpmpp': 'ddpmpp:cbase=32,cres=1|2,blocks=1,attn=4,dropout=0.1', 'ncsnpp': 'ncsnpp:cbase=32,cres=1|2,blocks=1,attn=4',
          'ddpmpp with skips': 'ddpmpp:cbase=32,cres=1|2,blocks=1,attn=4,resample_filter=1|1',
@@ -128,6 +129,27 @@ def test_the_layout_changes_neither_values_nor_files(arch, tmp_path):
     net.model.set_channels_last(False)
     with torch.no_grad():
         assert torch.equal(net(*inputs), plain(*inputs)) and all(p.is_contiguous() for p in net.parameters())
+
+
+def test_states_do_not_depend_on_the_layout():
+    """Moments that were read from a file lie as the parameters again."""
+    net = network('ddpmpp')
+    net.model.set_channels_last()
+    optimizer = torch.optim.Adam(net.parameters(), fused=True)
+    results(net, *batch())
+    optimizer.step()
+    state = on_host({'net': net.state_dict(), 'optimizer': optimizer.state_dict()})
+    moments = [value for part in state['optimizer']['state'].values() for value in part.values()]
+    assert all(value.is_contiguous() for value in (*state['net'].values(), *moments))
+    other = copy.deepcopy(net)
+    again = torch.optim.Adam(other.parameters(), fused=True)
+    again.load_state_dict(state['optimizer'])
+    match_layout(again)
+    assert all(value.stride() == p.stride() for p, part in again.state.items() for value in part.values() if value.shape == p.shape)
+    for one, steps in ((net, optimizer), (other, again)):
+        results(one, *batch())
+        steps.step()
+    assert all(torch.equal(*pair) for pair in zip(net.parameters(), other.parameters()))
 
 
 # Compiled graphs

@@ -53,7 +53,7 @@ def test_the_input_keeps_its_noise(arch):
     with torch.no_grad():
         first = next(seen for _, seen in inputs_of(net, x, sigma) if seen.ndim == 4)
     c_in = net.coefficients(torch.full([1, 1, 1, 1], sigma))[2]
-    lost = (first[:, :2].double() - c_in * x).std() / (c_in * sigma)
+    lost = float((first[:, :2].double() - c_in * x).std() / (c_in * sigma))
     assert lost < 1e-4, f'{lost:.0%} of the noise is lost'
 
 
