@@ -10,6 +10,7 @@ import click
 from dataset_tool import parse_units
 from dnnlib import EasyDict, UserError
 from torch_utils.command_line import Command, Number, group, version_option
+from training.sampling.options import PRECISIONS
 
 COUNT = click.IntRange(min=1)
 IMAGES = group(
@@ -55,8 +56,8 @@ SPEED = group(
     'Speed',
     click.option('--batch', '--batch-size', metavar='INT', type=COUNT, default=64, show_default=True,
                  help='Images of the network\'s size at a time and rank; does not change the results'),
-    click.option('--precision', type=click.Choice(['fp32', 'bf16', 'fp16']), metavar='fp32|bf16|fp16',
-                 help='Arithmetic of the network; the sampler uses float64  [default: that of the network]'),
+    click.option('--precision', type=click.Choice(PRECISIONS), metavar='|'.join(PRECISIONS), default='auto', show_default=True,
+                 help='Arithmetic of the network; the sampler uses float64. auto: that of its training on GPUs that have it, else fp32'),
     click.option('--compile', metavar='[BOOL]', type=bool, is_flag=False, flag_value=True, default=False, show_default=True,
                  help='Compile the network with torch.compile'),
     click.option('--threads', metavar='INT', type=COUNT, help='CPU threads per rank; bit-identical images need the same number'),

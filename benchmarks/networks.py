@@ -131,8 +131,8 @@ def print_table(images, runs, path, chosen):
 
 
 def print_memory(side=32):
-    """Activations that are kept for the backward pass of an image, without and with --checkpointing, in float32."""
-    print(f'| arch | MiB per image of {side}x{side} | with --checkpointing |\n| --- | --- | --- |')
+    """Activations that are kept for the backward pass of an image, without and with --checkpoint=blocks, in float32."""
+    print(f'| arch | MiB per image of {side}x{side} | with --checkpoint=blocks |\n| --- | --- | --- |')
     for spec in PUBLISHED:
         cells = []
         for checkpointing in (False, True):

@@ -48,6 +48,14 @@ def is_native(precision: str, device: torch.device | str) -> bool:
     return device.type == 'cuda' and torch.cuda.get_device_capability(device) >= CAPABILITY[precision]
 
 
+def for_sampling(asked: str | None, trained: str | None, device: torch.device | str) -> str:
+    """The precision to sample in, of misc.DTYPES: what is asked for; for None or "auto" that of the training, if the device computes in it
+    natively, else fp32."""
+    if asked not in (None, AUTO):
+        return asked
+    return trained if trained in ('bf16', 'fp16') and is_native(trained, device) else 'fp32'
+
+
 def can_compile(device: torch.device | str) -> bool:
     """Whether torch.compile is expected to work and to pay: on GPUs with Triton and a C compiler."""
     if torch.device(device).type != 'cuda' or importlib.util.find_spec('triton') is None:

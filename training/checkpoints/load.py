@@ -335,6 +335,7 @@ def _read_state(path, weights):
         return _recognised(path, state, weights)
     try:
         config, raw, averages = state['options']['network'], state['net'], dict(state['ema'])
+        precision = state['options'].get('run', state['options']).get('precision', 'fp32')
         config = config.get('arguments', config)  # version 0.1.0 had them in place of the network's part of a tree
         sets = {_weights_name(key, first=not index): dict(average) for index, (key, average) in enumerate(averages.items())}
         sets['raw'] = dict(raw)
@@ -344,6 +345,7 @@ def _read_state(path, weights):
         weights = f'ema:{float(weights[4:]):.3f}'
     if weights not in sets:
         raise UserError(f'{path}: holds no {weights} weights; use --weights={" or --weights=".join(sets)}')
+    config = config if precision == 'fp32' else {**config, 'precision': precision}
     return config, {**sets['raw'], **sets[weights]}  # what is not averaged, such as buffers, is the network's own
 
 

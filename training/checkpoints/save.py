@@ -26,13 +26,15 @@ def save_network(net: torch.nn.Module, folder: str | os.PathLike, card: str | No
 def write_files(net: torch.nn.Module, folder: str | os.PathLike, card: str | None = None) -> None:
     """Fills an empty folder with the three files of save_network.
 
-    Statistics of the training data, net.data_statistics, become metadata of the weights: config.json holds constructor arguments only."""
+    config.json holds constructor arguments, and the precision of the training, net.precision, if that was not fp32. Statistics of the
+    training data, net.data_statistics, become metadata of the weights."""
     state = {key: _portable(value) for key, value in net.state_dict().items()}
     statistics = getattr(net, 'data_statistics', None)
     metadata = {'format': 'pt'} | ({STATISTICS: json.dumps(statistics, allow_nan=False)} if statistics else {})
     with open(os.path.join(folder, WEIGHTS), 'wb') as f:
         f.write(safetensors.torch.save(state, metadata=metadata))
-    write_json(os.path.join(folder, CONFIG), net.config)
+    precision = getattr(net, 'precision', None)
+    write_json(os.path.join(folder, CONFIG), net.config | ({'precision': precision} if precision else {}))
     with open(os.path.join(folder, CARD), 'w', encoding='utf-8', errors='backslashreplace') as f:
         f.write(card or model_card(net.config))
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from dnnlib import UserError, text_record
+from torch_utils import misc
 from training.diffusion import discrete
 from training.networks.autoencoder import described
 from training.networks.interface import network_class
@@ -35,6 +36,7 @@ class Precond(nn.Module):
     times = 1.0, 0.0            # factor and offset that map c_noise to times from 0 to about 1000, for networks that take these
     sigma_data = 0.5            # std of the data, for pieces of the objective that need it
     row_draws = None            # in a training run: see rows.attach_row_draws()
+    precision = None            # in which it was trained, of misc.PRECISIONS; None: fp32, or not told
 
     def __init__(self, img_resolution: int | Sequence[int], img_channels: int, label_dim: int = 0, use_fp16: bool = False,
                  model_type: str | None = None, **kwargs: Any) -> None:
@@ -268,14 +270,17 @@ def build_network(config: dict) -> Precond:
 
     config: the published constructor arguments (see Precond), "precond" if it is not edm, "units" ({"offset", "scale"}) if the data is
     not 8-bit, "sampling" if the default sampler is not EDM's (see sampling/options.py), "autoencoder" if the data is latents
-    ({"ref", "range", "sha256" unless unknown}, see autoencoder.py), and "text" (see dnnlib.text_record) if its labels are captions.
-    The attribute `config` of the result equals it, in JSON types and without infinities, which are the defaults.
+    ({"ref", "range", "sha256" unless unknown}, see autoencoder.py), "text" (see dnnlib.text_record) if its labels are captions, and
+    "precision" if it was not trained in fp32. The attribute `config` of the result equals it without "precision", in JSON types and
+    without infinities, which are the defaults.
     Raises UserError, in one line, for unknown names and for values that the network refuses."""
     config = {key: value for key, value in json.loads(json.dumps(config)).items() if value not in (math.inf, -math.inf)}
+    precision = config.pop('precision', None)
     kwargs = dict(config)
     name, units, sampling = kwargs.pop('precond', 'edm'), kwargs.pop('units', None), kwargs.pop('sampling', None)
     autoencoder, text = _autoencoder(kwargs.pop('autoencoder', None)), kwargs.pop('text', None)
     _check('precond', name, PRECONDS)
+    _check('precision', precision, [None, *misc.PRECISIONS])
     kind = PRECONDS[name]
     model_type = kwargs.get('model_type', kind.model_type)
     allowed = _constructor_arguments(kind, model_type)
@@ -292,7 +297,7 @@ def build_network(config: dict) -> Precond:
         net.hold_text(text)
     except ValueError as err:
         raise UserError(f'network configuration: "text": {err}') from None
-    net.config, net.units, net.sampling, net.autoencoder = config, units, sampling, autoencoder
+    net.config, net.units, net.sampling, net.autoencoder, net.precision = config, units, sampling, autoencoder, precision
     return net
 
 
@@ -310,7 +315,7 @@ def _constructor_arguments(kind, model_type):
 
 def _check(what, name, choices):
     if name not in choices:
-        raise UserError(f'network configuration: unknown {what} "{name}"; choose from {", ".join(choices)}')
+        raise UserError(f'network configuration: unknown {what} "{name}"; choose from {", ".join(filter(None, choices))}')
 
 
 # What F predicts with discrete timesteps: (sigma [N,1,1,1], sigma_data) -> c_skip, c_out, c_in.

@@ -25,6 +25,7 @@ from training.restoration.report import Report
 from training.restoration.work import Work
 from training.sampling.generate import resolution
 from training.sampling.pieces import open_network
+from training.sampling.record import precision
 
 OVERLAP = 2  # the default overlap of tiles is the network's smaller side over this
 
@@ -38,6 +39,7 @@ def run(o: EasyDict) -> None:
     check_options(o)
     device = distributed.pick_device(o.device)
     net = open_network(o.network, o.weights, device, o.precision, o.compile)
+    o.precision = precision(net)
     check_denoiser(net, f'--network={o.network}')
     if net.autoencoder:
         raise UserError(f'--network={o.network}: makes latents of an autoencoder, and noise of pictures is not white in latents; denoise '

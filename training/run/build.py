@@ -41,7 +41,7 @@ def build_net(config: NetworkConfig, device: torch.device | str = 'cpu', *, seed
     """The network of a NetworkConfig in training mode, with initial weights that depend on the seed."""
     with misc.seeded(seed, 'init'):
         net = build_network(config.arguments)
-    net.compute_dtype = misc.PRECISIONS[precision]
+    net.compute_dtype, net.precision = misc.PRECISIONS[precision], None if precision == 'fp32' else precision
     if config.cep:
         if net.model.label_embedding is None:
             raise UserError(f'--cep={config.cep} perturbs the embedding of a class label, and {type(net.model).__name__} has none')

@@ -103,6 +103,8 @@ class Run:
         self.learning_rate = LearningRate(self.config.optimizer)
         self.averages = build_averages(self.config.optimizer, self.net, self.sharding.copy)
         self.ema = self.averages['halflife']
+        if self.config.run.compile:
+            self.ema.module.model.compile(dynamic=False)  # a copy is not compiled
         self.alarms = alarms.Alarms(self.data.inspection, self.ema.module)
         self.objective.set_teacher(self.ema.module)
 

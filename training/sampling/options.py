@@ -8,6 +8,7 @@ import click
 from torch_utils.command_line import FloatList, IntList, Spec, group
 
 SAMPLER, STEPS = 'heun', 18  # where neither the user nor the network says otherwise
+PRECISIONS = 'auto', 'fp32', 'bf16', 'fp16'
 POSITIVE, COUNT = click.FloatRange(min=0), click.IntRange(min=1)
 
 
@@ -79,7 +80,8 @@ REST = group(
 )
 SPEED = group(
     'Speed',
-    _word('--precision', ('fp32', 'bf16', 'fp16'), 'Arithmetic of the network; the sampler uses float64  [default: that of the network]'),
+    click.option('--precision', type=click.Choice(PRECISIONS), metavar='|'.join(PRECISIONS), default='auto', show_default=True,
+                 help='Arithmetic of the network; the sampler uses float64. auto: that of its training on GPUs that have it, else fp32'),
     click.option('--compile', metavar='[BOOL]', type=bool, is_flag=False, flag_value=True, default=False, show_default=True,
                  help='Compile the network with torch.compile: faster after a minute or so, with slightly different rounding'),
 )

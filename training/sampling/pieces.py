@@ -13,15 +13,16 @@ from typing import Any
 import torch
 
 from dnnlib import EasyDict, UserError
-from torch_utils import distributed, misc, registry
+from torch_utils import distributed, misc, numerics, registry
 from training.checkpoints.load import load_network, show_recipe
 from training.diffusion import schedules
 from training.sampling import guidance, labels, prompts, steppers
-from training.sampling.generate import noise_levels, with_time
+from training.sampling.generate import noise_levels, resolution, with_time
 from training.sampling.options import KEYS, SAMPLER, STEPS
 from training.sampling.outputs import Output, open_output
 
 CONFIG = 'network configuration: sampling'  # the key of config.json, in errors
+SMALL_BATCH = 2 ** 18  # pixels of a batch up to which a GPU waits for kernels to be launched, unless they are replayed as one graph
 
 
 class Networks:
@@ -34,7 +35,8 @@ class Networks:
 
     def open(self, o: EasyDict) -> tuple[torch.nn.Module, torch.nn.Module | None]:
         """(network, guiding network or None) on their device. Raises UserError."""
-        load = functools.partial(open_network, device=distributed.pick_device(o.device), precision=o.precision, compile=o.compile)
+        load = functools.partial(open_network, device=distributed.pick_device(o.device), precision=o.precision, compile=o.compile,
+                                 batch=o.get('batch', o.get('batch_size')))
         if o.weights not in self._held:
             self._held.clear()  # before the next ones take their memory
             self._digests = {key: value for key, value in self._digests.items() if key in self._guides}
@@ -87,15 +89,24 @@ def prepare(o: EasyDict, seeds: Iterable[int], networks: Networks | None = None)
     return net, {'labels': networks.labels(net, seeds, o), 'guidance': guidance, **pieces}
 
 
-def open_network(ref: str, weights: str, device: torch.device | str, precision: str | None, compile: bool) -> torch.nn.Module:
-    """Loads the network, with the precision and compilation that are asked for."""
+def open_network(ref: str, weights: str, device: torch.device | str, precision: str | None, compile: bool,
+                 batch: int | None = None) -> torch.nn.Module:
+    """Loads a network to be evaluated. precision: None or "auto": that of its training, where the device has it. batch: of its calls, where
+    they are all of this size."""
     net = load_network(ref, device=device, weights=weights)
     show_recipe(ref)
-    if precision:
-        net.compute_dtype = misc.DTYPES[precision]
+    trained = net.precision or ('fp16' if net.compute_dtype == torch.float16 else None)
+    return prepare_network(net, torch.device(device), numerics.for_sampling(precision, trained, device), compile, batch)
+
+
+def prepare_network(net: torch.nn.Module, device: torch.device, precision: str, compile: bool, batch: int | None = None) -> torch.nn.Module:
+    """Makes a network ready for many evaluations: numerics, precision, compilation. Changes and returns it."""
+    numerics.set_numerics(precision)
+    net.compute_dtype = misc.DTYPES[precision]
     if compile:
         # Only the U-Net: the preconditioning around it is cheap and in float32, and some samplers call outputs().
-        net.model.compile(dynamic=False)
+        net.replays = device.type == 'cuda' and batch is not None and batch * math.prod(resolution(net)) <= SMALL_BATCH
+        net.model.compile(dynamic=False, **({'mode': 'reduce-overhead'} if net.replays else {}))
     return net
 
 
