@@ -33,6 +33,8 @@ PUBLISHED = {'edm': ('lognormal', 'edm'), 'iddpm': ('iddpm_levels', 'snr'), 've'
 def configure(o: EasyDict) -> config.Config:
     """The options of train.py, by their names -> the Config."""
     check_batch(o)
+    if o.shard and o.gns:
+        raise UserError('--gns=1 compares the gradients of whole ranks, which --shard=1 never has; leave one of them out')
     if o.power_ema and not o.snap:
         raise UserError('--power-ema stores averages at snapshots, and --snap=0 disables them; raise --snap')
     corruption = config.CorruptionConfig(o.sigma, o.corruption_probability, o.corruption_seed, o.corruption_protocol, label_corruption(o),
@@ -57,10 +59,9 @@ def configure(o: EasyDict) -> config.Config:
             seed=distributed.broadcast(o.seed if o.seed is not None else misc.seed_of(os.urandom(8).hex()) % 2**31),
             batch=o.batch, batch_gpu=o.batch_gpu or o.batch // distributed.size(), duration_kimg=o.duration * 1e3, tick_kimg=o.tick,
             snapshot_ticks=o.snap, state_ticks=o.dump, state_minutes=o.dump_minutes, keep_states=o.keep_states,
-            max_hours=o.max_hours, samples=o.samples, metrics=metrics(o, dataset), gns=o.gns,
-            precision=choose_precision(o), bench=o.bench, compile=o.compile_net, checkpointing=o.checkpointing, shard=o.shard,
-            expr_id=o.expr_id, desc=o.desc, regime=regime, ranks=distributed.size(), versions=misc.versions(),
-            command=o.get('command') or {}))
+            max_hours=o.max_hours, samples=o.samples, metrics=metrics(o, dataset), gns=o.gns, shard=o.shard,
+            precision=choose_precision(o), bench=o.bench, compile=o.compile_net, checkpointing=o.checkpointing, expr_id=o.expr_id,
+            desc=o.desc, regime=regime, ranks=distributed.size(), versions=misc.versions(), command=o.get('command') or {}))
 
 
 def check_corruption(o: EasyDict) -> None:
@@ -81,8 +82,6 @@ def check_batch(o: EasyDict) -> None:
     if o.batch % world:
         raise UserError(f'--batch={o.batch} is not divisible by the {world} ranks; try --batch={o.batch // world * world}')
     part = o.batch // world
-    if o.shard and o.gns:
-        raise UserError('--gns=1 compares the gradients of whole ranks, which --shard=1 never has; leave one of them out')
     if o.gns and world == 1 and (o.batch_gpu or part) == part:
         raise UserError('--gns=1 compares the gradients of parts of a batch: use several ranks, or a --batch-gpu smaller than --batch')
     if o.batch_gpu and part % o.batch_gpu:
