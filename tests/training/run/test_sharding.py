@@ -108,7 +108,7 @@ def test_a_run_goes_on_with_and_without(tmp_path, capsys):
 @pytest.mark.slow
 def test_four_two_and_one_ranks_go_on_alike(tmp_path):
     data = tiny.make_zip(tmp_path / 'data.zip')
-    args = lambda name, *more: [f'--outdir={tmp_path / name}', f'--data={data}', *tiny.FLAGS, *TRAIN, *more]
+    args = lambda name, *more: [f'--outdir={tmp_path / name}', f'--data={data}', *tiny.FLAGS, *TRAIN, '--snap=1', *more]
     tiny.call(*args('one', '--duration=0.00048'))
     for ranks, duration, shard in ((2, 8, 1), (4, 16, 1), (1, 24, 0), (4, 32, 0), (2, 40, 1), (4, 48, 1)):
         tiny.finish(args('more', f'--duration={duration / 1e5}', f'--shard={shard}'), tmp_path / 'log', ranks)
