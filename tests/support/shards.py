@@ -11,7 +11,7 @@ import torch
 
 from tests.support import tiny
 from torch_utils import checkpoint, distributed, misc
-from training.objective.loss import Objective
+from training.objective.loss import AmbientLoss
 from training.run import sharding
 
 STEPS = 2
@@ -55,27 +55,44 @@ def held(run):
 
 def spoiled(run):
     """Whether a step with a loss that is not finite on the last rank leaves the optimizer as it was, and is counted on all ranks."""
-    forward, before = Objective.forward, run.state()
+    forward, before = AmbientLoss.forward, run.state()
     last = distributed.rank() == distributed.size() - 1
 
-    def spoil(self, net, batch, randn):
-        values = forward(self, net, batch, randn)
+    def spoil(self, *inputs, **named):
+        values = forward(self, *inputs, **named)
         return {name: value * float('nan') if last else value for name, value in values.items()}
 
-    Objective.forward = spoil
+    AmbientLoss.forward = spoil
     run.step()
-    Objective.forward = forward
+    AmbientLoss.forward = forward
     after = run.state()
     counted = all(distributed.all_values(int(run.guard.in_row) == 1))
     return counted and (before is None or difference(before['optimizer'], after['optimizer']) == 0.0)
 
 
+def watch_whole(run):
+    """[most numbers of parameters that are whole on this rank when a block begins, the rest of the network, the largest block]; the first
+    grows with each step."""
+    blocks = [run.net.model.get_submodule(name) for name in run.sharding.blocks]
+    sizes = [sum(p.numel() for p in block.parameters()) for block in blocks]
+    found = [0, sum(p.numel() for p in run.net.parameters()) - sum(sizes), max(sizes)]
+
+    def note(*unused):
+        found[0] = max(found[0], sum(p.numel() for p in run.net.parameters() if not hasattr(p, 'to_local')))
+
+    for block in blocks:
+        block.register_forward_pre_hook(note)
+    return found
+
+
 def compared(folder, name, flags):
     """What two runs of a case, with and without --shard, have found."""
     plain, divided = (tiny.make_run(folder, *flags, f'--shard={shard}') for shard in (0, 1))
+    peak = watch_whole(divided)
     start = sharding.gather(divided.net.state_dict())
     found = dict(blocks=divided.sharding.blocks, start=difference(plain.net.state_dict(), start) if distributed.rank() == 0 else None)
     found['losses'] = [losses(run) for run in (plain, divided)]
+    found['peak'] = peak
     found['held'] = [distributed.all_values(held(run)) for run in (plain, divided)]
     states = [state and run.sharding.copied(state) for run in (plain, divided) for state in [run.state()]]
     found['weights'] = difference(*map(weights, states))

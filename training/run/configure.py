@@ -35,6 +35,8 @@ PUBLISHED = {'edm': ('lognormal', 'edm'), 'iddpm': ('iddpm_levels', 'snr'), 've'
 def configure(o: EasyDict) -> config.Config:
     """The options of train.py, by their names -> the Config."""
     check_batch(o)
+    if o.shard and o.gns:
+        raise UserError('--gns=1 compares the gradients of whole ranks, which --shard=1 never has; leave one of them out')
     if o.power_ema and not o.snap:
         raise UserError('--power-ema stores averages at snapshots, and --snap=0 disables them; raise --snap')
     corruption = config.CorruptionConfig(o.sigma, o.corruption_probability, o.corruption_seed, o.corruption_protocol, label_corruption(o),
@@ -91,8 +93,6 @@ def check_batch(o: EasyDict) -> None:
     if o.batch_gpu == 'auto':
         return
     part = o.batch // world
-    if o.shard and o.gns:
-        raise UserError('--gns=1 compares the gradients of whole ranks, which --shard=1 never has; leave one of them out')
     if o.gns and world == 1 and (o.batch_gpu or part) == part:
         raise UserError('--gns=1 compares the gradients of parts of a batch: use several ranks, or a --batch-gpu smaller than --batch')
     if o.batch_gpu and part % o.batch_gpu:

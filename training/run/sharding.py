@@ -289,6 +289,8 @@ def wanted(run: RunConfig) -> bool:
 
 def choose(run: RunConfig, net: torch.nn.Module, device: torch.device) -> Unsharded:
     """What the run asks for; with --shard divides the network, which is in host memory, and moves it to the device."""
+    if run.shard and not wanted(run):
+        distributed.print0('--shard: one rank has nothing to divide')
     return Sharding(net, device) if wanted(run) else Unsharded()
 
 

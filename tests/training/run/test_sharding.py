@@ -49,6 +49,8 @@ def check_case(found, ranks):
     plain, divided = found['held']
     assert len(set(plain)) == 1 and sum(divided) >= plain[0]
     assert max(divided) < plain[0] / ranks * 1.1  # ranks hold whole rows, and a few parameters whole
+    peak, rest, largest = found['peak']
+    assert 0 < peak <= rest + 2 * largest  # a block, and the one that is gathered ahead
 
 
 def test_two_ranks_train_as_without(tmp_path):
@@ -83,7 +85,7 @@ TRAIN = ['--augment=0.5', '--dropout=0.2', '--val=0.2', '--threads=1', '--expr-i
          '--resume=latest', '--keep-states=1', '--seed=5', '--samples=1']
 
 
-def test_a_run_goes_on_with_and_without(tmp_path):
+def test_a_run_goes_on_with_and_without(tmp_path, capsys):
     """Two ranks with --shard, then one rank, which has nothing to divide; snapshots are those of the average."""
     data = tiny.make_zip(tmp_path / 'data.zip')
     args = lambda name, *more: [f'--outdir={tmp_path / name}', f'--data={data}', *tiny.FLAGS, *TRAIN, *more]
@@ -96,7 +98,9 @@ def test_a_run_goes_on_with_and_without(tmp_path):
     for net, part in ((load_network(str(snapshot)), state['ema']['halflife']), (load_network(path, weights='raw'), state['net'])):
         assert all(torch.equal(value, part[name]) for name, value in net.state_dict().items())
     assert (folder / 'ema-snapshot-000000.160-0.100.safetensors').exists() and (folder / 'samples-000000.160.png').exists()
+    capsys.readouterr()
     tiny.call(*args('two', '--duration=0.00024', '--shard=1'))
+    assert '--shard: one rank has nothing to divide' in capsys.readouterr().out
     same(losses(folder), losses(tiny.only_folder(tmp_path / 'one')))
     assert [round(checkpoint.nimg(path)) for path in checkpoint.states(folder)] == [240]
 
@@ -104,7 +108,7 @@ def test_a_run_goes_on_with_and_without(tmp_path):
 @pytest.mark.slow
 def test_four_two_and_one_ranks_go_on_alike(tmp_path):
     data = tiny.make_zip(tmp_path / 'data.zip')
-    args = lambda name, *more: [f'--outdir={tmp_path / name}', f'--data={data}', *tiny.FLAGS, *TRAIN, *more]
+    args = lambda name, *more: [f'--outdir={tmp_path / name}', f'--data={data}', *tiny.FLAGS, *TRAIN, '--snap=1', *more]
     tiny.call(*args('one', '--duration=0.00048'))
     for ranks, duration, shard in ((2, 8, 1), (4, 16, 1), (1, 24, 0), (4, 32, 0), (2, 40, 1), (4, 48, 1)):
         tiny.finish(args('more', f'--duration={duration / 1e5}', f'--shard={shard}'), tmp_path / 'log', ranks)
