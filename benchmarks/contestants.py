@@ -6,7 +6,9 @@ AdamW, clipping, a cosine learning rate and EMAModel (its example of uncondition
 loss of GaussianDiffusion, Adam, clipping and its EMA (its Trainer). Their images wait in memory, so that no loader holds them up."""
 
 import contextlib
+import functools
 import importlib.util
+import json
 import os
 import sys
 import tempfile
@@ -78,15 +80,23 @@ def inputs(config: dict, count: int = 1) -> tuple:
 
 def count_network(config: dict) -> tuple[int, int, int]:
     """(parameters, FLOPs of an evaluation, FLOPs of forward and backward pass) of an image."""
+    return _counted(json.dumps(config))
+
+
+@functools.cache
+def _counted(text):
+    config = json.loads(text)
     return count_of(lambda: build_network(config), lambda net: net(*inputs(config)))
 
 
 def count_of(make: Callable, call: Callable) -> tuple[int, int, int]:
     """(parameters, FLOPs of a call, FLOPs of the call and its backward pass) of a network that make() builds; nothing is computed."""
+    found = []
     with torch.device('meta'), misc.seeded('shapes'):
         net = make()
-        forward = measure.count_flops(lambda: call(net))
-        return sum(p.numel() for p in net.parameters()), forward, measure.count_flops(lambda: call(net).square().mean().backward())
+        found.append(measure.count_flops(lambda: found.append(call(net))))
+        found.append(measure.count_flops(lambda: found[0].square().mean().backward()))
+    return sum(p.numel() for p in net.parameters()), found[1], found[1] + found[2]
 
 
 def layout_of(net: torch.nn.Module) -> str:

@@ -261,10 +261,10 @@ def preset_network(name: str) -> tuple[dict, dict]:
     return configure.network_arguments(o, Form(tuple(found['image_shape']), found['classes'], None)), found
 
 
-def costs(tflops: float, shares: list[float], dollars: float) -> list[dict]:
+def costs(tflops: float, shares: list[float], dollars: float, names: list[str] | None = None) -> list[dict]:
     """{preset, parameters, forward, mimg, hours: {share: GPU hours}, dollars: {share: price}} of each preset with a published length."""
     rows = []
-    for name in presets.names():
+    for name in names or presets.names():
         config, found = preset_network(name)
         if found['mimg']:
             parameters, forward, _ = contestants.count_network({**config, 'use_fp16': False})

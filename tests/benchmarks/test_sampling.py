@@ -37,11 +37,19 @@ def test_what_it_prints(tmp_path, capsys):
     sampling.main(['--images=4', '--batch=2', '--steps=1', '--repeats=2', '--peak-tflops=0.1', f'--json={tmp_path / "b.json"}'])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith('small network, 4 images, batch 2, 1 Heun steps, fp32;') and 'torch' in lines[0]
-    assert len(lines) == 5 and all('images/s' in line and 'of the limit' in line for line in lines[1:4])
+    assert len(lines) == 7 and all('images/s' in line and 'of the limit' in line for line in lines[1:4])
     facts = json.loads((tmp_path / 'b.json').read_text())
-    limit = 0.1e12 / facts['flops_per_image']
+    rows, limit = facts['rows'], 0.1e12 / facts['rows'][0]['flops_per_image']
     assert lines[4].endswith(f'GFLOP per image; the limit at 0.1 TFLOP/s is {limit:,.0f} images/s')
-    assert [len(values) for values in facts['images_per_second'].values()] == [2, 2, 2]
-    for line, values in zip(lines[1:4], facts['images_per_second'].values()):
+    for line, row in zip(lines[1:4], rows):
+        values = row['images_per_second']
         shown = float(line.split(' images/s')[0].split()[-1].replace(',', ''))
-        assert shown == pytest.approx(sum(values) / 2, abs=0.06)
+        assert len(values) == 2 and shown == pytest.approx(sum(values) / 2, abs=0.06)
+        assert row['flops_per_second'] == pytest.approx([rate * row['flops_per_image'] for rate in values])
+    assert [found['other'] for found in facts['comparisons']] == [row['contestant'] for row in rows[1:]]
+
+
+def test_published_settings_take_part(monkeypatch):
+    monkeypatch.setattr(sampling.contestants, 'peer_samplers', lambda *options: [])
+    arms, work = sampling.entrants(sampling.parse(['--peers', '--steps=1']), CPU)
+    assert list(arms)[-1] == 'published settings' and len(set(work.values())) == 1 and arms.keys() == work.keys()
