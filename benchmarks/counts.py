@@ -26,8 +26,9 @@ from training.estimation.stabilise import Anscombe  # noqa: E402
 ROOT = Path(__file__).resolve().parent.parent
 HELD_OUT = 297
 EDGES = (2, 4, 10, 30, 100.001)  # intensities that are averaged over
-NETWORK = ['--cbase=32', '--cres=1,2', '--blocks=2', '--attn=4', '--augment=0', '--dropout=0.05', '--batch=256', '--lr=2e-3',
-           '--lr-rampup=0.01', '--ema=0.02', '--tick=16', '--snap=10000', '--dump=0', '--samples=0']
+NETWORK = ['--cbase=32', '--cres=1,2', '--blocks=1', '--attn=4', '--augment=0', '--dropout=0', '--batch=64', '--lr=3e-3',
+           '--lr-schedule=cosine', '--lr-rampup=0', '--ema=0.004', '--tick=16', '--snap=10000', '--dump=0', '--samples=0',
+           '--regime=noisy-only']
 
 
 def run(*command):
@@ -66,7 +67,7 @@ def measured(found, clean):
 
 @click.command(cls=Command)
 @click.option('--outdir', required=True, metavar='DIR', help='Folder for data, networks and images')
-@click.option('--duration', type=click.FloatRange(min=0, min_open=True), default=0.6, show_default=True, metavar='MIMG',
+@click.option('--duration', type=click.FloatRange(min=0, min_open=True), default=0.1, show_default=True, metavar='MIMG',
               help='Training duration of each network')
 @click.option('--num', type=click.IntRange(min=1), default=1500, show_default=True, metavar='INT', help='Images to generate')
 @click.option('--seed', type=click.IntRange(min=0), default=0, show_default=True, metavar='INT', help='Seed of the noise and of training')

@@ -136,7 +136,7 @@ def _check_plausible(config, state):
         if key in ('autoencoder', 'text'):  # a digest is no size, and build_network() checks them
             continue
         numbers = [number for number in (value if isinstance(value, list) else [value]) if isinstance(number, int)]
-        texts = [int(digits[:20]) for text in _texts(value) for digits in re.findall(r'\d+', text)]
+        texts = [int(digits[:20]) for text in _texts(value) for digits in re.findall(r'(?<![.\d])\d+', text)]  # no decimals
         if (len(numbers) > max(len(state), 16) or any(abs(number) > min(max(largest, 4096), MANY) for number in numbers)
                 or max(texts, default=0) > MANY):
             raise UserError(f'network configuration: {key} asks for a far larger network than these weights are of')

@@ -35,6 +35,16 @@ def build(seed=0, **config):
         return preconditioning.build_network({**CONFIG, **config}).eval()
 
 
+def test_a_sampler_with_a_long_number_is_read(tmp_path):
+    """The decimals of stop_sigma, which is the lowest level of the data, are no size of the network."""
+    sampling = {'sampler': 'heun:stop_sigma=0.08245538484591709', 'steps': 18}
+    save_network(build(sampling=sampling), tmp_path / 'network')
+    assert load_network(tmp_path / 'network').sampling == sampling
+    (tmp_path / 'network' / 'config.json').write_text(json.dumps({**CONFIG, 'sampling': {'sampler': 'heun', 'steps': 10 ** 12}}))
+    with pytest.raises(UserError, match='asks for a far larger network'):
+        load_network(tmp_path / 'network')
+
+
 def output(net):
     source = misc.generator('input')
     height, width = net.img_resolution if isinstance(net.img_resolution, list) else [net.img_resolution] * 2

@@ -5,7 +5,6 @@ Images are stored as the z of training.estimation.stabilise, whose noise has std
 are stored as the mean of z at their intensity. dataset.json's units name the transform."""
 
 import contextlib
-import os
 
 import numpy as np
 
@@ -15,7 +14,8 @@ from torch_utils import registry
 from training.estimation.stabilise import LOW, STABILISERS, Anscombe, Generalised, Stabiliser, from_record, moments
 
 # Files whose 8-bit values are numbers as measured, and not those of a picture, whose grey levels follow a curve.
-MEASURED = ('.npy', '.npz', '.h5', '.hdf5', '.hdf', '.he5', '.tif', '.tiff', '.fits', '.fit', '.fts', '.fz', '.gz')
+MEASURED = ('.npy', '.npz', '.h5', '.hdf5', '.hdf', '.he5', '.tif', '.tiff', '.fits', '.fit', '.fts', '.fits.gz',
+            '.fit.gz', '.fits.fz')
 SIDE = 4           # pixels: means over squares of this side tell where counts are low
 BINS = 16          # of means from 0 to LOW
 FAINT = 0.05       # share of the squares below LOW that is worth a warning
@@ -52,6 +52,9 @@ def mark(source, where: str) -> None:
     """Gives the images of a source of counts their levels: 0 for those that it says to be clean, 1 for all others. Raises UserError."""
     if source.stabilise:
         raise UserError(f'{where}: is stabilised already ({from_record(source.stabilise).words()}); leave --stabilise out')
+    if any(limit is not None for limits in (source.sigma_min, source.sigma_max) for limit in limits or ()):
+        raise UserError(f'{where}: has limits of levels, and with --stabilise these are in other units, of which the noise is 1; give them '
+                        'with --sigma-min or --sigma-max')
     told = source.sigmas or [None] * len(source.names)
     if any(told):
         raise UserError(f'{where}: has levels above 0, and with --stabilise the noise is that of the counts; say sigma=0 for clean images, '
@@ -71,9 +74,8 @@ def settle(stabiliser: Stabiliser, source, indices, paths: list[str], spec: str)
 
 def refuse_pictures(source, indices, paths, where):
     """Refuses 8-bit pictures. paths: of the source, or of several; where: the option in errors."""
-    ending = lambda name: os.path.splitext(name)[1].lower()
-    measured = all(ending(path) in MEASURED for path in paths)
-    odd = [source.names[index] for index in indices if not (measured or ending(source.names[index]) in MEASURED)]
+    measured = all(path.lower().endswith(MEASURED) for path in paths)
+    odd = [source.names[index] for index in indices if not (measured or source.names[index].lower().endswith(MEASURED))]
     try:
         is_8bit = bool(odd) and source.kind(indices[0]).is_8bit
     except DAMAGE:

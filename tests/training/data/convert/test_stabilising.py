@@ -202,6 +202,7 @@ def test_stabilised_sources_are_not_mixed_with_others(tmp_path):
     for other in (values, tmp_path / 'g.zip'):
         for units in ((), ('--units=0,1',)):
             assert 'not stabilised alike' in refusal(f'--source={tmp_path / "x.zip"}', f'--source={other}', dest, *units)
+    assert 'has limits of levels' in refusal(f'--source={values}:sigma_min=3', dest, '--stabilise=anscombe')
     with_level = refusal(f'--source={values}:sigma=3', dest, '--stabilise=anscombe')
     assert 'has levels above 0' in with_level and 'sigma=0 for clean images' in with_level
 
