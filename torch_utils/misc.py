@@ -37,13 +37,19 @@ class Draws:
 
     first_row: global index of this rank's first row. The draw does not depend on how the rows are divided among ranks: the global batch is
     drawn in blocks of BLOCK_ROWS rows, each from its own generator, so that a rank draws only what it needs.
-    Attributes key: int64 [4] on the CPU (seed in two words, step, first row), which compiled code takes as an input; a graph that read the
-    numbers themselves would be compiled again in every step. now: the step as a 0-dim float64 tensor on the device, for formulas."""
+    Attribute key: int64 [4] on the CPU (seed in two words, step, first row), which compiled code takes as an input; a graph that read the
+    numbers themselves would be compiled again in every step."""
 
     def __init__(self, seed: int, step: int, first_row: int = 0, device: torch.device | str = 'cpu'):
         self.seed, self.step, self.first_row, self.device = seed, step, first_row, torch.device(device)
         self.key = torch.tensor([seed % 2 ** WORD, seed >> WORD, step, first_row], device='cpu')
-        self.now = torch.full([], step, dtype=torch.float64, device=self.device)  # filled there, because a copy would wait for the device
+        # Filled there, because a copy would wait for the device; [1], because the compiler takes 0-dim inputs on the CPU for numbers.
+        self._now = torch.full([1], step, dtype=torch.float64, device=self.device)
+
+    @property
+    def now(self) -> torch.Tensor:
+        """The step as a 0-dim float64 tensor on the device, for formulas."""
+        return self._now.squeeze(0)
 
     def __call__(self, name: str, shape: Sequence[int]) -> torch.Tensor:
         """float32 tensor of the shape; shape[0] counts this rank's rows."""

@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 
-from tests.support import tiny
+from tests.support import ROOT, tiny
 from training.networks.unet import UNetBlock
 from training.objective.loss import AmbientLoss
 from training.run import step as step_module
@@ -202,3 +202,49 @@ def test_a_network_that_breaks_the_graph_is_compiled_in_parts(tmp_path, graphs, 
     run.step()
     assert torch.equal(gradients(run), gradients(plain)) and len(graphs) > 1
     assert 'Warning: the training step cannot be compiled as one graph, and is compiled in parts: ' in capsys.readouterr().out
+
+
+# --- several ranks
+
+RANKS = """
+import sys
+from pathlib import Path
+import torch
+sys.path.insert(0, sys.argv[1])
+from tests.support import ROOT, tiny
+from tests.training.run.test_step import SMALL, Graphs, gradients
+from torch_utils import distributed
+graphs, compiled = Graphs(), torch.nn.Module.compile
+graphs.backend = 'aot_eager'
+torch.nn.Module.compile = lambda self, **options: compiled(self, backend=graphs, **options)
+folder = Path(sys.argv[2])
+torch.set_num_threads(1)
+distributed.init()
+flags = [*SMALL, '--gns=1', '--batch-gpu=4', '--augment=0.2', '--dropout=0.1', '--weight=learned']
+runs = [tiny.make_run(folder, *flags), tiny.make_run(folder, *flags, '--compile=1')]
+found = []
+for _ in range(3):
+    for run in runs:
+        run.step()
+    found.append([gradients(run) for run in runs])
+views = [p.grad._is_view() for p in runs[0].params]
+stats = [{name: each['mean'] for name, each in run.stats.flush().items() if name.startswith('GNS/')} for run in runs]
+torch.save(dict(found=found, graphs=list(graphs), views=views, stats=stats), folder / f'rank{distributed.rank()}.pt')
+distributed.shutdown()
+"""
+
+
+@pytest.mark.slow
+def test_two_ranks(tmp_path):
+    """One graph on each rank, though DistributedDataParallel would cut it; gradients are views of its buckets, equal on both ranks."""
+    tiny.options(tmp_path)
+    (tmp_path / 'ranks.py').write_text(RANKS)
+    tiny.finish([ROOT, tmp_path], tmp_path / 'log', 2, tmp_path / 'ranks.py')
+    ranks = [torch.load(tmp_path / f'rank{k}.pt') for k in range(2)]
+    for rank in ranks:
+        assert rank['graphs'] == [[]] and all(rank['views'])
+        for plain, compiled in rank['found']:
+            torch.testing.assert_close(compiled, plain, rtol=0, atol=1e-5 * float(plain.norm()))
+        assert rank['stats'][1] == pytest.approx(rank['stats'][0], rel=1e-3) and set(rank['stats'][0]) == {'GNS/signal', 'GNS/spread'}
+    for mine, other in zip(ranks[0]['found'], ranks[1]['found'], strict=True):
+        assert all(torch.equal(*pair) for pair in zip(mine, other, strict=True))

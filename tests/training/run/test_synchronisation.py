@@ -6,10 +6,13 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from torch.utils import backend_registration
 
-from tests.support import ROOT
+from tests.support import ROOT, tiny
 from tests.support.no_values import CASES, PLANTED
+from training.run import training_loop
+from training.run.folder import RunFolder
 
 
 def waits(folder, *names):
@@ -35,3 +38,17 @@ def test_no_step_waits_for_the_device(tmp_path):
 @pytest.mark.slow
 def test_what_waits_is_found(tmp_path):
     assert all(waits(tmp_path, *PLANTED).values())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize('flags', [[], ['--compile=1']])
+def test_no_step_waits_for_a_gpu(tmp_path, flags):
+    config, folder = tiny.options(tmp_path, *CASES['plain'], *flags), RunFolder(str(tmp_path), fractional=True)
+    run = training_loop.Run(config, folder, torch.device('cuda:0'))
+    for _ in range(2):
+        run.step()
+    torch.cuda.set_sync_debug_mode('error')
+    try:
+        run.step()
+    finally:
+        torch.cuda.set_sync_debug_mode('default')
