@@ -147,9 +147,15 @@ def test_blocks_are_what_run_is_given(arch):
 
 def test_a_network_that_names_no_blocks(monkeypatch):
     net = build_network(archs.config('dit'))
-    monkeypatch.setattr(type(net.model), 'run', lambda self, block, *inputs: (lambda *x: block(*x))(*inputs))
-    net.model.forward = lambda x, *rest: x
+    monkeypatch.setattr(type(net.model), 'forward', lambda self, x, *rest: x)
     assert sharding.blocks_of(sharding.skeleton(net)) == []
+
+
+def test_a_network_that_reads_values_is_refused(monkeypatch):
+    net = build_network(archs.config('dit'))
+    monkeypatch.setattr(type(net.model), 'forward', lambda self, x, *rest: x * float(x.sum()))
+    with pytest.raises(UserError, match='^--shard=1: DiT cannot be evaluated on the device "meta"'):
+        sharding.blocks_of(sharding.skeleton(net))
 
 
 @pytest.mark.parametrize('rows, ranks', [(7, 4), (8, 4), (1, 2), (5, 4), (3, 8)])
