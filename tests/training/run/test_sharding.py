@@ -19,7 +19,7 @@ FULL = [f'--arch={archs.TINY["edm2"]}', f'{CHAINS},teacher=ema', '--weight=edm2'
         '--augment=0.5', '--checkpointing=1', '--cond=1']
 SLOW = {'grad': [f'{CHAINS},grad=true,stop=no', '--dropout=0.2', '--val=0.2', '--power-ema=0.1'], 'vp': ['--precond=vp', '--ls=8'],
         'hybrid': ['--precond=iddpm', '--objective=hybrid'], 'learned': ['--weight=learned', '--checkpointing=1', f'{CHAINS},grad=true'],
-        'ncsnpp': ['--arch=ncsnpp', '--cbase=16', '--cres=1,1'],
+        'compiled': ['--compile=1', '--checkpointing=1', '--dropout=0.2'], 'ncsnpp': ['--arch=ncsnpp', '--cbase=16', '--cres=1,1'],
         **{name: [f'--arch={archs.TINY[name]}', '--cond=1', '--label-dropout=0.2'] for name in ('dit', 'vit', 'uvit')}}
 
 
@@ -64,6 +64,7 @@ def test_every_kind_of_run_trains_as_without(tmp_path, ranks):
     found = run_cases(tmp_path, cases, ranks)
     for name in cases:
         check_case(found[name], ranks)
+        assert found[name]['graphs'] == (len(found[name]['blocks']) if name == 'compiled' else 0)
 
 
 # --- through train.py
