@@ -3,11 +3,13 @@
 
 shards.py FOLDER CASES, where CASES are JSON {name: flags} -> FOLDER/found.json, {name: what rank 0 found}."""
 
+import functools
 import json
 import os
 import sys
 
 import torch
+import torch._dynamo.utils
 
 from tests.support import tiny
 from torch_utils import checkpoint, distributed, misc
@@ -87,12 +89,13 @@ def watch_whole(run):
 
 def compared(folder, name, flags):
     """What two runs of a case, with and without --shard, have found."""
-    plain, divided = (tiny.make_run(folder, *flags, f'--shard={shard}') for shard in (0, 1))
+    plain = tiny.make_run(folder, *[flag for flag in flags if not flag.startswith('--compile=')])
+    divided, graphs = tiny.make_run(folder, *flags, '--shard=1'), torch._dynamo.utils.counters['stats']['unique_graphs']
     peak = watch_whole(divided)
     start = sharding.gather(divided.net.state_dict())
     found = dict(blocks=divided.sharding.blocks, start=difference(plain.net.state_dict(), start) if distributed.rank() == 0 else None)
     found['losses'] = [losses(run) for run in (plain, divided)]
-    found['peak'] = peak
+    found['peak'], found['graphs'] = peak, torch._dynamo.utils.counters['stats']['unique_graphs'] - graphs
     found['held'] = [distributed.all_values(held(run)) for run in (plain, divided)]
     states = [state and run.sharding.copied(state) for run in (plain, divided) for state in [run.state()]]
     found['weights'] = difference(*map(weights, states))
@@ -116,6 +119,7 @@ def crossed(folder, name, flags, state):
 
 def main():
     folder, cases = sys.argv[1], json.loads(sys.argv[2])
+    torch.compile = functools.partial(torch.compile, backend='eager')
     distributed.init()
     found = {name: compared(folder, name, flags) for name, flags in cases.items()}
     if distributed.rank() == 0:

@@ -27,6 +27,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
+from dnnlib import UserError, one_line
 from torch_utils import distributed, misc
 from training.checkpoints.load import load_weights
 from training.run.config import RunConfig
@@ -302,7 +303,8 @@ def skeleton(net: torch.nn.Module) -> torch.nn.Module:
 
 
 def blocks_of(net: torch.nn.Module) -> list[str]:
-    """Names, within net.model, of the modules that Network.run() is given: found by an evaluation without memory."""
+    """Names, within net.model, of the modules that Network.run() is given: found by an evaluation without memory. Raises UserError where
+    the network cannot be evaluated like that."""
     sketch, found = copy.deepcopy(net).to('meta').eval(), {}
     names = {module: name for name, module in sketch.model.named_modules()}
     sketch.compute_dtype = torch.float32
@@ -313,8 +315,12 @@ def blocks_of(net: torch.nn.Module) -> list[str]:
         return block(*inputs)
 
     sketch.model.run = run
-    with torch.no_grad():
-        sketch(torch.zeros([1, net.img_channels, *misc.height_width(net.img_resolution)], device='meta'), 1.0)
+    try:
+        with torch.no_grad():
+            sketch(torch.zeros([1, net.img_channels, *misc.height_width(net.img_resolution)], device='meta'), 1.0)
+    except RuntimeError as err:  # such as reading a value
+        raise UserError(f'--shard=1: {type(net.model).__name__} cannot be evaluated on the device "meta", which finds its blocks '
+                        f'({one_line(err)}); leave --shard out, or make its forward() independent of values') from None
     return list(found)
 
 

@@ -19,7 +19,7 @@ FULL = [f'--arch={archs.TINY["edm2"]}', f'{CHAINS},teacher=ema', '--weight=edm2'
         '--augment=0.5', '--checkpointing=1', '--cond=1']
 SLOW = {'grad': [f'{CHAINS},grad=true,stop=no', '--dropout=0.2', '--val=0.2', '--power-ema=0.1'], 'vp': ['--precond=vp', '--ls=8'],
         'hybrid': ['--precond=iddpm', '--objective=hybrid'], 'learned': ['--weight=learned', '--checkpointing=1', f'{CHAINS},grad=true'],
-        'ncsnpp': ['--arch=ncsnpp', '--cbase=16', '--cres=1,1'],
+        'compiled': ['--compile=1', '--checkpointing=1', '--dropout=0.2'], 'ncsnpp': ['--arch=ncsnpp', '--cbase=16', '--cres=1,1'],
         **{name: [f'--arch={archs.TINY[name]}', '--cond=1', '--label-dropout=0.2'] for name in ('dit', 'vit', 'uvit')}}
 
 
@@ -64,6 +64,7 @@ def test_every_kind_of_run_trains_as_without(tmp_path, ranks):
     found = run_cases(tmp_path, cases, ranks)
     for name in cases:
         check_case(found[name], ranks)
+        assert found[name]['graphs'] == (len(found[name]['blocks']) if name == 'compiled' else 0)
 
 
 # --- through train.py
@@ -147,9 +148,15 @@ def test_blocks_are_what_run_is_given(arch):
 
 def test_a_network_that_names_no_blocks(monkeypatch):
     net = build_network(archs.config('dit'))
-    monkeypatch.setattr(type(net.model), 'run', lambda self, block, *inputs: (lambda *x: block(*x))(*inputs))
-    net.model.forward = lambda x, *rest: x
+    monkeypatch.setattr(type(net.model), 'forward', lambda self, x, *rest: x)
     assert sharding.blocks_of(sharding.skeleton(net)) == []
+
+
+def test_a_network_that_reads_values_is_refused(monkeypatch):
+    net = build_network(archs.config('dit'))
+    monkeypatch.setattr(type(net.model), 'forward', lambda self, x, *rest: x * float(x.sum()))
+    with pytest.raises(UserError, match='^--shard=1: DiT cannot be evaluated on the device "meta"'):
+        sharding.blocks_of(sharding.skeleton(net))
 
 
 @pytest.mark.parametrize('rows, ranks', [(7, 4), (8, 4), (1, 2), (5, 4), (3, 8)])
