@@ -18,9 +18,11 @@ def test_batches_hold_as_many_useful_pairs():
 
 
 def test_evaluations_to_a_loss():
+    """Half of the way from one loss to the next is at the geometric mean of the evaluations."""
     curve = [(10, 5.0), (20, 3.0), (30, 3.5), (40, 1.0)]
-    assert pairing.reached(curve, 4.0) == 15 and pairing.reached(curve, 3.0) == 20 and pairing.reached(curve, 6.0) == 10
-    assert pairing.reached(curve, 2.0) == pytest.approx(36) and math.isnan(pairing.reached(curve, 0.5))
+    assert pairing.reached(curve, 4.0) == pytest.approx(200 ** 0.5) and pairing.reached(curve, 3.0) == 20
+    assert pairing.reached(curve, 6.0) == 10 and pairing.reached(curve, 2.25) == pytest.approx(1200 ** 0.5)
+    assert math.isnan(pairing.reached(curve, 0.5)) and pairing.told((0.5, math.nan)) == 'not reached by 1 of 2'
 
 
 def test_ratios_are_those_of_the_evaluations():
