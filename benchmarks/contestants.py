@@ -29,6 +29,7 @@ from training.run.configure import configure
 from training.run.folder import RunFolder
 
 IMAGES = 1024  # random pictures of the data set
+PEERS = ('diffusers', 'denoising-diffusion-pytorch')
 DDP = 'denoising_diffusion_pytorch'
 PUBLISHED = ['--precision=fp32', '--compile=0']  # settings of EDM's published program, with NCHW tensors
 
@@ -144,7 +145,7 @@ def our_trainer(name: str, shape: Shape, batch: int, device: torch.device, flags
 
 def missing() -> list[str]:
     """A line for each peer that is not installed."""
-    return [f'{name} is not installed and does not take part: pip install {name}' for name in ('diffusers', 'denoising-diffusion-pytorch')
+    return [f'{name} is not installed and does not take part: pip install {name}' for name in PEERS
             if not importlib.util.find_spec(name.replace('-', '_'))]
 
 

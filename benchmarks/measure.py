@@ -125,5 +125,5 @@ def spread(values: Sequence[float], digits: str = '.4g') -> str:
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """A table."""
-    line = lambda cells: f'| {" | ".join(map(str, cells))} |'
+    line = lambda cells: '| ' + ' | '.join(str(cell).replace('|', '\\|') for cell in cells) + ' |'
     return '\n'.join([line(head), line(['---'] * len(head)), *map(line, rows)])

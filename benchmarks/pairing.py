@@ -64,11 +64,11 @@ def train(out: Path, arm: str, seed: int, sigma: float, probability: float, kimg
 
 
 def reached(curve: list[tuple[float, float]], loss: float) -> float:
-    """Evaluations after which a curve [(evaluations, loss)] is first at or below this loss, between two points linear in both; nan where
-    it never is."""
-    for (before, high), (after, low) in zip([(0, math.inf), *curve], curve):
+    """Evaluations after which a curve [(evaluations, loss)] is first at or below this loss; nan where it never is. Between two points the
+    loss is taken to fall evenly in the logarithm of the evaluations, and before the first one nothing is known."""
+    for (before, high), (after, low) in zip([(1, math.inf), *curve], curve):
         if low <= loss:
-            return after if math.isinf(high) else before + (after - before) * (high - loss) / (high - low)
+            return after if math.isinf(high) else before * (after / before) ** ((high - loss) / (high - low))
     return math.nan
 
 
@@ -89,10 +89,17 @@ def table(runs: dict[str, list[list[tuple]]], sigma: float, probability: float) 
              ' | noisy, '.join(f'{part:.0%}' for part in PARTS) + ' |', '| --- ' * (2 + 2 * len(PARTS)) + '|']
     for arm in ARMS[1:]:
         pairs = [list(zip(*(ratios(clamp, other, part) for clamp, other in zip(runs['clamp'], runs[arm])))) for part in PARTS]
-        cells = [f'{statistics.mean(values):.2f} ({min(values):.2f} to {max(values):.2f})' for column in (0, 1)
-                 for values in (pair[column] for pair in pairs)]
+        cells = [told(pair[column]) for column in (0, 1) for pair in pairs]
         lines.append(f'| {arm} | {batch_of(arm, sigma, probability)} | {" | ".join(cells)} |')
     return lines
+
+
+def told(values: tuple[float, ...]) -> str:
+    """Mean and range; in how many cases the loss was not reached."""
+    found = [value for value in values if not math.isnan(value)]
+    if len(found) < len(values):
+        return f'not reached by {len(values) - len(found)} of {len(values)}'
+    return f'{statistics.mean(found):.2f} ({min(found):.2f} to {max(found):.2f})'
 
 
 @click.command(cls=Command)

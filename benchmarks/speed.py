@@ -299,7 +299,8 @@ def verdicts(out: Path) -> list[tuple[str, str, float, bool]]:
     """[(what, goal, measured, whether it holds)] from the JSON files of `all`."""
     found = []
     for name, what in (('training', 'training step'), ('sampling', 'sampler')):
-        for c in read_json(out / f'{name}.json')['comparisons']:
+        compared = read_json(out / f'{name}.json')['comparisons']
+        for c in (c for c in compared if c['other'].endswith('published settings') or c['other'] in contestants.PEERS):
             found.append((f'{what}, {c["network"]}, batch {c["batch"]}: {SELF} / {c["other"].removeprefix(SELF + ", ")}, per FLOP',
                           f'1, within {1 - TOLERANCE:.0%}', c['per_flop'], c['per_flop'] >= TOLERANCE))
     step = statistics.median(read_json(out / 'start.json')['seconds']['train.py, one step'])

@@ -29,6 +29,8 @@ NOT_RUN = {'pip ': 'tests/test_install.py installs the package; further packages
            '--nnodes=2': 'waits for a second machine; tests/test_nodes.py starts several nodes',
            'benchmarks/networks.py --data': 'trains 45 networks; its other command is run',
            'benchmarks/price.py': 'trains a grid; tests/benchmarks/test_price.py runs a tiny one',
+           'benchmarks/pairing.py': 'trains 9 networks; tests/benchmarks/test_pairing.py runs small ones',
+           'speed.py training': 'takes minutes; speed.py all, at its smallest, runs it',
            'benchmarks/small_detector.py': 'needs labelled photographs; tests/benchmarks/test_small_detector.py runs it',
            'benchmarks/distillation.py': 'needs a grid of benchmarks/price.py; tests/benchmarks/test_distillation.py has its parts',
            'refinement.py --scale=cifar8': 'needs the photographs; its other command is run',
@@ -56,6 +58,7 @@ SMALL = {'counts': ['--duration=0.0002', '--num=2'],
          'label_noise': ['--sets=few', '--arms=none', '--seeds=1', '--kimg=0.256', '--images=200'],
          'refinement': ['--seeds=1', '--arms=continued,ode', '--rounds=1', '--duration=0.0002', '--mimg=0.0002', '--samples=8',
                         '--steps=2'],
+         'speed limits': ['--seconds=0.01', '--size=64'], 'speed all': ['--quick'],
          'states': ['--cbase=16'], 'traffic': ['--arch=ddpmpp:cbase=32,cres=1|1,blocks=1,attn=4', '--size=8'],
          'price_fit': ['--repetitions=2'], 'sampling': ['--images=2', '--batch=2', '--steps=2', '--repeats=1']}
 

@@ -34,10 +34,10 @@ def test_operations_are_counted_by_hand():
 @pytest.mark.parametrize('name', [name for name, shape in contestants.SHAPES.items() if shape.diffusers])
 def test_networks_of_the_peers_are_alike(name):
     """Parameters and operations within a third of ours, where a peer is installed."""
+    pytest.importorskip('diffusers')
     shape, found = contestants.SHAPES[name], {}
     ours = contestants.count_network(contestants.network_config(shape))
     images = [x.to('meta') for x in contestants.inputs(contestants.network_config(shape))[:2]]
-    pytest.importorskip('diffusers')
     found['diffusers'] = contestants.count_of(lambda: contestants.diffusers_network(shape), lambda net: net(*images).sample)
     if not contestants.missing():
         library = contestants.ddp_library()
