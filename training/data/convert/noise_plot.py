@@ -25,7 +25,8 @@ def draw(path: str, found: Found) -> None:
 def _levels(axis, found):
     axis.hist(found.readings, 60, color='0.7', label='each image by itself')
     for number, one in enumerate(found.estimates[:8]):
-        axis.axvline(one.sigma, color=f'C{number}', lw=1.5, label=f'{found.names[number]}: {one.sigma:.3g}{" (clean)" if one.clean else ""}')
+        label = f'{found.names[number]}: {one.sigma:.3g}' + ' (clean)' * one.clean
+        axis.axvline(one.sigma, color=f'C{number}', lw=1.5, label=label)
     axis.set(title='noise levels', xlabel='level', ylabel='images')
     axis.legend(fontsize=7)
 
@@ -38,7 +39,8 @@ def _intensity(axis, found):
     curve = found.signal.curve
     axis.errorbar(curve.means, curve.variances, curve.errors, fmt='.', capsize=2)
     x = np.array([curve.means.min(), curve.means.max()])
-    axis.plot(x, found.signal.a * x + found.signal.b, lw=1, label=f'{found.signal.a:.2g} x + {found.signal.b:.2g}, p = {found.signal.p:.1g}')
+    a, b = found.signal.a, found.signal.b
+    axis.plot(x, a * x + b, lw=1, label=f'{a:.2g} x + {b:.2g}, p = {found.signal.p:.1g}')
     axis.set_ylim(0, 1.3 * curve.variances.max())
     axis.legend(fontsize=7)
 
