@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The std of white noise in single images. Texture adds to what they read, the more the less noise there is: clean photographs of 32x32
-pixels read .02 to .03, and levels below three times that come out high (docs/noise.md). Images that share a level are better pooled (pooled.py).
+pixels read .02 to .03, and levels below three times that come out high (docs/noise.md). Images that share a level are better pooled
+(pooled.py).
 
 Each function takes images [N,C,H,W] and gives (level, standard error) of each, float64 [N]; channels are averaged. The standard error is
 that of white noise alone. Raises ValueError for images that are too small."""

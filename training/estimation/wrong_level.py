@@ -2,8 +2,8 @@
 """What training with a wrong noise level does, in closed form: s is the std of the noise that images carry, `stated` what they are said to.
 
 Double Tweedie with a stated level has the minimiser h(x, sigma) = x + (sigma / tau)^2 (D(x, tau) - x), tau^2 = sigma^2 + s^2 - stated^2,
-where D is the true denoiser of the clean law: its score at a shifted level. Because tau dtau = sigma dsigma, the probability-flow ODE stays exact
-in tau, and truncated at sigma = stated it ends on the noisy law; only the rest of the way is wrong."""
+where D is the true denoiser of the clean law: its score at a shifted level. Because tau dtau = sigma dsigma, the probability-flow ODE
+stays exact in tau, and truncated at sigma = stated it ends on the noisy law; only the rest of the way is wrong."""
 
 import numpy as np
 

@@ -52,7 +52,8 @@ def noise(options: dict) -> list[str]:
     names, group = groups_of(data, options['group'])
     method = method_of(options, sets)
     found = measure(sets, names, group, method)
-    if options['write'] and any(one.coloured for one in found.estimates):
+    named = found.white is not None and found.white.coloured and found.white_from == 'reference'
+    if options['write'] and (named or any(one.coloured for one in found.estimates)):
         raise UserError(f'--write: the noise of {data.path} is not white (run the command without --write for its spectrum), and has no '
                         'level that could be written')
     if options['plot']:

@@ -60,13 +60,16 @@ def _images(axis, found, items, title):
     """The images of some items in rows of five, with their levels."""
     axis.set_title(title)
     axis.axis('off')
+    channels, height, width = found.data.image_shape
+    gap = max(2, height // 5)
+    sheet = np.ones([2 * (height + gap), 5 * (width + 2), 3])
     for place, item in enumerate(items):
         image = found.data.to_network(found.data.decode(found.data.raw_idx[item])).numpy()
-        image = (np.repeat(image[:1], 3, 0) if len(image) < 3 else image[:3]).transpose(1, 2, 0)
-        one = axis.inset_axes([0.2 * (place % 5), 0.5 - 0.5 * (place // 5), 0.19, 0.42])
-        one.imshow(np.clip(image / 2 + 0.5, 0, 1), interpolation='nearest')
-        one.set_title(f'{found.readings[item]:.3g}', fontsize=7, pad=2)
-        one.axis('off')
+        image = (np.repeat(image[:1], 3, 0) if channels < 3 else image[:3]).transpose(1, 2, 0)
+        top, left = place // 5 * (height + gap) + gap, place % 5 * (width + 2)
+        sheet[top:top + height, left:left + width] = np.clip(image / 2 + 0.5, 0, 1)
+        axis.text(left + width / 2, top - 1, f'{found.readings[item]:.3g}', ha='center', va='bottom', fontsize=7)
+    axis.imshow(sheet, interpolation='nearest')
 
 
 def _groups(axis, found):

@@ -114,6 +114,10 @@ def warnings(found: Found) -> Iterator[str]:
         if less > max(2, FEW * count) and not (found.signal and found.signal.depends):
             yield (f'{less} of {count} images{"" if len(found.names) == 1 else f" of {name}"} are less noisy than the level of their '
                    'group: it is not of one level; use --group=image or class, or a FILE with the group of each image')
+    if found.estimates and all(one.clean for one in found.estimates) and np.median(found.readings) > LOW:
+        middle = np.median(found.readings)
+        yield (f'the images read as clean where noise would be weakest, but single ones read {middle:.2g}: strong texture, '
+               'as of small images, does that, and so does noise that is not white (resized, compressed); --clean, --pairs or --dark tell')
     white = found.white
     if any(one.coloured for one in found.estimates) and not (white is not None and white.coloured):
         yield ('what the images have in their finest details is not white noise of one level; coloured noise, as of resized or compressed '

@@ -103,7 +103,7 @@ def test_references(tmp_path):
     pairs = run(path, pairs=put(tmp_path / 'b.zip', drawn(0.1, seed=5)))
     assert pairs['method'] == 'pairs' and pairs['groups'][0]['sigma'] == pytest.approx(0.1, rel=0.02) and pairs['spectrum']['white']
     clean = run(path, clean=put(tmp_path / 'c.zip', drawn(0.0, seed=5)))
-    assert clean['method'] == 'spectral' and clean['groups'][0]['sigma'] == pytest.approx(0.1, rel=0.03)
+    assert clean['method'] == 'spectral' and clean['groups'][0]['sigma'] == pytest.approx(0.1, rel=0.05)
     rng = np.random.default_rng(1)
     frames = -0.4 + 0.05 * rng.standard_normal((3, 16, 16)) + 0.1 * rng.standard_normal((30, 3, 16, 16))  # with a fixed pattern
     dark = run(path, dark=put(tmp_path / 'd.zip', frames))
@@ -111,13 +111,14 @@ def test_references(tmp_path):
 
 
 def test_coloured_noise_is_named_and_not_written(tmp_path):
-    white = np.random.default_rng(0).standard_normal((200, 1, 32, 32))
-    soft = white / 2 + (np.roll(white, 1, -1) + np.roll(white, -1, -1)) / 4
-    path = put(tmp_path / 'a.zip', 0.5 * smooth(200, (1, 32, 32)) + 0.3 * soft, as_float=True)
-    told = run(path)
-    assert not told['spectrum']['white'] and any('not white' in text for text in told['warnings'])
+    white = np.random.default_rng(0).standard_normal((2, 200, 1, 32, 32))
+    soft = 0.7 * white + 0.15 * (np.roll(white, 1, -1) + np.roll(white, -1, -1))
+    path, other = (put(tmp_path / name, 0.5 * smooth(200, (1, 32, 32)) + 0.3 * part, as_float=True) for name, part in
+                   zip(('a.zip', 'b.zip'), soft))
+    for told in (run(path), run(path, pairs=other)):
+        assert not told['spectrum']['white'] and any('not white' in text for text in told['warnings'])
     with pytest.raises(UserError, match='--write: the noise of .* is not white'):
-        noise({**OPTIONS, 'data': path, 'write': True})
+        noise({**OPTIONS, 'data': path, 'pairs': other, 'write': True})
 
 
 def test_intensity(tmp_path):
@@ -173,7 +174,7 @@ def test_sigmas_auto(tmp_path, as_float):
 
 def test_sigmas_auto_before_a_resize(tmp_path):
     path = put(tmp_path / 'a.zip', drawn(0.2, shape=(3, 32, 32)))
-    with pytest.raises(UserError, match='--resolution would make the noise of these images, of the level 0.2, correlated'):
+    with pytest.raises(UserError, match='--resolution would make the noise of these images, of the level 0.2'):
         automatic(path, tmp_path / 'b.zip', resolution=(16, 16))
     clean = put(tmp_path / 'c.zip', drawn(0, shape=(3, 32, 32)))
     assert 'no sigmas' in automatic(clean, tmp_path / 'd.zip', resolution=(16, 16))[0]
