@@ -34,6 +34,7 @@ NOT_RUN = {'pip ': 'tests/test_install.py installs the package; further packages
            'benchmarks/small_detector.py': 'needs labelled photographs; tests/benchmarks/test_small_detector.py runs it',
            'benchmarks/distillation.py': 'needs a grid of benchmarks/price.py; tests/benchmarks/test_distillation.py has its parts',
            'refinement.py --scale=cifar8': 'needs the photographs; its other command is run',
+           'noise_levels.py accuracy': 'needs the photographs; its other commands are run',
            'evaluation.py parity': 'needs the independent implementations; tests/benchmarks/test_parity.py runs it with those at hand'}
 # Pages whose commands begin with a published network for pictures or texts; the tests run them from end to end with a stand-in for it.
 ELSEWHERE = {'latents.md': 'tests/test_latents.py', 'text.md': 'tests/test_text.py'}
@@ -54,6 +55,7 @@ SMALL = {'counts': ['--duration=0.0002', '--num=2'],
          'large_data': ['--images=64', '--size=8', '--seconds=1'], 'intervals frechet': ['--repetitions=4'],
          'intervals kernel': ['--repetitions=4'], 'evaluation features': ['--images=2', '--size=8', '--threads=1'],
          'improved_ddpm': ['--kimg=0.256', '--seeds=0-0', '--images=8'], 'outliers': ['--seeds=2', '--data=mixture'],
+         'noise_levels speed': ['--images=400'], 'noise_levels wrong': ['--draws=1000'],
          'mixture_theory': ['--repetitions=2'], 'corruption_theory': ['--repetitions=2'],
          'label_noise': ['--sets=few', '--arms=none', '--seeds=1', '--kimg=0.256', '--images=200'],
          'refinement': ['--seeds=1', '--arms=continued,ode', '--rounds=1', '--duration=0.0002', '--mimg=0.0002', '--samples=8',

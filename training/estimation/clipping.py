@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """How much noise loses by being cut off at the ends of the range, as in 8-bit images, and the level before that.
 
-Where a pixel of clean value m carries noise of std s, its clipped value y in [-1,1] has a variance V(m; s) < s^2. The law of m is not known,
-but only the mean of V over it is needed, and that is a mean over the values that are seen: there is a function g of them with
+Where a pixel of clean value m carries noise of std s, its clipped value y in [-1,1] has a variance V(m; s) < s^2. The law of m is not
+known, but only the mean of V over it is needed, and that is a mean over the values that are seen: there is a function g of them with
 E[g(y) | m] = V(m; s) for all m, the solution of a linear system over the 256 values, regularised. It holds to 0.2 % of s^2, and is at
 most 1.25 s^2, so that it adds next to no uncertainty."""
 

@@ -2,10 +2,10 @@
 """The std of the white noise that all images of a group carry, from the eigenvalues of the covariance of their patches.
 
 G. Chen, F. Zhu, P. A. Heng, "An efficient statistical method for image noise level estimation" (2015), over a group instead of an image:
-drop the largest eigenvalues until as many of the rest lie above their mean as below; that mean is the variance. With few patches it comes
-out low, because the least eigenvalues of a sample are too small. The variance of other patches along the eigenvectors of these comes out
-high, because texture leaks into the directions. Both are computed, the second over the lower half of the directions; the level lies
-between them, nearer to the first, and half of their difference belongs to the uncertainty. Images are added in batches, and only covariances are kept."""
+drop the largest eigenvalues until as many of the rest lie above their mean as below; that mean is the variance. With few patches it may
+come out low, because the least eigenvalues of a sample are too small. The variance of other patches along the eigenvectors of the lower
+half of these comes out high, because texture leaks into the directions: half of the difference belongs to the uncertainty. Images are added
+in batches, and only covariances are kept."""
 
 from typing import NamedTuple
 
@@ -21,8 +21,7 @@ FOLDS = 8
 ROUNDS = 6          # of the correction for clipping, at most
 MOST = 2 ** 23      # patches; of more, fewer are taken per image
 HISTOGRAM = 2 ** 16  # patches whose values are counted
-SLACK, FEWEST = 0.9, 4  # in the choice of the eigenvalues that are noise
-WEIGHT = 1 / 6      # of the second variance, at which 1,797 digits come out right on average (docs/noise.md)
+SLACK, EXCESS, FEWEST = 0.9, 1.15, 4  # in the choice of the eigenvalues that are noise: of the lowest quarter, the largest, their number
 UNEVEN = 0.9        # lowest quarter of the eigenvalues over all, as levels, below which there is no common level
 FLOOR = 0.01        # what clean photographs of 32x32 read, at most (docs/noise.md)
 
@@ -39,9 +38,10 @@ class Spread(NamedTuple):
 class PatchCovariances:
     """Adds up the covariances of patches [C, side, side], by fold, for images in network units, of a shape (C,H,W).
 
-    count: of the images that will come, by which the size of a patch is chosen. Raises ValueError where there are too few."""
+    count: of the images that will come, by which the size of a patch is chosen. clipped: whether values at the ends of [-1,1] may have been
+    clipped, which is corrected then. Raises ValueError where there are too few images."""
 
-    def __init__(self, shape: tuple[int, ...], count: int):
+    def __init__(self, shape: tuple[int, ...], count: int, clipped: bool = True):
         self.side, self.stride = choose(shape, count)
         while self._per_image(shape) * count > MOST and self.stride < min(shape[1:]):
             self.stride += 1
@@ -49,7 +49,7 @@ class PatchCovariances:
         self.images, self._pixels, self._ends = 0, shape[0] * shape[1] * shape[2], 0.0
         self._counts, self._sums = np.zeros(FOLDS), np.zeros((FOLDS, self.size))
         self._squares = np.zeros((FOLDS, self.size, self.size))
-        self._values, self._valued, self._beyond = np.zeros((self.size, 256)), 0, False
+        self._values, self._valued, self._beyond = np.zeros((self.size, 256)), 0, not clipped
         self._every = max(1, -(-count * self._per_image(shape) // HISTOGRAM))
 
     def _per_image(self, shape):
@@ -122,23 +122,23 @@ class PatchCovariances:
 
 
 def _level(spread):
-    return (1 - WEIGHT) * np.sqrt(spread.chen) + WEIGHT * np.sqrt(spread.crossed)
+    return float(np.sqrt(spread.chen))
 
 
 def balanced(values: np.ndarray, samples: int) -> tuple[float, int]:
     """(mean, number) of the ascending eigenvalues that are left when the largest are dropped until as many lie above the mean as below.
 
-    That can happen by chance while texture is left: then more are dropped, but no more than down to a quarter, until the lowest quarter of
-    the rest is as near to their mean as in noise, where the least of d eigenvalues of n samples is (1 - sqrt(d / n))^2."""
+    That can happen by chance while texture is left: then more are dropped, but no more than down to a quarter, until the rest is as near to
+    its mean as in noise, where d eigenvalues of n samples lie between (1 - sqrt(d / n))^2 and (1 + sqrt(d / n))^2."""
     means, first = np.cumsum(values) / np.arange(1, len(values) + 1), None
-    limit = SLACK * max(0.0, 1 - np.sqrt(len(values) / samples)) ** 2
     for number in range(len(values), 1, -1):
         mean, below = means[number - 1], np.searchsorted(values[:number], means[number - 1])
         if first is not None and number < max(FEWEST, first // 4):
             break
         if number - below >= below:
             first = first or number
-            if means[-(-number // 4) - 1] >= limit * mean:
+            ratio = np.sqrt(number / samples)
+            if (means[-(-number // 4) - 1] >= SLACK * (1 - ratio) ** 2 * mean and values[number - 1] <= EXCESS * (1 + ratio) ** 2 * mean):
                 return float(mean), number
     first = first or 1
     return float(means[first - 1]), first

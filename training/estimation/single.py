@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The std of white noise in single images. Texture adds to what they read, the more the less noise there is: clean photographs of 32x32 pixels
-read .03 to .04, and levels below three times that come out high (docs/noise.md). Images that share a level are better pooled (pooled.py).
+"""The std of white noise in single images. Texture adds to what they read, the more the less noise there is: clean photographs of 32x32
+pixels read .02 to .03, and levels below three times that come out high (docs/noise.md). Images that share a level are better pooled
+(pooled.py).
 
-Each function takes images [N,C,H,W] and gives (level, standard error) of each, float64 [N]; channels are averaged. The standard error is that of
-white noise alone. Raises ValueError for images that are too small."""
+Each function takes images [N,C,H,W] and gives (level, standard error) of each, float64 [N]; channels are averaged. The standard error is
+that of white noise alone. Raises ValueError for images that are too small."""
 
 import functools
 
@@ -39,8 +40,8 @@ def _second(x, axis):
 
 
 def mad(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """D. Donoho, I. Johnstone, "Ideal spatial adaptation by wavelet shrinkage" (1994): the median of |HH|, the finest diagonal details of the
-    wavelet db2, over 0.6745. Details that are exactly 0 are left out, and borders are mirrored, as in scikit-image's estimate_sigma."""
+    """D. Donoho, I. Johnstone, "Ideal spatial adaptation by wavelet shrinkage" (1994): the median of |HH|, the finest diagonal details of
+    the wavelet db2, over 0.6745. Details that are exactly 0 are left out, and borders are mirrored, as in scikit-image's estimate_sigma."""
     _check(images, 4)
     found = []
     for part in batches(images):
@@ -65,12 +66,13 @@ def _details(x, axis):
 
 
 def weak(images: np.ndarray, side: int = 5) -> tuple[np.ndarray, np.ndarray]:
-    """X. Liu, M. Tanaka, M. Okutomi, "Single-image noise level estimation for blind denoising" (2013): the least eigenvalue of the covariance
-    of those patches whose gradients are as weak as noise of the level found makes them; side: of a patch (7 in the paper, for large images).
+    """X. Liu, M. Tanaka, M. Okutomi, "Single-image noise level estimation for blind denoising" (2013): the least eigenvalue of the
+    covariance of those patches whose gradients are as weak as noise of the level found makes them. side: of a patch; 7 in the paper, for
+    large images.
 
     The least eigenvalue of few patches is too small even in white noise, in an image of 32x32 by half: it is divided by what white noise
     gives with as many patches."""
-    _check(images, side + 2)
+    _check(images, side - 1 + -(-int(2 ** 0.5 * 100 * side) // 100))  # so that there are twice as many patches as they have pixels
     gradient = _gradient(side)
     # The gradients' energy in white noise of variance 1 is nearly gamma distributed, with this mean.
     limit = stats.gamma.ppf(CONFIDENCE, side ** 2 / 2, scale=2 / side ** 2 * np.trace(gradient))

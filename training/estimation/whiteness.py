@@ -71,7 +71,8 @@ def test(frequency: np.ndarray, power: np.ndarray, errors: np.ndarray, tolerance
     p = float(stats.chi2.sf(np.sum(weights * np.square(power - mean)), len(power) - 1)) if len(power) > 1 else 1.0
     correlation_p = 1.0
     if pairs and samples > 4:
-        correlation_p = min(1.0, pairs * float(2 * stats.norm.sf(abs(np.arctanh(np.clip(correlation, -0.999, 0.999))) * np.sqrt(samples - 3))))
+        normal = abs(np.arctanh(np.clip(correlation, -0.999, 0.999))) * np.sqrt(samples - 3)
+        correlation_p = min(1.0, 2 * pairs * float(stats.norm.sf(normal)))
     return Whiteness(frequency, power, errors, p, tolerance, correlation, correlation_p)
 
 

@@ -4,7 +4,6 @@
 import numpy as np
 
 from training.data.dataset import ImageDataset
-from training.estimation import clipping
 from training.estimation.pooled import FLOOR, PatchCovariances
 
 MOST, SIDE = 256, 32  # images; pixels: of larger ones the middle, which has the same noise
@@ -32,10 +31,8 @@ def warning(dataset: ImageDataset, seed: int = 0) -> str | None:
     images = dataset.to_network(images).numpy()
     if not one_level:
         images *= (stated / dataset.native_sigma[chosen]).astype(np.float32)[:, None, None, None]
-        clip = 1 + clipping.SHARE  # so that no value counts as an end of the range
-        images[0, 0, 0, 0] = images[0, 0, 0, 0] if np.abs(images).max() > clip else 2 * clip
     try:
-        covariances = PatchCovariances(images.shape[1:], len(images))
+        covariances = PatchCovariances(images.shape[1:], len(images), clipped=bool(one_level))
         covariances.add(images)
         found = covariances.estimate()
     except ValueError:
@@ -46,8 +43,8 @@ def warning(dataset: ImageDataset, seed: int = 0) -> str | None:
         return None
     shown = 'clean' if found.clean else f'of the level {found.sigma:.3g} (+- {found.uncertainty:.1g})'
     several = '' if one_level else ', as the median of several,'
-    return (f'Warning: the noise levels of {dataset.path} may be wrong: "sigmas" states {stated:.3g}{several} and {len(chosen)} of its noisy '
-            f'images look {shown}. What a wrong level does, and how to measure it: docs/noise.md, dataset_tool.py noise')
+    return (f'Warning: the noise levels of {dataset.path} may be wrong: "sigmas" states {stated:.3g}{several} and {len(chosen)} of its '
+            f'noisy images look {shown}. What a wrong level does, and how to measure it: docs/noise.md, dataset_tool.py noise')
 
 
 def _middle(image):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Estimates the noise levels of a data set: of the whole, of classes or other groups that share a level, or of single images."""
 
+import contextlib
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -51,9 +52,10 @@ def noise(options: dict) -> list[str]:
     names, group = groups_of(data, options['group'])
     method = method_of(options, sets)
     found = measure(sets, names, group, method)
-    if options['write'] and any(one.coloured for one in found.estimates):
-        raise UserError(f'--write: the noise of {data.path} is not white (run the command without --write for its spectrum), and has no level '
-                        'that could be written')
+    named = found.white is not None and found.white.coloured and found.white_from == 'reference'
+    if options['write'] and (named or any(one.coloured for one in found.estimates)):
+        raise UserError(f'--write: the noise of {data.path} is not white (run the command without --write for its spectrum), and has no '
+                        'level that could be written')
     if options['plot']:
         from training.data.convert.noise_plot import draw
         draw(options['plot'], found)
@@ -316,10 +318,8 @@ def examine(data: ImageDataset, noisy: np.ndarray, clipped: float) -> tuple:
     chosen = noisy[::-(-len(noisy) // EXAMINED)]
     ends = (-1.0, 1.0) if clipped > clipping.SHARE else None
     white, signal = whiteness.of_flat_patches((images for _, images in read(data, chosen)), ends), None
-    try:
+    with contextlib.suppress(ValueError):  # too few flat patches
         signal = fit_poisson_gaussian((images for _, images in read(data, chosen)), ends)
-    except ValueError:
-        pass  # too few flat patches
     return white, signal
 
 

@@ -25,7 +25,8 @@ def draw(path: str, found: Found) -> None:
 def _levels(axis, found):
     axis.hist(found.readings, 60, color='0.7', label='each image by itself')
     for number, one in enumerate(found.estimates[:8]):
-        axis.axvline(one.sigma, color=f'C{number}', lw=1.5, label=f'{found.names[number]}: {one.sigma:.3g}{" (clean)" if one.clean else ""}')
+        label = f'{found.names[number]}: {one.sigma:.3g}' + ' (clean)' * one.clean
+        axis.axvline(one.sigma, color=f'C{number}', lw=1.5, label=label)
     axis.set(title='noise levels', xlabel='level', ylabel='images')
     axis.legend(fontsize=7)
 
@@ -38,7 +39,8 @@ def _intensity(axis, found):
     curve = found.signal.curve
     axis.errorbar(curve.means, curve.variances, curve.errors, fmt='.', capsize=2)
     x = np.array([curve.means.min(), curve.means.max()])
-    axis.plot(x, found.signal.a * x + found.signal.b, lw=1, label=f'{found.signal.a:.2g} x + {found.signal.b:.2g}, p = {found.signal.p:.1g}')
+    a, b = found.signal.a, found.signal.b
+    axis.plot(x, a * x + b, lw=1, label=f'{a:.2g} x + {b:.2g}, p = {found.signal.p:.1g}')
     axis.set_ylim(0, 1.3 * curve.variances.max())
     axis.legend(fontsize=7)
 
@@ -58,13 +60,16 @@ def _images(axis, found, items, title):
     """The images of some items in rows of five, with their levels."""
     axis.set_title(title)
     axis.axis('off')
+    channels, height, width = found.data.image_shape
+    gap = max(2, height // 5)
+    sheet = np.ones([2 * (height + gap), 5 * (width + 2), 3])
     for place, item in enumerate(items):
         image = found.data.to_network(found.data.decode(found.data.raw_idx[item])).numpy()
-        image = (np.repeat(image[:1], 3, 0) if len(image) < 3 else image[:3]).transpose(1, 2, 0)
-        one = axis.inset_axes([0.2 * (place % 5), 0.5 - 0.5 * (place // 5), 0.19, 0.42])
-        one.imshow(np.clip(image / 2 + 0.5, 0, 1), interpolation='nearest')
-        one.set_title(f'{found.readings[item]:.3g}', fontsize=7, pad=2)
-        one.axis('off')
+        image = (np.repeat(image[:1], 3, 0) if channels < 3 else image[:3]).transpose(1, 2, 0)
+        top, left = place // 5 * (height + gap) + gap, place % 5 * (width + 2)
+        sheet[top:top + height, left:left + width] = np.clip(image / 2 + 0.5, 0, 1)
+        axis.text(left + width / 2, top - 1, f'{found.readings[item]:.3g}', ha='center', va='bottom', fontsize=7)
+    axis.imshow(sheet, interpolation='nearest')
 
 
 def _groups(axis, found):

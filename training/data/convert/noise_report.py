@@ -70,7 +70,8 @@ def _spectrum(found):
     white = found.white
     if white is None:
         return
-    told = f'p = {white.p:.2g} at the level {SIGNIFICANCE:g}, power varies by {white.ratio - 1:.0%} over frequencies, from the {found.white_from}'
+    told = (f'p = {white.p:.2g} at the level {SIGNIFICANCE:g}, power varies by {white.ratio - 1:.0%} over frequencies, from the '
+            f'{found.white_from}')
     yield f'spectrum    {"not white" if white.coloured else "white"} ({told})'
     if white.correlated:
         yield f'            channels are correlated, by up to {white.correlation:.2f}'
@@ -82,8 +83,8 @@ def _intensity(found):
         return
     a, b, (da, db) = signal.a, signal.b, signal.uncertainties
     verdict = 'depends on it' if signal.depends else 'the same everywhere'
-    yield (f'intensity   {verdict}: variance = ({a:.3g} +- {da:.1g}) value + ({b:.3g} +- {db:.1g}), p = {signal.p:.2g} of no slope, std from '
-           f'{np.sqrt(max(signal.curve.variances[0], 0)):.3g} to {np.sqrt(max(signal.curve.variances[-1], 0)):.3g}')
+    yield (f'intensity   {verdict}: variance = ({a:.3g} +- {da:.1g}) value + ({b:.3g} +- {db:.1g}), p = {signal.p:.2g} of no slope, std '
+           f'from {np.sqrt(max(signal.curve.variances[0], 0)):.3g} to {np.sqrt(max(signal.curve.variances[-1], 0)):.3g}')
     if signal.depends:
         stored = stored_fit(found)
         yield f'            in stored units: variance = {stored["a"]:.4g} value + {stored["b"]:.4g}'
@@ -111,16 +112,20 @@ def warnings(found: Found) -> Iterator[str]:
     for number in np.argsort([-less for less in found.less], kind='stable')[:1]:
         less, count, name = found.less[number], found.estimates[number].images, found.names[number]
         if less > max(2, FEW * count) and not (found.signal and found.signal.depends):
-            yield (f'{less} of {count} images{"" if len(found.names) == 1 else f" of {name}"} are less noisy than the level of their group: '
-                   'it is not of one level; use --group=image or class, or a FILE with the group of each image')
+            yield (f'{less} of {count} images{"" if len(found.names) == 1 else f" of {name}"} are less noisy than the level of their '
+                   'group: it is not of one level; use --group=image or class, or a FILE with the group of each image')
+    if found.estimates and all(one.clean for one in found.estimates) and np.median(found.readings) > LOW:
+        middle = np.median(found.readings)
+        yield (f'the images read as clean where noise would be weakest, but single ones read {middle:.2g}: strong texture, '
+               'as of small images, does that, and so does noise that is not white (resized, compressed); --clean, --pairs or --dark tell')
     white = found.white
     if any(one.coloured for one in found.estimates) and not (white is not None and white.coloured):
         yield ('what the images have in their finest details is not white noise of one level; coloured noise, as of resized or compressed '
                'images, looks like that')
     if white is not None and white.coloured:
-        yield (f'the noise is not white, and the ambient loss relies on that; with more noise of the spectrum max S - S(f) (in --json) it is '
-               f'white, of the level {white.largest:.4g}' + (' or more: flat patches do not show the low frequencies, which --clean, --pairs '
-                                                            'or --dark do' if found.white_from == 'flat patches' else ''))
+        more = ' or more: flat patches do not show the low frequencies, which --clean, --pairs or --dark do'
+        yield (f'the noise is not white, and the ambient loss relies on that; with more noise of the spectrum max S - S(f) (in --json) it '
+               f'is white, of the level {white.largest:.4g}' + more * (found.white_from == 'flat patches'))
     if white is not None and white.correlated:
         yield 'the noise of the channels is correlated, and the ambient loss relies on independent noise'
     if found.signal is not None and found.signal.depends and len(noisy):
@@ -150,8 +155,8 @@ def as_json(found: Found) -> dict:
 
 
 def _group(one):
-    return {'images': one.images, 'sigma': one.sigma, 'uncertainty': one.uncertainty, 'clean': bool(one.clean), 'coloured': bool(one.coloured),
-            'floor': one.floor,
+    return {'images': one.images, 'sigma': one.sigma, 'uncertainty': one.uncertainty, 'clean': bool(one.clean),
+            'coloured': bool(one.coloured), 'floor': one.floor,
             'clipped': one.clipped, 'correction': one.correction}
 
 

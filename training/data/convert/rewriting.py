@@ -21,8 +21,9 @@ META = 'dataset.json'
 
 
 def put_tables(path: str, columns: dict[str, Sequence], record: dict) -> None:
-    """Writes columns {key of tables.CHECKS: one value per image, in the order of their names}, in the form of dataset.json, and the entries of
-    `record`, in place: a zip, a folder, or a packed set of either kind. Readers see the old file or the new one. Raises UserError."""
+    """Writes columns {key of tables.CHECKS: one value per image, in the order of their names}, in the form of dataset.json, and the
+    entries of `record`, in place: a zip, a folder, or a packed set of either kind. Readers see the old file or the new one. Raises
+    UserError."""
     try:
         if packed.is_packed(path):
             _packed(path, columns, record)
