@@ -189,7 +189,7 @@ def resolve(config: Config, auto_batch: bool, auto_checkpoint: bool, device: tor
     limit = min(distributed.all_values(available(device), what='counting memory'))
     run, found = distributed.from_rank0(_choose, config, auto_batch, auto_checkpoint, limit, device.type)
     config = dataclasses.replace(config, run=run)
-    if device.type == 'cuda':
+    if device.type == 'cuda' and not run.shard:  # a trial has the whole network on one device
         config = verified(config, auto_batch, lambda tried: trial(tried, device))
     cut = '' if config.run.batch_gpu == run.batch_gpu else f', after {run.batch_gpu} did not fit in a trial'
     how = ', blocks computed again in the backward pass' if run.checkpointing else ''
@@ -205,7 +205,10 @@ def _choose(config, auto_batch, auto_checkpoint, limit, kind):
 
     def counted(rows, checkpointing):
         if (rows, checkpointing) not in known:
-            known[rows, checkpointing] = count(config, rows, checkpointing, kind)
+            peak = count(config, rows, checkpointing, kind)
+            # The step's whole gradients stand for the blocks that --shard gathers.
+            part = distributed.size() if run.shard else 1
+            known[rows, checkpointing] = peak._replace(weights=peak.weights // part, state=peak.state // part)
         return known[rows, checkpointing]
 
     for checkpointing in (False, True) if auto_checkpoint else (run.checkpointing,):

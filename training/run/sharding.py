@@ -30,6 +30,7 @@ from torch.distributed.tensor import DTensor, Shard
 from dnnlib import UserError, one_line
 from torch_utils import distributed, misc
 from training.checkpoints.load import load_weights
+from training.networks.interface import COMPILE_OPTIONS
 from training.run.config import RunConfig
 from training.run.states import on_host
 
@@ -134,7 +135,7 @@ class Sharding(Unsharded):
             setattr(limits, name, max(getattr(limits, name), GRAPHS * len(self.blocks)))
         for name in self.blocks:
             block = net.model.get_submodule(name)
-            block.forward = torch.compile(block.forward, dynamic=False)
+            block.forward = torch.compile(block.forward, dynamic=False, options=COMPILE_OPTIONS)
 
     # ---- the step
 
@@ -286,6 +287,11 @@ class Sharding(Unsharded):
 def wanted(run: RunConfig) -> bool:
     """Whether the run's weights are divided: with --shard on several ranks."""
     return run.shard and distributed.size() > 1
+
+
+def channels_last(run: RunConfig, device: torch.device) -> bool:
+    """Whether the network lies channels-last in memory: compiled on a GPU, and whole, because FSDP2 takes no other layout than torch's."""
+    return run.compile and device.type == 'cuda' and not wanted(run)
 
 
 def choose(run: RunConfig, net: torch.nn.Module, device: torch.device) -> Unsharded:

@@ -18,6 +18,7 @@ from training.checkpoints.card import model_card
 from training.checkpoints.save import save_network
 from training.data.augment import AugmentPipe
 from training.data.batches import micro_batches
+from training.networks.interface import COMPILE_OPTIONS, match_layout
 from training.networks.rows import attach_row_draws
 from training.run import alarms, distill, gradients, schema, sharding
 from training.run.build import build_averages, build_net, build_objective, build_optimizer, load_data, transfer_weights
@@ -76,6 +77,8 @@ class Run:
         teacher = distill.open_for(config, self.net)
         if config.network.transfer and not resuming:
             transfer_weights(config.network.transfer, self.net)
+        if sharding.channels_last(config.run, self.device):
+            self.net.model.set_channels_last()
         self.net.model.checkpointing = config.run.checkpointing
         self.row_draws = attach_row_draws(self.net)
         self.noise, self.objective = build_objective(config.objective, self.net, config.run.batch, teacher)
@@ -91,7 +94,7 @@ class Run:
         step = TrainStep(self.net, self.objective, self.augment, self.quartiles, self.rank_batch)
         self.sharding = sharding.choose(self.config.run, self.net, self.device)
         whole = self.config.run.compile and not self.sharding.divides
-        self.compiled = CompiledStep(step, self.config.run.batch_gpu) if whole else None
+        self.compiled = CompiledStep(step, self.config.run.batch_gpu, options=COMPILE_OPTIONS) if whole else None
         if self.config.run.compile and self.sharding.divides:
             self.sharding.compile(self.net)  # block by block, because each is gathered before it is computed
         self.train_step = self._wrap(step)
@@ -103,8 +106,8 @@ class Run:
         self.learning_rate = LearningRate(self.config.optimizer)
         self.averages = build_averages(self.config.optimizer, self.net, self.sharding.copy)
         self.ema = self.averages['halflife']
-        if self.config.run.compile:
-            self.ema.module.model.compile(dynamic=False)  # a copy is not compiled
+        if self.config.run.compile and not self.sharding.divides:
+            self.ema.module.model.compile(dynamic=False, options=COMPILE_OPTIONS)  # a copy is not compiled
         self.alarms = alarms.Alarms(self.data.inspection, self.ema.module)
         self.objective.set_teacher(self.ema.module)
 
@@ -131,6 +134,8 @@ class Run:
         distributed.from_rank0(lambda: found.update(schema.checked(state, self, path)))
         part = lambda name: distributed.share(found.pop(name, None), what='reading the state')
         self.sharding.restore(found, self.net, self.averages, self.optimizer, path)
+        if self.net.model.channels_last:
+            match_layout(self.optimizer)
         self.objective.load_state_dict(part('objective'))
         self.stats.restore(part('stats') or [])
         progress = part('progress')

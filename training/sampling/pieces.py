@@ -16,6 +16,7 @@ from dnnlib import EasyDict, UserError
 from torch_utils import distributed, misc, numerics, registry
 from training.checkpoints.load import load_network, show_recipe
 from training.diffusion import schedules
+from training.networks.interface import COMPILE_OPTIONS
 from training.sampling import guidance, labels, prompts, steppers
 from training.sampling.generate import noise_levels, resolution, with_time
 from training.sampling.options import KEYS, SAMPLER, STEPS
@@ -104,9 +105,12 @@ def prepare_network(net: torch.nn.Module, device: torch.device, precision: str, 
     numerics.set_numerics(precision)
     net.compute_dtype = misc.DTYPES[precision]
     if compile:
-        # Only the U-Net: the preconditioning around it is cheap and in float32, and some samplers call outputs().
+        if device.type == 'cuda':
+            net.model.set_channels_last()
+        # Only the network: the preconditioning around it is cheap and in float32, and some samplers call outputs().
         net.replays = device.type == 'cuda' and batch is not None and batch * math.prod(resolution(net)) <= SMALL_BATCH
-        net.model.compile(dynamic=False, **({'mode': 'reduce-overhead'} if net.replays else {}))
+        net.model.compile(dynamic=False, options=COMPILE_OPTIONS | ({'triton.cudagraphs': True} if net.replays else {}))
+    net.model.hold_weights(net.model.inner_dtype(torch.empty(0, device=device)))
     return net
 
 

@@ -102,7 +102,9 @@ def test_small_batches_are_replayed_as_a_graph_on_a_gpu(kind, batch, expected, m
     net = build_network(SMALL)
     net.model.compile = lambda **options: asked.append(options)
     pieces.prepare_network(net, torch.device(kind), 'fp32', True, batch)
-    assert asked == [{'dynamic': False} | ({'mode': 'reduce-overhead'} if expected else {})] and net.replays is expected
+    (options,) = asked
+    assert options['dynamic'] is False and ('triton.cudagraphs' in options['options']) is expected is net.replays
+    assert net.model.channels_last is (kind == 'cuda')
 
 
 def test_replayed_results_are_copied():
