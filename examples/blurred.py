@@ -24,8 +24,8 @@ from torch_utils.command_line import Command, version_option  # noqa: E402
 from training.data.dataset import ImageDataset  # noqa: E402
 
 COUNT, CLEAN = 898, 90  # half of the 1,797 digits, and how many of them are clean
-TRAIN = ['--arch=ddpmpp:cbase=16,cres=1|2,blocks=1,attn=4,dropout=0', '--sigma-data=0.75', '--batch=64', '--lr=4e-3', '--lr-rampup=0.004',
-         '--ema=0.008', '--augment=0', '--pairing=sigma_first', '--snap=1000000', '--dump=1000000', '--samples=0', '--threads=1']
+TRAIN = ['--arch=ddpmpp:cbase=16,cres=1|2,blocks=1,attn=4,dropout=0', '--sigma-data=0.75', '--batch=64', '--lr=4e-3', '--lr-rampup=0.003',
+         '--ema=0.003', '--augment=0', '--pairing=sigma_first', '--snap=1000000', '--dump=1000000', '--samples=0', '--threads=1']
 SAMPLING = ['--steps=12', '--sigma-min=0.02', '--sigma-max=20', '--threads=1']
 DETECTORS = {'pixels': 'pixels', 'features': 'module:name=benchmarks.small_detector.SmallClassifier,weights={folder}/small.safetensors'}
 ARMS = {'blurred': 'the blurred images themselves', 'alone': 'trained on the clean tenth alone',
@@ -107,11 +107,11 @@ class Example:
 
 @click.command(cls=Command)
 @click.option('--outdir', default='blurred', show_default=True, metavar='DIR', help='Folder for everything that is written')
-@click.option('--blur', default=0.5, show_default=True, metavar='PIXELS', help='Std of the blur, which the program is not told')
+@click.option('--blur', default=0.6, show_default=True, metavar='PIXELS', help='Std of the blur, which the program is not told')
 @click.option('--method', default='--method=spectral', show_default=True, metavar='OPTIONS', help='Options of dataset_tool.py annotate')
 @click.option('--seeds', default=3, show_default=True, metavar='INT', help='Number of seeds: of the clean tenth and of the training')
-@click.option('--kimg', default=64.0, show_default=True, metavar='FLOAT', help='Length of each training in thousand images')
-@click.option('--samples', default=2000, show_default=True, metavar='INT', help='Generated images of each network')
+@click.option('--kimg', default=24.0, show_default=True, metavar='FLOAT', help='Length of each training in thousand images')
+@click.option('--samples', default=1000, show_default=True, metavar='INT', help='Generated images of each network')
 @version_option
 def main(outdir: str, blur: float, method: str, seeds: int, kimg: float, samples: int) -> None:
     """Train on digits of which nine tenths are blurred, in five ways, and compare the samples with other clean digits."""
