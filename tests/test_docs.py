@@ -31,6 +31,8 @@ NOT_RUN = {'pip ': 'tests/test_install.py installs the package; further packages
            'benchmarks/price.py': 'trains a grid; tests/benchmarks/test_price.py runs a tiny one',
            'benchmarks/small_detector.py': 'needs labelled photographs; tests/benchmarks/test_small_detector.py runs it',
            'benchmarks/distillation.py': 'needs a grid of benchmarks/price.py; tests/benchmarks/test_distillation.py has its parts',
+           'examples/blurred.py': 'trains several networks; tests/test_blurred.py runs a tiny one',
+           'annotation.py --source=cifar10': 'needs the photographs; its other commands are run',
            'refinement.py --scale=cifar8': 'needs the photographs; its other command is run',
            'evaluation.py parity': 'needs the independent implementations; tests/benchmarks/test_parity.py runs it with those at hand'}
 # Pages whose commands begin with a published network for pictures or texts; the tests run them from end to end with a stand-in for it.
@@ -55,6 +57,7 @@ SMALL = {'denoising': ['--num=2', '--samples=2'], 'consistency_bias': ['--points
          'label_noise': ['--sets=few', '--arms=none', '--seeds=1', '--kimg=0.256', '--images=200'],
          'refinement': ['--seeds=1', '--arms=continued,ode', '--rounds=1', '--duration=0.0002', '--mimg=0.0002', '--samples=8',
                         '--steps=2'],
+         'annotation': ['--num=200', '--defects=blur:0.8'],
          'states': ['--cbase=16'], 'price_fit': ['--repetitions=2'], 'sampling': ['--images=2', '--batch=2', '--steps=2', '--repeats=1']}
 
 

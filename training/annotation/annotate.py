@@ -43,13 +43,18 @@ def annotate(options: dict) -> list[str]:
         raise UserError('--per=class: needs classes in both sets, "labels" in their dataset.json; use --per=set')
     noise = registry.build(options['noise'], NOISE, '--noise')
     levels = _levels(sets, noise, options['levels'])
-    white = _white_noise(sets, levels, options)
+    look = options['white_noise'] == 'auto' and options['limit'] == 'sigma_min' and not sets.data.native_sigma.any()
+    by_moments = options['limit'] == 'sigma_min' and options['method'] == 'spectral'
+    if by_moments and options['per'] == 'image':
+        raise UserError('--per=image: --method=spectral compares sets, not single images; use --per=class, or --method=classifier')
+    whole = _comparisons(sets, np.arange(len(sets.clean)), np.arange(len(sets.data))) if look or by_moments else None
+    white = spectral.only_noise(whole, levels, options['threshold']) if look else None
     if white is not None:
         found = Found(np.zeros(len(sets.data)), [_facts('all', sets, white)])
     elif options['limit'] == 'sigma_max':
         found = _details(sets, levels, options)
-    elif options['method'] == 'spectral':
-        found = _spectral(sets, levels, options)
+    elif by_moments:
+        found = _spectral(sets, whole, levels, options)
     else:
         from training.annotation.labelling import classify
         found = Found(*classify(sets, levels, options))
@@ -106,20 +111,11 @@ def _comparisons(sets, clean_rows, rows):
     return [spectral.Comparison(*pair) for pair in zip(*found)]
 
 
-def _white_noise(sets, levels, options):
-    """The Curve of a set that differs from the clean one by white noise alone, which it is not known to carry; otherwise None."""
-    if options['white_noise'] == 'ignore' or options['limit'] == 'sigma_max' or sets.data.native_sigma.any():
-        return None
-    whole = _comparisons(sets, np.arange(len(sets.clean)), np.arange(len(sets.data)))
-    return spectral.only_noise(whole, levels, options['threshold'])
-
-
-def _spectral(sets, levels, options):
-    if options['per'] == 'image':
-        raise UserError('--per=image: --method=spectral compares sets, not single images; use --per=class, or --method=classifier')
+def _spectral(sets, whole, levels, options):
     limits, groups = np.zeros(len(sets.data)), []
     for name, clean_rows, rows in _parts(sets, options):
-        found = spectral.curve(_comparisons(sets, clean_rows, rows), levels, options['threshold'], _carried(sets, rows))
+        compared = whole if name == 'all' else _comparisons(sets, clean_rows, rows)
+        found = spectral.curve(compared, levels, options['threshold'], _carried(sets, rows))
         limits[rows] = found.limit  # of all images first, then of classes that have enough images
         groups.append(_facts(name, sets, found, len(clean_rows), len(rows)))
     return Found(limits, groups)

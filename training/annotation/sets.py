@@ -14,6 +14,7 @@ from dnnlib.progress import Progress
 from training.data.dataset import ImageDataset
 
 CHUNK = 512  # images that are held decoded at a time
+LEAST = 20  # images of a set
 
 
 class Sets(NamedTuple):
@@ -32,8 +33,8 @@ def open_sets(clean: str, data: str) -> Sets:
     for option, dataset in opened.items():
         if dataset.stored_shape != dataset.image_shape:
             raise UserError(f'{option}={dataset.path}: holds distributions of latents; annotate the pictures, then encode them')
-        if len(dataset) < 2:
-            raise UserError(f'{option}={dataset.path}: holds {len(dataset)} image; two sets are compared by many of each')
+        if len(dataset) < LEAST:
+            raise UserError(f'{option}={dataset.path}: holds {len(dataset)} images; sets are compared by {LEAST} of each or more')
     if first.image_shape != second.image_shape:
         told = ['x'.join(map(str, dataset.image_shape)) for dataset in (first, second)]
         raise UserError(f'--data={data}: its images are {told[1]}, those of --clean={clean} are {told[0]}; give both one '
