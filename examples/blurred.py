@@ -93,9 +93,10 @@ class Example:
         if os.path.exists(result):
             return read_json(result)
         run, images, commands = self.path(f's{seed}/{arm}'), self.images(arm, seed), []
-        if arm != 'blurred':
+        if arm != 'blurred' and snapshot(run) is None:
             call(('train', [f'--outdir={run}', '--nosubdir', '--resume=latest', f'--data={self.data(arm, seed)}', *TRAIN, f'--seed={seed}',
                             f'--duration={self.kimg / 1e3:g}', f'--tick={self.kimg / 4:g}']))
+        if arm != 'blurred':
             commands = [('generate', [f'--network={snapshot(run)}', f'--outdir={images}', f'--seeds=0-{self.samples - 1}', *SAMPLING])]
         count = self.samples if commands else COUNT - CLEAN
         files = {name: self.path(f's{seed}/{arm}-{name}.json') for name in DETECTORS}
@@ -119,7 +120,7 @@ def main(outdir: str, blur: float, method: str, seeds: int, kimg: float, samples
     example = Example(outdir, blur, method.split(), kimg, samples)
     example.prepare()
     found = {}
-    cells = [(arm, seed) for seed in range(seeds) for arm in ARMS if arm != 'clean'] + [('clean', seed) for seed in range(seeds)]
+    cells = [(arm, seed) for arms in (('blurred', 'alone', 'annotated'), ('mixed', 'clean')) for seed in range(seeds) for arm in arms]
     for arm, seed in cells:
         example.divide(seed)
         found.setdefault(arm, []).append(example.run(arm, seed))
@@ -130,7 +131,8 @@ def main(outdir: str, blur: float, method: str, seeds: int, kimg: float, samples
         ('all clean', 'clean'))])
     print(f'\nFréchet distance to the other half of the digits, mean and standard deviation of {seeds} seeds:\n'
           f'  {"":<46}' + ''.join(f'{name:>16}' for name in DETECTORS))
-    for arm, distances in found.items():
+    for arm in ARMS:
+        distances = found[arm]
         columns = [[one[name] for one in distances] for name in DETECTORS]
         print(f'  {ARMS[arm]:<46}' + ''.join(f'{np.mean(values):10.2f} ({np.std(values):.2f})' for values in columns))
     print(f'\nSamples: {example.path("samples.png")}\nTook {(time.time() - start) / 60:.1f} minutes.')

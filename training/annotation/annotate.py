@@ -13,13 +13,14 @@ from dnnlib.files import prepare_output, write_json
 from dnnlib.versions import versions
 from torch_utils import registry
 from training.annotation import patches, report, spectral, thresholds
-from training.annotation.sets import CHUNK, images_of, in_chunks, open_sets
+from training.annotation.sets import images_of, in_chunks, open_sets
 from training.data import tables
 from training.data.convert.rewrite import check_place, replace_levels
 from training.diffusion.noise import NOISE
 
 TAIL = 1e-3  # of p(sigma) below the lowest level that is compared, and above the highest one
 LEAST_IMAGES = 30  # of a class in each set, for a limit of its own
+EXAMPLES = 64  # clean images whose colours are looked at
 DIGITS = 4  # significant digits of the limits that are written
 
 
@@ -99,7 +100,7 @@ def _levels(sets, noise, count):
 
 def _comparisons(sets, clean_rows, rows):
     """Comparisons of these images of both sets in all bases."""
-    some = images_of(sets.clean, clean_rows[np.linspace(0, len(clean_rows) - 1, min(CHUNK, len(clean_rows))).astype(int)])
+    some = images_of(sets.clean, clean_rows[np.linspace(0, len(clean_rows) - 1, min(EXAMPLES, len(clean_rows))).astype(int)])
     bases, found = spectral.bases(some, (len(clean_rows), len(rows))), []
     for dataset, chosen, title in ((sets.clean, clean_rows, 'Reading clean images'), (sets.data, rows, 'Reading images')):
         moments, done = [spectral.Moments(basis, some[0].numel()) for basis in bases], 0

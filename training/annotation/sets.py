@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The two data sets of an annotation: clean images, and imperfect ones of the same form."""
 
+import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -13,7 +14,7 @@ from dnnlib.cpus import cpu_count
 from dnnlib.progress import Progress
 from training.data.dataset import ImageDataset
 
-CHUNK = 512  # images that are held decoded at a time
+CHUNK, NUMBERS = 512, 2 ** 24  # images, and numbers in them, that are held decoded at a time
 LEAST = 20  # images of a set
 
 
@@ -62,9 +63,10 @@ def images_of(dataset: ImageDataset, rows: np.ndarray, pool: ThreadPoolExecutor 
 
 def in_chunks(dataset: ImageDataset, rows: np.ndarray, title: str) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
     """(rows [n], their images [n,C,H,W]) for all rows in their order, with a progress bar; images are decoded in threads."""
+    size = max(1, min(CHUNK, NUMBERS // math.prod(dataset.image_shape)))
     with ThreadPoolExecutor(cpu_count()) as pool, Progress(len(rows), title) as bar:
-        for start in range(0, len(rows), CHUNK):
-            part = rows[start:start + CHUNK]
+        for start in range(0, len(rows), size):
+            part = rows[start:start + size]
             yield part, images_of(dataset, part, pool)
             bar.update(len(part))
 

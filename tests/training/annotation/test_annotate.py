@@ -144,6 +144,7 @@ def test_images_that_are_never_alike_are_left_out_of_training(sets, tmp_path):
     assert (both.sigma_min[stream.next()[0]] == 0).all()
 
 
+@pytest.mark.slow  # the fast one is of labels, in test_classifier.py
 def test_equal_seeds_give_equal_bytes_at_any_batch_size(sets, tmp_path):
     outputs = []
     for name, batch in (('a', 1), ('b', 4096)):
@@ -161,6 +162,7 @@ def test_the_classifier_reports_what_it_is_worth(sets, tmp_path):
     assert all(len(group[key]) == 8 for group in groups for key in ('levels', 'probability', 'area'))
 
 
+@pytest.mark.slow
 def test_images_that_are_right_in_their_details(tmp_path):
     """Tiles of the clean law, each from another image: small patches are alike, large ones are not."""
     p, _ = fields.power(12, slope=2.0)
