@@ -127,8 +127,7 @@ def main(outdir: str, blur: float, method: str, seeds: int, kimg: float, samples
         print(f'seed {seed}, {ARMS[arm]}: ' + ', '.join(f'{name} {value:.3f}' for name, value in found[arm][-1].items()), flush=True)
     write_json(example.path('distances.json'), found)
     write_comparison(example.path('samples.png'), [(title, first_images(example.images(arm, 0))) for title, arm in (
-        ('blurred', 'blurred'), ('clean tenth alone', 'alone'), ('all as if clean', 'mixed'), ('annotated', 'annotated'),
-        ('all clean', 'clean'))])
+        ('blurred', 'blurred'), ('clean tenth alone', 'alone'), ('all as if clean', 'mixed'), ('annotated', 'annotated'))])
     print(f'\nFréchet distance to the other half of the digits, mean and standard deviation of {seeds} seeds:\n'
           f'  {"":<46}' + ''.join(f'{name:>16}' for name in DETECTORS))
     for arm in ARMS:
