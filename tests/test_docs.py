@@ -33,6 +33,8 @@ NOT_RUN = {'pip ': 'tests/test_install.py installs the package; further packages
            'speed.py training': 'takes minutes; speed.py all, at its smallest, runs it',
            'benchmarks/small_detector.py': 'needs labelled photographs; tests/benchmarks/test_small_detector.py runs it',
            'benchmarks/distillation.py': 'needs a grid of benchmarks/price.py; tests/benchmarks/test_distillation.py has its parts',
+           'examples/blurred.py': 'trains several networks; tests/test_blurred.py runs a tiny one',
+           'annotation.py --source=cifar10': 'needs the photographs; its other commands are run',
            'refinement.py --scale=cifar8': 'needs the photographs; its other command is run',
            'noise_levels.py accuracy': 'needs the photographs; its other commands are run',
            'evaluation.py parity': 'needs the independent implementations; tests/benchmarks/test_parity.py runs it with those at hand'}
@@ -60,6 +62,7 @@ SMALL = {'counts': ['--duration=0.0002', '--num=2'],
          'label_noise': ['--sets=few', '--arms=none', '--seeds=1', '--kimg=0.256', '--images=200'],
          'refinement': ['--seeds=1', '--arms=continued,ode', '--rounds=1', '--duration=0.0002', '--mimg=0.0002', '--samples=8',
                         '--steps=2'],
+         'annotation': ['--num=200', '--defects=blur:0.8'],
          'speed limits': ['--seconds=0.01', '--size=64'], 'speed all': ['--quick'],
          'states': ['--cbase=16'], 'traffic': ['--arch=ddpmpp:cbase=32,cres=1|1,blocks=1,attn=4', '--size=8'],
          'price_fit': ['--repetitions=2'], 'sampling': ['--images=2', '--batch=2', '--steps=2', '--repeats=1']}

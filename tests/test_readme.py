@@ -33,7 +33,7 @@ TINY = {'train': ['--cbase=8', '--cres=1', '--blocks=1', '--attn=0', '--dropout=
         'eval_fid sweep': ['--detector=pixels', '--seeds=0-7', '--steps=2'], 'eval_fid nearest': ['--detector=pixels'],
         'eval_nll': ['--num=2', '--rtol=0.1', '--atol=0.1', '--sigma-min=0.1'],
         'denoise': ['--steps=2'],
-        'dataset_tool': ['--workers=1'],
+        'dataset_tool': ['--workers=1'], 'dataset_tool annotate': ['--kimg=0.1'],
         'refine': ['--duration=0.0001', '--rounds=1', '--detector=pixels', '--num=8', '--sample-steps=2', '--steps=2', '--threads=1'],
         'refine restore': ['--steps=2'], 'refine proximal': ['--detector=pixels', '--num=8', '--sample-steps=2']}
 

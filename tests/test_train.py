@@ -35,7 +35,8 @@ from training.run.config import from_json, to_json
 from training.run.configure import configure
 from training.run.stopping import STOPPED
 
-SCRIPTS = ['train', 'generate', 'denoise', 'eval_fid', 'eval_nll', 'dataset_tool', 'checkpoint_tool', 'plot_run', 'refine', 'examples.demo']
+SCRIPTS = ['train', 'generate', 'denoise', 'eval_fid', 'eval_nll', 'dataset_tool', 'checkpoint_tool', 'plot_run', 'refine', 'examples.demo',
+           'examples.blurred']
 NET = ['--cbase=8', '--cres=1,2', '--blocks=1', '--attn=4', '--batch=16', '--samples=0']
 CPU_ONLY = pytest.mark.skipif(torch.cuda.is_available(), reason='is refused without a GPU only')
 

@@ -135,3 +135,5 @@ def converted(folder):
     write_zip(folder / 'dogs.zip', 36, 40)
     write_zip(folder / 'digits.zip', 8, 8, channels=1)
     write_zip(folder / 'imagenet64.zip', 64, 64, count=4)
+    for name in ('clean', 'blurred'):
+        write_zip(folder / f'{name}.zip', 8, 8, count=30)

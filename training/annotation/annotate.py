@@ -13,13 +13,14 @@ from dnnlib.files import prepare_output, write_json
 from dnnlib.versions import versions
 from torch_utils import registry
 from training.annotation import patches, report, spectral, thresholds
-from training.annotation.sets import CHUNK, images_of, in_chunks, open_sets
+from training.annotation.sets import images_of, in_chunks, open_sets
 from training.data import tables
 from training.data.convert.rewrite import check_place, replace_levels
 from training.diffusion.noise import NOISE
 
 TAIL = 1e-3  # of p(sigma) below the lowest level that is compared, and above the highest one
 LEAST_IMAGES = 30  # of a class in each set, for a limit of its own
+EXAMPLES = 64  # clean images whose colours are looked at
 DIGITS = 4  # significant digits of the limits that are written
 
 
@@ -43,13 +44,18 @@ def annotate(options: dict) -> list[str]:
         raise UserError('--per=class: needs classes in both sets, "labels" in their dataset.json; use --per=set')
     noise = registry.build(options['noise'], NOISE, '--noise')
     levels = _levels(sets, noise, options['levels'])
-    white = _white_noise(sets, levels, options)
+    look = options['white_noise'] == 'auto' and options['limit'] == 'sigma_min' and not sets.data.native_sigma.any()
+    by_moments = options['limit'] == 'sigma_min' and options['method'] == 'spectral'
+    if by_moments and options['per'] == 'image':
+        raise UserError('--per=image: --method=spectral compares sets, not single images; use --per=class, or --method=classifier')
+    whole = _comparisons(sets, np.arange(len(sets.clean)), np.arange(len(sets.data))) if look or by_moments else None
+    white = spectral.only_noise(whole, levels, options['threshold']) if look else None
     if white is not None:
         found = Found(np.zeros(len(sets.data)), [_facts('all', sets, white)])
     elif options['limit'] == 'sigma_max':
         found = _details(sets, levels, options)
-    elif options['method'] == 'spectral':
-        found = _spectral(sets, levels, options)
+    elif by_moments:
+        found = _spectral(sets, whole, levels, options)
     else:
         from training.annotation.labelling import classify
         found = Found(*classify(sets, levels, options))
@@ -94,7 +100,7 @@ def _levels(sets, noise, count):
 
 def _comparisons(sets, clean_rows, rows):
     """Comparisons of these images of both sets in all bases."""
-    some = images_of(sets.clean, clean_rows[np.linspace(0, len(clean_rows) - 1, min(CHUNK, len(clean_rows))).astype(int)])
+    some = images_of(sets.clean, clean_rows[np.linspace(0, len(clean_rows) - 1, min(EXAMPLES, len(clean_rows))).astype(int)])
     bases, found = spectral.bases(some, (len(clean_rows), len(rows))), []
     for dataset, chosen, title in ((sets.clean, clean_rows, 'Reading clean images'), (sets.data, rows, 'Reading images')):
         moments, done = [spectral.Moments(basis, some[0].numel()) for basis in bases], 0
@@ -106,20 +112,11 @@ def _comparisons(sets, clean_rows, rows):
     return [spectral.Comparison(*pair) for pair in zip(*found)]
 
 
-def _white_noise(sets, levels, options):
-    """The Curve of a set that differs from the clean one by white noise alone, which it is not known to carry; otherwise None."""
-    if options['white_noise'] == 'ignore' or options['limit'] == 'sigma_max' or sets.data.native_sigma.any():
-        return None
-    whole = _comparisons(sets, np.arange(len(sets.clean)), np.arange(len(sets.data)))
-    return spectral.only_noise(whole, levels, options['threshold'])
-
-
-def _spectral(sets, levels, options):
-    if options['per'] == 'image':
-        raise UserError('--per=image: --method=spectral compares sets, not single images; use --per=class, or --method=classifier')
+def _spectral(sets, whole, levels, options):
     limits, groups = np.zeros(len(sets.data)), []
     for name, clean_rows, rows in _parts(sets, options):
-        found = spectral.curve(_comparisons(sets, clean_rows, rows), levels, options['threshold'], _carried(sets, rows))
+        compared = whole if name == 'all' else _comparisons(sets, clean_rows, rows)
+        found = spectral.curve(compared, levels, options['threshold'], _carried(sets, rows))
         limits[rows] = found.limit  # of all images first, then of classes that have enough images
         groups.append(_facts(name, sets, found, len(clean_rows), len(rows)))
     return Found(limits, groups)

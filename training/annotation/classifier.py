@@ -55,7 +55,7 @@ class Recipe(NamedTuple):
     batch: int
     lr: float
     seed: int = 0
-    device: str = 'cpu'
+    device: torch.device | str = 'cpu'
 
 
 def build(arch: str, shape: Sequence[int], seed: int, fold: int) -> HalfUNet:
@@ -120,7 +120,7 @@ def train(clean: Callable, data: Callable, rows: tuple[np.ndarray, np.ndarray], 
 
 @torch.no_grad()
 def label(net: HalfUNet, read: Callable, rows: np.ndarray, native: np.ndarray, levels: np.ndarray, *, name: str, seed: int = 0,
-          draws: int = 1, batch: int = 1024, device: str = 'cpu') -> np.ndarray:
+          draws: int = 1, batch: int = 1024, device: torch.device | str = 'cpu') -> np.ndarray:
     """Logits of P(clean) of images at all levels, float32 [n, L, draws].
 
     The noise of an image depends on seed, name and row alone. batch: noisy images that a GPU evaluates together; a CPU takes those of one

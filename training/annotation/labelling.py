@@ -4,10 +4,9 @@ it."""
 
 import numpy as np
 import scipy.special
-import torch
 
 from dnnlib import UserError
-from torch_utils import misc
+from torch_utils import distributed, misc
 from training.annotation import calibration, classifier, report, thresholds
 from training.annotation.sets import Sets
 
@@ -68,7 +67,7 @@ def _scores(sets, clean_rows, rows, levels, draws, options):
     """Held-out logits of the clean images [n, L, 1] and of the others [m, L, draws], and the area under the ROC curve [L], a mean over the
     folds."""
     seed, folds = options['seed'], options['folds']
-    device = options['device'] or ('cuda' if torch.cuda.is_available() else 'cpu')
+    device = distributed.pick_device(options['device'])
     recipe = classifier.Recipe(options['arch'], options['kimg'], options['batch'], options['lr'], seed, device)
     readers = classifier.reader(sets.clean), classifier.reader(sets.data)
     fold_clean, fold_data = (_fold_of(len(dataset), folds, seed, name) for dataset, name in ((sets.clean, 'clean'), (sets.data, 'data')))

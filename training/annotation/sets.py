@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The two data sets of an annotation: clean images, and imperfect ones of the same form."""
 
+import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -13,7 +14,8 @@ from dnnlib.cpus import cpu_count
 from dnnlib.progress import Progress
 from training.data.dataset import ImageDataset
 
-CHUNK = 512  # images that are held decoded at a time
+CHUNK, NUMBERS = 512, 2 ** 24  # images, and numbers in them, that are held decoded at a time
+LEAST = 20  # images of a set
 
 
 class Sets(NamedTuple):
@@ -32,8 +34,8 @@ def open_sets(clean: str, data: str) -> Sets:
     for option, dataset in opened.items():
         if dataset.stored_shape != dataset.image_shape:
             raise UserError(f'{option}={dataset.path}: holds distributions of latents; annotate the pictures, then encode them')
-        if len(dataset) < 2:
-            raise UserError(f'{option}={dataset.path}: holds {len(dataset)} image; two sets are compared by many of each')
+        if len(dataset) < LEAST:
+            raise UserError(f'{option}={dataset.path}: holds {len(dataset)} images; sets are compared by {LEAST} of each or more')
     if first.image_shape != second.image_shape:
         told = ['x'.join(map(str, dataset.image_shape)) for dataset in (first, second)]
         raise UserError(f'--data={data}: its images are {told[1]}, those of --clean={clean} are {told[0]}; give both one '
@@ -61,9 +63,10 @@ def images_of(dataset: ImageDataset, rows: np.ndarray, pool: ThreadPoolExecutor 
 
 def in_chunks(dataset: ImageDataset, rows: np.ndarray, title: str) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
     """(rows [n], their images [n,C,H,W]) for all rows in their order, with a progress bar; images are decoded in threads."""
+    size = max(1, min(CHUNK, NUMBERS // math.prod(dataset.image_shape)))
     with ThreadPoolExecutor(cpu_count()) as pool, Progress(len(rows), title) as bar:
-        for start in range(0, len(rows), CHUNK):
-            part = rows[start:start + CHUNK]
+        for start in range(0, len(rows), size):
+            part = rows[start:start + size]
             yield part, images_of(dataset, part, pool)
             bar.update(len(part))
 

@@ -56,7 +56,8 @@ def arithmetic(config: Config, o: EasyDict) -> str:
     """One line: how the network is computed, and which options chose that."""
     run = config.run
     layout = sharding.channels_last(run, distributed.device())
-    words = [f'Precision {run.precision}', 'compiled' if run.compile else '', 'channels-last' if layout else '', 'blocks computed again' if run.checkpointing else '']
+    words = [f'Precision {run.precision}', 'compiled' if run.compile else '', 'channels-last' if layout else '',
+             'blocks computed again' if run.checkpointing else '']
     by = [option for option, value in (('--precision=auto', '' if o.fp16 else o.precision), ('--compile=auto', o.compile_net))
           if value == 'auto']
     exact = '' if (run.precision, run.compile) == ('fp32', False) else '--precision=fp32 --compile=0 gives the exact published arithmetic'

@@ -31,13 +31,13 @@ def limit(clean, data, levels):
 
 
 @pytest.mark.parametrize('kimg, arch, tolerance', [
-    (12, SMALL, 0.6), pytest.param(200, 'half_unet:cbase=16,cres=1|2,blocks=1,attn=4,dropout=0', 0.3, marks=pytest.mark.slow)])
+    (12, SMALL, 0.6), pytest.param(80, 'half_unet:cbase=16,cres=1|2,blocks=1,attn=4,dropout=0', 0.3, marks=pytest.mark.slow)])
 def test_gaussian_fields(kimg, arch, tolerance):
     p, f = fields.power(8)
     q = p * np.exp(-np.square(f / CUT))
     levels = np.geomspace(0.1, 6, 12)
-    count = 800 if kimg < 100 else 4000
-    clean, data = run(fields.fields(count, p), fields.fields(count, q, 1), kimg, levels, arch, lr=1e-2 if kimg < 100 else 4e-3)
+    count = 800 if kimg < 50 else 3000
+    clean, data = run(fields.fields(count, p), fields.fields(count, q, 1), kimg, levels, arch, lr=1e-2 if kimg < 50 else 4e-3)
     areas = calibration.area(clean[..., 0], data[..., 0])
     best = np.array([fields.best_area(p, q, sigma) for sigma in levels])
     weak = np.array([fields.kl(p, q, sigma) < 1 for sigma in levels])

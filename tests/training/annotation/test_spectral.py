@@ -13,7 +13,7 @@ from training.annotation import spectral
 CLEAN = 90  # a tenth of the first half of the digits
 
 
-@pytest.mark.parametrize('side, seed', [(8, 0), (8, 1), (24, 0)])  # 64 numbers: whole covariances; 576: cosines alone
+@pytest.mark.parametrize('side, seed', [(8, 0), (24, 0)])  # 64 numbers: whole covariances; 576: cosines alone
 @pytest.mark.parametrize('cut', [2.0, 5.0])
 def test_gaussian_fields_have_the_limit_of_theory(side, seed, cut):
     p, f = fields.power(side)
