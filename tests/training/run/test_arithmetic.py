@@ -139,5 +139,5 @@ def test_why_fp16_needs_a_large_first_scale():
     assert lost(fresh, 1) > 0.8 > lost(fresh, FP16_SCALE)
     optimizer.step()
     later = activation_gradients(net, batch)
-    assert lost(later, 1) > 0.2 and lost(later, FP16_SCALE) < 1e-3
+    assert lost(later, 1) > 0.15 and lost(later, FP16_SCALE) < 1e-3
     assert (FP16_SCALE * torch.cat([fresh, later])).half().isfinite().all()
