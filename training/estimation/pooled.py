@@ -5,7 +5,10 @@ G. Chen, F. Zhu, P. A. Heng, "An efficient statistical method for image noise le
 drop the largest eigenvalues until as many of the rest lie above their mean as below; that mean is the variance. With few patches it may
 come out low, because the least eigenvalues of a sample are too small. The variance of other patches along the eigenvectors of the lower
 half of these comes out high, because texture leaks into the directions: half of the difference belongs to the uncertainty. Images are added
-in batches, and only covariances are kept."""
+in batches, and only covariances are kept.
+
+No direction and no position has less variance than the noise. So the level is at most that of the least ones, chosen on other patches, and
+SURE standard errors: in small images whose border hardly varies the eigenvalues alone come out high."""
 
 from typing import NamedTuple
 
@@ -22,6 +25,7 @@ ROUNDS = 6          # of the correction for clipping, at most
 MOST = 2 ** 23      # patches; of more, fewer are taken per image
 HISTOGRAM = 2 ** 16  # patches whose values are counted
 SLACK, EXCESS, FEWEST = 0.9, 1.15, 4  # in the choice of the eigenvalues that are noise: of the lowest quarter, the largest, their number
+SURE = 2.0          # standard errors added to the variance of the least directions, which bounds the level
 UNEVEN = 0.9        # lowest quarter of the eigenvalues over all, as levels, below which there is no common level
 FLOOR = 0.01        # what clean photographs of 32x32 read, at most (docs/noise.md)
 
@@ -110,15 +114,21 @@ class PatchCovariances:
         total = np.tensordot(self._counts, covariances, 1)
         everything = self._counts.sum()
         chen, directions = balanced(np.linalg.eigvalsh(total / everything), everything)
-        crossed, even = [], []
+        crossed, even, least = [], [], []
         for count, one in zip(self._counts, covariances):
-            values, vectors = np.linalg.eigh((total - count * one) / (everything - count))
+            others = (total - count * one) / (everything - count)
+            values, vectors = np.linalg.eigh(others)
             number = balanced(values, everything - count)[1]
-            along = np.einsum('ik,ik->k', vectors, one @ vectors)[:number]
+            along = np.einsum('ik,ik->k', vectors, one @ vectors)
+            least.append((along, one.diagonal()[np.argsort(others.diagonal())]))
+            along = along[:number]
             crossed.append(along[:-(-number // 2)].mean())
             even.append((along[:-(-number // 4)].mean(), along.mean()))
-        least, all_of = np.mean(even, 0)
-        return Spread(max(chen, 0.0), max(float(np.mean(crossed)), 0.0), directions, float(np.sqrt(max(least, 0) / max(all_of, 1e-12))))
+        number = np.arange(1, self.size + 1)
+        most = np.cumsum(np.mean(least, 0), axis=1) / number * (1 + SURE * np.sqrt(2 / (everything * number)))
+        quarter, all_of = np.mean(even, 0)
+        return Spread(max(min(chen, float(most[:, 1:].min())), 0.0), max(float(np.mean(crossed)), 0.0), directions,
+                      float(np.sqrt(max(quarter, 0) / max(all_of, 1e-12))))
 
 
 def _level(spread):
