@@ -40,7 +40,8 @@ class HalfUNet(SongUNet):
 
     def forward(self, x: torch.Tensor, noise_labels: torch.Tensor) -> torch.Tensor:
         emb = F.silu(self.map_layer1(F.silu(self.map_layer0(self.map_noise(noise_labels)))))
-        return self.logit(self._encode(x, emb)[-1].mean([2, 3]))[:, 0]
+        x, dtype = self.enter(x)
+        return self.logit(self._encode(x, emb, dtype)[-1].mean([2, 3]))[:, 0]
 
 
 ENCODERS = {'half_unet': Arch(HalfUNet)}

@@ -127,7 +127,10 @@ class PatchCovariances:
         number = np.arange(1, self.size + 1)
         most = np.cumsum(np.mean(least, 0), axis=1) / number * (1 + SURE * np.sqrt(2 / (everything * number)))
         quarter, all_of = np.mean(even, 0)
-        return Spread(max(min(chen, float(most[:, 1:].min())), 0.0), max(float(np.mean(crossed)), 0.0), directions,
+        bound = float(most[:, 1:].min())
+        if chen / 2 < bound < chen:  # far below lies another part of the images, such as a border that was added
+            chen = bound
+        return Spread(max(chen, 0.0), max(float(np.mean(crossed)), 0.0), directions,
                       float(np.sqrt(max(quarter, 0) / max(all_of, 1e-12))))
 
 

@@ -47,5 +47,5 @@ def test_bfloat16_ends_in_the_band_of_float32():
     exact = torch.tensor([held_out_loss(digits, seed, torch.float32) for seed in range(3)])
     rough = torch.tensor([held_out_loss(digits, seed, torch.bfloat16) for seed in range(3)])
     print('float32', exact.tolist(), 'bfloat16', rough.tolist())
-    assert exact.min() < 0.5 and (rough - exact.mean()).abs().max() < 3 * exact.std()
+    assert exact.max() < 0.6 and (rough - exact.mean()).abs().max() < 3 * exact.std()
     assert (rough.mean() - exact.mean()).abs() < 2 * exact.std()

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from tests.support.fields import smooth
-from training.data.convert.rewriting import put_tables
+from training.data.convert.rewrite import replace_levels
 from training.data.convert.writers import ArchiveWriter, encode_png
 from training.data.dataset import ImageDataset
 from training.run.levels import warning
@@ -22,7 +22,8 @@ def data(tmp_path):
         out.write_json('dataset.json', {'labels': None})
 
     def state(levels):
-        put_tables(str(tmp_path / 'a.zip'), {'sigmas': [float(one) for one in levels]}, {})
+        path = str(tmp_path / 'a.zip')
+        replace_levels(path, path, {'sigmas': [float(one) for one in levels]}, [f'{index:04}.png' for index in range(128)])
         return warning(ImageDataset(tmp_path / 'a.zip'))
     return level, state
 

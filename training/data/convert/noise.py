@@ -17,7 +17,7 @@ from dnnlib.progress import Progress
 from training.data import tables
 from training.data.convert.annotations import match, read_table
 from training.data.convert.noise_report import Found, as_json, lines, record_of
-from training.data.convert.rewriting import put_tables
+from training.data.convert.rewrite import replace_levels
 from training.data.dataset import ImageDataset
 from training.estimation import clipping, single, spectral, whiteness
 from training.estimation.estimate import Estimate
@@ -61,7 +61,8 @@ def noise(options: dict) -> list[str]:
         draw(options['plot'], found)
     told = [json.dumps(as_json(found), indent=2)] if options['json'] else lines(found)
     if options['write']:
-        put_tables(data.path, {'sigmas': stored(found)}, {'noise': record_of(found)})
+        names = [data.image_name(row) for row in data.raw_idx]
+        replace_levels(data.path, data.path, {'sigmas': stored(found)}, names, {'noise': record_of(found)})
         if not options['json']:
             told.append(f'{data.path}: sigmas of {len(data)} images written')
     return told

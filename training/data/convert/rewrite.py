@@ -31,11 +31,13 @@ def check_place(source: str, dest: str, option: str = '--source') -> None:
         raise UserError(f'--dest={dest}: exists; name another, or leave --dest out to change {option}')
 
 
-def replace_levels(source: str, dest: str, columns: dict[str, list[float | None] | None], names: list[str]) -> None:
+def replace_levels(source: str, dest: str, columns: dict[str, list[float | None] | None], names: list[str],
+                   record: dict | None = None) -> None:
     """Writes the data set `source` to `dest`, which may be the same, with these tables of numbers per image in place of its own.
 
     columns: {sigmas, sigma_min or sigma_max: values in the order of the images and in the units of dataset.json, None for no limit; or
-    None, which removes the table}. names: the images of pictures, in order. Nothing is changed if it fails."""
+    None, which removes the table}. names: the images of pictures, in order. record: further entries of dataset.json. Nothing is changed
+    if it fails."""
     if packed.is_packed(source):
         with packed_copy(source, dest) as folder:
             for key, values in columns.items():
@@ -45,8 +47,9 @@ def replace_levels(source: str, dest: str, columns: dict[str, list[float | None]
                 if values is not None:
                     absent = np.inf if key == 'sigma_max' else 0.0
                     np.save(path, np.float64([absent if value is None else value for value in values]), allow_pickle=False)
+            update_meta(folder, record or {})
         return
-    meta = Archive(source).read_json(META)
+    meta = {**Archive(source).read_json(META), **(record or {})}
     for key, values in columns.items():
         meta.pop(key, None)
         if values is not None:
@@ -83,24 +86,23 @@ def packed_copy(source: str, dest: str) -> Iterator[str]:
         with new_folder(dest, over='anything' if here else 'empty') as part:
             shutil.copytree(source, part, copy_function=_link, dirs_exist_ok=True)
             yield part
-            _drop_source(part)
         return
     folder, name = os.path.split(os.path.abspath(dest))
     with tempfile.TemporaryDirectory(prefix=f'.{name}-', dir=folder) as part:
         with zipfile.ZipFile(source) as old:
             old.extractall(part, [name for name in old.namelist() if name in packed.FILES])
         yield part
-        _drop_source(part)
         packed.zip_folder(part, dest)
 
 
-def _drop_source(folder):
-    """Removes the fingerprint of the data that a packed set was decoded from, which no longer has its annotations."""
+def update_meta(folder: str, record: dict[str, Any]) -> None:
+    """Puts entries into the dataset.json of a packed_copy, and takes out the fingerprint of the data that it was decoded from, which do not
+    have its annotations."""
     path = os.path.join(folder, META)
     with open(path, encoding='utf-8') as file:
-        meta: dict[str, Any] = json.load(file)
-    if meta.pop('source', None):
-        write_json(path, meta)
+        meta = json.load(file)
+    os.unlink(path)  # a linked file must not be written to
+    write_json(path, {**{key: value for key, value in meta.items() if key != 'source'}, **record})
 
 
 def _link(old, new):
