@@ -123,7 +123,7 @@ def parts(gpus: int) -> list[Part]:
                                      str(ROOT / 'train.py'), f'--outdir={name}', *ranks]
     step = ['--steps=4', '--warmup=1', '--repeats=3', '--device=cuda']
     return [
-        Part('commands', 150, commands_of_readme(gpus)),
+        Part('commands', 150 if gpus else 500, commands_of_readme(gpus)),
         Part('tests', 60, [['-m', 'pytest', '-m', 'gpu', '-q', '-rs', '-p', 'no:cacheprovider', f'--rootdir={ROOT}', '-c',
                             str(ROOT / 'pyproject.toml'), *(str(ROOT / path) for path in gpu_tests())]], 1),
         Part('parity', 90, [benchmark('gpu_parity.py', '--json=parity.json')], 0, parity_goals),
