@@ -243,6 +243,8 @@ def noise_methods(ctx: click.Context, param: click.Parameter, value: str) -> str
 
 NOISE = group(
     'Noise levels',
+    click.option('--law', type=click.Choice(['gaussian', 'rician']), metavar='gaussian|rician', default='gaussian', show_default=True,
+                 help='rician: magnitude images, whose sigma is measured in their background'),
     click.option('--method', metavar='NAME', default='auto', show_default=True, callback=noise_methods,
                  help='pooled (images that share a level); immerkaer, mad or weak (single images); spectral, pairs or dark (with the '
                  'option of that purpose); auto: what fits the other options'),

@@ -47,7 +47,7 @@ def graphs(monkeypatch):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     found, compiled = Graphs(), torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, 'compile', lambda self, **options: compiled(self, backend=found, **options))
+    monkeypatch.setattr(torch.nn.Module, 'compile', lambda self, options, **more: compiled(self, backend=found, **more))
     with torch._dynamo.config.patch(optimize_ddp=True, recompile_limit=8):
         yield found
     torch._dynamo.reset()
@@ -216,7 +216,7 @@ from tests.training.run.test_step import SMALL, Graphs, gradients
 from torch_utils import distributed
 graphs, compiled = Graphs(), torch.nn.Module.compile
 graphs.backend = 'aot_eager'
-torch.nn.Module.compile = lambda self, **options: compiled(self, backend=graphs, **options)
+torch.nn.Module.compile = lambda self, options, **more: compiled(self, backend=graphs, **more)
 folder = Path(sys.argv[2])
 torch.set_num_threads(1)
 distributed.init()

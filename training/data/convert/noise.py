@@ -19,7 +19,7 @@ from training.data.convert.annotations import match, read_table
 from training.data.convert.noise_report import Found, as_json, lines, record_of
 from training.data.convert.rewrite import replace_levels
 from training.data.dataset import ImageDataset
-from training.estimation import clipping, single, spectral, whiteness
+from training.estimation import clipping, rician, single, spectral, whiteness
 from training.estimation.estimate import Estimate
 from training.estimation.pooled import PatchCovariances
 from training.estimation.signal_dependent import fit_poisson_gaussian
@@ -43,6 +43,8 @@ class Sets(NamedTuple):
 
 def noise(options: dict) -> list[str]:
     """Measures, plots and writes for the options of the command line, a dict; returns lines to print. Raises UserError."""
+    if options['law'] == 'rician':
+        return magnitudes(options)
     sets = open_sets(options)
     data = sets.data
     if options['write'] and data.contents.has('sigmas') and not options['overwrite']:
@@ -66,6 +68,24 @@ def noise(options: dict) -> list[str]:
         if not options['json']:
             told.append(f'{data.path}: sigmas of {len(data)} images written')
     return told
+
+
+def magnitudes(options: dict) -> list[str]:
+    """Lines about the Rician noise of magnitude images, from their background. Raises UserError."""
+    unused = next((key for key in ('method', 'group', 'clean', 'pairs', 'dark', 'plot', 'write')
+                   if options[key] not in ('auto', 'set', None, False)), None)
+    if unused:
+        raise UserError(f'--law=rician measures one sigma in the background of all images, and has no use for --{unused}; leave it out')
+    data = open_set(options['data'], options['data'])
+    chosen = data.raw_idx[np.linspace(0, len(data) - 1, min(len(data), EXAMINED)).astype(int)]
+    images = np.stack([data.decode(index) for index in chosen]).astype(np.float64)
+    if images.min() < 0:
+        raise UserError(f'{data.path}: has values below 0, down to {images.min():.4g}; magnitudes are 0 or more')
+    if not options['json']:
+        return rician.lines(images)
+    found = rician.background(images)
+    told = {'data': data.path, 'law': 'rician', 'images': len(images), **(found._asdict() if found else {'sigma': None})}
+    return [json.dumps(told, indent=2)]
 
 
 def open_sets(options: dict) -> Sets:

@@ -15,7 +15,7 @@ from training.data.convert.noise import noise
 from training.data.convert.writers import ArchiveWriter, PackedWriter, encode_npy, encode_png
 from training.data.dataset import ImageDataset
 
-OPTIONS = {'method': 'auto', 'group': 'set', **dict.fromkeys(('clean', 'pairs', 'dark', 'plot', 'json', 'write', 'overwrite'))}
+OPTIONS = {'law': 'gaussian', 'method': 'auto', 'group': 'set', **dict.fromkeys(('clean', 'pairs', 'dark', 'plot', 'json', 'write', 'overwrite'))}
 CONVERT = {**dict.fromkeys(('split', 'layout', 'max_images', 'part', 'resolution', 'transform', 'tile', 'channels', 'units', 'labels',
                             'captions', 'sigma_min', 'sigma_max', 'stabilise')),
            'sample': 'first', 'on_bad': 'fail', 'overlap': 0, 'packed': False, 'sheet': 'none', 'workers': 1, 'sigmas': 'auto'}
@@ -191,3 +191,17 @@ def test_sigmas_auto_of_jpeg_warns(tmp_path, capsys):
         Image.fromarray(np.rint((image.clip(-1, 1) + 1) * 127.5).astype(np.uint8).transpose(1, 2, 0)).save(tmp_path / f'jpeg/{index}.jpg')
     automatic(str(tmp_path / 'jpeg'), tmp_path / 'b.zip')
     assert f'{COUNT} images are JPEG' in capsys.readouterr().err
+
+
+def test_magnitude_images_are_measured_in_their_background(tmp_path):
+    rng, places = np.random.default_rng(0), np.mgrid[:48, :48] / 24 - 1
+    amplitude = np.where((places ** 2).sum(0) < 0.5, 80.0, 0.0)
+    images = np.hypot(amplitude + 4 * rng.standard_normal((12, 1, 48, 48)), 4 * rng.standard_normal((12, 1, 48, 48)))
+    path = put(tmp_path / 'a.zip', images / 50 - 2, as_float=True)  # stored as they are
+    told = run(path, law='rician')
+    assert told['sigma'] == pytest.approx(4, rel=0.03) and told['images'] == 12
+    assert 'sigma       ' in noise({**OPTIONS, 'data': path, 'law': 'rician'})[0]
+    with pytest.raises(UserError, match='--law=rician measures one sigma .* no use for --group; leave it out'):
+        run(path, law='rician', group='class')
+    with pytest.raises(UserError, match='has values below 0, down to -'):
+        run(put(tmp_path / 'b.zip', images / 50 - 3, as_float=True), law='rician')
