@@ -82,6 +82,7 @@ def prepare(folder, page):
     if page == 'counts.md':
         for name in ('counts', 'clean', 'test'):
             np.save(folder / f'{name}.npy', stand_ins.RNG.poisson(20, (4, 16, 16)))
+        stand_ins.write_zip(folder / 'magnitudes.zip', 16, 16, channels=1)
     discrete = ['--precond=iddpm', '--objective=hybrid', '--diffusion=cosine:steps=8'] if page == 'improved_ddpm.md' else []
     for name in ('00000-mix', '00001-edm'):
         args = [f'--outdir=runs/{name}', '--nosubdir', '--data=cifar.zip', '--power-ema=0.05,0.1', *discrete]

@@ -100,7 +100,7 @@ class CompiledStep:
         told, self._told = self._told, True
         for size, due in missing:
             # Without the compiler first: what pieces make once and keep, such as tables on the device, would be made in every graph.
-            with torch.no_grad(), misc.seeded('rehearsal', device=scale.device):
+            with torch.no_grad(), misc.seeded('rehearsal', device=scale.device), torch.compiler.set_stance('force_eager'):
                 self.step.forward(*samples[size], scale, due)
             self._compile(lambda part=samples[size], due=due: backward(*part, due))
         self._told = told
