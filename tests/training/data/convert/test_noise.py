@@ -15,7 +15,8 @@ from training.data.convert.noise import noise
 from training.data.convert.writers import ArchiveWriter, PackedWriter, encode_npy, encode_png
 from training.data.dataset import ImageDataset
 
-OPTIONS = {'law': 'gaussian', 'method': 'auto', 'group': 'set', **dict.fromkeys(('clean', 'pairs', 'dark', 'plot', 'json', 'write', 'overwrite'))}
+OPTIONS = {'law': 'gaussian', 'method': 'auto', 'group': 'set',
+           **dict.fromkeys(('clean', 'pairs', 'dark', 'plot', 'json', 'write', 'overwrite'))}
 CONVERT = {**dict.fromkeys(('split', 'layout', 'max_images', 'part', 'resolution', 'transform', 'tile', 'channels', 'units', 'labels',
                             'captions', 'sigma_min', 'sigma_max', 'stabilise')),
            'sample': 'first', 'on_bad': 'fail', 'overlap': 0, 'packed': False, 'sheet': 'none', 'workers': 1, 'sigmas': 'auto'}
