@@ -118,7 +118,8 @@ def spectra(images):
 def speed(images):
     """Print seconds and memory of dataset_tool.py noise on sets of 1/4 of the images and of all."""
     from training.data.convert.noise import noise
-    options = dict.fromkeys(('clean', 'pairs', 'dark', 'plot', 'json', 'write', 'overwrite')) | {'method': 'auto', 'group': 'set'}
+    options = dict.fromkeys(('clean', 'pairs', 'dark', 'plot', 'json', 'write', 'overwrite'))
+    options |= {'law': 'gaussian', 'method': 'auto', 'group': 'set'}
     print('| images | seconds | CPU seconds | MiB of memory at most, beyond the start | level |\n|-|-|-|-|-|')
     with tempfile.TemporaryDirectory() as folder:
         for count in (images // 4, images):

@@ -26,6 +26,7 @@ def perform(tmp_path):
     return call
 
 
+@pytest.mark.slow
 def test_a_part_that_hangs_is_ended(perform, tmp_path):
     """With what it has started, too."""
     child = "import subprocess, sys, time; print(subprocess.Popen(['sleep', '60']).pid, flush=True); time.sleep(60)"

@@ -7,6 +7,7 @@ from benchmarks import processes
 from dnnlib import UserError
 
 
+@pytest.mark.slow
 def test_commands_run_in_the_current_folder(tmp_path, monkeypatch):
     """One after another, the program's own and not what lies there under their names; the error is that of the second."""
     monkeypatch.chdir(tmp_path)

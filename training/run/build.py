@@ -30,8 +30,9 @@ from training.objective.penalty import PENALTIES
 from training.objective.timesteps import TIMESTEPS
 from training.objective.weighting import WEIGHTS
 from training.run import alarms, levels, validation
-from training.run.config import Config, CorruptionConfig, LabelConfig, NetworkConfig, ObjectiveConfig, OptimizerConfig
+from training.run.config import Config, CorruptionConfig, LabelConfig, NetworkConfig, ObjectiveConfig, OptimizerConfig, RunConfig
 from training.run.optimizer import OPTIMIZERS
+from training.run.unsharded import Unsharded, wanted
 from training.sampling.labels import drawn
 
 POSITIONS = ('pos_embed', 'relative_position_bias_table', 'relative_position_index')  # ends of names of tensors that belong to a grid
@@ -104,6 +105,16 @@ def build_optimizer(config: OptimizerConfig, params: Iterable[torch.nn.Parameter
     if not all(group.get('fused') for group in made.param_groups):
         raise UserError(f'--optimizer={config.kind}: it must be created with fused=True, so that updates with bad gradients can be skipped')
     return made
+
+
+def build_sharding(run: RunConfig, net: torch.nn.Module, device: torch.device) -> Unsharded:
+    """What --shard asks for; where weights are divided, the network, which is in host memory, is divided and moved to the device."""
+    if not wanted(run):
+        if run.shard:
+            distributed.print0('--shard: one rank has nothing to divide')
+        return Unsharded()
+    from training.run.sharding import Sharding
+    return Sharding(net, device)
 
 
 def build_averages(config: OptimizerConfig, net: torch.nn.Module, copy: Callable = copy.deepcopy) -> dict:

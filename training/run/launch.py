@@ -14,7 +14,7 @@ import torch
 from dnnlib import EasyDict, Logger, UserError, format_time
 from torch_utils import checkpoint, distributed, registry
 from training.networks.preconditioning import build_network
-from training.run import folder, memory, sharding, states
+from training.run import folder, memory, states, unsharded
 from training.run.build import build_objective
 from training.run.config import Config, from_json, to_json
 from training.run.configure import configure
@@ -55,7 +55,7 @@ def print_config(config: Config, o: EasyDict) -> None:
 def arithmetic(config: Config, o: EasyDict) -> str:
     """One line: how the network is computed, and which options chose that."""
     run = config.run
-    layout = sharding.channels_last(run, distributed.device())
+    layout = unsharded.channels_last(run, distributed.device())
     words = [f'Precision {run.precision}', 'compiled' if run.compile else '', 'channels-last' if layout else '',
              'blocks computed again' if run.checkpointing else '']
     by = [option for option, value in (('--precision=auto', '' if o.fp16 else o.precision), ('--compile=auto', o.compile_net))

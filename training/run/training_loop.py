@@ -20,8 +20,8 @@ from training.data.augment import AugmentPipe
 from training.data.batches import micro_batches
 from training.networks.interface import COMPILE_OPTIONS, match_layout
 from training.networks.rows import attach_row_draws
-from training.run import alarms, distill, gradients, schema, sharding
-from training.run.build import build_averages, build_net, build_objective, build_optimizer, load_data, transfer_weights
+from training.run import alarms, distill, gradients, schema, unsharded
+from training.run.build import build_averages, build_net, build_objective, build_optimizer, build_sharding, load_data, transfer_weights
 from training.run.config import Config, to_json
 from training.run.folder import RunFolder, cannot_write, stop_if_orphan
 from training.run.metrics import PeriodicMetrics, output_of
@@ -72,12 +72,12 @@ class Run:
 
     def _setup_network(self, resuming):
         config = self.config
-        place = 'cpu' if sharding.wanted(config.run) else self.device
+        place = 'cpu' if unsharded.wanted(config.run) else self.device
         self.net = build_net(config.network, place, seed=config.run.seed, precision=config.run.precision)
         teacher = distill.open_for(config, self.net)
         if config.network.transfer and not resuming:
             transfer_weights(config.network.transfer, self.net)
-        if sharding.channels_last(config.run, self.device):
+        if unsharded.channels_last(config.run, self.device):
             self.net.model.set_channels_last()
         self.net.model.checkpointing = config.run.checkpointing
         self.row_draws = attach_row_draws(self.net)
@@ -92,7 +92,7 @@ class Run:
 
     def _setup_step(self):
         step = TrainStep(self.net, self.objective, self.augment, self.quartiles, self.rank_batch)
-        self.sharding = sharding.choose(self.config.run, self.net, self.device)
+        self.sharding = build_sharding(self.config.run, self.net, self.device)
         whole = self.config.run.compile and not self.sharding.divides
         self.compiled = CompiledStep(step, self.config.run.batch_gpu, options=COMPILE_OPTIONS) if whole else None
         if self.config.run.compile and self.sharding.divides:

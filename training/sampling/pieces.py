@@ -110,7 +110,7 @@ def prepare_network(net: torch.nn.Module, device: torch.device, precision: str, 
         # Only the network: the preconditioning around it is cheap and in float32, and some samplers call outputs().
         net.replays = device.type == 'cuda' and batch is not None and batch * math.prod(resolution(net)) <= SMALL_BATCH
         net.model.compile(dynamic=False, options=COMPILE_OPTIONS | ({'triton.cudagraphs': True} if net.replays else {}))
-    net.model.hold_weights(net.model.inner_dtype(torch.empty(0, device=device)))
+    net.model.hold_weights(net.model.inner_dtype(next(net.model.parameters())))
     return net
 
 

@@ -33,7 +33,7 @@ def test_a_colour_cast_and_a_difference_of_means_are_seen():
     assert fields.limit(clean, data) == 0
 
 
-@pytest.mark.parametrize('clean, tolerance', [(898, 0.07), (CLEAN, 0.3)])
+@pytest.mark.parametrize('clean, tolerance', [pytest.param(898, 0.07, marks=pytest.mark.slow), (CLEAN, 0.3)])
 def test_digits_are_monotone_in_the_blur_also_from_few_clean_ones(clean, tolerance):
     images = fields.digits()
     data = images[898:] if clean == 898 else images[CLEAN:898]

@@ -62,7 +62,7 @@ def test_all_ranks_decide_alike(gpu, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('capability, flags, line', [
-    ((9, 0), [], 'Precision bf16, compiled (chosen by --precision=auto and --compile=auto; '
+    ((9, 0), [], 'Precision bf16, compiled, channels-last (chosen by --precision=auto and --compile=auto; '
      '--precision=fp32 --compile=0 gives the exact published arithmetic)'),
     ((9, 0), ['--precision=fp32', '--compile=0'], 'Precision fp32'),
     (None, [], 'Precision fp32 (chosen by --precision=auto and --compile=auto)')])

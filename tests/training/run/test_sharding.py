@@ -86,6 +86,7 @@ TRAIN = ['--augment=0.5', '--dropout=0.2', '--val=0.2', '--threads=1', '--expr-i
          '--resume=latest', '--keep-states=1', '--seed=5', '--samples=1']
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_and_without(tmp_path, capsys):
     """Two ranks with --shard, then one rank, which has nothing to divide; snapshots are those of the average."""
     data = tiny.make_zip(tmp_path / 'data.zip')

@@ -41,6 +41,7 @@ def test_what_waits_is_found(tmp_path):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
 @pytest.mark.parametrize('flags', [[], ['--compile=1']])
 def test_no_step_waits_for_a_gpu(tmp_path, flags):
     config, folder = tiny.options(tmp_path, *CASES['plain'], *flags), RunFolder(str(tmp_path), fractional=True)
