@@ -61,8 +61,8 @@ def test_pooled_digits():
 
 
 def test_pooled_digits_with_much_noise():
-    """The eigenvalues alone read 9 % too much in these draws, and the pixels that never vary bound the level; but not where a border without
-    noise was added to noisy images."""
+    """The eigenvalues alone read 9 % too much in these draws, and the pixels that never vary bound the level; but not where a border
+    without noise was added to noisy images."""
     digits = pytest.importorskip('sklearn.datasets').load_digits().images[:, None] / 8 - 1
     assert np.mean([pooled(eight_bits(noise(digits, 0.4, seed))).sigma for seed in (6, 10, 11)]) == pytest.approx(0.4, rel=0.03)
     framed = noise(0 * digits, 0.2)
