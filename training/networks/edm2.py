@@ -134,8 +134,9 @@ class Block(nn.Module):
 
     def _attend(self, x):
         # The published layout of the 3C channels is (head, channel within the head, one of query, key, value).
-        qkv = normalize(self.attn_qkv(x).unflatten(1, (self.num_heads, -1, 3)).flatten(4), 2)  # [N, heads, d, 3, H*W]
-        query, key, value = qkv.permute(3, 0, 1, 4, 2).contiguous().unbind(0)  # [N, heads, H*W, d] each, as fast kernels want it
+        qkv = self.attn_qkv(x).permute(0, 2, 3, 1).flatten(1, 2).unflatten(2, (self.num_heads, -1, 3))  # [N, H*W, heads, d, 3]
+        # [N, heads, H*W, d] each, with d innermost in memory, as fast kernels want it, and the heads next to it, for channels-last images.
+        query, key, value = (part.transpose(1, 2) for part in normalize(qkv, 3).movedim(4, 0).contiguous().unbind(0))
         return self.attn_proj(F.scaled_dot_product_attention(query, key, value).transpose(2, 3).reshape(x.shape))
 
 

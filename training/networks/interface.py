@@ -65,8 +65,7 @@ class Network(nn.Module):
 
     def enter(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.dtype]:
         """(images as the first layer takes them, inner_dtype)."""
-        dtype, x = self.inner_dtype(x), x.to(at_least_float32(x.dtype))
-        return x.contiguous(memory_format=torch.channels_last) if self.channels_last else x, dtype
+        return x.to(at_least_float32(x.dtype)), self.inner_dtype(x)
 
     def set_channels_last(self, on: bool = True) -> None:
         """Lays weights of convolutions, and images within the network, out in memory as [N,H,W,C], which the fast convolutions of GPUs in

@@ -98,6 +98,8 @@ class Precond(nn.Module):
         if self.training and self.row_draws is not None:
             self.row_draws.next_call()
         x = x.float()
+        if self.model.channels_last:  # here, so that the result, and with it its gradient, lies in memory as the network wants it
+            x = x.contiguous(memory_format=torch.channels_last)
         sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).reshape(-1, 1, 1, 1)
         c_skip, c_out, c_in, c_noise = self.coefficients(sigma)
         if self.model.takes_levels:

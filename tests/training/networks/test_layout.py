@@ -183,10 +183,11 @@ def convolutions(graphs):
 
 
 def check_strides(graphs, least):
-    """Every tensor of a convolution lies channels-last, weights and gradients as well."""
+    """Every tensor of a convolution lies channels-last, weights and gradients as well; the filter that resamples, one for all channels, has
+    no order of channels."""
     found = list(convolutions(graphs))
     wrong = [(name, value.shape, value.stride()) for name, values in found for value in values
-             if not value.is_contiguous(memory_format=torch.channels_last)]
+             if not value.is_contiguous(memory_format=torch.channels_last) and value.stride(0) != 0]
     assert len(found) >= least and not wrong, wrong
 
 
@@ -196,10 +197,16 @@ def captured(model, *inputs):
 
 
 def casts_of_parameters(graph):
-    """{parameter: how many casts} of the joint graph."""
-    weights = [node for node in graph.nodes if node.op == 'placeholder' and 'primals' in node.name]
-    return {node.name: sum(kind_of(user) in (torch.ops.prims.convert_element_type, aten._to_copy) for user in node.users)
-            for node in weights}
+    """{parameter: how many casts} of a graph: of itself, or of a tensor of its shape made of it alone, as EDM2's normalised weights are."""
+    source, counts = {}, {}
+    for node in graph.nodes:
+        if node.op == 'placeholder' and 'primals' in node.name:
+            source[node], counts[node] = node, 0
+        elif node.op == 'call_function' and len(found := {source.get(one) for one in node.all_input_nodes}) == 1 and None not in found:
+            source[node] = (weight := found.pop())
+            cast = kind_of(node) in (torch.ops.prims.convert_element_type, aten._to_copy)
+            counts[weight] += cast and node.meta['val'].shape == weight.meta['val'].shape and weight.meta['val'].dtype == torch.float32
+    return counts
 
 
 def check_casts(graphs, least):
