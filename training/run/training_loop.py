@@ -22,7 +22,7 @@ from training.networks.interface import COMPILE_OPTIONS, match_layout
 from training.networks.rows import attach_row_draws
 from training.run import alarms, distill, gradients, schema, unsharded
 from training.run.build import build_averages, build_net, build_objective, build_optimizer, build_sharding, load_data, transfer_weights
-from training.run.config import Config, to_json
+from training.run.config import Config, from_json, to_json
 from training.run.folder import RunFolder, cannot_write, stop_if_orphan
 from training.run.metrics import PeriodicMetrics, output_of
 from training.run.mirrors import Mirrors
@@ -140,7 +140,8 @@ class Run:
         self.stats.restore(part('stats') or [])
         progress = part('progress')
         self.progress = EasyDict({'tick_nimg': progress['nimg'], 'pending': [], **progress})
-        self.scale.restore(self.progress.loss_scale)
+        if from_json(part('options')).run.precision == 'fp16':  # a factor that another precision never changed says nothing about fp16
+            self.scale.restore(self.progress.loss_scale)
         self.data.stream.restore(self.progress.stream)
         if distributed.rank() == 0:
             state.clear()  # releases the file

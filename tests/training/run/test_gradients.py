@@ -85,6 +85,20 @@ def test_fixed_loss_scale_stays():
     assert scale.state() == [1, 0]
 
 
+@pytest.mark.parametrize('precision, value', [('fp32', 2.0 ** 16), ('fp16', 8.0)])
+def test_a_run_continued_in_fp16_goes_on_with_the_scale_of_fp16_only(tmp_path, precision, value):
+    """The fixed 1 of a run in another precision would let small gradients underflow."""
+    run = tiny.make_run(tmp_path, *PLAIN)
+    run.step()
+    run.save_state()
+    run.finish_states()
+    state = checkpoint.load(checkpoint.states(tmp_path)[0])
+    state['options']['run']['precision'], state['progress']['loss_scale'] = precision, [8.0, 3.0]
+    run.scale = gradients.LossScale(2.0 ** 16, dynamic=True, device=CPU)
+    run.restore(state, 'file')
+    assert run.scale.state()[0] == value
+
+
 @pytest.mark.parametrize('limit', [0.5, 5.0, 13.0, 100.0])
 def test_clip(limit):
     """min(1, limit / |g|) g, the norm being that of all tensors together."""
