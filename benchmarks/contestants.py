@@ -110,10 +110,7 @@ def set_layout(net: torch.nn.Module, layout: str | None) -> None:
     """Puts the weights of a network of this program channels last ("nhwc") or not ("nchw"); None leaves them."""
     if layout in (None, layout_of(net)):
         return
-    if hasattr(net.model, 'set_channels_last'):  # which sees to the images, too
-        net.model.set_channels_last(layout == 'nhwc')
-    else:
-        net.to(memory_format=torch.channels_last if layout == 'nhwc' else torch.contiguous_format)
+    net.model.set_channels_last(layout == 'nhwc')
 
 
 # ---- this program

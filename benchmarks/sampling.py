@@ -21,6 +21,7 @@ from torch_utils import misc  # noqa: E402
 from training.diffusion import schedules  # noqa: E402
 from training.networks import preconditioning  # noqa: E402
 from training.sampling.generate import generate_images, network_device, resolution  # noqa: E402
+from training.sampling.pieces import prepare_network  # noqa: E402
 from training.sampling.pixels import to_uint8  # noqa: E402
 from training.sampling.writers import Files, Writers  # noqa: E402
 
@@ -34,11 +35,8 @@ def make_network(arch, device, precision, compile, layout=None):
     source = misc.generator('weights')
     for p in net.parameters():
         p.data = torch.randn(p.shape, generator=source) * (p[0].numel() ** -0.5 if p.ndim > 1 else 0.1)
-    net = net.to(device).eval().requires_grad_(False)
-    net.compute_dtype = misc.DTYPES[precision]
+    net = prepare_network(net.to(device).eval().requires_grad_(False), device, precision, compile)  # as generate.py does
     contestants.set_layout(net, layout)
-    if compile:
-        net.model.compile(dynamic=False)
     return net
 
 
