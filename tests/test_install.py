@@ -10,7 +10,7 @@ import pytest
 
 from tests.support import ROOT
 
-pytest.importorskip('setuptools')
+pytest.importorskip('setuptools', '77')  # the first that reads the license's SPDX name
 NEIGHBOUR = ('training', 'dnnlib', 'torch_utils', 'metrics')
 
 

@@ -294,8 +294,7 @@ def dry_run(*args):
 
 @pytest.mark.parametrize('name', PUBLISHED)
 def test_published_command_lines(here, monkeypatch, name):
-    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)  # for --fp16
-    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device=None: (7, 5))
+    tiny.pretend_gpu(monkeypatch, (7, 5), compiler=False)  # for --fp16
     before = sorted(Path('.').rglob('*'))
     config, output = dry_run(*PUBLISHED[name])
     assert sorted(Path('.').rglob('*')) == before, 'a dry run writes nothing'

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 import train
 from dnnlib import EasyDict, UserError
 from tests.support import ROOT, launch
+from torch_utils import numerics
 from training.run import presets, training_loop
 from training.run.configure import configure
 from training.run.folder import RunFolder
@@ -52,6 +53,13 @@ def options(folder, *flags):
     args = [f'--outdir={folder}', f'--data={data}', '--seed=5', *(REST if own else FLAGS), *flags]
     context = train.main.make_context('train', args)
     return configure(EasyDict(context.params, command=presets.given(context)))
+
+
+def pretend_gpu(monkeypatch, capability, compiler=True):
+    """Makes the command line see a GPU of this compute capability, with a compiler or without."""
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device=None: capability)
+    monkeypatch.setattr(numerics, 'can_compile', lambda device: compiler)
 
 
 def make_run(folder, *flags):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Precision, compilation and loss scale as train.py chooses them: on this CPU, on GPUs of several kinds, and in a run that is continued."""
 
+import functools
 import json
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 import train
 from dnnlib import EasyDict, UserError
 from tests.support import tiny
-from torch_utils import distributed, misc, numerics
+from torch_utils import distributed, misc
 from training.data.batches import Batch
 from training.networks.preconditioning import build_network
 from training.objective.loss import AmbientLoss
@@ -21,11 +22,7 @@ from training.run.configure import FP16_SCALE
 @pytest.fixture
 def gpu(monkeypatch):
     """A function that makes train.py see a GPU of this compute capability, with a compiler or without."""
-    def pretend(capability, compiler=True):
-        monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
-        monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device=None: capability)
-        monkeypatch.setattr(numerics, 'can_compile', lambda device: compiler)
-    return pretend
+    return functools.partial(tiny.pretend_gpu, monkeypatch)
 
 
 def chosen(tmp_path, *flags):

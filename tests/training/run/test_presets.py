@@ -43,8 +43,7 @@ def configured(*args):
 @pytest.mark.parametrize('name', presets.names())
 def test_presets(tmp_path, monkeypatch, name):
     """Each gives its network the published number of parameters, and its options reach the configuration."""
-    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)  # fp16 is refused without
-    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device=None: (7, 0))
+    tiny.pretend_gpu(monkeypatch, (7, 0))  # fp16 is refused without
     found = presets.read(name)
     assert found.keys() <= FIELDS and FIELDS - found.keys() <= {'unconfirmed'}
     data = make_data(tmp_path / 'data.zip', found['image_shape'], found['classes'])
