@@ -5,6 +5,7 @@ import contextlib
 import importlib.util
 import os
 import shutil
+import warnings
 from collections.abc import Iterator
 
 import torch
@@ -26,6 +27,7 @@ def set_numerics(precision: str = 'fp32', bench: bool | None = None) -> None:
     cudnn.benchmark = precision != 'fp32' if bench is None else bench
     cudnn.allow_tf32 = matmul.allow_tf32 = precision == 'tf32'
     matmul.allow_fp16_reduced_precision_reduction = matmul.allow_bf16_reduced_precision_reduction = False
+    warnings.filterwarnings('ignore', 'TensorFloat32 tensor cores')  # the compiler advises TF32, which precision decides on
 
 
 @contextlib.contextmanager
