@@ -79,6 +79,10 @@ def prepare(folder, page):
     if page == 'data.md':
         for make in (stand_ins.published_sets, stand_ins.containers, stand_ins.scientific):
             make(folder)
+    if page == 'noise.md':  # enough images for a common level
+        stand_ins.write_zip(folder / 'images.zip', 16, 16)
+        for k in range(16):
+            (folder / 'images' / f'{k}.png').write_bytes(stand_ins.png(stand_ins.RNG.integers(0, 256, (16, 16, 3), np.uint8)))
     if page == 'counts.md':
         for name in ('counts', 'clean', 'test'):
             np.save(folder / f'{name}.npy', stand_ins.RNG.poisson(20, (4, 16, 16)))
