@@ -71,9 +71,8 @@ def draw(key: torch.Tensor, name: str, shape: list[int], device: torch.device) -
     return Draws((high << WORD) + low, step, first_row, device)(name, shape).clone()  # of its own memory, as compiled code expects it
 
 
-# A custom operator, which hides the draw from the compiler. Its schema is written out because PyTorch 2.6 cannot infer it.
-draw_operator = torch.library.custom_op('ambient::draw_normal', draw, mutates_args=(),
-                                        schema='(Tensor key, str name, SymInt[] shape, Device device) -> Tensor')
+# A custom operator, which hides the draw from the compiler.
+draw_operator = torch.library.custom_op('ambient::draw_normal', draw, mutates_args=())
 draw_operator.register_fake(lambda key, name, shape, device: torch.empty(shape, device=device))
 
 

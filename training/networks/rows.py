@@ -133,6 +133,5 @@ def _empty(shape, law, device):
 LAWS = {'keep': lambda out, p, source: out.bernoulli_(1 - p, generator=source),
         'normal': lambda out, p, source: out.normal_(generator=source),
         'uniform': lambda out, p, source: out.uniform_(generator=source)}
-draw_operator = torch.library.custom_op('ambient::draw_rows', draw, mutates_args=(), schema=(
-    '(Tensor key, SymInt layer, str name, str law, float p, SymInt[] shape, Device device) -> Tensor'))
+draw_operator = torch.library.custom_op('ambient::draw_rows', draw, mutates_args=())
 draw_operator.register_fake(lambda key, layer, name, law, p, shape, device: _empty(shape, law, device))
