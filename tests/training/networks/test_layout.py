@@ -238,6 +238,7 @@ def test_compiled_networks_are_channels_last_and_cast_weights_once(arch):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(torch.__version__ < (2, 13), reason="its code for CPUs takes no view as a bias; that for GPUs adds biases by itself")
 @EACH
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 def test_compiled_channels_last_networks_give_the_same_gradients(arch, dtype):
