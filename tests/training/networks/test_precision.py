@@ -117,11 +117,13 @@ def test_held_weights_give_the_same_bits(arch, tmp_path):
 
 
 def test_group_norm_of_half_precision_accumulates_in_float32():
-    """torch's kernel for bfloat16 beside parameters of float32 gives the bits of a cast before and after."""
+    """torch's kernel for bfloat16 beside parameters of float32 gives what a cast before and after does, within the last bit of the result;
+    sums in bfloat16 of values around 30 would be off by tenths."""
     x = (30 + torch.randn(2, 64, 16, 16, generator=misc.generator('x'))).to(BF16)
     norm = layers.GroupNorm(64)
     norm.weight.data, norm.bias.data = (torch.randn(64, generator=misc.generator(name)) for name in ('weight', 'bias'))
-    assert torch.equal(norm(x), F.group_norm(x.float(), 16, norm.weight, norm.bias, norm.eps).to(BF16))
+    exact = F.group_norm(x.float(), 16, norm.weight, norm.bias, norm.eps)
+    torch.testing.assert_close(norm(x).float(), exact, rtol=2 ** -8, atol=1e-3)
 
 
 def test_a_network_of_ones_own_is_given_the_type_that_it_computes_in():
