@@ -2,6 +2,9 @@
 """One set of numerics for all scripts: no TF32 and no reduced sums unless asked for; what a device computes in natively."""
 
 import importlib
+import re
+import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -80,6 +83,18 @@ def test_settings(precision, tf32, timed):
     assert (cudnn.allow_tf32, matmul.allow_tf32) == (tf32, tf32)
     numerics.set_numerics(precision, not timed)
     assert cudnn.benchmark is not timed
+
+
+def test_the_compiler_does_not_advise_tf32():
+    """Its warning, in the words that it has in PyTorch's source, is not shown; others are."""
+    source = Path(torch.__file__).with_name('_inductor') / 'compile_fx.py'
+    words = re.search(r'"(TensorFloat32 tensor cores[^"]*)"', source.read_text())
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter('always')
+        numerics.set_numerics('fp32')
+        for text in (words[1], 'another'):
+            warnings.warn(text, stacklevel=1)
+    assert [str(one.message) for one in shown] == ['another']
 
 
 @pytest.mark.parametrize('capability, native', [
