@@ -15,7 +15,6 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from unittest import mock
 
 import click
 import numpy as np
@@ -30,7 +29,6 @@ from dnnlib.figures import figure  # noqa: E402 (the folder above had to be foun
 from dnnlib.files import read_json, write_json  # noqa: E402
 from metrics.frechet import frechet_distance  # noqa: E402
 from metrics.manifold import precision_recall  # noqa: E402
-from torch_utils import misc  # noqa: E402
 from torch_utils.command_line import Command, version_option  # noqa: E402
 from training.data.dataset import ImageDataset  # noqa: E402
 
@@ -130,9 +128,8 @@ def train(path, images, arm, seed, kimg):
 def judge(path, judges, network, samples):
     """{figure: value} of a network's samples."""
     folder, result = os.path.join(os.path.dirname(network), 'samples'), os.path.join(os.path.dirname(network), 'fid.json')
-    with mock.patch.object(misc, 'CPU_CHUNK', 64):  # networks this small are several times as fast; the images change by rounding only
-        call('generate', f'--network={network}', f'--outdir={folder}', f'--seeds=0-{samples - 1}', f'--labels={path("labels.npy")}',
-             f'--steps={STEPS}', '--threads=1', '--skip-existing')
+    call('generate', f'--network={network}', f'--outdir={folder}', f'--seeds=0-{samples - 1}', f'--labels={path("labels.npy")}',
+         f'--steps={STEPS}', '--threads=1', '--skip-existing')
     call('eval_fid', f'--gen-path={folder}', f'--ref-stats={path("held-out.npz")}', '--detector=pixels', '--metrics=fid,pr',
          f'--num={samples}', f'--out-path={result}')
     found = read_json(result)

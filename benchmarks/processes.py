@@ -11,13 +11,9 @@ from dnnlib import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = 'benchmarks.small_detector.SmallClassifier'  # a detector of small photographs, which benchmarks/price.py trains
-# Networks this small are several times as fast on a CPU when they are evaluated on 64 rows at a time; images change by rounding only.
-ROWS = 64
 TOGETHER = f"""
 import importlib, json, sys
 sys.path.insert(0, {str(ROOT)!r})
-from torch_utils import misc
-misc.CPU_CHUNK = {ROWS}
 for script, arguments in json.loads(sys.argv[1]):
     importlib.import_module(script).main(arguments, script, standalone_mode=False)
 """

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.price import SCALES  # noqa: E402 (the folder above had to be found first)
-from benchmarks.processes import ROWS, SMALL, call, snapshot  # noqa: E402
+from benchmarks.processes import SMALL, call, snapshot  # noqa: E402
 from dnnlib import UserError  # noqa: E402
 from dnnlib.files import read_json, write_json  # noqa: E402
 from torch_utils.command_line import Command, version_option  # noqa: E402
@@ -85,8 +85,6 @@ class Ruler:
     def __init__(self, out, cells, samples):
         from metrics.detectors import module_detector, pixel_detector
         from metrics.statistics import load_statistics
-        from torch_utils import misc
-        misc.CPU_CHUNK = ROWS
         self.out, self.count = out, samples
         self.sides = {'pixels': (pixel_detector('cpu'), load_statistics(cells / 'reference-pixels.npz', detector='pixels'))}
         if (cells / 'small.safetensors').exists() and importlib.util.find_spec('benchmarks.small_detector'):

@@ -298,7 +298,7 @@ def cost(path, tflops, shares, dollars):
 def verdicts(out: Path) -> list[tuple[str, str, float, bool]]:
     """[(what, goal, measured, whether it holds)] from the JSON files of `all`."""
     found = []
-    for name, what in (('training', 'training step'), ('sampling', 'sampler')):
+    for name, what in (('training', 'training step'), ('sampling', 'sampler'), ('sampling-small', 'sampler')):
         compared = read_json(out / f'{name}.json')['comparisons']
         for c in (c for c in compared if c['other'].endswith('published settings') or c['other'] in contestants.PEERS):
             found.append((f'{what}, {c["network"]}, batch {c["batch"]}: {SELF} / {c["other"].removeprefix(SELF + ", ")}, per FLOP',
@@ -319,6 +319,8 @@ def everything(out, quick):
              'training': ['speed.py', 'training', *(tiny if quick else ['--network=small,medium', '--batch=16', '--repeats=7'])],
              'sampling': ['sampling.py', '--peers', *([*few, '--images=2', '--batch=2', '--steps=2'] if quick else
                                                       ['--arch=medium', '--images=16', '--batch=16', '--steps=4', '--repeats=5'])],
+             'sampling-small': ['sampling.py', '--peers', *([*few, '--images=2', '--batch=2', '--steps=2'] if quick else
+                                                            ['--images=64', '--batch=32', '--steps=4', '--repeats=9'])],
              'start': ['speed.py', 'start', *([*few, '--network=small'] if quick else [])],
              'loader': ['data_loading.py', *(['--images=64', '--seconds=0.1', '--batch=16'] if quick else
                                              ['--images=5000', '--seconds=1'])]}

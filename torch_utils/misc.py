@@ -4,7 +4,8 @@
 import contextlib
 import ctypes
 import hashlib
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -14,7 +15,7 @@ from dnnlib.versions import VERSION, versions  # noqa: F401 (used as misc.VERSIO
 PRECISIONS = {'fp32': torch.float32, 'tf32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
 DTYPES = {name: dtype for name, dtype in PRECISIONS.items() if name != 'tf32'}  # tf32 is no dtype, but a way to multiply float32
 
-CPU_CHUNK = 8    # rows per network call on the CPU, always the same, because PyTorch's results there depend on the batch size
+CPU_WORK, CPU_ROWS = 10 ** 10, (8, 64)  # of a network call: parameters times pixels, about its multiplications; fewest and most rows
 BLOCK_ROWS = 16  # rows of the global batch that are drawn together; a rank draws only the blocks that hold its rows
 
 
@@ -108,11 +109,22 @@ def height_width(img_resolution: int | Sequence[int]) -> list[int]:
     return [img_resolution] * 2 if isinstance(img_resolution, int) else list(img_resolution)
 
 
-def chunks(count: int, device: torch.device | str, size: int | None = None) -> Iterator[tuple[torch.Tensor, int]]:
-    """Yields (indices [size], number of valid ones) over `count` rows in chunks of equal size; the last chunk is padded with the last row.
+def rows_per_call(net: Callable, img_resolution: int | Sequence[int], device: torch.device | str, batch: int) -> int:
+    """How many images of this size (one int or [H, W]) a network is called on at a time: `batch`; but on the CPU, where PyTorch's results
+    depend on the number of rows, one that follows from network and size alone: 8, doubled up to 64 while a call costs at most CPU_WORK.
 
-    size: by default CPU_CHUNK on the CPU, and all rows at once elsewhere."""
-    size = size or (CPU_CHUNK if torch.device(device).type == 'cpu' else count)
+    The less a row costs, the more rows it takes for the overhead of a call not to matter."""
+    if torch.device(device).type != 'cpu':
+        return batch
+    parameters = sum(p.numel() for p in net.parameters()) if hasattr(net, 'parameters') else 0
+    work, (rows, most) = parameters * math.prod(height_width(img_resolution)), CPU_ROWS
+    while 2 * rows <= most and 2 * rows * work <= CPU_WORK:
+        rows *= 2
+    return rows
+
+
+def chunks(count: int, device: torch.device | str, size: int) -> Iterator[tuple[torch.Tensor, int]]:
+    """Yields (indices [size], number of valid ones) over `count` rows in chunks of equal size; the last one is padded with the last row."""
     for first in range(0, count, size):
         yield torch.arange(first, first + size, device=device).clamp(max=count - 1), min(size, count - first)
 

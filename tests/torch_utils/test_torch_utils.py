@@ -16,6 +16,23 @@ from torch_utils import checkpoint, command_line, distributed, misc, training_st
 # --- misc
 
 
+@pytest.mark.parametrize('parameters, size, rows', [(10 ** 6, 8, 64), (10 ** 6, 16, 32), (10 ** 6, [16, 32], 16), (10 ** 6, 32, 8),
+                                                    (10 ** 8, 10, 8), (10 ** 9, 64, 8)])
+def test_rows_of_a_call_on_a_cpu_follow_from_the_network_and_the_size_alone(parameters, size, rows):
+    net = torch.nn.Linear(parameters, 1, bias=False, device='meta')
+    assert [misc.rows_per_call(net, size, 'cpu', batch) for batch in (1, 100)] == [rows, rows]
+    assert misc.rows_per_call(net, size, 'cuda', 100) == 100
+
+
+def test_denoisers_without_parameters_take_the_most_rows():
+    assert misc.rows_per_call(lambda x, sigma: x, 32, 'cpu', 5) == 64
+
+
+def test_chunks_are_of_one_size_and_padded_with_the_last_row():
+    found = [(rows.tolist(), count) for rows, count in misc.chunks(5, 'cpu', 3)]
+    assert found == [([0, 1, 2], 3), ([3, 4, 4], 2)]
+
+
 def test_rows_of_a_draw_do_not_depend_on_how_they_are_shared_out():
     whole = misc.Draws(1, 2)('noise', [100, 3, 2])
     for first, last in [(0, 1), (15, 17), (16, 32), (5, 90), (99, 100)]:

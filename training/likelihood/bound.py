@@ -39,7 +39,7 @@ def variational_bound(net: Callable, diffusion: Diffusion, x0: torch.Tensor, noi
         if progress:
             progress(len(x0) / diffusion.steps)
     vb, x0_mse, eps_mse = torch.stack(steps, dim=2)
-    prior = torch.cat([prior_bits(diffusion, x0[rows])[:count] for rows, count in misc.chunks(len(x0), x0.device)])
+    prior = torch.cat([prior_bits(diffusion, x0[rows])[:count] for rows, count in _chunks(net, x0)])
     return Bound(prior + torch.stack([row.sum() for row in vb]), prior, vb, x0_mse, eps_mse)
 
 
@@ -47,8 +47,12 @@ def step_terms(net: Callable, diffusion: Diffusion, x0: torch.Tensor, x: torch.T
                variance: str = 'large') -> torch.Tensor:
     """vb, x0_mse and eps_mse of step t, float64 [3,N], from images x at its level; other arguments as in variational_bound."""
     parts = [_terms(net, diffusion, x0[rows], x[rows], t, None if class_labels is None else class_labels[rows], variance)[:, :count]
-             for rows, count in misc.chunks(len(x0), x0.device)]
+             for rows, count in _chunks(net, x0)]
     return torch.cat(parts, dim=1)
+
+
+def _chunks(net, x):
+    return misc.chunks(len(x), x.device, misc.rows_per_call(net, x.shape[2:], x.device, len(x)))
 
 
 @torch.no_grad()

@@ -82,7 +82,7 @@ class _Flow:
     def denoise(self, x, sigma, rows):
         """(D [n,CHW], tr dD/dx [n,1]), float64, of x [n,CHW] at sigma [n,1]; rows: which of the probes and labels are theirs."""
         parts = []
-        for chunk, count in misc.chunks(len(x), x.device):
+        for chunk, count in misc.chunks(len(x), x.device, misc.rows_per_call(self.net, self.shape[1:], x.device, len(x))):
             D, trace = self._chunk(x[chunk].unflatten(1, self.shape), sigma[chunk], rows[chunk])
             parts.append(torch.cat([D, trace], dim=1)[:count])
         D, trace = torch.cat(parts).split([self.dims, 1], dim=1)

@@ -154,7 +154,7 @@ class Coder:
     def _in_chunks(self, run, x, pixels):
         """run(x) in chunks of equal size, which depends on the size of a picture only: on the CPU results depend on it."""
         on_cpu = self.autoencoder.device.type == 'cpu'
-        rows = min(max(1, PIXELS['cpu' if on_cpu else 'cuda'] // pixels), misc.CPU_CHUNK if on_cpu else len(x))
+        rows = min(max(1, PIXELS['cpu' if on_cpu else 'cuda'] // pixels), misc.CPU_ROWS[0] if on_cpu else len(x))
         with numerics.full_float32():
             return torch.cat([run(x[part])[:count] for part, count in misc.chunks(len(x), x.device, rows)])
 

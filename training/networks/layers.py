@@ -12,6 +12,7 @@ from torch_utils.magnitude import at_least_float32
 from training.networks import fused
 
 HALF = (torch.bfloat16, torch.float16)
+THREAD_NUMBERS = 2 ** 15  # PyTorch gives another thread a part of an elementwise operation for each so many numbers
 
 
 def initial(shape: list[int], mode: str, fan_in: int, fan_out: int, gain: float = 1.0) -> nn.Parameter:
@@ -228,13 +229,19 @@ def is_channels_last(x: torch.Tensor) -> bool:
 
 
 def by_row(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, training: bool) -> torch.Tensor:
-    """An elementwise function of [N,...]; in evaluation on several CPU threads row by row, so that the result of a row does not depend on
-    its place.
+    """An elementwise function of [N,...]; in evaluation on the CPU row by row where the result of a row would else depend on its place.
 
     The threads split a tensor into equal parts, and the elements of a part beyond whole vectors are computed by another exp."""
-    if training or not x.is_cpu or torch.compiler.is_compiling() or torch.get_num_threads() == 1:
+    if training or not x.is_cpu or torch.compiler.is_compiling() or _in_whole_vectors(x):
         return function(x)
     return torch.stack([function(row) for row in x])
+
+
+def _in_whole_vectors(x):
+    """Whether each thread's part of an elementwise operation is a multiple of 64 numbers, the most that a step of its loop takes."""
+    threads = torch.get_num_threads()
+    parts = {1, threads, min(threads, -(-x.numel() // THREAD_NUMBERS) or 1)}  # it takes one thread, all, or as many as the size is worth
+    return (x.is_contiguous() or is_channels_last(x)) and all(x.numel() % (64 * count) == 0 for count in parts)
 
 
 def silu(x: torch.Tensor, training: bool) -> torch.Tensor:

@@ -42,7 +42,7 @@ class RowDraws:
 
 @torch.no_grad()
 def restored(net: Callable, y: torch.Tensor, sigma_n: torch.Tensor, end: torch.Tensor, raw_idx: Sequence[int], *, stepper: Callable,
-             num_steps: int, key: Sequence, labels: torch.Tensor | None = None, rows: int = misc.CPU_CHUNK) -> torch.Tensor:
+             num_steps: int, key: Sequence, labels: torch.Tensor | None = None, rows: int | None = None) -> torch.Tensor:
     """Images y [N,C,H,W] of level sigma_n [N], restored to level end [N], float64; those with sigma_n <= end stay as they are.
 
     stepper: a piece of STEPPERS with its keys bound. key: of the draws, together with raw_idx. labels, rows: as of restore()."""
@@ -95,7 +95,7 @@ class Restoring:
 
     def _write_part(self, number, items, batch, bar):
         found, device = [], network_device(self.net)
-        rows = misc.CPU_CHUNK if device.type == 'cpu' else batch
+        rows = misc.rows_per_call(self.net, self.net.img_resolution, device, batch)
         for first in range(0, len(items), batch):
             some = items[first:first + batch]
             level = lambda values: torch.from_numpy(values[some]).to(device)  # noqa: B023 (used here only)

@@ -91,10 +91,10 @@ def _prepared(net, images, method, batch):
     y = torch.stack([one.image for one in images]).to(device)
     sigma = torch.tensor([one.sigma for one in images], dtype=torch.float64, device=device)
     labels = None if images[0].label is None else torch.stack([one.label for one in images]).to(device)
-    rows = misc.CPU_CHUNK if device.type == 'cpu' else min(batch, len(images))
+    rows = lambda most: misc.rows_per_call(net, net.img_resolution, device, most)
     if list(y.shape[2:]) != resolution(net):
-        return TiledDenoiser(net, method.overlap, misc.CPU_CHUNK if device.type == 'cpu' else method.batch), y, sigma, labels, 1
-    return net, y, sigma, labels, rows
+        return TiledDenoiser(net, method.overlap, rows(method.batch)), y, sigma, labels, 1
+    return net, y, sigma, labels, rows(min(batch, len(images)))
 
 
 def _sampled(net, images, means, method, batch, report):

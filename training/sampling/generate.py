@@ -56,7 +56,7 @@ def generate_images(net: Callable, seeds: Iterable[int], *, schedule: Callable =
                     num_steps: int | None = 18, batch: int = 64, labels: Callable | None = None, guidance: Guidance = NO_GUIDANCE,
                     device: torch.device | str | None = None, rank: int = 0, world: int = 1,
                     report: Callable[[int], None] | None = None) -> Iterator[Samples]:
-    """Yields Samples for this rank's share of the seeds, in order, `batch` at a time.
+    """Yields Samples for this rank's share of the seeds, in order, `batch` at a time; on the CPU at least misc.rows_per_call().
 
     net: a denoiser in eval mode. schedule(num_steps) -> levels, and stepper: pieces with their options bound.
     labels: a source of labels.py; None draws a class for each seed, and gives no caption. guidance: a Guidance. device: where to
@@ -71,7 +71,8 @@ def generate_images(net: Callable, seeds: Iterable[int], *, schedule: Callable =
     sigmas = noise_levels(net, schedule, num_steps)
     labels = labels or default(net)
     mine = list(seeds)[rank::world]
-    rows = misc.CPU_CHUNK if device.type == 'cpu' else min(batch, len(mine))
+    rows = misc.rows_per_call(net, net.img_resolution, device, min(batch, len(mine)))
+    batch = max(batch, rows)  # fewer take as long
     for first in range(0, len(mine), batch):
         yield _sample(net, mine[first:first + batch], sigmas, stepper, labels, guidance, device, rows, report)
 
@@ -86,7 +87,7 @@ def _sample(net, seeds, sigmas, stepper, source, guidance, device, rows, report)
     return Samples(seeds, x, labels)
 
 
-def guided(net: Callable, labels: torch.Tensor | None = None, guidance: Guidance = NO_GUIDANCE, rows: int = misc.CPU_CHUNK,
+def guided(net: Callable, labels: torch.Tensor | None = None, guidance: Guidance = NO_GUIDANCE, rows: int | None = None,
            report: Callable[[int], None] | None = None) -> Callable:
     """The denoiser that a stepper calls: the network with its labels, and with guidance where its weight is not 1."""
     denoise = ConditionedDenoiser(net, labels, rows, report)
@@ -100,10 +101,11 @@ def guided(net: Callable, labels: torch.Tensor | None = None, guidance: Guidance
 class ConditionedDenoiser:
     """A network with its labels bound: (x, sigma) -> D, always `rows` rows at a time, so that D does not depend on the batch.
 
-    labels: int64 [N] classes, float32 [N, label_dim] vectors, or None for "no label". report: called with N after each evaluation.
+    labels: int64 [N] classes, float32 [N, label_dim] vectors, or None for "no label". rows: by default misc.rows_per_call() of x.
+    report: called with N after each evaluation.
     Attribute calls: evaluations so far."""
 
-    def __init__(self, net: Callable, labels: torch.Tensor | None = None, rows: int = misc.CPU_CHUNK,
+    def __init__(self, net: Callable, labels: torch.Tensor | None = None, rows: int | None = None,
                  report: Callable[[int], None] | None = None) -> None:
         self.net, self.rows, self.calls, self.report = net, rows, 0, report
         self.elsewhere, self._rounder = network_device(net).type != 'cpu', None
@@ -140,7 +142,8 @@ class ConditionedDenoiser:
         self.calls += 1
         sigma = ambient.level_on(x.device, sigma, torch.float32)
         replays, parts = getattr(self.net, 'replays', False), []
-        for rows, count in misc.chunks(len(x), x.device, self.rows):
+        size = self.rows or misc.rows_per_call(self.net, x.shape[2:], x.device, len(x))
+        for rows, count in misc.chunks(len(x), x.device, size):
             if replays:
                 torch.compiler.cudagraph_mark_step_begin()
             found = function(x[rows], sigma[rows] if sigma.ndim else sigma, None if self.labels is None else self.labels[rows])

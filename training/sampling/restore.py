@@ -41,11 +41,10 @@ def row_levels(net: Callable, sigma_n: torch.Tensor, end: torch.Tensor | float =
 
 @torch.no_grad()
 def posterior_mean(net: Callable, y: torch.Tensor, sigma_n: torch.Tensor, labels: torch.Tensor | None = None,
-                   rows: int = misc.CPU_CHUNK) -> torch.Tensor:
+                   rows: int | None = None) -> torch.Tensor:
     """E[x_0 | y] in one evaluation, float64 [N,C,H,W]. y: images of level sigma_n [N], in network units; those of level 0 stay as they are.
 
-    labels: as of ConditionedDenoiser. rows: images of an evaluation; on the CPU the result does not depend on the rest of the batch if
-    this stays the same."""
+    labels, rows: as of ConditionedDenoiser."""
     noisy = (sigma_n > 0).reshape(-1, 1, 1, 1)
     level = torch.where(noisy, misc.batched(sigma_n), 1)
     return torch.where(noisy, ConditionedDenoiser(net, labels, rows)(y, level).double(), y.double())
@@ -54,7 +53,7 @@ def posterior_mean(net: Callable, y: torch.Tensor, sigma_n: torch.Tensor, labels
 @torch.no_grad()
 def restore(net: Callable, y: torch.Tensor, sigma_n: torch.Tensor, end: torch.Tensor | float = 0.0, *, stepper: Callable = steppers.heun,
             num_steps: int = 18, randn_like: Callable | None = None, labels: torch.Tensor | None = None,
-            rows: int = misc.CPU_CHUNK) -> torch.Tensor:
+            rows: int | None = None) -> torch.Tensor:
     """The reverse process from y at its level sigma_n down to `end`: images of level `end`, float64 [N,C,H,W].
 
     y: [N,C,H,W] in network units. sigma_n: [N], above 0. end: as of row_levels. stepper: a piece of STEPPERS with its keys bound: heun and

@@ -10,7 +10,6 @@ import torch
 from dnnlib import UserError
 from metrics.detectors import Detector, pixel_detector
 from tests.support.denoisers import unit
-from torch_utils import misc
 from training.evaluation.proximal import Proximal
 from training.sampling.generate import generate_images
 from training.sampling.steppers import heun
@@ -28,12 +27,6 @@ class Gaussian:
 
     def __call__(self, x, sigma, class_labels=None):
         return self.v / (self.v + sigma.double().reshape(-1, 1, 1, 1) ** 2) * x
-
-
-@pytest.fixture(autouse=True)
-def many_rows(monkeypatch):
-    """Rows of a call do not matter to an exact denoiser."""
-    monkeypatch.setattr(misc, 'CPU_CHUNK', 500)
 
 
 def side(v, levels, detector=None, batch=500):

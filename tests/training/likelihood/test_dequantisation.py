@@ -9,6 +9,7 @@ import torch
 from tests.support.denoisers import unit
 from tests.training.likelihood.test_bound import LearnedGaussian
 from tests.training.networks.test_preconditioning import small
+from torch_utils import misc
 from training.diffusion.discrete import Cosine
 from training.likelihood.bound import variational_bound
 from training.likelihood.dequantisation import grey_levels, uniform
@@ -55,7 +56,8 @@ def test_the_noise_term_is_the_entropy_on_average():
     assert float(found.noise.mean()) == pytest.approx(entropy, abs=4 / math.log(2) / math.sqrt(2 * x0.numel()))
 
 
-def test_an_image_does_not_depend_on_those_beside_it():
+def test_an_image_does_not_depend_on_those_beside_it(monkeypatch):
+    monkeypatch.setattr(misc, 'CPU_ROWS', (8, 8))  # so that the images need several calls
     net, diffusion = small('iddpm', label_dim=3, M=10, diffusion='cosine:steps=10'), Cosine(10)
     x0, labels, noise = (0.5 * unit(9, 2, 8, 8)).clamp(-1, 1), torch.eye(3)[torch.arange(9) % 3], unit(9, 2, 8, 8, seed=1)
     run = lambda rows: grey_levels(net, diffusion, x0[rows], noise[rows], class_labels=labels[rows], variance='learned', sigma_max=5,

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The U-Nets: layers against published numbers, names, sizes, initial weights, rectangles, label dropout, precision, compiler."""
 
+import functools
 import hashlib
 import json
 import math
@@ -8,6 +9,7 @@ import math
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.nn import functional as F
 
 from dnnlib import UserError
 from tests.support import GOLDEN
@@ -44,6 +46,28 @@ def test_layer_equals_published(case, layer_io):
     layer.load_state_dict({k[len(prefix) + 3:]: v for k, v in layer_io.items() if k.startswith(prefix + 'sd.')})
     out = layer(*(layer_io[key] for key in (prefix + 'in0', prefix + 'in1') if key in layer_io))
     torch.testing.assert_close(out, layer_io[prefix + 'out'], rtol=0, atol=1e-5)
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize('count', [1, 2, 3, 4])
+@pytest.mark.parametrize('shape', [(64, 16, 16), (48, 28, 28), (3, 5, 7)], ids=str)
+@pytest.mark.parametrize('function', [F.silu, F.gelu, functools.partial(F.gelu, approximate='tanh')], ids=['silu', 'gelu', 'tanh-gelu'])
+def test_activations_of_a_row_do_not_depend_on_its_place(function, shape, count, threads):
+    x = torch.randn(8, *shape, generator=misc.generator('x'))
+    threads(count)
+    calls = []
+    found = layers.by_row(lambda part: calls.append(len(part)) or function(part), x, training=False)
+    for shift in range(1, 8):
+        assert torch.equal(layers.by_row(function, x.roll(shift, 0), training=False), found.roll(shift, 0)), shift
+    if shape == (64, 16, 16) and count != 3:
+        assert calls == [8]  # at once, because no thread's part has numbers beyond whole vectors
+    torch.testing.assert_close(found, function(x), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize('name', COUNTS)

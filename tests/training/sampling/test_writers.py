@@ -28,7 +28,7 @@ FORMATS = ['png', 'npy', 'npz']
 def folders(tmp_path_factory):
     """Snapshot folders of networks, by kind."""
     root = tmp_path_factory.mktemp('networks')
-    networks = {'grey': tiny(), 'rgb': tiny(3, label_dim=3), 'slow': tiny(3, size=32, key='slow'),
+    networks = {'grey': tiny(), 'rgb': tiny(3, label_dim=3), 'slow': tiny(3, size=128, key='slow'),
                 'five': tiny(5, size=[8, 16], units={'offset': [1, 2, 3, 4, 5], 'scale': 10})}
     for name, net in networks.items():
         save_network(net, root / name)
@@ -127,7 +127,7 @@ def test_leftovers_of_a_killed_run_are_removed_and_nothing_else(folders, tmp_pat
 def kill_and_go_on(network, tmp_path, kills, seeds, seed=0):
     """Kills generate.py at random moments after its first image, and goes on; every file is whole, the end that of one whole run."""
     out, chance = tmp_path / 'out', random.Random(seed)
-    options = [f'--network={network}', f'--seeds=0-{seeds - 1}', '--batch=2', '--steps=9', '--threads=1', '--device=cpu']
+    options = [f'--network={network}', f'--seeds=0-{seeds - 1}', '--batch=8', '--steps=1', '--threads=1', '--device=cpu']
     interrupted = 0
     for _ in range(kills):
         before = len(list(out.glob('[0-9]*.png'))) if out.exists() else 0
@@ -139,7 +139,7 @@ def kill_and_go_on(network, tmp_path, kills, seeds, seed=0):
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         for path in out.glob('[0-9]*.png'):
-            assert np.asarray(PIL.Image.open(path)).shape == (32, 32, 3)
+            assert np.asarray(PIL.Image.open(path)).shape == (128, 128, 3)
     there = len(list(out.glob('[0-9]*.png')))
     assert interrupted >= kills * 0.8 and 0 < there < seeds, (interrupted, there)
     output = tiny_run.finish([*options, f'--outdir={out}', '--skip-existing'], tmp_path / 'log.txt', script=ROOT / 'generate.py')
@@ -149,12 +149,12 @@ def kill_and_go_on(network, tmp_path, kills, seeds, seed=0):
 
 
 def test_two_kills(folders, tmp_path):
-    kill_and_go_on(folders / 'slow', tmp_path, kills=2, seeds=24)
+    kill_and_go_on(folders / 'slow', tmp_path, kills=2, seeds=48)
 
 
 @pytest.mark.slow
 def test_twenty_kills(folders, tmp_path):
-    kill_and_go_on(folders / 'slow', tmp_path, kills=20, seeds=240, seed=1)
+    kill_and_go_on(folders / 'slow', tmp_path, kills=20, seeds=480, seed=1)
 
 
 # --- full disks
