@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from tests.test_dataset_tool import convert, picture_folder, pictures, run
+from tests.test_dataset_tool import convert, picture_folder, pictures, refusal, run
 from training.data.convert.statistics import Facts, Summary, facts_of, lines, measure
 
 
@@ -79,3 +79,31 @@ def test_converting_says_what_stats_says(tmp_path):
         for line in run('stats', tmp_path / 'x.zip').output.splitlines():
             assert line in said, line
     assert 'duplicates  1 images have the same pixels as another one' in said
+
+
+def test_stats_of_eight_bit_images(tmp_path):
+    images = pictures(12, (16, 16, 3))
+    folder = picture_folder(tmp_path / 'in', images, [f'{"ab"[i % 2]}/{i:02}.png' for i in range(12)])
+    convert(folder, tmp_path / 'x.zip')
+    result = run('stats', tmp_path / 'x.zip', '--sigma=0.2')
+    network = images / 127.5 - 1
+    db = 10 * np.log10(network.std() ** 2 / 0.04)
+    for text in ('images      12', '3 x 16 x 16', 'uint8', f'sigma_data  {network.std():.4f}',
+                 f'mean        {network.mean():.4f}', '2 classes, 6 to 6 images each', '            0  6  ' + 40 * '#', 'duplicates  none',
+                 '14.15 dB', f'{db:.2f} dB'):
+        assert text in result.output, result.output
+
+
+def test_stats_of_noisy_floats(tmp_path):
+    """sigma_data without the native noise: the signal's 0.5 is recovered from data whose noise has std 0.25."""
+    rng = np.random.default_rng(0)
+    np.save(tmp_path / 'x.npy', (rng.normal(10, 2, (30, 32, 32)) + rng.normal(0, 1, (30, 32, 32))).astype(np.float32))
+    convert(tmp_path / 'x.npy', tmp_path / 'x.zip', '--units=10,4', '--sigmas=1')
+    output = run('stats', tmp_path / 'x.zip').output
+    signal = float(output.split('without the noise')[0].split()[-1])
+    assert abs(signal - 0.5) < 5 * 0.5 / np.sqrt(2 * 30 * 1024) * 1.25
+    assert '30 of 30 images are noisy; min 0.25' in output and 'float32' in output
+
+
+def test_stats_of_nothing(tmp_path):
+    assert 'no such zip file or folder' in refusal('stats', tmp_path / 'none.zip')
