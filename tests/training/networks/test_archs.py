@@ -165,7 +165,7 @@ def three_threads():
 
 @TRAINED
 def test_a_row_keeps_its_bits_in_any_place_though_threads_share_it(arch, three_threads):
-    denoise, (x, *_) = ConditionedDenoiser(archs.network(arch, img_resolution=28)), batch(8, (2, 28, 28))
+    denoise, (x, *_) = ConditionedDenoiser(archs.network(arch, img_resolution=28), rows=8), batch(8, (2, 28, 28))
     with torch.no_grad():
         expected = denoise(x, torch.tensor(1.0))
         for shift in range(1, 8):

@@ -112,7 +112,7 @@ def three_threads():
 
 def test_a_row_keeps_its_bits_in_any_place_though_threads_share_it(three_threads):
     """Three threads cut eight rows of 28x28 pixels in the middle, where PyTorch's SiLU leaves its whole vectors."""
-    denoise, x = ConditionedDenoiser(tiny(size=28)), SeededDraws(range(8)).randn([1, 28, 28])
+    denoise, x = ConditionedDenoiser(tiny(size=28), rows=8), SeededDraws(range(8)).randn([1, 28, 28])
     with torch.no_grad():
         expected = denoise(x, torch.tensor(1.0))
         for shift in range(1, 8):
