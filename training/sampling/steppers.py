@@ -92,7 +92,7 @@ def euler(denoise: Callable, x: torch.Tensor, sigmas: torch.Tensor, randn_like: 
 
     The keys are those of heun."""
     flow = Flow(denoise, schedule, scaling)
-    step = lambda state, t, end: state + (end - t) * flow.slope(state, t)
+    step = lambda state, t, end, to_zero: state + (end - t) * flow.slope(state, t)
     return _walk(flow, step, x, sigmas, randn_like, Churn(S_churn, S_min, S_max, S_noise), stop_sigma)
 
 
@@ -112,9 +112,9 @@ def heun(denoise: Callable, x: torch.Tensor, sigmas: torch.Tensor, randn_like: C
         raise ValueError(f'alpha must be above 0 and at most 1, got {alpha:g}')
     flow = Flow(denoise, schedule, scaling)
 
-    def step(state, t, end):
+    def step(state, t, end, to_zero):
         slope, length = flow.slope(state, t), end - t
-        if not _is_zero(end):
+        if not to_zero:
             second = flow.slope(state + alpha * length * slope, t.lerp(end, alpha))
             slope = (1 - 0.5 / alpha) * slope + 0.5 / alpha * second
         return state + length * slope
@@ -123,7 +123,7 @@ def heun(denoise: Callable, x: torch.Tensor, sigmas: torch.Tensor, randn_like: C
 
 
 def _walk(flow, step, x, sigmas, randn_like, churn, stop_sigma):
-    """Integrates x over the levels with step(state, t, next t), in the coordinates of the flow."""
+    """Integrates x over the levels with step(state, t, next t, whether that is at level 0), in the coordinates of the flow."""
     for name, value in churn._asdict().items():
         if not value >= 0:
             raise ValueError(f'{name} must not be negative, got {value:g}')
@@ -132,12 +132,12 @@ def _walk(flow, step, x, sigmas, randn_like, churn, stop_sigma):
     sigmas = truncate(sigmas, stop_sigma)
     times = flow.schedule.time(sigmas)
     state = flow.scale(sigmas[0]) * x
-    for (sigma, _), t, end in zip(_steps(flow.denoise, sigmas), times[:-1], times[1:]):
+    for (sigma, _, to_zero), t, end in zip(_steps(flow.denoise, sigmas), times[:-1], times[1:]):
         if churn.S_churn > 0:
             # Drawn even where gamma is 0, so that a seed's noise at one step does not depend on S_min and S_max.
             noise = churn.S_noise * randn_like(x)
             state, t = flow.raised(state, t, churn_factor(sigma, num_steps, churn.S_churn, churn.S_min, churn.S_max), noise)
-        state = flow.mean(state, t) if _is_zero(end) and stops_at_mean else step(state, t, end)
+        state = flow.mean(state, t) if to_zero and stops_at_mean else step(state, t, end, to_zero)
     return state / flow.scale(sigmas[-1])
 
 
@@ -164,11 +164,11 @@ def dpmpp_2m_sde(denoise: Callable, x: torch.Tensor, sigmas: torch.Tensor, randn
 
 def _multistep(denoise, x, sigmas, update):
     """Steps x -> update(x, D extrapolated in lambda = -ln sigma to the middle of the step, level, next level)."""
-    before, length_before = None, torch.zeros([])
-    for start, end in _steps(denoise, sigmas):
+    before = length_before = None
+    for start, end, to_zero in _steps(denoise, sigmas):
         D, length = _mean(denoise, x, start), (start / end).log()
         target = D
-        if length_before.any() and not _is_zero(end):  # 0 in rows whose level did not fall
+        if before is not None and not to_zero:  # the length is 0 in rows whose level did not fall
             target = D + torch.where(length_before > 0, length / (2 * length_before), 0) * (D - before)
         x = update(x, target, start, end)
         before, length_before = D, length
@@ -180,9 +180,9 @@ def sde(denoise: Callable, x: torch.Tensor, sigmas: torch.Tensor, randn_like: Ca
 
     Draws noise T times. The step to 0 goes to D, not to the 2 D - x that the formula would give there."""
     sigmas = truncate(sigmas, stop_sigma)
-    for start, end in _steps(denoise, sigmas):
+    for start, end, to_zero in _steps(denoise, sigmas):
         D, noise = _mean(denoise, x, start), randn_like(x)
-        x = ambient.reverse_step(x, D, start, end, noise) if not _is_zero(end) else D
+        x = ambient.reverse_step(x, D, start, end, noise) if not to_zero else D
     return x
 
 
@@ -197,7 +197,7 @@ def ddim(denoise: Callable, x: torch.Tensor, sigmas: torch.Tensor, randn_like: C
     if not 0 <= eta <= 1:
         raise ValueError(f'eta must be between 0 and 1, got {eta:g}')
     sigmas = truncate(sigmas, stop_sigma)
-    for start, end in _steps(denoise, sigmas):
+    for start, end, _ in _steps(denoise, sigmas):
         D = _clipped(_mean(denoise, x, start), clip)
         share = eta ** 2 * _fresh(start, end)  # tau^2 / sigma'^2
         x = D + end * (1 - share).sqrt() / start * (x - D)
@@ -219,13 +219,13 @@ def ancestral(denoise: Callable, x: torch.Tensor, sigmas: torch.Tensor, randn_li
     if variance not in VARIANCES:
         raise ValueError(f'variance={variance}: choose from {", ".join(VARIANCES)}')
     sigmas = truncate(sigmas, stop_sigma)
-    for start, end in _steps(denoise, sigmas):
+    for start, end, to_zero in _steps(denoise, sigmas):
         D, share = _mean_and_share(denoise, x, start, variance)
         D = _clipped(D, clip)
         small = end.square() * _fresh(start, end)
         large_to_small = (1 + end.square()) / (1 + start.square()) * (start / end).square()
         # A step to 0 adds no noise, whatever its variance.
-        std = small.sqrt() * (large_to_small.log() / 2 * share).exp() if not _is_zero(end) else 0.0
+        std = small.sqrt() * (large_to_small.log() / 2 * share).exp() if not to_zero else 0.0
         x = D + (end / start).square() * (x - D) + std * randn_like(x)
     return x
 
@@ -245,11 +245,14 @@ def _mean_and_share(denoise, x, sigma, variance):
 
 
 def _steps(denoise, sigmas):
-    """The pairs (level, next level), each announced to the denoiser."""
+    """(level, next level, whether that is 0) of each step, announced to the denoiser.
+
+    Zeros are looked for once, because reading a level of each image's own makes the host wait for the device."""
     begin_step = getattr(denoise, 'begin_step', lambda sigma: None)
-    for start, end in zip(sigmas[:-1], sigmas[1:]):
+    zero = (sigmas.reshape(len(sigmas), -1) == 0).all(1).tolist()
+    for start, end, to_zero in zip(sigmas[:-1], sigmas[1:], zero[1:]):
         begin_step(start)
-        yield start, end
+        yield start, end, to_zero
 
 
 def _fresh(start, end):
@@ -259,10 +262,6 @@ def _fresh(start, end):
 
 def _mean(denoise, x, sigma):
     return denoise(x, sigma).to(x.dtype)
-
-
-def _is_zero(level):
-    return not level.any()
 
 
 def _clipped(D, clip):

@@ -63,6 +63,17 @@ def test_steppers_do_not_wait(name):
         assert found.shape == (4, 3, 8, 8) and found.device == DEVICE and found.dtype == torch.float64
 
 
+@pytest.mark.parametrize('name', CASES)
+def test_levels_of_each_images_own_are_read_once(name):
+    """To see which is 0; not at each step."""
+    stepper, more = CASES[name]
+    net = network(**more).to(DEVICE)
+    sigmas = torch.empty(6, 4, 1, 1, 1, dtype=torch.float64, device=DEVICE)
+    mode = Elsewhere(copies_allowed=True)
+    found = sampled_there(net, stepper, Guidance(), sigmas, mode)
+    assert found.shape == (4, 3, 8, 8) and found.device == DEVICE and mode.copies == 1
+
+
 def test_networks_do_not_wait():
     net = build_network(SMALL).eval().requires_grad_(False)
     sampled_there(net.to(DEVICE), STEPPERS['heun'], Guidance(2.0), torch.tensor([80.0, 1.0, 0.0], dtype=torch.float64), Elsewhere())
