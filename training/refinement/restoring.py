@@ -96,6 +96,7 @@ class Restoring:
     def _write_part(self, number, items, batch, bar):
         found, device = [], network_device(self.net)
         rows = misc.rows_per_call(self.net, self.net.img_resolution, device, batch)
+        batch = -(-batch // rows) * rows  # fewer take as long
         for first in range(0, len(items), batch):
             some = items[first:first + batch]
             level = lambda values: torch.from_numpy(values[some]).to(device)  # noqa: B023 (used here only)

@@ -56,7 +56,7 @@ def generate_images(net: Callable, seeds: Iterable[int], *, schedule: Callable =
                     num_steps: int | None = 18, batch: int = 64, labels: Callable | None = None, guidance: Guidance = NO_GUIDANCE,
                     device: torch.device | str | None = None, rank: int = 0, world: int = 1,
                     report: Callable[[int], None] | None = None) -> Iterator[Samples]:
-    """Yields Samples for this rank's share of the seeds, in order, `batch` at a time; on the CPU at least misc.rows_per_call().
+    """Yields Samples for this rank's share of the seeds, in order, `batch` at a time; on the CPU the next multiple of misc.rows_per_call().
 
     net: a denoiser in eval mode. schedule(num_steps) -> levels, and stepper: pieces with their options bound.
     labels: a source of labels.py; None draws a class for each seed, and gives no caption. guidance: a Guidance. device: where to
@@ -72,7 +72,7 @@ def generate_images(net: Callable, seeds: Iterable[int], *, schedule: Callable =
     labels = labels or default(net)
     mine = list(seeds)[rank::world]
     rows = misc.rows_per_call(net, net.img_resolution, device, min(batch, len(mine)))
-    batch = max(batch, rows)  # fewer take as long
+    batch = -(-batch // rows) * rows  # fewer take as long
     for first in range(0, len(mine), batch):
         yield _sample(net, mine[first:first + batch], sigmas, stepper, labels, guidance, device, rows, report)
 

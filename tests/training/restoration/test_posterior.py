@@ -9,6 +9,7 @@ import torch
 from tests.support import archs
 from tests.support.denoisers import unit
 from tests.support.gaussian import GaussianNet
+from torch_utils import misc
 from training.restoration import quality
 from training.restoration.posterior import Method, Noisy, estimates
 
@@ -79,8 +80,9 @@ def test_one_sample_has_no_spread():
 
 
 @pytest.mark.parametrize('samples', [0, 3])
-def test_results_do_not_depend_on_the_batch_or_the_other_images(samples):
+def test_results_do_not_depend_on_the_batch_or_the_other_images(samples, monkeypatch):
     """Bit for bit, on a real network."""
+    monkeypatch.setattr(misc, 'CPU_ROWS', (2, 2))  # so that the images need several calls
     net = archs.network('dit', img_channels=1, label_dim=0)
     _, images = noisy(5, 0.2, 0.4, shape=(1, 8, 8))
     method = Method(samples=samples, steps=3, keep=bool(samples))

@@ -90,8 +90,9 @@ def test_pixels_do_not_depend_on_the_batch(label_dim, monkeypatch):
     assert expected.flatten(1).unique(dim=0).shape[0] == 11
 
 
-def test_a_batch_has_at_least_the_rows_of_a_call():
-    assert [len(part.seeds) for part in generate_images(tiny(), range(70), batch=1, num_steps=1)] == [64, 6]
+def test_a_batch_is_a_multiple_of_the_rows_of_a_call():
+    sizes = lambda batch: [len(part.seeds) for part in generate_images(tiny(), range(140), batch=batch, num_steps=1)]
+    assert sizes(1) == sizes(64) == [64, 64, 12] and sizes(65) == [128, 12]
 
 
 @pytest.mark.parametrize('case, precond', [('edm_adm_cond', 'edm'), ('edm_ddpmpp_cond_aug', 'edm'), ('edm_ncsnpp_cond_aug', 'edm'),
